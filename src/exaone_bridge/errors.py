@@ -1,0 +1,93 @@
+"""The errors of exaone_bridge: one small tree, one sentence each.
+
+Every message says what was got, what was wanted, where, and the remedy. None of these
+classes imports torch, so a command that refuses bad input does so at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+__all__ = [
+    "BridgeError",
+    "CheckpointError",
+    "ParityFailure",
+    "RegistrationError",
+    "UnmappedTensors",
+    "UnsupportedConfig",
+    "UnsupportedLayout",
+]
+
+_SHOWN = 5
+
+
+def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
+    """`a, b, c and 7 more`: a list in a sentence, whatever its length."""
+    items = [str(value) for value in values]
+    rest = len(items) - shown
+    return ", ".join(items[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class BridgeError(Exception):
+    """The root: everything exaone_bridge raises on purpose is one of these (command-line exit code 2)."""
+
+
+class UnsupportedConfig(BridgeError):
+    """A configuration that is not modelled, or that Transformers itself cannot read.
+
+    Args:
+        field: the configuration's field, as the file spells it.
+        got: its value.
+        known: the values that work, if they can be listed.
+        wanted: what a value must satisfy, if they cannot.
+        where: the file or layer.
+        remedy: what to write instead.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        *,
+        got: object,
+        known: Sequence[object] | None = None,
+        wanted: str | None = None,
+        where: str = "config.json",
+        remedy: str = "",
+    ) -> None:
+        if wanted is None:
+            wanted = "one of " + _listed((repr(value) for value in known or ()), shown=40)
+        tail = f"; {remedy}" if remedy else ""
+        super().__init__(f"{where}: {field} is {got!r}, and must be {wanted}{tail}.")
+        self.field, self.got = field, got
+
+
+class UnsupportedLayout(BridgeError):
+    """A parallel layout that this model cannot be cut into."""
+
+    def __init__(self, what: str, *, got: object, wanted: str, remedy: str) -> None:
+        super().__init__(f"parallel layout: {what} is {got}, and must be {wanted}; {remedy}.")
+
+
+class UnmappedTensors(BridgeError):
+    """Tensors that one side has and the other does not account for; `names` holds all of them."""
+
+    def __init__(self, what: str, names: Iterable[str], *, where: str, remedy: str) -> None:
+        self.names = tuple(sorted(names))
+        super().__init__(f"{where}: {len(self.names)} {what} ({_listed(self.names)}); {remedy}.")
+
+
+class CheckpointError(BridgeError):
+    """A checkpoint on disk that is missing, damaged, unsafe or not what its config says."""
+
+    def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
+        self.path = Path(path)
+        super().__init__(f"{path}: {problem}; {remedy}.")
+
+
+class RegistrationError(BridgeError):
+    """The host looks up another class than ours for an architecture that we claim."""
+
+
+class ParityFailure(BridgeError):
+    """Two things that must be equal are not (command-line exit code 1)."""

@@ -1,0 +1,51 @@
+"""EXAONE 4.0 for Megatron-Bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from exaone_bridge.families.exaone4.config import ARCHITECTURE, MODEL_TYPE, Exaone4Facts, read_config, write_config
+from exaone_bridge.families.exaone4.provider import Exaone4ModelProvider, exaone4_provider, facts_of
+from exaone_bridge.families.exaone4.weights import exaone4_rows
+from exaone_bridge.host.bridge_base import ExactBridge, config_mapping
+from exaone_bridge.parts.rows import Row
+
+__all__ = ["Exaone4Bridge"]
+
+
+class Exaone4Bridge(ExactBridge):
+    """EXAONE 4.0 (1.2B, 32B hybrid): Hugging Face <-> Megatron-Core, both ways.
+
+    Example:
+        >>> import exaone_bridge
+        >>> from megatron.bridge import AutoBridge
+        >>> bridge = AutoBridge.from_hf_pretrained("LGAI-EXAONE/EXAONE-4.0-1.2B")
+        >>> provider = bridge.to_megatron_provider()
+    """
+
+    SOURCE_NAME = ARCHITECTURE
+    MODEL_TYPE = MODEL_TYPE
+    PROVIDER_CLASS = Exaone4ModelProvider
+
+    @classmethod
+    def read_config(cls, config: Mapping[str, Any]) -> Exaone4Facts:
+        return read_config(config)
+
+    @classmethod
+    def rows(cls, facts: Exaone4Facts) -> tuple[Row, ...]:
+        return exaone4_rows(facts)
+
+    def provider_bridge(self, hf_pretrained: Any) -> Exaone4ModelProvider:
+        """The provider of a Hugging Face model (anything with `.config`).
+
+        Raises:
+            UnsupportedConfig: the configuration is not modelled.
+        """
+        config = config_mapping(hf_pretrained.config)
+        return exaone4_provider(read_config(config), config)
+
+    @classmethod
+    def megatron_to_hf_config(cls, provider: Exaone4ModelProvider) -> dict[str, Any]:
+        """`config.json` of the model that this provider builds: what `save_pretrained` writes, less the version stamp."""
+        return write_config(facts_of(provider), provider.hf_config)

@@ -1,0 +1,111 @@
+"""EXAONE 4.0's facts <-> model provider: only what differs from the stock one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from exaone_bridge.families.exaone4.config import Exaone4Facts, Llama3Rope
+from exaone_bridge.families.exaone4.layer_spec import exaone4_block_spec
+from exaone_bridge.parts.provider import ExactGPTModelProvider
+from exaone_bridge.parts.schedule import megatron_rope, megatron_window
+
+__all__ = ["Exaone4ModelProvider", "exaone4_provider", "facts_of"]
+
+
+@dataclass
+class Exaone4ModelProvider(ExactGPTModelProvider):
+    """GPTModelProvider with what every EXAONE 4.0 has; sizes come from `exaone4_provider`."""
+
+    transformer_layer_spec: ModuleSpec | Callable[..., Any] = exaone4_block_spec
+    normalization: str = "RMSNorm"
+    activation_func: Callable[[torch.Tensor], torch.Tensor] = F.silu
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    qk_layernorm: bool = True
+    position_embedding_type: str = "rope"
+    hidden_dropout: float = 0.0
+    should_pad_vocab: bool = True  # stock: False, which fails where tp does not divide the vocabulary
+    bias_activation_fusion: bool = True
+    bias_dropout_fusion: bool = True
+
+
+def exaone4_provider(facts: Exaone4Facts, hf_config: Mapping[str, Any]) -> Exaone4ModelProvider:
+    """The provider of these facts; `hf_config` is carried for the export."""
+    window_size, window_layers = megatron_window(facts.windows)
+    dtype = getattr(torch, facts.dtype)
+    scaling = {} if facts.llama3 is None else _scaling(facts.llama3)
+    return Exaone4ModelProvider(
+        vocab_size=facts.vocab_size,
+        hidden_size=facts.hidden_size,
+        ffn_hidden_size=facts.ffn_size,
+        num_layers=facts.num_layers,
+        num_attention_heads=facts.num_heads,
+        num_query_groups=facts.num_kv_heads,
+        kv_channels=facts.head_dim,
+        seq_length=facts.max_positions,
+        layernorm_epsilon=facts.norm_eps,
+        init_method_std=facts.init_std,
+        attention_dropout=facts.attention_dropout,
+        share_embeddings_and_output_weights=facts.tied,
+        make_vocab_size_divisible_by=1,  # pad only what tp asks for
+        rotary_base=facts.rope_theta,
+        window_size=window_size,
+        window_attn_skip_freq=window_layers,
+        no_rope_freq=megatron_rope(facts.rope),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        hf_config=dict(hf_config),
+        **scaling,
+    )
+
+
+def _scaling(llama3: Llama3Rope) -> dict[str, Any]:
+    return {
+        "rope_scaling": True,
+        "rope_scaling_factor": llama3.factor,
+        "rope_scaling_low_freq_factor": llama3.low_freq_factor,
+        "rope_scaling_high_freq_factor": llama3.high_freq_factor,
+        "rope_scaling_original_max_positions": llama3.original_max_positions,
+    }
+
+
+def facts_of(provider: Exaone4ModelProvider) -> Exaone4Facts:
+    """The inverse of `exaone4_provider`: the facts of the model that this provider would build."""
+    layers = provider.num_layers
+    slides = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers
+    window = None if provider.window_size is None else provider.window_size[0] + 1
+    return Exaone4Facts(
+        vocab_size=provider.vocab_size,
+        hidden_size=provider.hidden_size,
+        ffn_size=provider.ffn_hidden_size,
+        num_layers=layers,
+        num_heads=provider.num_attention_heads,
+        num_kv_heads=provider.num_query_groups,
+        head_dim=provider.kv_channels,
+        max_positions=provider.seq_length,
+        norm_eps=provider.layernorm_epsilon,
+        init_std=provider.init_method_std,
+        attention_dropout=provider.attention_dropout,
+        tied=provider.share_embeddings_and_output_weights,
+        rope_theta=provider.rotary_base,
+        llama3=Llama3Rope(
+            factor=provider.rope_scaling_factor,
+            low_freq_factor=provider.rope_scaling_low_freq_factor,
+            high_freq_factor=provider.rope_scaling_high_freq_factor,
+            original_max_positions=provider.rope_scaling_original_max_positions,
+        )
+        if provider.rope_scaling
+        else None,
+        windows=tuple(window if slide else None for slide in slides),
+        rope=tuple(not none for none in provider.no_rope_freq or [0] * layers),
+        dtype=str(provider.params_dtype).removeprefix("torch."),
+    )

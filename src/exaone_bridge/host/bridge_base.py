@@ -1,0 +1,138 @@
+"""What all our bridges share: one table of rows, strict coverage on both sides, the configuration both ways."""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.model_bridge import HFWeightTuple, MegatronModelBridge, WeightConversionTask
+from megatron.core.transformer.module import MegatronModule
+
+from exaone_bridge.errors import UnmappedTensors
+from exaone_bridge.host.bind import bind
+from exaone_bridge.parts.rows import Row, expected_hf, expected_megatron
+
+__all__ = ["ExactBridge", "config_mapping"]
+
+# What travels byte for byte with an export, beside config and weights.
+TRAVELLING_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+)
+
+
+def config_mapping(hf_config: Any) -> dict[str, Any]:
+    """What `save_pretrained` would write for this Transformers config, less the version stamp; mappings stay as they are."""
+    config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())
+    return {key: value for key, value in config.items() if key != "transformers_version"}
+
+
+class ExactBridge(MegatronModelBridge, abc.ABC):
+    """A MegatronModelBridge that accounts for every tensor of both sides, or stops and names it."""
+
+    ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(TRAVELLING_FILES)
+
+    @classmethod
+    @abc.abstractmethod
+    def read_config(cls, config: Mapping[str, Any]) -> Any:
+        """The family's facts."""
+
+    @classmethod
+    @abc.abstractmethod
+    def rows(cls, facts: Any) -> tuple[Row, ...]:
+        """The family's table."""
+
+    def _facts(self) -> Any:
+        return self.read_config(config_mapping(self.hf_config))
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """The rows of the model at hand, bound to the host's mapping objects.
+
+        Raises:
+            UnsupportedConfig: the configuration is not modelled.
+        """
+        facts = self._facts()
+        return bind(self.rows(facts), facts.vocab_size)
+
+    def build_conversion_tasks(
+        self,
+        hf_pretrained: Any,
+        megatron_model: list[MegatronModule],
+        weight_dtype: torch.dtype | None = None,
+    ) -> list[WeightConversionTask]:
+        """The host's tasks, once both sides are known to be covered; the host itself only warns.
+
+        Raises:
+            UnmappedTensors: a Megatron parameter without a row, a row without its parameter, a tensor of the
+                checkpoint that no row claims, or one that a row claims and the checkpoint lacks.
+        """
+        self.hf_pretrained = hf_pretrained
+        self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
+        facts = self._facts()
+        rows = self.rows(facts)
+        self._check_megatron(rows, megatron_model)
+        source = getattr(getattr(hf_pretrained, "state", None), "source", None)
+        if source is not None:
+            _check(
+                set(expected_hf(rows, facts.dims)),
+                set(source.get_all_keys()),
+                where="Hugging Face checkpoint",
+                missing="tensors that the model needs are missing",
+                extra="tensors that the model has no place for",
+                remedy="check that config.json belongs to these weights",
+            )
+        return super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype=weight_dtype)
+
+    def _check_megatron(self, rows: Iterable[Row], megatron_model: list[MegatronModule]) -> None:
+        names = {
+            self._get_lora_unwrapped_name(name)
+            for name in self._megatron_global_param_names_all_pp_ranks(megatron_model)
+            if "_quantizer." not in name  # the host's own mappings cover quantizers
+        }
+        if "output_layer.weight" not in (expected := expected_megatron(rows)):
+            names.discard("output_layer.weight")  # tied: the last stage's copy of the embedding
+        _check(
+            expected,
+            names,
+            where="Megatron-Core model",
+            missing="parameters that the rows of this family fill are missing",
+            extra="parameters without a row",
+            remedy="the provider must build the model that the Hugging Face configuration describes",
+        )
+
+    def stream_weights_megatron_to_hf(
+        self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
+    ) -> Iterable[HFWeightTuple]:
+        """The host's stream of (name, tensor); it must end with every tensor sent exactly once.
+
+        Raises:
+            UnmappedTensors: from `build_conversion_tasks`, before anything is sent; or names missing at the end.
+        """
+        sent: set[str] = set()
+        for weight in super().stream_weights_megatron_to_hf(megatron_model, hf_pretrained, *args, **kwargs):
+            sent.add(weight.param_name.replace(".base_layer", ""))
+            yield weight
+        if kwargs.get("conversion_tasks") is None:  # a caller's own tasks are a caller's own choice
+            facts = self._facts()
+            missing = set(expected_hf(self.rows(facts), facts.dims)) - sent
+            if missing:
+                raise UnmappedTensors(
+                    "tensors were not exported", missing, where="export", remedy="the output is not complete: delete it"
+                )
+
+
+def _check(expected: set[str], found: set[str], *, where: str, missing: str, extra: str, remedy: str) -> None:
+    if lost := expected - found:
+        raise UnmappedTensors(missing, lost, where=where, remedy=remedy)
+    if strange := found - expected:
+        raise UnmappedTensors(extra, strange, where=where, remedy=remedy)

@@ -1,0 +1,103 @@
+"""Claims architectures in Megatron-Bridge's dispatch, by class and by name, and proves the claim.
+
+Megatron-Bridge registers bridges of its own for the same architectures, some under the name and some under the class,
+and looks up by whichever it has (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`). A later
+registration of the same key wins; so ours comes after its own have run, under both keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from exaone_bridge.errors import RegistrationError
+from exaone_bridge.host.import_hook import around_import
+
+if TYPE_CHECKING:
+    from exaone_bridge.host.bridge_base import ExactBridge
+
+__all__ = ["ARCHITECTURES", "register", "register_when_imported", "supported"]
+
+# A new family is one line here: Hugging Face architecture -> its bridge.
+ARCHITECTURES = {
+    "Exaone4ForCausalLM": "exaone_bridge.families.exaone4.bridge:Exaone4Bridge",
+}
+
+_HOST = "megatron.bridge"
+
+
+def _bridge_classes() -> dict[str, type[ExactBridge]]:
+    classes = {}
+    for architecture, place in ARCHITECTURES.items():
+        module, _, name = place.partition(":")
+        classes[architecture] = getattr(importlib.import_module(module), name)
+    return classes
+
+
+def _keys(architecture: str) -> tuple[object, ...]:
+    """What the host may look the architecture up by: its name, and Transformers' class where there is one."""
+    import transformers
+
+    by_class = getattr(transformers, architecture, None)
+    return (architecture,) if by_class is None else (architecture, by_class)
+
+
+def register() -> None:
+    """Claim every architecture of `ARCHITECTURES`. Imports Megatron-Bridge and torch; doing it again is harmless.
+
+    Raises:
+        RegistrationError: the host still looks up another class.
+    """
+    from megatron.bridge.models.conversion.model_bridge import register_bridge_implementation
+    from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+    from megatron.core.models.gpt import GPTModel
+
+    register_allowed_target_prefix("exaone_bridge.")  # run_config.yaml names our providers and spec functions
+    classes = _bridge_classes()
+    for architecture, bridge in classes.items():
+        for key in _keys(architecture):
+            register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)
+    _prove(classes)
+
+
+def _prove(classes: dict[str, type[ExactBridge]]) -> None:
+    from megatron.bridge.models.conversion.model_bridge import get_model_bridge
+
+    for architecture, bridge in classes.items():
+        for key in _keys(architecture):
+            found = type(get_model_bridge(key))
+            if found is not bridge:
+                raise RegistrationError(
+                    f"Megatron-Bridge: {key!r} is looked up as {found.__module__}.{found.__qualname__}, and must be "
+                    f"{bridge.__module__}.{bridge.__qualname__}; import exaone_bridge after whatever registered the other."
+                )
+
+
+def supported() -> dict[str, type[ExactBridge]]:
+    """Architecture -> the bridge class that AutoBridge uses for it, looked up and proved now.
+
+    Imports Megatron-Bridge, and registers if that has not happened yet.
+
+    Raises:
+        RegistrationError: something else has claimed an architecture since.
+    """
+    importlib.import_module(_HOST)  # registers through the hook, unless it was there first
+    classes = _bridge_classes()
+    _prove(classes)
+    return classes
+
+
+@contextlib.contextmanager
+def _then_register() -> Iterator[None]:
+    yield
+    register()
+
+
+def register_when_imported() -> None:
+    """Register now if Megatron-Bridge is imported already, else at the end of its import."""
+    around_import(_HOST, _then_register)
+    if _HOST in sys.modules:
+        register()
