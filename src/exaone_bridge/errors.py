@@ -29,8 +29,18 @@ def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
     return ", ".join(items[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _rebuild(cls: type[BridgeError], message: str, state: dict[str, object]) -> BridgeError:
+    error = cls.__new__(cls, message)
+    error.args = (message,)
+    error.__dict__.update(state)
+    return error
+
+
 class BridgeError(Exception):
     """The root: everything exaone_bridge raises on purpose is one of these (command-line exit code 2)."""
+
+    def __reduce__(self) -> tuple[object, ...]:  # a rank sends its error to the process that started it
+        return _rebuild, (type(self), str(self), self.__dict__)
 
 
 class UnsupportedConfig(BridgeError):

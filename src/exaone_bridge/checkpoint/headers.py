@@ -1,7 +1,7 @@
 """The safetensors headers of a Hugging Face checkpoint, read with the standard library alone.
 
 Where each tensor lies, and whether the files can be trusted, is known before torch is imported or a weight is read.
-What safetensors or Transformers would refuse is refused here, in one sentence.
+What safetensors would refuse is refused here, in one sentence.
 The format: https://github.com/huggingface/safetensors#format.
 """
 

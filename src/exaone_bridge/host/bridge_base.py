@@ -14,22 +14,10 @@ from megatron.core.transformer.module import MegatronModule
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.bind import bind
+from exaone_bridge.parts.files import TRAVELLING_FILES
 from exaone_bridge.parts.rows import Row, expected_hf, expected_megatron
 
 __all__ = ["ExactBridge", "config_mapping"]
-
-# What travels byte for byte with an export, beside config and weights.
-TRAVELLING_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-)
-
 
 def config_mapping(hf_config: Any) -> dict[str, Any]:
     """What `save_pretrained` would write for this Transformers config, less the version stamp; mappings stay as they are."""

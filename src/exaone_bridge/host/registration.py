@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
+from exaone_bridge.host.artifacts import tolerate_missing_tokenizer
 from exaone_bridge.host.import_hook import around_import
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def register() -> None:
     from megatron.core.models.gpt import GPTModel
 
     register_allowed_target_prefix("exaone_bridge.")  # run_config.yaml names our providers and spec functions
+    tolerate_missing_tokenizer(ARCHITECTURES.keys())
     classes = _bridge_classes()
     for architecture, bridge in classes.items():
         for key in _keys(architecture):

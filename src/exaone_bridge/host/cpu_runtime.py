@@ -1,0 +1,86 @@
+"""Megatron-Core without CUDA: a context manager; nothing stays patched outside it.
+
+Megatron-Core 0.19 asks `torch.cuda` where to put tensors, for its random state and to wait, in places where the
+answer on a CPU is obvious. Inside the context it gets that answer; each entry of the table says who asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["cpu_runtime"]
+
+_CPU = torch.device("cpu")
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+_ANSWERS: dict[str, Any] = {
+    # rotary_pos_embedding.py, tensor_parallel/layers.py, p2p_communication.py, param_mapping.py: where tensors go
+    "current_device": lambda: _CPU,
+    # model_provider.py, initialize.py: before init_process_group
+    "set_device": _nothing,
+    # p2p_communication.py, schedules.py, checkpointing.py: wait for the device
+    "synchronize": _nothing,
+    # checkpointing.py: the state that a checkpoint remembers
+    "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+    "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+    "manual_seed": torch.manual_seed,
+    # model_load_save.py, checkpointing.py: after a save
+    "empty_cache": _nothing,
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Tensors that Megatron-Core makes on, or moves to, the device it spells "cuda" (schedules.py,
+    finalize_model_grads.py, clip_grads.py) are on the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs = kwargs | {"device": _CPU}
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.partition(":")[0] == "cuda"
+
+
+@contextlib.contextmanager
+def cpu_runtime() -> Iterator[None]:
+    """Megatron-Core builds, runs, trains and saves on the CPU inside this context.
+
+    Where CUDA is available nothing is changed. Contexts nest. Build models with `use_cpu_initialization=True`
+    and communicate through gloo.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from megatron.core.tensor_parallel import random
+
+    with contextlib.ExitStack() as stack:
+        # The tracker of dropout's random states, one for what tensor-parallel ranks share and one for what they do not.
+        stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()))
+        stack.enter_context(
+            mock.patch.object(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+        )
+        for name, answer in _ANSWERS.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(_CudaMeansCpu())
+        yield

@@ -1,0 +1,172 @@
+"""Megatron-Core models in a world that is up: built, loaded, run and saved through AutoBridge's own calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.bridge import AutoBridge
+from megatron.bridge.training.model_load_save import load_model_config
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config, unwrap_model
+
+from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.host.registration import supported
+from exaone_bridge.parts.layout import Layout
+
+__all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "provider_of"]
+
+
+def model_parallel_of(layout: Layout) -> dict[str, Any]:
+    """The provider's fields for this layout."""
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "sequence_parallel": layout.sp,
+    }
+
+
+def build(
+    bridge: AutoBridge,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    **overrides: Any,
+) -> list[MegatronModule]:
+    """This rank's model chunks with the weights of the Hugging Face model, on the CPU where there is no GPU.
+
+    Args:
+        dtype: of parameters and arithmetic; None: the checkpoint's.
+        overrides: further fields of the provider.
+
+    Raises:
+        BridgeError: what `finalize` and the load refuse.
+    """
+    provider = bridge.to_megatron_provider()
+    dtype = dtype or provider.params_dtype
+    fields = model_parallel_of(layout) | {"backend": backend, "pipeline_dtype": dtype, "autocast_dtype": dtype}
+    provider.apply_overrides_and_finalize(dtype, fields | overrides)
+    return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available())
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    """The folder of the newest iteration, or the path itself if it is one."""
+    folders = [folder for folder in path.glob("iter_*") if folder.name[5:].isdigit()]
+    return max(folders, key=lambda folder: int(folder.name[5:])) if folders else path
+
+
+def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The provider in a Megatron checkpoint's run config, and the Hugging Face config it stands for.
+
+    Raises:
+        CheckpointError: no such folder, or not a Megatron-Bridge checkpoint.
+        UnsupportedConfig: a model that none of our bridges made.
+    """
+    folder = _checkpoint_folder(path)
+    if not (folder / "run_config.yaml").is_file():
+        raise CheckpointError(
+            path, "this is no Megatron-Bridge checkpoint (run_config.yaml is missing)", remedy="name a folder that `import` wrote"
+        )
+    provider, _ = load_model_config(str(folder))
+    for bridge in supported().values():
+        if type(provider) is bridge.PROVIDER_CLASS:
+            return provider, bridge.megatron_to_hf_config(provider)
+    raise UnsupportedConfig(
+        "model",
+        got=type(provider).__qualname__,
+        known=tuple(bridge.PROVIDER_CLASS.__qualname__ for bridge in supported().values()),
+        where=str(folder / "run_config.yaml"),
+    )
+
+
+def load_megatron(bridge: AutoBridge, path: Path, layout: Layout) -> list[MegatronModule]:
+    """This rank's model chunks from a Megatron checkpoint, at this layout whatever layout wrote it."""
+    return bridge.load_megatron_model(path, mp_overrides=model_parallel_of(layout))
+
+
+@contextlib.contextmanager
+def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tensor]]) -> Iterator[None]:
+    """Collect each layer's output [S, B, H] (the whole sequence), keyed by global 0-based layer number."""
+
+    def keep(layer: torch.nn.Module, _: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if layer.config.sequence_parallel:
+            hidden = _gathered(hidden, dim=0)
+        into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
+
+    handles = [
+        layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def _run_stage(batches: Iterator[torch.Tensor], model: MegatronModule, vocab_size: int) -> tuple[torch.Tensor, Any]:
+    tokens = next(batches)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    output = model(tokens, positions, None)
+
+    def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+        return _gathered(tensor, dim=-1)[..., :vocab_size].float().cpu()
+
+    return output, logits
+
+
+@torch.no_grad()
+def forward_logits(
+    model: list[MegatronModule], tokens: torch.Tensor
+) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
+    """Run Megatron-Core's own schedule over prompts of one length, one prompt a microbatch.
+
+    Args:
+        model: this rank's chunks.
+        tokens: [N, S] int64, the same on every rank.
+
+    Returns:
+        Logits [N, S, V] fp32 on ranks of the last pipeline stage, None elsewhere; and the output [N, S, H] of each
+        layer that this rank holds, by global 0-based layer number.
+    """
+    config = get_model_config(model[0])
+    count, length = tokens.shape
+    # Interleaved stages want a multiple of pp microbatches; sequence parallelism, a multiple of tp positions.
+    # Attention is causal: what is appended changes nothing before it.
+    rows = -count % config.pipeline_model_parallel_size
+    columns = -length % config.tensor_model_parallel_size
+    padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(next(model[0].parameters()).device)
+    for chunk in model:
+        chunk.eval()
+    hidden: dict[int, list[torch.Tensor]] = {}
+    with _hidden_states(model, hidden):
+        outputs = get_forward_backward_func()(
+            forward_step_func=functools.partial(_run_stage, vocab_size=config.vocab_size),
+            data_iterator=[iter(padded.split(1)) for _ in model] if len(model) > 1 else iter(padded.split(1)),
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=len(padded),
+            seq_length=padded.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    layers = {
+        layer: torch.cat(parts, dim=1).transpose(0, 1)[:count, :length].float().cpu() for layer, parts in hidden.items()
+    }
+    return (torch.cat(outputs)[:count, :length] if outputs else None), layers

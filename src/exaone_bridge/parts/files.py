@@ -1,0 +1,33 @@
+"""Files of a Hugging Face model folder beside its weights and its config. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+__all__ = ["TRAVELLING_FILES", "copy_travelling_files", "has_tokenizer"]
+
+# What travels byte for byte with a conversion; none of it has to be there.
+TRAVELLING_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+)
+
+
+def copy_travelling_files(source: Path, target: Path) -> list[str]:
+    """Copy them from one folder to another, byte for byte; names of the copied files."""
+    found = sorted({path for pattern in TRAVELLING_FILES for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any file of a tokenizer is there."""
+    return any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt"))
