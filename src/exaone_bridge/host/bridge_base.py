@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.bind import bind
+from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.files import TRAVELLING_FILES
 from exaone_bridge.parts.rows import Row, expected_hf, expected_megatron
 
@@ -25,23 +25,15 @@ def config_mapping(hf_config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "transformers_version"}
 
 
-class ExactBridge(MegatronModelBridge, abc.ABC):
+class ExactBridge(MegatronModelBridge):
     """A MegatronModelBridge that accounts for every tensor of both sides, or stops and names it."""
 
     ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(TRAVELLING_FILES)
 
-    @classmethod
-    @abc.abstractmethod
-    def read_config(cls, config: Mapping[str, Any]) -> Any:
-        """The family's facts."""
-
-    @classmethod
-    @abc.abstractmethod
-    def rows(cls, facts: Any) -> tuple[Row, ...]:
-        """The family's table."""
+    FAMILY: ClassVar[Family]
 
     def _facts(self) -> Any:
-        return self.read_config(config_mapping(self.hf_config))
+        return self.FAMILY.read_config(config_mapping(self.hf_config))
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The rows of the model at hand, bound to the host's mapping objects.
@@ -50,7 +42,7 @@ class ExactBridge(MegatronModelBridge, abc.ABC):
             UnsupportedConfig: the configuration is not modelled.
         """
         facts = self._facts()
-        return bind(self.rows(facts), facts.vocab_size)
+        return bind(self.FAMILY.rows(facts), facts.vocab_size)
 
     def build_conversion_tasks(
         self,
@@ -67,7 +59,7 @@ class ExactBridge(MegatronModelBridge, abc.ABC):
         self.hf_pretrained = hf_pretrained
         self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
         facts = self._facts()
-        rows = self.rows(facts)
+        rows = self.FAMILY.rows(facts)
         self._check_megatron(rows, megatron_model)
         source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         if source is not None:
@@ -112,7 +104,7 @@ class ExactBridge(MegatronModelBridge, abc.ABC):
             yield weight
         if kwargs.get("conversion_tasks") is None:  # a caller's own tasks are a caller's own choice
             facts = self._facts()
-            missing = set(expected_hf(self.rows(facts), facts.dims)) - sent
+            missing = set(expected_hf(self.FAMILY.rows(facts), facts.dims)) - sent
             if missing:
                 raise UnmappedTensors(
                     "tensors were not exported", missing, where="export", remedy="the output is not complete: delete it"

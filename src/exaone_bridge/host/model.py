@@ -88,9 +88,9 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def load_megatron(bridge: AutoBridge, path: Path, layout: Layout) -> list[MegatronModule]:
-    """This rank's model chunks from a Megatron checkpoint, at this layout whatever layout wrote it."""
-    return bridge.load_megatron_model(path, mp_overrides=model_parallel_of(layout))
+def load_megatron(bridge: AutoBridge, path: Path, layout: Layout, *, backend: str = "auto") -> list[MegatronModule]:
+    """This rank's model chunks from a Megatron checkpoint, at this layout and backend whatever wrote it."""
+    return bridge.load_megatron_model(path, mp_overrides=model_parallel_of(layout) | {"backend": backend})
 
 
 @contextlib.contextmanager

@@ -14,27 +14,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
+from exaone_bridge.families import FAMILIES
 from exaone_bridge.host.artifacts import tolerate_missing_tokenizer
 from exaone_bridge.host.import_hook import around_import
 
 if TYPE_CHECKING:
     from exaone_bridge.host.bridge_base import ExactBridge
 
-__all__ = ["ARCHITECTURES", "register", "register_when_imported", "supported"]
-
-# A new family is one line here: Hugging Face architecture -> its bridge.
-ARCHITECTURES = {
-    "Exaone4ForCausalLM": "exaone_bridge.families.exaone4.bridge:Exaone4Bridge",
-}
+__all__ = ["register", "register_when_imported", "supported"]
 
 _HOST = "megatron.bridge"
 
 
 def _bridge_classes() -> dict[str, type[ExactBridge]]:
     classes = {}
-    for architecture, place in ARCHITECTURES.items():
-        module, _, name = place.partition(":")
-        classes[architecture] = getattr(importlib.import_module(module), name)
+    for family in FAMILIES:
+        module, _, name = family.bridge.partition(":")
+        for architecture in family.architectures:
+            classes[architecture] = getattr(importlib.import_module(module), name)
     return classes
 
 
@@ -47,7 +44,7 @@ def _keys(architecture: str) -> tuple[object, ...]:
 
 
 def register() -> None:
-    """Claim every architecture of `ARCHITECTURES`. Imports Megatron-Bridge and torch; doing it again is harmless.
+    """Claim every architecture of `FAMILIES`. Imports Megatron-Bridge and torch; doing it again is harmless.
 
     Raises:
         RegistrationError: the host still looks up another class.
@@ -57,8 +54,8 @@ def register() -> None:
     from megatron.core.models.gpt import GPTModel
 
     register_allowed_target_prefix("exaone_bridge.")  # run_config.yaml names our providers and spec functions
-    tolerate_missing_tokenizer(ARCHITECTURES.keys())
     classes = _bridge_classes()
+    tolerate_missing_tokenizer(classes.keys())
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)

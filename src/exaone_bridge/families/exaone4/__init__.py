@@ -1,0 +1,22 @@
+"""EXAONE 4.0: post-norm, QK norm, hybrid attention with NoPE on the global layers. No torch here."""
+
+from __future__ import annotations
+
+from exaone_bridge.families.exaone4.config import ARCHITECTURE, read_config, write_config
+from exaone_bridge.families.exaone4.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
+from exaone_bridge.families.exaone4.weights import exaone4_rows
+from exaone_bridge.parts.family import Family
+
+__all__ = ["EXAONE4"]
+
+EXAONE4 = Family(
+    name="exaone4",
+    architectures=(ARCHITECTURE,),
+    read_config=read_config,
+    write_config=write_config,
+    rows=exaone4_rows,
+    tiny=TINY,
+    special_tokens=SPECIAL_TOKENS,
+    chat_template=CHAT_TEMPLATE,
+    bridge="exaone_bridge.families.exaone4.bridge:Exaone4Bridge",
+)

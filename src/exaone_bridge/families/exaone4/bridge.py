@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from exaone_bridge.families.exaone4.config import ARCHITECTURE, MODEL_TYPE, Exaone4Facts, read_config, write_config
+from exaone_bridge.families.exaone4 import EXAONE4
+from exaone_bridge.families.exaone4.config import ARCHITECTURE, MODEL_TYPE, read_config, write_config
 from exaone_bridge.families.exaone4.provider import Exaone4ModelProvider, exaone4_provider, facts_of
-from exaone_bridge.families.exaone4.weights import exaone4_rows
 from exaone_bridge.host.bridge_base import ExactBridge, config_mapping
-from exaone_bridge.parts.rows import Row
 
 __all__ = ["Exaone4Bridge"]
 
@@ -24,17 +22,10 @@ class Exaone4Bridge(ExactBridge):
         >>> provider = bridge.to_megatron_provider()
     """
 
+    FAMILY = EXAONE4
     SOURCE_NAME = ARCHITECTURE
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone4ModelProvider
-
-    @classmethod
-    def read_config(cls, config: Mapping[str, Any]) -> Exaone4Facts:
-        return read_config(config)
-
-    @classmethod
-    def rows(cls, facts: Exaone4Facts) -> tuple[Row, ...]:
-        return exaone4_rows(facts)
 
     def provider_bridge(self, hf_pretrained: Any) -> Exaone4ModelProvider:
         """The provider of a Hugging Face model (anything with `.config`).

@@ -1,0 +1,107 @@
+"""A Hugging Face model folder, read and checked from its config and its safetensors headers alone. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.checkpoint.headers import TensorInfo, read_headers, read_json
+from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedConfig
+from exaone_bridge.families import family_of
+from exaone_bridge.parts.family import Family
+from exaone_bridge.parts.rows import Row, expected_hf
+
+__all__ = ["HFSource", "open_source"]
+
+# Configuration's spelling -> safetensors'.
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class HFSource:
+    """A checked Hugging Face folder: its configuration, its family's facts and rows, and where each tensor lies."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    family: Family
+    facts: Any
+    rows: tuple[Row, ...]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        sizes = {"F32": 4, "BF16": 2, "F16": 2}
+        return sum(tensor.nbytes // sizes[tensor.dtype] for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_source(folder: Path) -> HFSource:
+    """Read and check a Hugging Face folder: after this, a load finds every tensor, in the right shape and type.
+
+    Raises:
+        CheckpointError: a missing, damaged or unsafe file, or a tensor of another shape or type than config.json says.
+        UnsupportedConfig: a configuration that is not modelled, or an architecture that nobody claims.
+        UnmappedTensors: tensors that the model needs and the folder lacks, or the other way round.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(folder, "this folder does not exist", remedy="name a Hugging Face model folder")
+    path = folder / "config.json"
+    config = read_json(path)
+    family = _family(config, path)
+    facts = family.read_config(config)
+    rows = family.rows(facts)
+    tensors = read_headers(folder)
+    _check_tensors(folder, expected_hf(rows, facts.dims), _DTYPES[facts.dtype], tensors)
+    return HFSource(folder, config, family, facts, rows, tensors)
+
+
+def _family(config: Mapping[str, Any], path: Path) -> Family:
+    try:
+        return family_of(config.get("architectures"), where=str(path))
+    except UnsupportedConfig:
+        if "auto_map" in config:
+            raise UnsupportedConfig(
+                "auto_map",
+                got=config["auto_map"],
+                wanted="absent, because it asks to run Python code that came with the checkpoint (trust_remote_code)",
+                where=str(path),
+                remedy="use a model whose architecture Transformers has built in; exaone_bridge runs no remote code",
+            ) from None
+        raise
+
+
+def _check_tensors(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], dtype: str, found: Mapping[str, TensorInfo]
+) -> None:
+    if missing := expected.keys() - found.keys():
+        raise UnmappedTensors(
+            "tensors that the model needs are missing", missing, where=str(folder), remedy="download or copy it again"
+        )
+    if strange := found.keys() - expected.keys():
+        raise UnmappedTensors(
+            "tensors that the model has no place for",
+            strange,
+            where=str(folder),
+            remedy="check that config.json belongs to these weights",
+        )
+    for name, shape in expected.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                tensor.file,
+                f"tensor {name} has shape {list(tensor.shape)}, and config.json makes it {list(shape)}",
+                remedy="check that config.json belongs to these weights",
+            )
+        if tensor.dtype != dtype:
+            raise CheckpointError(
+                tensor.file,
+                f"tensor {name} has type {tensor.dtype}, and config.json's dtype makes it {dtype}",
+                remedy="convert it, or correct dtype in config.json",
+            )

@@ -1,0 +1,67 @@
+"""What every room may ask of a family without knowing it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from exaone_bridge.parts.rows import Row
+
+__all__ = ["Facts", "Family"]
+
+
+class Facts(Protocol):
+    """What the facts of every family have in common."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def ffn_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
+    @property
+    def rope(self) -> tuple[bool, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def dims(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models: how its configuration is read and written, its table of rows, and where its bridge is.
+
+    Attributes:
+        name: the folder's.
+        architectures: what `config.json` calls it.
+        read_config: `config.json` -> facts; raises UnsupportedConfig.
+        write_config: facts and the configuration they came from -> `config.json`.
+        rows: facts -> table.
+        tiny: name -> configuration of a published topology in miniature.
+        special_tokens: text -> id, for the tokenizer of a miniature.
+        chat_template: Jinja, for the same.
+        bridge: `module:class`, imported only when Megatron-Bridge has been.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    write_config: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    rows: Callable[[Any], tuple[Row, ...]]
+    tiny: Mapping[str, Mapping[str, Any]]
+    special_tokens: Mapping[str, int]
+    chat_template: str
+    bridge: str
