@@ -1,8 +1,8 @@
 """EXAONE and ERNIE in Megatron-Core: a Megatron-Bridge plugin.
 
-`import exaone_bridge` imports neither torch nor Megatron. It leaves two notes with Python's import system: Megatron-Bridge
-is made importable where Transformer Engine is missing, and our bridges are registered as soon as it has been imported
-(at once, if it has been already).
+`import exaone_bridge` imports neither torch nor Megatron. It leaves two notes with Python's import system:
+Megatron-Bridge is made importable where Transformer Engine is missing, and our bridges are registered as soon as it has
+been imported (at once, if it has been already).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from exaone_bridge.checkpoint.headers import read_json
-from exaone_bridge.checkpoint.source import HFSource, open_source
+from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
 from exaone_bridge.checkpoint.staging import refuse_existing, staged
 from exaone_bridge.checkpoint.writer import INDEX, MAX_SHARD_BYTES, plan_shards, write_config, write_hf_folder
 from exaone_bridge.errors import CheckpointError
@@ -24,7 +24,7 @@ from exaone_bridge.parts.files import copy_travelling_files
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import expected_hf
 
-__all__ = ["Summary", "check_layout", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
+__all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
 
 ASSETS = "hf"  # the folder in a Megatron checkpoint that holds what Megatron has no place for
 
@@ -36,11 +36,6 @@ class Summary:
     tensors: int
     nbytes: int
     seconds: float
-
-
-def check_layout(facts: Any, layout: Layout) -> None:
-    """Refuse a layout that the model cannot be cut into, before anything heavy is imported."""
-    layout.check(layers=facts.num_layers, heads=facts.num_heads, kv_heads=facts.num_kv_heads, ffn=facts.ffn_size)
 
 
 def shards_like(source: HFSource) -> dict[str, str]:
@@ -156,7 +151,9 @@ def export_checkpoint(
     facts = family.read_config(config)
     check_layout(facts, layout)
     size = getattr(torch, facts.dtype).itemsize
-    sizes = {name: torch.Size(shape).numel() * size for name, shape in expected_hf(family.rows(facts), facts.dims).items()}
+    sizes = {
+        name: torch.Size(shape).numel() * size for name, shape in expected_hf(family.rows(facts), facts.dims).items()
+    }
     files = _source_shards(megatron_folder / ASSETS / INDEX, sizes) or plan_shards(sizes, max_shard_bytes)
     with staged(hf_folder) as folder:
         arguments = (megatron_folder.absolute(), folder, layout, backend, config, files)

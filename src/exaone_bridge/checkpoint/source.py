@@ -10,10 +10,11 @@ from typing import Any
 from exaone_bridge.checkpoint.headers import TensorInfo, read_headers, read_json
 from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedConfig
 from exaone_bridge.families import family_of
-from exaone_bridge.parts.family import Family
+from exaone_bridge.parts.family import Facts, Family
+from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row, expected_hf
 
-__all__ = ["HFSource", "open_source"]
+__all__ = ["HFSource", "check_layout", "open_source"]
 
 # Configuration's spelling -> safetensors'.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -105,3 +106,12 @@ def _check_tensors(
                 f"tensor {name} has type {tensor.dtype}, and config.json's dtype makes it {dtype}",
                 remedy="convert it, or correct dtype in config.json",
             )
+
+
+def check_layout(facts: Facts, layout: Layout) -> None:
+    """Refuse a layout that the model cannot be cut into, before anything heavy is imported.
+
+    Raises:
+        UnsupportedLayout: see `Layout.check`.
+    """
+    layout.check(layers=facts.num_layers, heads=facts.num_heads, kv_heads=facts.num_kv_heads, ffn=facts.ffn_size)

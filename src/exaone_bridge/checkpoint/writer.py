@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,7 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], fil
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """`config.json` as `save_pretrained` writes it: sorted keys, two spaces, and Transformers' version."""
-    import transformers
-
-    text = json.dumps({**config, "transformers_version": transformers.__version__}, indent=2, sort_keys=True)
+    text = json.dumps({**config, "transformers_version": version("transformers")}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
 
 

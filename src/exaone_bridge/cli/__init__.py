@@ -1,0 +1,25 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+
+from exaone_bridge.errors import BridgeError, ParityFailure
+
+__all__ = ["main"]
+
+HOLDS, DIFFERS, BAD_INPUT, BROKEN = 0, 1, 2, 3
+
+
+def main() -> None:
+    """Run the command; exit code 0: it holds, 1: it differs, 2: bad input, 3: something of ours broke."""
+    from exaone_bridge.cli.app import app
+
+    try:
+        app()
+    except ParityFailure as error:
+        print(error, file=sys.stderr)
+        sys.exit(DIFFERS)
+    except BridgeError as error:
+        print(f"exaone-bridge: {error}", file=sys.stderr)
+        sys.exit(BROKEN if type(error).__name__ == "RankFailure" else BAD_INPUT)

@@ -19,6 +19,7 @@ from exaone_bridge.parts.rows import Row, expected_hf, expected_megatron
 
 __all__ = ["ExactBridge", "config_mapping"]
 
+
 def config_mapping(hf_config: Any) -> dict[str, Any]:
     """What `save_pretrained` would write for this Transformers config, less the version stamp; mappings stay as they are."""
     config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())

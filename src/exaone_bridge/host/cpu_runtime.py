@@ -7,6 +7,7 @@ answer on a CPU is obvious. Inside the context it gets that answer; each entry o
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -72,9 +73,13 @@ def cpu_runtime() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
 
     with contextlib.ExitStack() as stack:
+        # Spawned, the queue's process imports torch anew on every rank; without CUDA a fork is as safe.
+        forked_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+        stack.enter_context(mock.patch.object(filesystem_async, "get_write_results_queue", forked_queue))
         # The tracker of dropout's random states, one for what tensor-parallel ranks share and one for what they do not.
         stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()))
         stack.enter_context(

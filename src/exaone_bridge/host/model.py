@@ -74,7 +74,9 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
     folder = _checkpoint_folder(path)
     if not (folder / "run_config.yaml").is_file():
         raise CheckpointError(
-            path, "this is no Megatron-Bridge checkpoint (run_config.yaml is missing)", remedy="name a folder that `import` wrote"
+            path,
+            "this is no Megatron-Bridge checkpoint (run_config.yaml is missing)",
+            remedy="name a folder that `import` wrote",
         )
     provider, _ = load_model_config(str(folder))
     for bridge in supported().values():
@@ -103,9 +105,7 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
             hidden = _gathered(hidden, dim=0)
         into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
 
-    handles = [
-        layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers
-    ]
+    handles = [layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers]
     try:
         yield
     finally:

@@ -54,7 +54,10 @@ class Layout:
             )
         if kv_heads % self.tp and self.tp % kv_heads:
             raise UnsupportedLayout(
-                "tp", got=self.tp, wanted=f"a divisor or a multiple of {kv_heads} key-value heads", remedy="choose another --tp"
+                "tp",
+                got=self.tp,
+                wanted=f"a divisor or a multiple of {kv_heads} key-value heads",
+                remedy="choose another --tp",
             )
         if layers % (self.pp * self.vpp):
             raise UnsupportedLayout(

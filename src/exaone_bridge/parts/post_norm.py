@@ -31,7 +31,9 @@ class _PostNorm:
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         output, bias = super().forward(hidden)  # type: ignore[misc]
         if bias is not None:
-            raise ValueError(f"{type(self).__name__}: a bias was left to add after the norm; set add_bias_linear=False.")
+            raise ValueError(
+                f"{type(self).__name__}: a bias was left to add after the norm; set add_bias_linear=False."
+            )
         return self.post_layernorm(output), None
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.checkpoint.convert import check_layout, drain, shards_like
+from exaone_bridge.checkpoint.convert import drain, shards_like
 from exaone_bridge.checkpoint.headers import read_json
-from exaone_bridge.checkpoint.source import open_source
+from exaone_bridge.checkpoint.source import check_layout, open_source
 from exaone_bridge.checkpoint.writer import write_hf_folder
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors

@@ -96,7 +96,9 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
         )
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UnsupportedConfig("hidden_act", got=activation, known=("silu",))
-    if (dtype := str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")) not in DTYPES:
+    if (
+        dtype := str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    ) not in DTYPES:
         raise UnsupportedConfig("dtype", got=dtype, known=DTYPES)
 
     windows = _windows(config, layers)
@@ -241,7 +243,9 @@ def write_config(facts: Exaone4Facts, source: Mapping[str, Any]) -> dict[str, An
     if not source:
         config = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
     before = read_config(source) if source else None
-    changed = {name for name in Exaone4Facts.__dataclass_fields__ if getattr(before, name, None) != getattr(facts, name)}
+    changed = {
+        name for name in Exaone4Facts.__dataclass_fields__ if getattr(before, name, None) != getattr(facts, name)
+    }
     fields = _FIELDS if source else _FIELDS | _TRAINING_FIELDS
     for name in fields.keys() & (changed if source else fields.keys()):
         config[fields[name]] = getattr(facts, name)

@@ -1,0 +1,258 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from exaone_bridge.cli.show import console, stages, table
+from exaone_bridge.errors import ParityFailure, UnsupportedConfig
+from exaone_bridge.families import FAMILIES
+from exaone_bridge.parts.layout import Layout
+
+app = typer.Typer(
+    help="EXAONE and ERNIE between Hugging Face and Megatron-Core: convert, inspect, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+MINIATURES = {name: (family, config) for family in FAMILIES for name, config in family.tiny.items()}
+
+Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel ranks.", min=1)]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1)]
+Vpp = Annotated[int, typer.Option("--vpp", help="Model chunks a pipeline rank holds.", min=1)]
+Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism along --tp.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, transformer_engine or torch.")]
+
+
+def _example(text: str) -> str:
+    return f"Example: [bold]{text}[/bold]"
+
+
+@app.command(epilog=_example("exaone-bridge demo"))
+def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, backend: Backend = "auto") -> None:
+    """Write tiny random models, convert them to Megatron-Core and back, and compare everything."""
+    import tempfile
+
+    from exaone_bridge.checkpoint.tiny import write_random
+    from exaone_bridge.verify.verify import verify
+
+    layout = Layout(tp=tp, pp=pp, vpp=vpp)
+    reports = []
+    with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
+        for name, (_, config) in MINIATURES.items():
+            with stages(name) as on_event:
+                on_event(0, "importing Megatron-Core (half a minute, once)")
+                folder = Path(work) / name
+                config = _fitted(config, layout)
+                write_random(folder, config)
+                reports.append(verify(folder, layout, backend=backend, on_event=on_event))
+    table(
+        "Hugging Face -> Megatron-Core -> Hugging Face",
+        ["model", "parameters", "layout", "max |logit difference|", "first differing layer", "round trip", "seconds"],
+        [
+            [
+                report.source,
+                f"{report.parameters:,}",
+                report.layout,
+                f"{report.max_logit_difference:.1e}",
+                report.first_differing_layer,
+                "bitwise equal" if report.round_trip else "DIFFERS",
+                f"{report.seconds:.1f}",
+            ]
+            for report in reports
+        ],
+    )
+    faults = [
+        f"{report.source}: {check.name}: {check.figure} {check.where}"
+        for report in reports
+        for check in report.checks
+        if not check.holds
+    ]
+    if faults:
+        raise ParityFailure("\n".join(faults))
+
+
+def _fitted(config: Any, layout: Layout) -> dict[str, Any]:
+    """The configuration with as many layers as the layout needs, its layer pattern repeated or cut."""
+    stages_ = layout.pp * layout.vpp
+    layers = -(-config["num_hidden_layers"] // stages_) * stages_
+    types = (config["layer_types"] * layers)[:layers]
+    return {**config, "num_hidden_layers": layers, "layer_types": types}
+
+
+@app.command(epilog=_example("exaone-bridge tiny exaone4 /tmp/tiny --set num_hidden_layers=4 --set dtype=bfloat16"))
+def tiny(
+    family: Annotated[str, typer.Argument(help=f"One of: {', '.join(MINIATURES)}.")],
+    folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of config.json, the value as JSON.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a small random checkpoint with a published topology."""
+    if family not in MINIATURES:
+        raise UnsupportedConfig("family", got=family, known=tuple(MINIATURES), where="command line")
+    _, config = MINIATURES[family]
+    config = _with_settings(dict(config), set_ or [])
+    from exaone_bridge.checkpoint.tiny import write_random
+
+    write_random(folder, config, seed=seed)
+    console.print(f"{folder}: {config['num_hidden_layers']} layers, {config['dtype']}", highlight=False)
+
+
+def _with_settings(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals or not field:
+            raise UnsupportedConfig("--set", got=setting, wanted="field=value", where="command line")
+        try:
+            config[field] = json.loads(text)
+        except ValueError:
+            config[field] = text  # a word: dtype=bfloat16
+    layers, types = config.get("num_hidden_layers"), config.get("layer_types")
+    names = {setting.partition("=")[0] for setting in settings}
+    if "num_hidden_layers" in names and "layer_types" not in names and isinstance(layers, int) and types:
+        config["layer_types"] = (types * max(1, layers))[: max(0, layers)]  # the pattern goes on, or is cut
+    return config
+
+
+@app.command(epilog=_example("exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4"))
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    sp: Sp = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is, where each tensor goes, and whether a layout fits. Reads no tensor."""
+    from exaone_bridge.checkpoint.source import check_layout, open_source
+    from exaone_bridge.parts.schedule import pattern
+
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp)
+    source = open_source(folder)
+    facts = source.facts
+    check_layout(facts, layout)
+    destinations = {tensor.name: name for row in source.rows for name, hf in row.expand() for tensor in hf}
+    if json_:
+        summary = {
+            "folder": str(folder),
+            "family": source.family.name,
+            "parameters": source.parameters,
+            "bytes": source.nbytes,
+            "dtype": facts.dtype,
+            "layers": pattern(facts.windows),
+            "rope": list(facts.rope),
+            "tied": facts.tied,
+            "layout": str(layout),
+            "tensors": {
+                name: {
+                    "shape": list(tensor.shape),
+                    "dtype": tensor.dtype,
+                    "file": tensor.file.name,
+                    "megatron": destinations[name],
+                }
+                for name, tensor in source.tensors.items()
+            },
+        }
+        print(json.dumps(summary, indent=2))
+        return
+    rope = "".join("R" if has else "-" for has in facts.rope)
+    table(
+        str(folder),
+        ["what", "value"],
+        [
+            ["family", source.family.name],
+            [
+                "parameters",
+                f"{source.parameters:,} in {len(source.tensors)} tensors, {facts.dtype}, {source.nbytes / 1e9:.2f} GB",
+            ],
+            ["layers (L windowed, G global)", pattern(facts.windows)],
+            ["RoPE (R yes, - none)", rope],
+            ["window", str(next((window for window in facts.windows if window), "-"))],
+            ["heads", f"{facts.num_heads} / {facts.num_kv_heads} x {facts.head_dim}"],
+            ["embeddings", "tied" if facts.tied else "untied"],
+            ["layout", f"{layout} fits: {layout.ranks} ranks"],
+        ],
+    )
+    console.print("Where each tensor goes (* is the layer; V H F D Q K the axes of parts/rows.py)")
+    for row in source.rows:
+        for tensor in row.hf:
+            line = f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("import", epilog=_example("exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2"))
+def import_(
+    hf_folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    megatron_folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    backend: Backend = "auto",
+) -> None:
+    """Convert Hugging Face -> Megatron checkpoint (torch_dist: it loads at any layout)."""
+    from exaone_bridge.checkpoint.convert import import_checkpoint
+
+    with stages("import") as on_event:
+        layout = Layout(tp=tp, pp=pp, vpp=vpp)
+        done = import_checkpoint(hf_folder, megatron_folder, layout, backend=backend, on_event=on_event)
+    _print_summary(megatron_folder, done)
+
+
+@app.command(epilog=_example("exaone-bridge export /checkpoints/exaone /models/exported"))
+def export(
+    megatron_folder: Annotated[Path, typer.Argument(help="A Megatron-Bridge checkpoint.")],
+    hf_folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    backend: Backend = "auto",
+) -> None:
+    """Convert Megatron checkpoint -> Hugging Face, from the checkpoint alone."""
+    from exaone_bridge.checkpoint.convert import export_checkpoint
+
+    with stages("export") as on_event:
+        layout = Layout(tp=tp, pp=pp, vpp=vpp)
+        done = export_checkpoint(megatron_folder, hf_folder, layout, backend=backend, on_event=on_event)
+    _print_summary(hf_folder, done)
+
+
+def _print_summary(folder: Path, done: Any) -> None:
+    console.print(
+        f"{folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB, {done.seconds:.1f} s", highlight=False
+    )
+
+
+@app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2"))
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    sp: Sp = False,
+    backend: Backend = "auto",
+    tolerance: Annotated[float, typer.Option(help="On the absolute difference of logits, in fp32.")] = 1e-4,
+    length: Annotated[int | None, typer.Option(help="Positions of a prompt; default: past the window.", min=1)] = None,
+) -> None:
+    """Round trip through Megatron-Core, bit by bit, and logits of every position against Transformers."""
+    from exaone_bridge.verify.verify import verify as run
+
+    with stages("verify") as on_event:
+        on_event(0, "importing Megatron-Core (half a minute)")
+        layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp)
+        report = run(folder, layout, backend=backend, tolerance=tolerance, length=length, on_event=on_event)
+    table(
+        f"{report.source}, {report.parameters:,} parameters, {report.layout}, {report.seconds:.1f} s",
+        ["check", "figure", "verdict"],
+        [[check.name, check.figure, "holds" if check.holds else "DIFFERS"] for check in report.checks],
+    )
+    if not report.holds:
+        faults = (f"{check.name}: {check.figure}; {check.where}" for check in report.checks if not check.holds)
+        raise ParityFailure(f"{folder}: " + "\n".join(faults))

@@ -1,0 +1,56 @@
+"""What the command line prints: stages while it works, tables at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+__all__ = ["console", "stages", "table"]
+
+console = Console()
+
+
+@contextlib.contextmanager
+def stages(what: str, *, quiet_libraries: bool = True) -> Iterator[Callable[[int, Any], None]]:
+    """Show what is being done: a spinner on a terminal, a line a stage elsewhere. Yields `on_event`."""
+    if quiet_libraries:
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+    last = ""
+    started = time.perf_counter()
+
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as progress:
+        task = progress.add_task(what)
+
+        def on_event(rank: int, stage: Any) -> None:
+            nonlocal last
+            if rank != 0 or stage == last:
+                return
+            last = stage
+            progress.update(task, description=f"{what}: {stage}")
+            if not console.is_terminal:
+                console.print(
+                    f"[{time.perf_counter() - started:5.1f} s] {what}: {stage}", markup=False, highlight=False
+                )
+
+        yield on_event
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; columns of figures, all but the first, are set to the right."""
+    drawn = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
