@@ -6,6 +6,7 @@ layout, so that it can be exported where the source is out of reach.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -151,9 +152,7 @@ def export_checkpoint(
     facts = family.read_config(config)
     check_layout(facts, layout)
     size = getattr(torch, facts.dtype).itemsize
-    sizes = {
-        name: torch.Size(shape).numel() * size for name, shape in expected_hf(family.rows(facts), facts.dims).items()
-    }
+    sizes = {name: math.prod(shape) * size for name, shape in expected_hf(family.rows(facts), facts.dims).items()}
     files = _source_shards(megatron_folder / ASSETS / INDEX, sizes) or plan_shards(sizes, max_shard_bytes)
     with staged(hf_folder) as folder:
         arguments = (megatron_folder.absolute(), folder, layout, backend, config, files)

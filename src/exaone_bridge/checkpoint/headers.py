@@ -21,7 +21,7 @@ from exaone_bridge.errors import CheckpointError
 
 __all__ = ["DTYPE_BYTES", "TensorInfo", "read_file_header", "read_headers", "read_json"]
 
-# Bytes per element. The other dtypes of safetensors (complex, MX scales, sub-byte floats) are refused: no family has them.
+# Bytes per element. Other dtypes of safetensors (complex, MX scales, sub-byte floats) are refused: no family has them.
 DTYPE_BYTES: Final[Mapping[str, int]] = (
     dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1)
     | dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)

@@ -6,6 +6,7 @@ Norm scales are not 1, biases not 0, and activations keep their size from layer 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, toke
     facts = family.read_config(config)
     shapes = expected_hf(family.rows(facts), facts.dims)
     dtype: torch.dtype = getattr(torch, facts.dtype)
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     with staged(target) as folder:
         write_weights(folder, random_weights(shapes, dtype, seed), plan_shards(sizes))
         write_config(folder, config)

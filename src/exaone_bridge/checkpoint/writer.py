@@ -80,7 +80,7 @@ def write_hf_folder(
     config: Mapping[str, Any],
     travelling_from: Path | None,
 ) -> None:
-    """A whole Hugging Face folder; `travelling_from`: where tokenizer, chat template and generation config come from."""
+    """A whole Hugging Face folder; tokenizer, chat template and generation config come from `travelling_from`."""
     write_weights(folder, weights, files)
     write_config(folder, config)
     if travelling_from is not None and travelling_from.is_dir():

@@ -68,14 +68,8 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, backend: Backend = "auto") -> Non
             for report in reports
         ],
     )
-    faults = [
-        f"{report.source}: {check.name}: {check.figure} {check.where}"
-        for report in reports
-        for check in report.checks
-        if not check.holds
-    ]
-    if faults:
-        raise ParityFailure("\n".join(faults))
+    if not all(report.holds for report in reports):
+        raise ParityFailure("\n".join(report.faults() for report in reports))
 
 
 def _fitted(config: Any, layout: Layout) -> dict[str, Any]:
@@ -163,16 +157,14 @@ def inspect(
         }
         print(json.dumps(summary, indent=2))
         return
+    size = f"{source.parameters:,} in {len(source.tensors)} tensors, {facts.dtype}, {source.nbytes / 1e9:.2f} GB"
     rope = "".join("R" if has else "-" for has in facts.rope)
     table(
         str(folder),
         ["what", "value"],
         [
             ["family", source.family.name],
-            [
-                "parameters",
-                f"{source.parameters:,} in {len(source.tensors)} tensors, {facts.dtype}, {source.nbytes / 1e9:.2f} GB",
-            ],
+            ["parameters", size],
             ["layers (L windowed, G global)", pattern(facts.windows)],
             ["RoPE (R yes, - none)", rope],
             ["window", str(next((window for window in facts.windows if window), "-"))],
@@ -254,5 +246,4 @@ def verify(
         [[check.name, check.figure, "holds" if check.holds else "DIFFERS"] for check in report.checks],
     )
     if not report.holds:
-        faults = (f"{check.name}: {check.figure}; {check.where}" for check in report.checks if not check.holds)
-        raise ParityFailure(f"{folder}: " + "\n".join(faults))
+        raise ParityFailure(report.faults())

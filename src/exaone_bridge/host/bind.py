@@ -35,7 +35,8 @@ class VocabularyMapping(ColumnParallelMapping):
         self.vocab_size = vocab_size
 
     def resolve(self, captures: tuple[str, ...]) -> VocabularyMapping:
-        return type(self)(*self._resolve_names(captures), self.vocab_size)
+        megatron_param, hf_param = self._resolve_names(captures)
+        return type(self)(megatron_param, hf_param, self.vocab_size)  # type: ignore[call-arg]
 
     def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
         """[V, H] -> this rank's [padded V / tp, H]."""
@@ -60,7 +61,7 @@ def _bind(row: Row, vocab_size: int | None) -> MegatronParamMapping:
         case Kind.GATED:
             return GatedMLPMapping(row.megatron, *names)
         case Kind.VOCAB:
-            return VocabularyMapping(row.megatron, *names, vocab_size=vocab_size)
+            return VocabularyMapping(row.megatron, names[0], vocab_size)
         case Kind.COLUMN:
             return ColumnParallelMapping(row.megatron, *names)
         case Kind.ROW:

@@ -21,7 +21,7 @@ __all__ = ["ExactBridge", "config_mapping"]
 
 
 def config_mapping(hf_config: Any) -> dict[str, Any]:
-    """What `save_pretrained` would write for this Transformers config, less the version stamp; mappings stay as they are."""
+    """What `save_pretrained` would write for this Transformers config (or mapping), less the version stamp."""
     config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())
     return {key: value for key, value in config.items() if key != "transformers_version"}
 

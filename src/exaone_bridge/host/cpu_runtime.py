@@ -24,6 +24,14 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
 _ANSWERS: dict[str, Any] = {
     # rotary_pos_embedding.py, tensor_parallel/layers.py, p2p_communication.py, param_mapping.py: where tensors go
     "current_device": lambda: _CPU,
@@ -32,8 +40,8 @@ _ANSWERS: dict[str, Any] = {
     # p2p_communication.py, schedules.py, checkpointing.py: wait for the device
     "synchronize": _nothing,
     # checkpointing.py: the state that a checkpoint remembers
-    "get_rng_state": lambda *_, **__: torch.get_rng_state(),
-    "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
     "manual_seed": torch.manual_seed,
     # model_load_save.py, checkpointing.py: after a save
     "empty_cache": _nothing,
@@ -81,10 +89,8 @@ def cpu_runtime() -> Iterator[None]:
         forked_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
         stack.enter_context(mock.patch.object(filesystem_async, "get_write_results_queue", forked_queue))
         # The tracker of dropout's random states, one for what tensor-parallel ranks share and one for what they do not.
-        stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()))
-        stack.enter_context(
-            mock.patch.object(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
-        )
+        stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_rng_state))
+        stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_rng_state))
         for name, answer in _ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(_CudaMeansCpu())

@@ -38,7 +38,7 @@ def _transformer_engine_placeholder() -> Iterator[None]:
         yield  # where it is present nothing is touched
         return
     package, pytorch = (_Placeholder(name) for name in names)
-    package.pytorch = pytorch
+    setattr(package, "pytorch", pytorch)  # noqa: B010  a module's attributes are not declared
     sys.modules.update(zip(names, (package, pytorch), strict=True))
     try:
         yield

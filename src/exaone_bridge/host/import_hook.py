@@ -59,7 +59,7 @@ _finder = _Finder()
 
 
 def around_import(module: str, around: Callable[[], AbstractContextManager[object]]) -> None:
-    """Enter `around()` while `module` executes, each time it is imported from now on; a second call replaces the first."""
+    """Enter `around()` while `module` executes, whenever it is imported; a second call replaces the first."""
     _hooks[module] = around
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

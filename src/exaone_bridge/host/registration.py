@@ -1,8 +1,8 @@
 """Claims architectures in Megatron-Bridge's dispatch, by class and by name, and proves the claim.
 
 Megatron-Bridge registers bridges of its own for the same architectures, some under the name and some under the class,
-and looks up by whichever it has (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`). A later
-registration of the same key wins; so ours comes after its own have run, under both keys.
+and looks up by whichever it has (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`).
+A later registration of the same key wins; so ours comes after its own have run, under both keys.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _prove(classes: dict[str, type[ExactBridge]]) -> None:
             if found is not bridge:
                 raise RegistrationError(
                     f"Megatron-Bridge: {key!r} is looked up as {found.__module__}.{found.__qualname__}, and must be "
-                    f"{bridge.__module__}.{bridge.__qualname__}; import exaone_bridge after whatever registered the other."
+                    f"{bridge.__module__}.{bridge.__qualname__}; import exaone_bridge after what registered the other."
                 )
 
 

@@ -18,13 +18,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from exaone_bridge.errors import BridgeError
 
 __all__ = ["RankFailure", "emit", "run_ranks"]
-
-T = TypeVar("T")
 
 _to_parent: multiprocessing.connection.Connection | None = None
 
@@ -76,7 +74,7 @@ def _rank_main(
     os._exit(0)  # no atexit handlers of the parent's, no teardown of a world whose other ranks may be gone
 
 
-def run_ranks(
+def run_ranks[T](
     target: Callable[..., T], ranks: int, *args: Any, on_event: Callable[[int, Any], None] | None = None
 ) -> list[T]:
     """Run `target(*args)` on each of `ranks` forked ranks; their results, in rank order.

@@ -9,6 +9,7 @@ Axes: S sequence, B batch, N query heads of this rank, G key-value heads of this
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -96,7 +97,7 @@ class TorchDotProductAttention(MegatronModule):
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, heads, T, D]
         documents = [
             self._attend(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
-            for begin, end in zip(starts[:-1], starts[1:], strict=True)
+            for begin, end in itertools.pairwise(starts)
         ]
         return torch.cat(documents, dim=2)[0].transpose(0, 1).flatten(1)
 

@@ -24,7 +24,7 @@ class _PostNorm:
     norm: type
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
+        super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
         # The model's own epsilon: Megatron-Core's norms default to 1e-5.
         self.post_layernorm = self.norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
 
@@ -51,4 +51,4 @@ if HAVE_TE:
         norm = TENorm
 
 else:
-    TERowParallelLinearLayerNorm = None
+    TERowParallelLinearLayerNorm = None  # type: ignore[assignment, misc]

@@ -41,7 +41,7 @@ class ExactGPTModelProvider(GPTModelProvider):
     hf_config: dict[str, Any] = field(default_factory=dict)
 
     def finalize(self) -> None:
-        """Check the layout and the per-layer lists, switch off what the backend cannot run, then Megatron-Core's checks.
+        """Check layout and per-layer lists, switch off what the backend cannot run, then Megatron-Core's own checks.
 
         Raises:
             UnsupportedLayout: a layout that the model cannot be cut into.

@@ -1,4 +1,4 @@
-"""Compares two Hugging Face folders: tensors bit by bit, configurations key by key, other files byte by byte. No torch."""
+"""Compares Hugging Face folders: tensors bit by bit, configurations key by key, files byte by byte. No torch."""
 
 from __future__ import annotations
 

@@ -34,6 +34,12 @@ class Report:
         """Whether every check holds, and there is at least one."""
         return bool(self.checks) and all(check.holds for check in self.checks)
 
+    def faults(self) -> str:
+        """One line for each check that does not hold."""
+        return "\n".join(
+            f"{self.source}: {check.name}: {check.figure}; {check.where}" for check in self.checks if not check.holds
+        )
+
     @property
     def round_trip(self) -> bool:
         """Whether every check but that of the logits holds."""

@@ -38,5 +38,5 @@ class Exaone4Bridge(ExactBridge):
 
     @classmethod
     def megatron_to_hf_config(cls, provider: Exaone4ModelProvider) -> dict[str, Any]:
-        """`config.json` of the model that this provider builds: what `save_pretrained` writes, less the version stamp."""
+        """`config.json` of the model that this provider builds, as `save_pretrained` writes it, less the version."""
         return write_config(facts_of(provider), provider.hf_config)

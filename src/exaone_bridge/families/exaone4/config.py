@@ -155,7 +155,8 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
 
 
 def _kinds_from_pattern(pattern: object, window: int | None, layers: int) -> list[str]:
-    # Where Transformers and vLLM read a pattern differently, or Transformers divides by zero, only layer_types is clear.
+    # Where Transformers and vLLM read a pattern differently, or Transformers divides by zero, only layer_types is
+    # clear.
     if window is None:
         raise UnsupportedConfig(
             "layer_types",
@@ -167,7 +168,7 @@ def _kinds_from_pattern(pattern: object, window: int | None, layers: int) -> lis
         raise UnsupportedConfig(
             "sliding_window_pattern",
             got=pattern,
-            wanted="a positive whole number where layer_types is missing, because Transformers cannot read anything else",
+            wanted="a positive whole number where layer_types is missing, because Transformers reads nothing else",
             remedy=f'write "layer_types": [{SLIDING!r}, ..., {FULL!r}], one entry a layer, instead',
         )
     return [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]
