@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from rich.table import Table
 
 __all__ = ["console", "stages", "table"]
 
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe has no width of its own
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ class VocabularyMapping(ColumnParallelMapping):
 
     def resolve(self, captures: tuple[str, ...]) -> VocabularyMapping:
         megatron_param, hf_param = self._resolve_names(captures)
-        return type(self)(megatron_param, hf_param, self.vocab_size)  # type: ignore[call-arg]
+        return type(self)(megatron_param, hf_param, self.vocab_size)
 
     def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
         """[V, H] -> this rank's [padded V / tp, H]."""
