@@ -24,6 +24,16 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+class _Stream:
+    """A CPU does one thing after the other: there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def record_event(self, event: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+
 def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -39,6 +49,10 @@ _ANSWERS: dict[str, Any] = {
     "set_device": _nothing,
     # p2p_communication.py, schedules.py, checkpointing.py: wait for the device
     "synchronize": _nothing,
+    # dist_utils.py: the data-parallel wrapper is built on a stream of its own
+    "Stream": _Stream,
+    "current_stream": _Stream,
+    "stream": contextlib.nullcontext,
     # checkpointing.py: the state that a checkpoint remembers
     "get_rng_state": _get_rng_state,
     "set_rng_state": _set_rng_state,
@@ -63,6 +77,10 @@ class _CudaMeansCpu(TorchFunctionMode):
         if _is_cuda(kwargs.get("device")):
             kwargs = kwargs | {"device": _CPU}
         return func(*args, **kwargs)
+
+
+def _init_on_gloo(start: Any, backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+    start("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -91,6 +109,9 @@ def cpu_runtime() -> Iterator[None]:
         # The tracker of dropout's random states, one for what tensor-parallel ranks share and one for what they do not.
         stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_rng_state))
         stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_rng_state))
+        # model_provider.py asks for nccl where no process group is there yet
+        start = functools.partial(_init_on_gloo, torch.distributed.init_process_group)
+        stack.enter_context(mock.patch.object(torch.distributed, "init_process_group", start))
         for name, answer in _ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(_CudaMeansCpu())

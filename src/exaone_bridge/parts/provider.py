@@ -59,6 +59,10 @@ class ExactGPTModelProvider(GPTModelProvider):
                 kv_heads=self.num_query_groups,
                 ffn=self.ffn_hidden_size,
             )
+        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
+            # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix up
+            # activations and gradients: on gloo the first step's gradients came out thousands of times too large.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         for name in ("window_attn_skip_freq", "no_rope_freq"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != self.num_layers:

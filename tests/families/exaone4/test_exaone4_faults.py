@@ -1,0 +1,201 @@
+"""Planted faults: each is caught by the check that should catch it, and the first wrong layer is named.
+
+A fault in a table of rows or in a schedule is the same in both directions, so the round trip stays bitwise equal and
+only the logits can tell. Ranks are forked from this process and inherit what is planted here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from exaone_bridge.errors import UnmappedTensors, UnsupportedConfig
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.parts.rows import Row
+from exaone_bridge.verify.verify import verify
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def _rows(change: Callable[[Row], Row | None]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        from exaone_bridge.families.exaone4.bridge import Exaone4Bridge
+
+        family = Exaone4Bridge.FAMILY
+        faulty = dataclasses.replace(
+            family, rows=lambda facts: tuple(row for row in map(change, family.rows(facts)) if row is not None)
+        )
+        patch.setattr(Exaone4Bridge, "FAMILY", faulty)
+
+    return plant
+
+
+def _facts(**changes: Callable[[Any], Any]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        import exaone_bridge.families.exaone4.bridge as module
+
+        read = module.read_config
+
+        def faulty(config: Any) -> Any:
+            facts = read(config)
+            return dataclasses.replace(
+                facts, **{name: change(getattr(facts, name)) for name, change in changes.items()}
+            )
+
+        patch.setattr(module, "read_config", faulty)
+
+    return plant
+
+
+def _reorder(megatron: str, *order: int) -> Plant:
+    def change(row: Row) -> Row:
+        if megatron not in row.megatron:
+            return row
+        return dataclasses.replace(row, hf=tuple(row.hf[number] for number in order))
+
+    return _rows(change)
+
+
+def _swap_post_norms(row: Row) -> Row:
+    names = ("post_attention_layernorm", "post_feedforward_layernorm")
+    for this, other in (names, names[::-1]):
+        if this in row.hf[0].name:
+            tensor = dataclasses.replace(row.hf[0], name=row.hf[0].name.replace(this, other))
+            return dataclasses.replace(row, hf=(tensor,))
+    return row
+
+
+def _window_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    import exaone_bridge.families.exaone4.provider as module
+
+    right = module.megatron_window
+    patch.setattr(module, "megatron_window", lambda windows: ((windows[0], 0), right(windows)[1]))
+
+
+def _rope(change: Callable[[list[int]], list[int]]) -> Plant:
+    """Another `no_rope_freq`. Our own export would refuse it, having no words for it: here it is told the source's."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        import exaone_bridge.families.exaone4.provider as module
+        from exaone_bridge.families.exaone4.bridge import Exaone4Bridge
+
+        right = module.megatron_rope
+        patch.setattr(module, "megatron_rope", lambda rope: change(right(rope)))
+        patch.setattr(Exaone4Bridge, "megatron_to_hf_config", lambda provider: provider.hf_config)
+
+    return plant
+
+
+def _flip(layer: int, window: int | None) -> Plant:
+    """A layer's type: its window and its RoPE."""
+
+    def at(values: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+        return (*values[:layer], value, *values[layer + 1 :])
+
+    return _facts(windows=lambda windows: at(windows, window), rope=lambda rope: at(rope, window is not None))
+
+
+def _head_permuted(patch: pytest.MonkeyPatch) -> None:
+    import exaone_bridge.host.model as module
+
+    build = module.build
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        model = build(*args, **kwargs)
+        weight = model[0].decoder.layers[2].self_attention.linear_qkv.weight
+        with torch.no_grad():  # two query heads of the first group change places
+            weight[:48] = weight[:48].roll(24, dims=0)
+        return model
+
+    patch.setattr(module, "build", faulty)
+
+
+def _post_norm_epsilon(patch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core's default epsilon in the post norms alone, as in Megatron-Bridge 0.6.2."""
+    from exaone_bridge.parts import post_norm
+
+    class Forgetful(post_norm.TorchRMSNorm):
+        def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+            super().__init__(config, hidden_size)
+
+    patch.setattr(post_norm.RowParallelLinearLayerNorm, "norm", Forgetful)
+
+
+FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touches
+    "window off by one": (_window_off_by_one, 0),
+    "NoPE inverted": (_rope(lambda none: [1 - one for one in none]), 0),
+    "gate and up swapped": (_reorder("linear_fc1", 1, 0), 0),
+    "k and v swapped": (_reorder("linear_qkv", 0, 2, 1), 0),
+    "a head permuted": (_head_permuted, 2),
+    "post norms swapped": (_rows(_swap_post_norms), 0),
+    "epsilon": (_facts(norm_eps=lambda eps: eps / 30), 0),
+    "epsilon of the post norms": (_post_norm_epsilon, 0),
+    "factor": (_facts(llama3=lambda rope: dataclasses.replace(rope, factor=8.0)), 0),
+    "low frequency factor": (_facts(llama3=lambda rope: dataclasses.replace(rope, low_freq_factor=2.0)), 0),
+    "theta": (_facts(rope_theta=lambda theta: theta * 1.01), 0),
+    "layer 5 made global": (_flip(5, None), 5),
+    "layer 3 made sliding": (_flip(3, 8), 3),
+    "RoPE on layer 7": (_rope(lambda none: [*none[:7], 0]), 7),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught_and_located(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    plant, layer = FAULTS[fault]
+    folder = tiny("exaone4")
+    plant(monkeypatch)
+    report = verify(folder, Layout())
+    assert not report.holds
+    assert not next(check for check in report.checks if check.name == "logits").holds
+    assert report.max_logit_difference > 1e-3  # ten times the tolerance at least: no fault hides near it
+    assert report.first_differing_layer == str(layer)
+
+
+def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _rows(lambda row: None if "down_proj" in row.hf[0].name else row)(monkeypatch)
+    with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
+        verify(tiny("exaone4"), Layout(pp=2))
+    assert caught.value.names == tuple(sorted(f"decoder.layers.{n}.mlp.linear_fc2.weight" for n in range(8)))
+
+
+def test_row_without_its_parameter_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import exaone_bridge.families.exaone4.bridge as module
+
+    right = module.exaone4_provider
+
+    def without_qk_norm(*args: Any) -> Any:
+        provider = right(*args)
+        spec = provider.transformer_layer_spec
+
+        def bare(config: Any, vp_stage: int | None = None) -> Any:
+            block = spec(config, vp_stage)
+            for layer in block.layer_specs:
+                layer.submodules.self_attention.submodules.q_layernorm = None
+                layer.submodules.self_attention.submodules.k_layernorm = None
+            return block
+
+        provider.qk_layernorm, provider.transformer_layer_spec = False, bare
+        return provider
+
+    monkeypatch.setattr(module, "exaone4_provider", without_qk_norm)
+    with pytest.raises(UnmappedTensors, match="parameters that the rows of this family fill are missing"):
+        verify(tiny("exaone4"), Layout())
+
+
+def test_dropped_tensor_stops_the_export(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping that yields nothing for one parameter: the host would leave the tensor out and say nothing."""
+    from megatron.bridge.models.conversion.param_mapping import RowParallelMapping
+
+    monkeypatch.setattr(RowParallelMapping, "megatron_to_hf", lambda self, weights, module: {})
+    with pytest.raises(UnmappedTensors, match="tensors were not exported"):
+        verify(tiny("exaone4"), Layout())
+
+
+def test_unsayable_schedule_stops_the_export(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exaone_bridge.families.exaone4.provider.megatron_rope", lambda rope: [1] * len(rope))
+    with pytest.raises(UnsupportedConfig, match="no_rope_freq"):
+        verify(tiny("exaone4"), Layout())

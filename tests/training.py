@@ -1,0 +1,115 @@
+"""Training on both sides, for tests: mean cross entropy, gradients by Hugging Face name, AdamW.
+
+Megatron-Core's side runs its own pipeline schedule, its own data-parallel wrapper and its own `finalize_model_grads`,
+because that is where gradients that several ranks share are summed (q/k norms, sequence parallelism, tied embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exaone_bridge.parts.layout import Layout
+
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over all positions: logits [N, S, V], labels [N, S]."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def train_transformers(folder: Path, tokens: torch.Tensor, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of `steps` AdamW steps, and the gradients of the first; tokens [N, S + 1]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
+        loss.backward()
+        if step == 0:
+            gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, gradients
+
+
+def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    output = model(tokens, torch.arange(tokens.shape[1])[None], None, labels=labels)
+
+    def mean(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return loss.mean(), {"loss": loss.mean().detach()}
+
+    return output, mean
+
+
+def train_megatron(
+    folder: Path, layout: Layout, tokens: torch.Tensor, steps: int, **overrides: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same on this rank of a world: losses where the last stage is, gradients by Hugging Face name everywhere."""
+    from megatron.bridge import AutoBridge
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    from exaone_bridge.host.model import model_parallel_of
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider()
+    provider.apply_overrides_and_finalize(torch.float32, model_parallel_of(layout) | overrides)
+    model = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True), use_cpu_initialization=True
+    )
+    config = get_model_config(model[0])
+    config.finalize_model_grads_func = finalize_model_grads
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    optimizer = torch.optim.AdamW(parameters, **ADAMW)
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        for chunk in model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        done = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(tokens.split(1)) for _ in model] if len(model) > 1 else iter(tokens.split(1)),
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=len(tokens),
+            seq_length=tokens.shape[1] - 1,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        losses.append(torch.stack([item["loss"] for item in done]).mean().item() if done else float("nan"))
+        for parameter in parameters:
+            parameter.grad = parameter.main_grad.clone()
+        if step == 0:
+            gradients = _by_hf_name(bridge, model, parameters)
+        optimizer.step()
+        optimizer.zero_grad()  # Megatron-Core's wrapper adds what it finds in .grad to the next step's
+    return losses, gradients
+
+
+@torch.no_grad()
+def _by_hf_name(bridge: Any, model: list[Any], parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients, exported as if they were the weights."""
+    weights = [parameter.data.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.data.copy_(parameter.grad)
+    exported = {name: weight.clone() for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data.copy_(weight)
+    return exported
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Euclidean norm of the difference over that of what was expected."""
+    return ((found - expected).norm() / expected.norm()).item()
