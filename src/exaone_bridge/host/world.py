@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import traceback
@@ -23,6 +24,8 @@ from typing import Any
 from exaone_bridge.errors import BridgeError
 
 __all__ = ["RankFailure", "emit", "run_ranks"]
+
+_SECONDS_TO_END = 30  # for a rank that has sent its result
 
 _to_parent: multiprocessing.connection.Connection | None = None
 
@@ -42,6 +45,7 @@ def _rank_main(
 ) -> None:
     global _to_parent
     _to_parent = connection
+    os.setsid()  # a process group of its own, so that what saving a checkpoint starts ends with the rank
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):  # what Megatron prints belongs into the log, not between the lines of a progress bar
         os.dup2(log, stream)
@@ -71,7 +75,7 @@ def _rank_main(
     sys.stderr.flush()
     connection.send_bytes(message)
     connection.close()
-    os._exit(0)  # no atexit handlers of the parent's, no teardown of a world whose other ranks may be gone
+    # Returning, not os._exit: multiprocessing then ends the processes that saving a checkpoint has started.
 
 
 def run_ranks[T](
@@ -101,12 +105,15 @@ def run_ranks[T](
             for process, (_, send) in zip(processes, pipes, strict=True):
                 process.start()
                 send.close()
-            return _collect([receive for receive, _ in pipes], processes, Path(folder), on_event)
+            results = _collect([receive for receive, _ in pipes], processes, Path(folder), on_event)
+            for process in processes:
+                process.join(timeout=_SECONDS_TO_END)
+            return results
         finally:
             for process in processes:
-                if process.is_alive():
-                    process.kill()
                 if process.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
                     process.join()
 
 

@@ -60,8 +60,8 @@ class ExactGPTModelProvider(GPTModelProvider):
                 ffn=self.ffn_hidden_size,
             )
         if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
-            # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix up
-            # activations and gradients: on gloo the first step's gradients came out thousands of times too large.
+            # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix
+            # up activations and gradients: on gloo the first gradients came out thousands of times too large.
             self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         for name in ("window_attn_skip_freq", "no_rope_freq"):
             values = getattr(self, name)

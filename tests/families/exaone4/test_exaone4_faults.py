@@ -85,7 +85,7 @@ def _rope(change: Callable[[list[int]], list[int]]) -> Plant:
 
         right = module.megatron_rope
         patch.setattr(module, "megatron_rope", lambda rope: change(right(rope)))
-        patch.setattr(Exaone4Bridge, "megatron_to_hf_config", lambda provider: provider.hf_config)
+        patch.setattr(Exaone4Bridge, "megatron_to_hf_config", staticmethod(lambda provider: provider.hf_config))
 
     return plant
 

@@ -1,4 +1,4 @@
-"""EXAONE 4.0 against Transformers: logits of every position, round trip bit by bit, at every configuration and layout."""
+"""EXAONE 4.0 against Transformers: every position's logits, a bitwise round trip, at every configuration and layout."""
 
 from __future__ import annotations
 

@@ -1,0 +1,151 @@
+"""Megatron checkpoints on disk through AutoBridge's own calls, on the CPU: saved at one layout, loaded at another."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exaone_bridge.checkpoint.headers import read_json
+from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors
+
+
+def _alone(target: Callable[..., None], *args: Any) -> None:
+    """In a forked process without a world of ours: AutoBridge starts its own, as in a user's script."""
+    process = multiprocessing.get_context("fork").Process(target=_main, args=(target, args))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"{target.__name__} failed: see the captured output"
+
+
+def _main(target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    from exaone_bridge import cpu_runtime
+
+    torch.set_num_threads(1)
+    try:
+        with cpu_runtime():
+            target(*args)
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def _import_ckpt(source: Path, target: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.import_ckpt(source, target)
+
+
+def _export_ckpt(source: Path, megatron: Path, target: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.from_hf_pretrained(source).export_ckpt(megatron, target, show_progress=False, strict=True)
+
+
+def _from_auto_config(megatron: Path, source: Path, found: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_auto_config(str(megatron), str(source))
+    found.write_text(bridge.hf_pretrained.to_json_string())
+
+
+def _save(source: Path, target: Path, layout: Layout) -> None:
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.model import build
+
+    bridge = AutoBridge.from_hf_pretrained(source)
+    bridge.save_megatron_model(build(bridge, layout), target)
+
+
+def _load(source: Path, megatron: Path, target: Path, layout: Layout) -> None:
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.model import load_megatron
+
+    bridge = AutoBridge.from_hf_pretrained(source)
+    bridge.save_hf_pretrained(load_megatron(bridge, megatron, layout), target, show_progress=False)
+
+
+def _assert_same(source: Path, exported: Path) -> None:
+    for check in (
+        compare_tensors(source, exported),
+        compare_configs(read_json(source / "config.json"), read_json(exported / "config.json")),
+    ):
+        assert check.holds, f"{check.name}: {check.where}"
+
+
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
+def test_import_ckpt_and_export_ckpt(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
+    """The documented calls, unchanged; the configuration also from the Megatron checkpoint alone."""
+    source = tiny(name)
+    _alone(_import_ckpt, source, tmp_path / "megatron")
+    _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
+    _assert_same(source, tmp_path / "exported")
+    files = compare_files(source, tmp_path / "exported")
+    assert files.holds, files.where
+    _alone(_from_auto_config, tmp_path / "megatron", source, tmp_path / "config.json")
+    assert compare_configs(read_json(source / "config.json"), read_json(tmp_path / "config.json")).holds
+
+
+def test_without_tokenizer(host: Any, tiny: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny("exaone4"), source)
+    for path in source.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    _alone(_import_ckpt, source, tmp_path / "megatron")
+    _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
+    _assert_same(source, tmp_path / "exported")
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (Layout(tp=2, pp=2), Layout()),
+        (Layout(), Layout(tp=2, pp=2, vpp=2)),
+        (Layout(pp=2, vpp=2), Layout(tp=4)),
+        (Layout(tp=2, sp=True), Layout(pp=2)),
+    ],
+    ids=lambda layout: str(layout),
+)
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
+def test_saved_at_one_layout_loaded_at_another(
+    host: Any, tiny: Any, tmp_path: Path, name: str, saved: Layout, loaded: Layout
+) -> None:
+    """387 words: each layout pads the vocabulary differently."""
+    source = tiny(name) if name == "exaone4" else tiny(name, num_hidden_layers=8, layer_types=["full_attention"] * 8)
+    run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
+    run_ranks(_load, loaded.ranks, source, tmp_path / "megatron", tmp_path / "exported", loaded)
+    _assert_same(source, tmp_path / "exported")
+
+
+def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path: Path) -> None:
+    """What the torch backend switched off on this machine is on again where Transformer Engine loads the checkpoint."""
+    import yaml
+
+    source = tiny("exaone4")
+    run_ranks(_save, 1, source, tmp_path / "megatron", Layout())
+    (path,) = (tmp_path / "megatron").glob("iter_*/run_config.yaml")
+    model = yaml.safe_load(path.read_text())["model"]
+    assert model["_target_"] == "exaone_bridge.families.exaone4.provider.Exaone4ModelProvider"
+    spec = {"_target_": "exaone_bridge.families.exaone4.layer_spec.exaone4_block_spec", "_call_": False}
+    assert model["transformer_layer_spec"] == spec
+    assert model["bias_activation_fusion"] is True
+    assert model["bias_dropout_fusion"] is True
+    assert model["backend"] == "auto"
+    assert model["window_size"] == [7, 0]
+    assert model["no_rope_freq"] == [0, 0, 0, 1] * 2
+    assert json.loads(json.dumps(model["hf_config"])) == {
+        key: value for key, value in read_json(source / "config.json").items() if key != "transformers_version"
+    }
