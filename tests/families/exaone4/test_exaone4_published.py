@@ -1,0 +1,85 @@
+"""The published EXAONE-4.0-1.2B shape with random bf16 weights, 2.6 GB: round trip, logits, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A process of its own, whose children's peak can be read off; ranks are its children, one after the other.
+SCRIPT = """
+import json, resource, sys
+from pathlib import Path
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.verify import verify
+
+if __name__ == "__main__":
+    report = verify(Path(sys.argv[1]), Layout(), tolerance=1e-3, count=1, length=64)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    checks = {check.name: [check.holds, check.figure] for check in report.checks}
+    difference = report.max_logit_difference
+    print(json.dumps({"peak_gib": peak / 2**20, "difference": difference, "checks": checks}))
+"""
+
+PUBLISHED = {
+    "architectures": ["Exaone4ForCausalLM"],
+    "model_type": "exaone4",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 65536,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "tie_word_embeddings": True,
+    "sliding_window": None,
+    "sliding_window_pattern": 0,
+    "layer_types": ["full_attention"] * 30,
+    "bos_token_id": 1,
+    "eos_token_id": 361,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from exaone_bridge.checkpoint.tiny import write_random
+
+    folder = tmp_path_factory.mktemp("published") / "EXAONE-4.0-1.2B"
+    write_random(folder, PUBLISHED)
+    return folder
+
+
+def test_published_shape(published: Path, tmp_path: Path, record_property: Any) -> None:
+    script = tmp_path / "verify.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, script, published], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    record_property("figures", found)
+    print(found)
+    assert all(holds for holds, _ in found["checks"].values()), found["checks"]
+    assert set(found["checks"]) == {"tensors", "config", "files", "logits"}
+    assert 0 < found["difference"] <= 1e-3
+    assert found["peak_gib"] < 14
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 2**20  # the peak was measured, in KiB
