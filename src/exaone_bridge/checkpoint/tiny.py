@@ -70,6 +70,7 @@ def _write_tokenizer(folder: Path, family: Family, vocab_size: int, config: Mapp
     special = {text: number for text, number in family.special_tokens.items() if number < vocab_size}
     free = (number for number in range(vocab_size) if number not in special.values())
     vocab = {character: next(free) for character in _byte_alphabet()}
+    vocab |= {f"<unused{number}>": number for number in free}
     added = [
         {"id": number, "content": text, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from exaone_bridge.parts.attention import TorchDotProductAttention
 from exaone_bridge.parts.norm import TorchRMSNorm
 from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
 
-__all__ = ["NEEDS_CUDA", "TORCH", "TRANSFORMER_ENGINE", "Backend", "resolve_backend"]
+__all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "resolve_backend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ TRANSFORMER_ENGINE = (
 )
 
 # TransformerConfig's switches for CUDA kernels, apex, or torch.compile; the torch backend runs without.
-NEEDS_CUDA = (
+_NEEDS_CUDA = (
     "apply_rope_fusion",
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -49,6 +50,17 @@ NEEDS_CUDA = (
     "masked_softmax_fusion",
     "persist_layer_norm",
 )
+
+
+def cannot_run(backend: Backend) -> tuple[str, ...]:
+    """The switches of TransformerConfig that must be off with this backend on this machine."""
+    if backend is TORCH:
+        return _NEEDS_CUDA
+    # The output layer is Megatron-Core's own linear, which fuses through apex alone; Megatron-Bridge asks for the
+    # fusion wherever Transformer Engine is installed (`megatron/bridge/utils/fusions.py`).
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        return ("gradient_accumulation_fusion",)
+    return ()
 
 
 def resolve_backend(name: str = "auto") -> Backend:

@@ -15,6 +15,9 @@ __all__ = ["TorchRMSNorm"]
 class TorchRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with Megatron-Core's constructor: x [..., H] -> [..., H], weight [H].
 
+    Like Megatron-Core's own local linears it has an empty extra state, because Transformer Engine's norms look for one
+    in a checkpoint.
+
     Raises:
         ValueError: a normalisation other than plain RMSNorm.
     """
@@ -25,3 +28,11 @@ class TorchRMSNorm(torch.nn.RMSNorm):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # finalize_model_grads sums over tp where set
+        self._register_load_state_dict_pre_hook(
+            lambda state_dict, prefix, *_: state_dict.setdefault(f"{prefix}_extra_state")
+        )
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: object) -> None: ...

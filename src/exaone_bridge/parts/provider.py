@@ -14,7 +14,7 @@ from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
 from megatron.core.models.gpt import GPTModel
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.parts.backend import NEEDS_CUDA, resolve_backend
+from exaone_bridge.parts.backend import cannot_run, resolve_backend
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rotary import Llama3RotaryEmbedding
 from exaone_bridge.parts.vocab import mask_padded_vocabulary
@@ -73,11 +73,8 @@ class ExactGPTModelProvider(GPTModelProvider):
                     where="provider",
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
-        if resolve_backend(self.backend).name == "torch":
-            wished = self.__dict__.setdefault("_switched_off", {})
-            for name in NEEDS_CUDA:
-                wished[name] = getattr(self, name) or wished.get(name, False)
-                setattr(self, name, False)
+        for name in cannot_run(resolve_backend(self.backend)):
+            self._switch_off(name)
         super().finalize()
 
     def provide(
@@ -111,6 +108,12 @@ class ExactGPTModelProvider(GPTModelProvider):
                 value = wished.get(name, False) or getattr(self, name)
                 result[name] = _ConfigContainerBase._convert_value_to_dict(value)
         return result
+
+    def _switch_off(self, name: str) -> None:
+        """Switch a field off for this machine; `to_cfg_dict` remembers what was wished."""
+        wished = self.__dict__.setdefault("_switched_off", {})
+        wished[name] = getattr(self, name) or wished.get(name, False)
+        setattr(self, name, False)
 
     def _has_custom_pipeline(self) -> bool:
         return bool(

@@ -1,0 +1,47 @@
+"""Tests that need a GPU and Transformer Engine; everywhere else each is skipped and says why."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+def _missing() -> str | None:
+    import importlib.util
+
+    import torch  # before transformer_engine: the two bring different versions of cuDNN
+
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _missing()
+    for item in items:
+        if "tests/gpu" in item.nodeid or "gpu/" in str(item.path):
+            item.add_marker(pytest.mark.gpu)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def nccl(host: Any) -> Iterator[None]:
+    """A world of one rank on this GPU, in full fp32: TF32 would hide what is compared."""
+    import torch
+    import torch.distributed as dist
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    torch.cuda.set_device(0)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
