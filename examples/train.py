@@ -44,9 +44,7 @@ def main(options: argparse.Namespace) -> None:
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=1e-4, weight_decay=0.1, bf16=provider.bf16, use_distributed_optimizer=gpu
-        ),
+        OptimizerConfig(optimizer="adam", lr=1e-4, weight_decay=0.1, bf16=provider.bf16, use_distributed_optimizer=gpu),
         model,
     )
     device = "cuda" if gpu else "cpu"

@@ -1,0 +1,69 @@
+"""The examples and the README's Python run as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.verify.folders import compare_tensors
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(*arguments: object, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_round_trip(tiny: Any, tmp_path: Path) -> None:
+    folder = tiny("exaone4")
+    assert "91 tensors bitwise equal" in _run("examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2)
+    assert compare_tensors(folder, tmp_path / "out" / "exported").holds
+
+
+def test_train(tiny: Any, tmp_path: Path) -> None:
+    """Two steps lower the loss, and the exported folder has the same tensors with other values."""
+    folder = tiny("exaone4-1.2b")
+    printed = _run("examples/train.py", folder, tmp_path / "out", "--steps", 2)
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    check = compare_tensors(folder, tmp_path / "out")
+    assert not check.holds
+    assert check.figure == "68 of 68 tensors differ"
+
+
+def test_readme_python(tiny: Any, tmp_path: Path) -> None:
+    """The five lines for a training script, with the model's name replaced by a folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 8
+    script = tmp_path / "script.py"
+    body = block.replace('"LGAI-EXAONE/EXAONE-4.0-1.2B"', repr(str(tiny("exaone4-1.2b"))))
+    script.write_text(body + "\nprint(type(provider).__name__, provider.tensor_model_parallel_size)\n")
+    assert _run(script).splitlines()[-1] == "Exaone4ModelProvider 2"
+
+
+def test_readme_commands() -> None:
+    """Each `make` target that the README names exists, and CI calls the test command."""
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    targets = {
+        word for words in re.findall(r"(?:^|`)make ([a-z ]+?)(?:`|  )", readme, re.MULTILINE) for word in words.split()
+    }
+    assert targets == {"demo", "test", "check"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    matrix = re.findall(r"`(tests/[\w/]+\.py)`", readme)
+    assert len(matrix) >= 5
+    assert all((ROOT / path).is_file() for path in matrix)
