@@ -39,9 +39,14 @@ class ExactBridge(MegatronModelBridge):
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The rows of the model at hand, bound to the host's mapping objects.
 
+        A bridge that was given no configuration has the names of the family's default one, which hold for any number
+        of layers, and does not know how many words to keep of a padded vocabulary.
+
         Raises:
             UnsupportedConfig: the configuration is not modelled.
         """
+        if self.hf_config is None:
+            return bind(self.FAMILY.rows(self.FAMILY.read_config({})), None)
         facts = self._facts()
         return bind(self.FAMILY.rows(facts), facts.vocab_size)
 

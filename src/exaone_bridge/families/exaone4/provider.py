@@ -31,6 +31,7 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
     position_embedding_type: str = "rope"
     hidden_dropout: float = 0.0
     should_pad_vocab: bool = True  # stock: False, which fails where tp does not divide the vocabulary
+    apply_rope_fusion: bool = True  # 8% of a 1.2B step at 8192 (docs/benchmarks.md)
     bias_activation_fusion: bool = True
     bias_dropout_fusion: bool = True
 
