@@ -53,9 +53,12 @@ def register() -> None:
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     from megatron.core.models.gpt import GPTModel
 
+    from exaone_bridge.host.peft import adapters_before_post_norms
+
     register_allowed_target_prefix("exaone_bridge.")  # run_config.yaml names our providers and spec functions
     classes = _bridge_classes()
     tolerate_missing_tokenizer(classes.keys())
+    adapters_before_post_norms()
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)

@@ -15,13 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exaone_bridge.parts.norm import TorchRMSNorm
 
-__all__ = ["RowParallelLinearLayerNorm", "TERowParallelLinearLayerNorm"]
+__all__ = ["PostNorm", "RowParallelLinearLayerNorm", "TERowParallelLinearLayerNorm"]
 
 
-class _PostNorm:
+class PostNorm:
     """Mixin over a row-parallel linear: [S, B, I / tp] -> linear, summed over tp -> norm -> [S, B, O]."""
 
     norm: type
+    norm_is_deferred = False  # True: a wrapper that adds an adapter to the output applies the norm after it
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
@@ -34,10 +35,10 @@ class _PostNorm:
             raise ValueError(
                 f"{type(self).__name__}: a bias was left to add after the norm; set add_bias_linear=False."
             )
-        return self.post_layernorm(output), None
+        return (output if self.norm_is_deferred else self.post_layernorm(output)), None
 
 
-class RowParallelLinearLayerNorm(_PostNorm, RowParallelLinear):
+class RowParallelLinearLayerNorm(PostNorm, RowParallelLinear):
     """Megatron-Core's local row-parallel linear, then RMSNorm."""
 
     norm = TorchRMSNorm
@@ -45,7 +46,7 @@ class RowParallelLinearLayerNorm(_PostNorm, RowParallelLinear):
 
 if HAVE_TE:
 
-    class TERowParallelLinearLayerNorm(_PostNorm, TERowParallelLinear):
+    class TERowParallelLinearLayerNorm(PostNorm, TERowParallelLinear):
         """Transformer Engine's row-parallel linear, then its norm."""
 
         norm = TENorm

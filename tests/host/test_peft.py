@@ -1,0 +1,92 @@
+"""Adapters on post-norm linears, with Megatron-Bridge's own LoRA and DoRA classes, unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.logits import prompts
+
+TOLERANCE = 1e-4
+
+
+def _adapted(
+    folder: Path, layout: Layout, kind: str, target: str, tokens: torch.Tensor, output: Path
+) -> dict[str, Any]:
+    """On a rank: logits without adapters, with random ones, and with them switched off; merged and adapter exports."""
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
+    from megatron.bridge.peft.dora import DoRA
+    from megatron.bridge.peft.lora import LoRA
+
+    from exaone_bridge.host.model import build, forward_logits
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = build(bridge, layout)
+    found: dict[str, Any] = {"base": forward_logits(model, tokens)[0]}
+    peft = {"lora": LoRA, "dora": DoRA}[kind](dim=4, alpha=8, target_modules=[target])
+    model = peft(model, training=False)
+    torch.manual_seed(7)  # the same numbers on every rank: replicated halves of an adapter stay replicated
+    with torch.no_grad():
+        for chunk in model:
+            for name, parameter in chunk.named_parameters():
+                if ".adapter.linear_out" in name:
+                    parameter.normal_(std=0.3)
+    found["adapted"] = forward_logits(model, tokens)[0]
+    if kind == "lora":
+        bridge.save_hf_pretrained(model, output / "merged", show_progress=False)
+        bridge.save_hf_adapter(model, output / "adapter", peft, str(folder), show_progress=False)
+    for module in model[0].modules():
+        if isinstance(module, AdapterWrapper):
+            module.disable_adapter_layers()
+    found["disabled"] = forward_logits(model, tokens)[0] if kind == "lora" else found["base"]
+    return found
+
+
+def _transformers(folder: Path, tokens: torch.Tensor, adapter: Path | None = None) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
+@pytest.mark.parametrize("target", ["linear_proj", "linear_fc2", "linear_qkv", "linear_fc1"])
+def test_lora_as_trained_is_lora_as_exported(host: Any, tiny: Any, tmp_path: Path, target: str, layout: Layout) -> None:
+    """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
+    folder = tiny("exaone4")
+    tokens = prompts(387, 2, 40)
+    results = run_ranks(_adapted, layout.ranks, folder, layout, "lora", target, tokens, tmp_path)
+    (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
+    (in_peft,) = run_ranks(_transformers, 1, folder, tokens, tmp_path / "adapter")
+    for result in results:
+        assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
+        assert (result["adapted"] - merged).abs().max() <= TOLERANCE
+        assert (result["adapted"] - in_peft).abs().max() <= TOLERANCE
+        assert (result["disabled"] - result["base"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("target", ["linear_proj", "linear_fc2"])
+def test_the_check_catches_the_hosts_order(
+    host: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """Norm first, adapter after, as Megatron-Bridge 0.6.2 does it: the merged export is another model."""
+    from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
+
+    monkeypatch.setattr(AdapterWrapper, "__init__", AdapterWrapper.__init__.__wrapped__)
+    folder = tiny("exaone4")
+    tokens = prompts(387, 2, 40)
+    (result,) = run_ranks(_adapted, 1, folder, Layout(), "lora", target, tokens, tmp_path)
+    (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
+    difference = (result["adapted"] - merged).abs().max()
+    assert not difference <= 100 * TOLERANCE  # not a number where the unnormalised outputs have grown too large
