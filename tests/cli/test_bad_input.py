@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import pickle
@@ -101,7 +103,7 @@ def set_header(change: Callable[[dict[str, Any]], object]) -> Damage:
 
 def overlap(header: dict[str, Any]) -> None:
     """Two tensors of the same size share their bytes."""
-    header["model.layers.1.self_attn.q_proj.weight"]["data_offsets"] = header[Q_PROJ]["data_offsets"]
+    header[Q_PROJ]["data_offsets"] = header["model.layers.1.self_attn.q_proj.weight"]["data_offsets"]
 
 
 def into_pickles(*names: str) -> Damage:
@@ -146,6 +148,12 @@ def elsewhere(name: str) -> Damage:
         }
 
     return in_shards(change)
+
+
+def misplace(folder: Path, index: dict[str, Any]) -> None:
+    """The index sends one tensor to a shard that does not hold it."""
+    first, second, _ = sorted(set(index["weight_map"].values()))
+    index["weight_map"][Q_PROJ] = second if index["weight_map"][Q_PROJ] == first else first
 
 
 def link_out(folder: Path, index: dict[str, Any]) -> None:
@@ -266,7 +274,7 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "an empty architecture": (set_config(architectures=[]), ("architectures is []", "one of 'Exaone4ForCausalLM'")),
     "remote code": (
         set_config(architectures=["ExaoneForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_exaone.M"}),
-        ("auto_map", "modeling_exaone.M", "trust_remote_code", "runs no remote code", "use a model whose"),
+        ("auto_map", "modeling_exaone.M", "trust_remote_code", "take it out of config.json"),
     ),
 }
 
@@ -280,7 +288,10 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (INDEX, "escaped.safetensors'", "not the plain name", "use a checkpoint that you trust"),
     ),
     "index leads below": (elsewhere("deep/a.safetensors"), (INDEX, "'deep/a.safetensors'", "not the plain name")),
-    "shard is a link out": (in_shards(link_out), ("model-00002-of-00003", "outside.safetensors", "put the file itself")),
+    "shard is a link out": (
+        in_shards(link_out),
+        ("model-00002-of-00003", "outside.safetensors", "put the file itself"),
+    ),
     "shard missing": (
         in_shards(lambda folder, index: (folder / "model-00002-of-00003.safetensors").unlink()),
         (INDEX, "'model-00002-of-00003.safetensors', which is missing", "download or copy that file again"),
@@ -290,7 +301,7 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("model-00003-of-00003.safetensors", "copy it again"),
     ),
     "tensor in another shard": (
-        in_shards(lambda folder, index: index["weight_map"].update({Q_PROJ: "model-00001-of-00003.safetensors"})),
+        in_shards(misplace),
         (INDEX, Q_PROJ, "by this index", "in fact", "copy the whole checkpoint again"),
     ),
     "tensor not in the index": (
@@ -298,7 +309,10 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (INDEX, Q_PROJ, "is not in this index", "copy the whole checkpoint again"),
     ),
     "index without a map": (in_shards(lambda folder, index: index.pop("weight_map")), (INDEX, "has no weight_map")),
-    "index not JSON": (lambda folder: (folder / INDEX).write_text("<html>"), (INDEX, "not valid JSON", "copy it again")),
+    "index not JSON": (
+        lambda folder: (folder / INDEX).write_text("<html>"),
+        (INDEX, "not valid JSON", "copy it again"),
+    ),
 }
 
 
@@ -339,11 +353,6 @@ def test_a_folder_that_is_not_there(command: str, tmp_path: Path, refused: Calla
 @pytest.mark.parametrize(
     "fields", [{"tie_word_embeddings": "maybe"}, {"bos_token_id": "one"}, {"use_cache": "yes"}], ids=str
 )
-@pytest.mark.xfail(
-    strict=True,
-    reason="families/exaone4/config.py reads only its own fields, and bool() of tie_word_embeddings; Transformers 5 "
-    "refuses these types inside a rank (exit code 3, or 0 for inspect)",
-)
 def test_a_field_of_a_type_that_transformers_refuses(
     command: str, fields: dict[str, object], host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -373,11 +382,6 @@ def test_remote_code_beside_a_known_architecture_never_runs(
 
 
 @pytest.mark.parametrize("command", ["inspect", "import", "verify"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="checkpoint/source.py looks at auto_map only where nobody claims the architecture; with a claimed one "
-    "Megatron-Bridge dies in a rank (exit code 3, 'not yet supported', some 90 lines)",
-)
 def test_remote_code_beside_a_known_architecture_is_refused(
     command: str, host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -532,11 +536,6 @@ def set_remembered(folder: Path, change: Callable[[str], object]) -> None:
 
 
 @pytest.mark.parametrize("name", MEGATRON)
-@pytest.mark.xfail(
-    strict=True,
-    reason="host/model.py provider_of and checkpoint/convert.py _source_shards trust the files of a Megatron "
-    "checkpoint: exit code 1 with a traceback or 3, and an index that leads out is written by",
-)
 def test_exporting_a_damaged_checkpoint(
     name: str, megatron_folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -550,9 +549,6 @@ def test_exporting_a_damaged_checkpoint(
 def test_exporting_a_damaged_checkpoint_leaves_no_output(
     name: str, megatron_folder: Path, tmp_path: Path, cli: Cli, snapshot: Snapshot, request: pytest.FixtureRequest
 ) -> None:
-    if name == "the remembered index leads out":
-        reason = "checkpoint/convert.py _source_shards does not check the file names: tensors are written outside"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     folder = tmp_path / "megatron"
     shutil.copytree(megatron_folder, folder)
     MEGATRON[name](folder)
@@ -566,26 +562,58 @@ def test_exporting_a_damaged_checkpoint_leaves_no_output(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="checkpoint/convert.py import_checkpoint copies an index that read_headers did not read (a single file "
-    "wins), and export writes by its file names, outside the output folder",
-)
-def test_an_index_that_was_not_read_is_not_written_by(
-    host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot
+def stale_index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Shards of other weights, with their index, beside the single file that Transformers reads."""
+    save_file(tensors, folder / "old-1.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "old-1.safetensors")}))
+
+
+def hostile_index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other weights outside the folder, and an index of them beside the single file that Transformers reads."""
+    save_file(tensors, folder.parent / "evil.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "../evil.safetensors")}))
+
+
+def stray(name: str) -> Callable[[Path, dict[str, torch.Tensor]], None]:
+    return lambda folder, tensors: save_file(tensors, folder / name)
+
+
+BESIDE = {
+    "a stale index": stale_index,
+    "a hostile index": hostile_index,
+    "a stray file, first by name": stray("consolidated.safetensors"),
+    "a stray file, last by name": stray("original.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_weights_that_were_checked_are_the_weights_that_are_read(
+    name: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "model"
+    """`model.safetensors` wins, as in Transformers; or the folder is refused."""
+    in_any_order = glob.glob  # the order of the host's files decides: here it is the same on every file system
+    monkeypatch.setattr(glob, "glob", lambda *args, **kwargs: sorted(in_any_order(*args, **kwargs)))
+    folder, room = tmp_path / "model", tmp_path / "room"
     shutil.copytree(tiny("exaone4"), folder)
-    index = {"weight_map": dict.fromkeys(load_file(folder / WEIGHTS), "../../evil.safetensors")}
-    (folder / INDEX).write_text(json.dumps(index))
-    cli("import", folder, tmp_path / "megatron")
-    (tmp_path / "room").mkdir()
+    room.mkdir()
+    checked = load_file(folder / WEIGHTS)
+    BESIDE[name](folder, {tensor: value + 1 for tensor, value in checked.items()})
     before = snapshot(tmp_path)
-    run = cli("export", tmp_path / "megatron", tmp_path / "room" / "output")
-    assert not (tmp_path / "evil.safetensors").exists()
-    after = {path: kind for path, kind in snapshot(tmp_path).items() if not path.startswith("room/output")}
-    assert after == before
-    assert run.code != 0 or (tmp_path / "room" / "output" / WEIGHTS).is_file()
+    run = cli("import", folder, tmp_path / "megatron")
+    if run.code == 2:
+        assert snapshot(tmp_path) == before
+        return
+    assert run.code == 0
+    assert cli("export", tmp_path / "megatron", room / "output").code == 0
+    assert [path.name for path in room.iterdir()] == ["output"]
+    after = {
+        path: kind for path, kind in snapshot(tmp_path).items() if path.partition("/")[0] not in ("megatron", "room")
+    }
+    assert after == {path: kind for path, kind in before.items() if path != "room"}
+    assert [path.name for path in (room / "output").glob("*safetensors*")] == [WEIGHTS]
+    exported = load_file(room / "output" / WEIGHTS)
+    assert exported.keys() == checked.keys()
+    assert all(torch.equal(exported[tensor], value) for tensor, value in checked.items())
 
 
 NO_TE = "one of 'auto', 'torch'", "Transformer Engine is not installed here"
@@ -606,7 +634,6 @@ def test_a_backend_that_is_not_there(
     refused([command, folder, *output, "--backend", backend], f"backend is '{backend}'", *says)
 
 
-@pytest.mark.xfail(strict=True, reason="cli/app.py verify takes NaN for a tolerance: exit code 1 on equal models")
 def test_a_tolerance_that_nothing_can_meet(host: Any, tiny: Any, cli: Cli) -> None:
     assert cli("verify", tiny("exaone4"), "--tolerance", "nan").code == 2
 
@@ -651,11 +678,6 @@ def test_a_miniature_that_is_not_there(family: str, tmp_path: Path, refused: Cal
     [(["--set", "eos_token_id={}"], "eos_token_id"), (["--seed", str(2**70)], "seed")],
     ids=["eos_token_id", "seed"],
 )
-@pytest.mark.xfail(
-    strict=True,
-    reason="checkpoint/tiny.py: _named_tokens looks an unhashable eos_token_id up in a dict (a list is a TypeError "
-    "too, though Transformers takes one), and manual_seed overflows: traceback, exit code 1",
-)
 def test_a_miniature_that_cannot_be_written(
     options: list[str], says: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -694,7 +716,9 @@ def test_refusals_come_before_megatron_is_imported(tiny: Any, sharded: Path, tmp
     no_torch = len(runs)
     runs += [["import", str(folder), output] for folder in folders.values()]
     runs += [["verify", str(folder)] for folder in folders.values()]
-    runs += [[command, good, *more, *options] for command, *more in (["import", output], ["verify"]) for options in layouts]
+    runs += [
+        [command, good, *more, *options] for command, *more in (["import", output], ["verify"]) for options in layouts
+    ]
     runs += [["import", missing, output], ["import", good, existing], ["verify", missing]]
     runs += [["export", missing, output], ["export", good, existing], ["export", good, str(tmp_path / "no" / "output")]]
     runs += [["tiny", "exaone4", existing], ["demo", "--vpp", "2", "--pp", "1"], ["demo", "--tp", "3"]]
@@ -771,43 +795,28 @@ def test_a_fault_in_the_middle_leaves_nothing(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("stage", ["mkdir", "write_config", "copy_travelling_files"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="cli/__init__.py main catches BridgeError alone: anything else ends with a traceback and exit code 1, "
-    "which means 'it differs'",
-)
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["staging.tempfile.mkdtemp", "convert.write_config", "convert.copy_travelling_files"])
 def test_a_fault_outside_the_ranks_ends_with_three(
-    stage: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    where: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(convert, "_import_rank", full if stage == "mkdir" else write_nothing)
-    if stage != "mkdir":
-        monkeypatch.setattr(convert, stage, full)
-    else:
-        monkeypatch.setattr("exaone_bridge.checkpoint.staging.tempfile.mkdtemp", full)
-    assert cli("import", tiny("exaone4"), tmp_path / "output").code == 3
-
-
-def write_nothing(*_: Any) -> None:
-    return None
+    monkeypatch.setattr(convert, "_import_rank", lambda source, target, *_: write_something(target))
+    monkeypatch.setattr(f"exaone_bridge.checkpoint.{where}", full)
+    run = cli("import", tiny("exaone4"), tmp_path / "output")
+    assert run.code == 3 and "No space left on device" in run.err
 
 
 def test_a_fault_outside_the_ranks_leaves_nothing(
     host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(convert, "_import_rank", lambda source, target, *_: write_something(target))
     monkeypatch.setattr(convert, "copy_travelling_files", full)
     before = snapshot(tmp_path)
-    try:
+    with contextlib.suppress(OSError):  # its traceback is test_a_fault_outside_the_ranks_ends_with_three's
         assert cli("import", tiny("exaone4"), tmp_path / "output").code == 3
-    except OSError:  # a traceback, which test_a_fault_outside_the_ranks_ends_with_three complains about
-        pass
     assert snapshot(tmp_path) == before
 
 

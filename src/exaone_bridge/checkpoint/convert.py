@@ -6,6 +6,7 @@ layout, so that it can be exported where the source is out of reach.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from exaone_bridge.checkpoint.headers import read_json
+from exaone_bridge.checkpoint.headers import INDEX, read_json
 from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
 from exaone_bridge.checkpoint.staging import refuse_existing, staged
-from exaone_bridge.checkpoint.writer import INDEX, MAX_SHARD_BYTES, plan_shards, write_config, write_hf_folder
+from exaone_bridge.checkpoint.writer import MAX_SHARD_BYTES, plan_shards, write_config, write_hf_folder
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.families import family_of
 from exaone_bridge.parts.files import copy_travelling_files
@@ -94,8 +95,7 @@ def import_checkpoint(
         assets.mkdir()
         write_config(assets, source.config)
         copy_travelling_files(hf_folder, assets)
-        if (hf_folder / INDEX).is_file():
-            (assets / INDEX).write_bytes((hf_folder / INDEX).read_bytes())
+        (assets / INDEX).write_text(json.dumps({"weight_map": shards_like(source)}))
     return Summary(len(source.tensors), source.nbytes, time.perf_counter() - started)
 
 
@@ -164,5 +164,12 @@ def _source_shards(index: Path, sizes: Mapping[str, int]) -> dict[str, str] | No
     """The source's shard layout, where the checkpoint remembers one and it is for these tensors."""
     if not index.is_file():
         return None
-    files = read_json(index)["weight_map"]
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(_is_plain(file) for file in files.values()):
+        raise CheckpointError(index, "its weight_map has other values than plain file names", remedy="remove this file")
     return files if files.keys() == sizes.keys() else None
+
+
+def _is_plain(file: object) -> bool:
+    """A name in the output folder and nowhere else."""
+    return isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")

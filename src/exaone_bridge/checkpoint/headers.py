@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Final
 
 from exaone_bridge.errors import CheckpointError
 
-__all__ = ["DTYPE_BYTES", "TensorInfo", "read_file_header", "read_headers", "read_json"]
+__all__ = ["DTYPE_BYTES", "INDEX", "TensorInfo", "read_file_header", "read_headers", "read_json"]
 
 # Bytes per element. Other dtypes of safetensors (complex, MX scales, sub-byte floats) are refused: no family has them.
 DTYPE_BYTES: Final[Mapping[str, int]] = (
@@ -30,7 +30,7 @@ DTYPE_BYTES: Final[Mapping[str, int]] = (
 )
 
 _SINGLE: Final = "model.safetensors"
-_INDEX: Final = "model.safetensors.index.json"
+INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _MAX_JSON_BYTES: Final = 100_000_000  # MAX_HEADER_SIZE of safetensors; no index or config comes near
@@ -101,7 +101,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     if not folder.is_dir():
         raise CheckpointError(folder, "is not a folder", remedy="give the folder of config.json and the weights")
     # The order of transformers.modeling_utils._get_resolved_checkpoint_files (5.12).
-    single, index = folder / _SINGLE, folder / _INDEX
+    single, index = folder / _SINGLE, folder / INDEX
     if single.is_file():
         return read_file_header(_at_home(single))[0]
     if index.is_file():
@@ -110,7 +110,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         problem = f"its weights are pickles ({_quote(pickles[0])}), refused because loading them runs code"
         remedy = "convert them to safetensors with Transformers' save_pretrained"
         raise CheckpointError(folder, problem, remedy=remedy)
-    raise CheckpointError(folder, f"holds neither {_SINGLE} nor {_INDEX}", remedy="download the weights into it")
+    raise CheckpointError(folder, f"holds neither {_SINGLE} nor {INDEX}", remedy="download the weights into it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

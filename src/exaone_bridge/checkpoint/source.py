@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.headers import TensorInfo, read_headers, read_json
+from exaone_bridge.checkpoint.headers import INDEX, TensorInfo, read_headers, read_json
 from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedConfig
 from exaone_bridge.families import family_of
 from exaone_bridge.parts.family import Facts, Family
@@ -59,23 +59,38 @@ def open_source(folder: Path) -> HFSource:
     facts = family.read_config(config)
     rows = family.rows(facts)
     tensors = read_headers(folder)
+    _check_nothing_else(folder, {tensor.file.name for tensor in tensors.values()})
     _check_tensors(folder, expected_hf(rows, facts.dims), _DTYPES[facts.dtype], tensors)
     return HFSource(folder, config, family, facts, rows, tensors)
 
 
 def _family(config: Mapping[str, Any], path: Path) -> Family:
-    try:
-        return family_of(config.get("architectures"), where=str(path))
-    except UnsupportedConfig:
-        if "auto_map" in config:
-            raise UnsupportedConfig(
-                "auto_map",
-                got=config["auto_map"],
-                wanted="absent, because it asks to run Python code that came with the checkpoint (trust_remote_code)",
-                where=str(path),
-                remedy="use a model whose architecture Transformers has built in; exaone_bridge runs no remote code",
-            ) from None
-        raise
+    if "auto_map" in config:
+        raise UnsupportedConfig(
+            "auto_map",
+            got=config["auto_map"],
+            wanted="absent, because it asks to run Python code that came with the checkpoint (trust_remote_code)",
+            where=str(path),
+            remedy="take it out of config.json if Transformers has the architecture: no remote code is run here",
+        )
+    return family_of(config.get("architectures"), where=str(path))
+
+
+def _check_nothing_else(folder: Path, checked: set[str]) -> None:
+    """Megatron-Bridge reads by an index if there is one, else every safetensors file: it must find what we checked."""
+    others = {path.name for path in folder.glob("*.safetensors")} - checked
+    if "model.safetensors" in checked and (folder / INDEX).exists():
+        others.add(INDEX)
+    if others:
+        raise CheckpointError(
+            folder,
+            f"beside the weights ({_few(checked)}) it holds others ({_few(others)})",
+            remedy="move away those that do not belong to the model",
+        )
+
+
+def _few(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_tensors(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exaone_bridge.errors import CheckpointError
 
-__all__ = ["refuse_existing", "staged"]
+__all__ = ["as_usual", "refuse_existing", "staged"]
 
 
 def refuse_existing(target: Path) -> None:
@@ -47,7 +47,7 @@ def staged(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only
+        as_usual(folder)
         _flush(folder)
         refuse_existing(target)
         folder.rename(target)
@@ -56,7 +56,8 @@ def staged(target: Path) -> Iterator[Path]:
         raise
 
 
-def _umask() -> int:
+def as_usual(path: Path) -> None:
+    """Permissions as the umask has them; mkdtemp's and safetensors' are for the owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

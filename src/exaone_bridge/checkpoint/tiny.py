@@ -107,5 +107,10 @@ def _write_tokenizer(folder: Path, family: Family, vocab_size: int, config: Mapp
 
 def _named_tokens(special: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, str]:
     by_number = {number: text for text, number in special.items()}
-    named = {f"{role}_token": by_number.get(config.get(f"{role}_token_id", -1)) for role in ("bos", "eos", "pad")}
-    return {key: text for key, text in named.items() if text is not None}
+    named = {}
+    for role in ("bos", "eos", "pad"):
+        number = config.get(f"{role}_token_id")
+        number = number[0] if isinstance(number, list) and number else number  # several ends of a text: the first
+        if isinstance(number, int) and number in by_number:
+            named[f"{role}_token"] = by_number[number]
+    return named

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from exaone_bridge.checkpoint.headers import INDEX
+from exaone_bridge.checkpoint.staging import as_usual
 from exaone_bridge.parts.files import copy_travelling_files
 
 __all__ = ["MAX_SHARD_BYTES", "plan_shards", "write_config", "write_hf_folder", "write_weights"]
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Transformers' save_pretrained
-INDEX = "model.safetensors.index.json"
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, str]:
@@ -60,6 +61,7 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], fil
         total += tensor.nbytes
         if held[file].keys() == wanted[file]:
             save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+            as_usual(folder / file)
     if held:
         raise RuntimeError(f"{folder}: the stream of weights ended before {sorted(held)} was complete.")
     if set(wanted) != {"model.safetensors"}:

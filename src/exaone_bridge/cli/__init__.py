@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from exaone_bridge.errors import BridgeError, ParityFailure
@@ -23,3 +24,9 @@ def main() -> None:
     except BridgeError as error:
         print(f"exaone-bridge: {error}", file=sys.stderr)
         sys.exit(BROKEN if type(error).__name__ == "RankFailure" else BAD_INPUT)
+    except Exception as error:
+        if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).", file=sys.stderr)
+        sys.exit(BROKEN)

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from exaone_bridge.cli.show import console, stages, table
+from exaone_bridge.cli.show import say, stages, table
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
 from exaone_bridge.families import FAMILIES
 from exaone_bridge.parts.layout import Layout
 
 app = typer.Typer(
     help="EXAONE and ERNIE between Hugging Face and Megatron-Core: convert, inspect, verify.",
+    epilog="Example: [bold]exaone-bridge demo[/bold]",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -92,12 +93,14 @@ def tiny(
     """Write a small random checkpoint with a published topology."""
     if family not in MINIATURES:
         raise UnsupportedConfig("family", got=family, known=tuple(MINIATURES), where="command line")
+    if not 0 <= seed < 2**63:
+        raise UnsupportedConfig("--seed", got=seed, wanted="from 0 to 2^63 - 1", where="command line")
     _, config = MINIATURES[family]
     config = _with_settings(dict(config), set_ or [])
     from exaone_bridge.checkpoint.tiny import write_random
 
     write_random(folder, config, seed=seed)
-    console.print(f"{folder}: {config['num_hidden_layers']} layers, {config['dtype']}", highlight=False)
+    say(f"{folder}: {config['num_hidden_layers']} layers, {config['dtype']}")
 
 
 def _with_settings(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -173,11 +176,11 @@ def inspect(
             ["layout", f"{layout} fits: {layout.ranks} ranks"],
         ],
     )
-    console.print("Where each tensor goes (* is the layer; V H F D Q K the axes of parts/rows.py)")
+    say("Where each tensor goes (* is the layer; V H F D Q K the axes of parts/rows.py)")
     for row in source.rows:
         for tensor in row.hf:
             line = f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line)
 
 
 @app.command("import", epilog=_example("exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2"))
@@ -217,9 +220,7 @@ def export(
 
 
 def _print_summary(folder: Path, done: Any) -> None:
-    console.print(
-        f"{folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB, {done.seconds:.1f} s", highlight=False
-    )
+    say(f"{folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB, {done.seconds:.1f} s")
 
 
 @app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2"))

@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["console", "stages", "table"]
+__all__ = ["say", "stages", "table"]
 
 console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe has no width of its own
 
@@ -47,11 +48,16 @@ def stages(what: str, *, quiet_libraries: bool = True) -> Iterator[Callable[[int
         yield on_event
 
 
+def say(line: str) -> None:
+    """Print one line as it is: a folder's name may look like markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; columns of figures, all but the first, are set to the right."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))
     console.print(drawn)

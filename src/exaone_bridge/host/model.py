@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 import torch.distributed as dist
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import load_model_config
+from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config, unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.host.registration import supported
@@ -78,7 +82,13 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
             "this is no Megatron-Bridge checkpoint (run_config.yaml is missing)",
             remedy="name a folder that `import` wrote",
         )
-    provider, _ = load_model_config(str(folder))
+    read_run_config.cache_clear()  # by path: another checkpoint may stand there by now
+    try:
+        provider, _ = load_model_config(str(folder))
+    except Exception as error:  # of YAML, of a missing key, of a class that is not allowed: all of them a damaged file
+        raise CheckpointError(
+            folder / "run_config.yaml", f"cannot be read ({_first_line(error)})", remedy="restore the checkpoint"
+        ) from error
     for bridge in supported().values():
         if type(provider) is bridge.PROVIDER_CLASS:
             return provider, bridge.megatron_to_hf_config(provider)
@@ -90,9 +100,24 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
     )
 
 
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
 def load_megatron(bridge: AutoBridge, path: Path, layout: Layout, *, backend: str = "auto") -> list[MegatronModule]:
-    """This rank's model chunks from a Megatron checkpoint, at this layout and backend whatever wrote it."""
-    return bridge.load_megatron_model(path, mp_overrides=model_parallel_of(layout) | {"backend": backend})
+    """This rank's model chunks from a Megatron checkpoint, at this layout and backend whatever wrote it.
+
+    Raises:
+        CheckpointError: files that are missing or damaged.
+    """
+    try:
+        return bridge.load_megatron_model(path, mp_overrides=model_parallel_of(layout) | {"backend": backend})
+    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
+        causes = getattr(error, "failures", None) or {0: (error, None)}  # torch's has one for each rank
+        cause = next(iter(causes.values()))[0]
+        raise CheckpointError(
+            path, f"the checkpoint cannot be loaded ({_first_line(cause)})", remedy="restore the missing or cut files"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ def run_ranks[T](
                 if process.pid is not None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()  # if it had no group of its own yet
                     process.join()
 
 

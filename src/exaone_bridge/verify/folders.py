@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,19 +54,29 @@ def _same_bytes(left: mmap.mmap, a: TensorInfo, right: mmap.mmap, b: TensorInfo,
 def compare_configs(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
     """Key by key, both ways, less the version stamp."""
     keys = (left.keys() | right.keys()) - {"transformers_version"}
-    absent = object()
     faults = [
         f"{key}: {left.get(key, '(absent)')!r}, then {right.get(key, '(absent)')!r}"
         for key in sorted(keys)
-        if left.get(key, absent) != right.get(key, absent)
+        if (key in left) != (key in right) or _text(left.get(key)) != _text(right.get(key))
     ]
     figure = f"{len(keys)} keys equal" if not faults else f"{len(faults)} of {len(keys)} keys differ"
     return Check("config", figure, not faults, "; ".join(faults[:5]))
 
 
+def _text(value: Any) -> str:
+    """As a file has it: 1, 1.0 and true are three values."""
+    return json.dumps(value, sort_keys=True)
+
+
 def compare_files(left: Path, right: Path) -> Check:
     """Tokenizer, chat template and generation config, byte for byte, both ways."""
-    names = {path.name for folder in (left, right) for glob in TRAVELLING_FILES for path in folder.glob(glob)}
+    names = {
+        path.name
+        for folder in (left, right)
+        for glob in TRAVELLING_FILES
+        for path in folder.glob(glob)
+        if path.is_file()
+    }
     faults = [
         name
         for name in sorted(names)

@@ -14,6 +14,7 @@ from exaone_bridge.checkpoint.convert import drain, shards_like
 from exaone_bridge.checkpoint.headers import read_json
 from exaone_bridge.checkpoint.source import check_layout, open_source
 from exaone_bridge.checkpoint.writer import write_hf_folder
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors
 from exaone_bridge.verify.logits import compare_logits, prompts, reference_logits
@@ -81,6 +82,9 @@ def verify(
     from exaone_bridge.host.world import run_ranks
 
     started = time.perf_counter()
+    if not 0 <= tolerance < float("inf"):
+        raise UnsupportedConfig("tolerance", got=tolerance, wanted="a finite number, zero or more", where="verify")
+    source_folder = source_folder.resolve()
     source = open_source(source_folder)
     check_layout(source.facts, layout)
     supported()

@@ -101,6 +101,7 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
     ) not in DTYPES:
         raise UnsupportedConfig("dtype", got=dtype, known=DTYPES)
 
+    _check_types(config)
     windows = _windows(config, layers)
     head_dim = hidden // heads if config.get("head_dim") is None else _count(config, "head_dim")
     if head_dim % 2:
@@ -193,6 +194,18 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
         high_freq_factor=_number(rope, "high_freq_factor"),
         original_max_positions=_count(rope, "original_max_position_embeddings"),
     )
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Fields that only travel, but that Transformers 5 refuses to load with another type."""
+    for field in ("tie_word_embeddings", "use_cache"):
+        if not isinstance(value := config.get(field, False), bool):
+            raise UnsupportedConfig(field, got=value, known=(True, False))
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(field)
+        numbers = value if field == "eos_token_id" and isinstance(value, list) else [value]
+        if any(number is not None and (not isinstance(number, int) or isinstance(number, bool)) for number in numbers):
+            raise UnsupportedConfig(field, got=value, wanted="a token's number or null")
 
 
 def _count(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
