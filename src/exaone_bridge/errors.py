@@ -24,7 +24,7 @@ _SHOWN = 5
 
 def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
     """`a, b, c and 7 more`: a list in a sentence, whatever its length."""
-    items = [str(value) for value in values]
+    items = [text if (text := str(value)).isprintable() else repr(text) for value in values]  # names come from files
     rest = len(items) - shown
     return ", ".join(items[:shown]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -34,7 +34,8 @@ class _Placeholder(ModuleType):
 @contextlib.contextmanager
 def _transformer_engine_placeholder() -> Iterator[None]:
     names = ("transformer_engine", "transformer_engine.pytorch")
-    if importlib.util.find_spec("transformer_engine") is not None:
+    # What is loaded already need not have a spec, and find_spec then raises.
+    if names[0] in sys.modules or importlib.util.find_spec(names[0]) is not None:
         yield  # where it is present nothing is touched
         return
     package, pytorch = (_Placeholder(name) for name in names)

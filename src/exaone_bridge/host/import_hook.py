@@ -32,6 +32,8 @@ class _Loader(Loader):
             self._inner.exec_module(module)
 
     def __getattr__(self, name: str) -> object:  # get_source, get_data: tracebacks and resource readers ask for them
+        if name == "_inner":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._inner, name)
 
 

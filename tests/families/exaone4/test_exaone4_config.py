@@ -384,25 +384,19 @@ def test_refused_layer_types_of_other_words(value: object) -> None:
 # --- faults found in the source, to be repaired there ---
 
 
-@pytest.mark.xfail(strict=True, reason="config.py _rope: `got` is read from the rope object only, and is None here")
 def test_partial_rope_outside_the_rope_object_is_named_with_its_value() -> None:
     refusal(small(partial_rotary_factor=0.5), "partial_rotary_factor", 0.5)
 
 
-@pytest.mark.xfail(strict=True, reason="config.py read_config: bool('false') is True")
 @pytest.mark.parametrize("value", ["false", "true", 0, 1, None, []], ids=repr)
 def test_tie_word_embeddings_that_is_no_bool_is_refused(value: object) -> None:
     refusal(small(tie_word_embeddings=value), "tie_word_embeddings", value)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OverflowError, reason="config.py _number: float() of a whole number beyond 1e308"
-)
 def test_a_number_too_large_for_a_float_is_refused() -> None:
     refusal(small(rms_norm_eps=10**400), "rms_norm_eps", 10**400)
 
 
-@pytest.mark.xfail(strict=True, reason="config.py _rope: prefers rope_parameters, Transformers prefers rope_scaling")
 def test_both_rope_objects_are_read_as_transformers_reads_them_or_refused(hf: Any) -> None:
     config = small(rope_scaling=LLAMA3)  # and rope_parameters says default
     try:
@@ -412,17 +406,14 @@ def test_both_rope_objects_are_read_as_transformers_reads_them_or_refused(hf: An
     assert facts == read_config(json.loads(hf(config).to_json_string()))
 
 
-@pytest.mark.xfail(strict=True, reason="config.py read_config: Exaone4Attention raises TypeError on head_dim null")
 def test_head_dim_null_is_refused() -> None:
     refusal(small(head_dim=None), "head_dim", None)
 
 
-@pytest.mark.xfail(strict=True, reason="config.py _rope: Transformers divides by low_freq_factor")
 def test_low_freq_factor_zero_is_refused() -> None:
     refusal(small(rope_parameters=LLAMA3 | {"low_freq_factor": 0.0}), "low_freq_factor", 0.0)
 
 
-@pytest.mark.xfail(strict=True, reason="config.py _rope: `or {}` takes every empty value for a missing one")
 @pytest.mark.parametrize("value", [[], 0, False, ""], ids=repr)
 def test_an_empty_rope_that_is_no_object_is_refused(value: object) -> None:
     refusal(small(rope_parameters=value), "rope_parameters", value)

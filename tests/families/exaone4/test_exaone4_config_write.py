@@ -289,9 +289,6 @@ def test_lists_of_another_length_than_num_layers_are_never_written(fact: str, da
 # --- faults found in the source, to be repaired there ---
 
 
-@pytest.mark.xfail(
-    strict=True, reason="config.py _write_schedule: takes whichever of several windows a set yields first"
-)
 @pytest.mark.parametrize("windows", [(4, 8, None), (8, 4, None), (4, 8, 8)])
 def test_two_window_sizes_are_refused(windows: tuple[int | None, ...]) -> None:
     rope = tuple(window is not None for window in windows)
@@ -300,9 +297,6 @@ def test_two_window_sizes_are_refused(windows: tuple[int | None, ...]) -> None:
         write_config(changed, {})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="config.py write_config: a source without head_dim derives another from hidden/heads"
-)
 @pytest.mark.parametrize(
     "change", [{"hidden_size": 64}, {"num_heads": 8}, {"num_heads": 6, "num_kv_heads": 3}], ids=str
 )
@@ -313,7 +307,6 @@ def test_head_dim_is_written_where_the_source_left_it_to_be_derived(change: dict
     assert read_config(write_config(changed, source)) == changed
 
 
-@pytest.mark.xfail(strict=True, reason="config.py write_config: iterates over a set of strings, so keys change places")
 def test_the_order_of_new_keys_does_not_hang_on_the_hash_seed() -> None:
     """The same model must give the same bytes of config.json in every process."""
     program = (

@@ -7,6 +7,7 @@ here with the remedy, because a model that Transformers cannot run has no logits
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,14 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
     layers = _count(config, "num_hidden_layers", 32)
     if heads % kv_heads:
         raise UnsupportedConfig("num_key_value_heads", got=kv_heads, wanted=f"a divisor of num_attention_heads={heads}")
-    if config.get("head_dim") is None and hidden % heads:
+    if config.get("head_dim", 1) is None:
+        raise UnsupportedConfig(
+            "head_dim",
+            got=None,
+            wanted="a positive whole number, or absent, because Transformers cannot run null",
+            remedy=f"write {hidden // heads}, hidden_size / num_attention_heads, or take it out",
+        )
+    if "head_dim" not in config and hidden % heads:
         raise UnsupportedConfig(
             "hidden_size",
             got=hidden,
@@ -103,7 +111,7 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
 
     _check_types(config)
     windows = _windows(config, layers)
-    head_dim = hidden // heads if config.get("head_dim") is None else _count(config, "head_dim")
+    head_dim = _count(config, "head_dim", hidden // heads)
     if head_dim % 2:
         raise UnsupportedConfig("head_dim", got=head_dim, wanted="even, because RoPE rotates pairs")
     theta, llama3 = _rope(config)
@@ -177,21 +185,25 @@ def _kinds_from_pattern(pattern: object, window: int | None, layers: int) -> lis
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
     """Theta and scaling: Transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
+    rope = found[0] if found else {}
+    if found[1:] and found[1] != rope:  # Transformers would take this one
+        raise UnsupportedConfig("rope_scaling", got=found[1], wanted=f"absent, or equal to rope_parameters={rope!r}")
     if not isinstance(rope, Mapping):
         raise UnsupportedConfig("rope_parameters", got=rope, wanted="an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise UnsupportedConfig("rope_type", got=kind, known=ROPE_TYPES)
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
-        raise UnsupportedConfig("partial_rotary_factor", got=rope.get("partial_rotary_factor"), known=(1.0,))
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise UnsupportedConfig("partial_rotary_factor", got=partial, known=(1.0,))
     theta = _number(rope, "rope_theta", config.get("rope_theta", 10000.0))
     if kind == "default":
         return theta, None
     return theta, Llama3Rope(
-        factor=_number(rope, "factor"),
-        low_freq_factor=_number(rope, "low_freq_factor"),
-        high_freq_factor=_number(rope, "high_freq_factor"),
+        factor=_divisor(rope, "factor"),
+        low_freq_factor=_divisor(rope, "low_freq_factor"),
+        high_freq_factor=_divisor(rope, "high_freq_factor"),
         original_max_positions=_count(rope, "original_max_position_embeddings"),
     )
 
@@ -215,9 +227,15 @@ def _count(config: Mapping[str, Any], field: str, default: int | None = None) ->
     return value
 
 
+def _divisor(config: Mapping[str, Any], field: str) -> float:
+    if not (value := _number(config, field)):
+        raise UnsupportedConfig(field, got=value, wanted="more than zero, because Transformers divides by it")
+    return value
+
+
 def _number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
     value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
         raise UnsupportedConfig(field, got=value, wanted="a finite number, zero or more")
     return float(value)
 
@@ -261,8 +279,11 @@ def write_config(facts: Exaone4Facts, source: Mapping[str, Any]) -> dict[str, An
         name for name in Exaone4Facts.__dataclass_fields__ if getattr(before, name, None) != getattr(facts, name)
     }
     fields = _FIELDS if source else _FIELDS | _TRAINING_FIELDS
-    for name in fields.keys() & (changed if source else fields.keys()):
-        config[fields[name]] = getattr(facts, name)
+    for name, field in fields.items():
+        if name in changed or not source:
+            config[field] = getattr(facts, name)
+    if "head_dim" not in config and facts.head_dim * facts.num_heads != facts.hidden_size:
+        config["head_dim"] = facts.head_dim
     if "dtype" in changed:
         config.pop("torch_dtype", None)
     if not source or changed & {"windows", "rope", "num_layers"}:
@@ -276,6 +297,10 @@ def write_config(facts: Exaone4Facts, source: Mapping[str, Any]) -> dict[str, An
 
 def _write_schedule(facts: Exaone4Facts, default_window: int) -> dict[str, Any]:
     windows = {window for window in facts.windows if window is not None}
+    if len(windows) > 1:
+        raise UnsupportedConfig(
+            "window_size", got=sorted(windows), wanted="one window for all sliding layers", where="provider"
+        )
     window = next(iter(windows)) if windows else None if all(facts.rope) else default_window
     if facts.rope != tuple(window is None or here is not None for here in facts.windows):
         raise UnsupportedConfig(
