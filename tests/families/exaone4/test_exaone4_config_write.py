@@ -313,7 +313,6 @@ def test_head_dim_is_written_where_the_source_left_it_to_be_derived(change: dict
     assert read_config(write_config(changed, source)) == changed
 
 
-@pytest.mark.xfail(strict=True, reason="config.py write_config: iterates over a set of strings, so keys change places")
 def test_the_order_of_new_keys_does_not_hang_on_the_hash_seed() -> None:
     """The same model must give the same bytes of config.json in every process."""
     program = (
