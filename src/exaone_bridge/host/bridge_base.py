@@ -13,6 +13,7 @@ from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRe
 from megatron.bridge.models.conversion.model_bridge import HFWeightTuple, MegatronModelBridge, WeightConversionTask
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.bind import bind
@@ -23,6 +24,8 @@ from exaone_bridge.parts.rows import Row, aliases, expected_hf, expected_megatro
 __all__ = ["ExactBridge", "config_mapping"]
 
 logger = logging.getLogger(__name__)
+
+_OUTPUT_BIAS = "output_layer.bias"
 
 
 def config_mapping(hf_config: Any) -> dict[str, Any]:
@@ -77,7 +80,31 @@ class ExactBridge(MegatronModelBridge):
                 extra="tensors that the model has no place for",
                 remedy="check that config.json belongs to these weights",
             )
-        return super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype=weight_dtype)
+        tasks = super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype=weight_dtype)
+        if facts.tied and _OUTPUT_BIAS in expected_megatron(rows):
+            tasks.append(self._output_bias_task(megatron_model, weight_dtype))
+        return tasks
+
+    def _output_bias_task(
+        self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
+    ) -> WeightConversionTask:
+        """The host's `build_conversion_tasks` drops every "output_layer" parameter of a tied model, its bias too."""
+        held = [
+            (stage, layer)
+            for stage, chunk in enumerate(unwrap_model(megatron_model))
+            if (layer := getattr(chunk, "output_layer", None)) is not None
+        ]
+        stage, layer = held[0] if held else (None, None)
+        return WeightConversionTask(
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            vp_stage=stage,
+            param_name=_OUTPUT_BIAS,
+            global_param_name=_OUTPUT_BIAS,
+            megatron_module=layer,
+            param_weight=None if layer is None else layer.bias,
+            mapping=self.mapping_registry().megatron_to_hf_lookup(_OUTPUT_BIAS),
+            weight_dtype=weight_dtype,
+        )
 
     def _check_megatron(self, rows: Iterable[Row], megatron_model: list[MegatronModule]) -> None:
         others = aliases(rows)

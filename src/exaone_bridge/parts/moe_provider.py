@@ -59,11 +59,15 @@ class MoEModelProvider(ExactGPTModelProvider):
         if self.num_moe_experts and resolve_backend(self.backend).name == "torch":
             # alltoall counts tokens on CUDA streams of its own, and the grouped GEMM is Transformer Engine's
             self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False)
-        self.moe_router_enable_expert_bias = False  # refused with softmax; our router does not mind
+        # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our
+        # router does not mind the first, our experts have none of the second (parts/router.py, parts/moe.py).
+        linear_biases = self.add_bias_linear
+        self.moe_router_enable_expert_bias = False
+        self.add_bias_linear = linear_biases and not self.num_moe_experts
         try:
             super().finalize()
         finally:
-            self.moe_router_enable_expert_bias = update_bias
+            self.moe_router_enable_expert_bias, self.add_bias_linear = update_bias, linear_biases
 
     def _has_aux_loss(self) -> bool:
         kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
