@@ -35,10 +35,24 @@ def train_transformers(folder: Path, tokens: torch.Tensor, steps: int) -> tuple[
         loss = cross_entropy(model(tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
         loss.backward()
         if step == 0:
-            gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+            gradients = _on_disk({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
         optimizer.step()
         losses.append(loss.item())
     return losses, gradients
+
+
+def _on_disk(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies, by the names that a checkpoint has: Transformers fuses experts in memory only."""
+    result: dict[str, torch.Tensor] = {}
+    for name, gradient in gradients.items():
+        module, _, leaf = name.rpartition(".")
+        if not module.endswith(".experts"):
+            result[name] = gradient.clone()
+            continue
+        for expert, own in enumerate(gradient):
+            projections = zip(("gate", "up"), own.chunk(2), strict=True) if leaf == "gate_up_proj" else [("down", own)]
+            result |= {f"{module}.{expert}.{which}_proj.weight": part.clone() for which, part in projections}
+    return result
 
 
 def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:

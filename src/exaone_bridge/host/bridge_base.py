@@ -89,12 +89,12 @@ class ExactBridge(MegatronModelBridge):
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
     ) -> WeightConversionTask:
         """The host's `build_conversion_tasks` drops every "output_layer" parameter of a tied model, its bias too."""
-        held = [
+        held: list[Any] = [
             (stage, layer)
             for stage, chunk in enumerate(unwrap_model(megatron_model))
             if (layer := getattr(chunk, "output_layer", None)) is not None
         ]
-        stage, layer = held[0] if held else (None, None)
+        stage, layer = next(iter(held), (None, None))
         return WeightConversionTask(
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             vp_stage=stage,

@@ -65,6 +65,7 @@ class Family:
         bridge: `module:class`, imported only when Megatron-Bridge has been.
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
+        without_carried: facts -> those of the same model with nothing beside it.
         listed_fields: Transformers' model type -> fields that may be lists of which its config class wants the first.
     """
 
@@ -79,6 +80,7 @@ class Family:
     bridge: str
     carried: str | None = None
     carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
+    without_carried: Callable[[Any], Any] = lambda facts: facts
     listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def is_carried(self, name: str) -> bool:

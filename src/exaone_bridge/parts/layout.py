@@ -51,9 +51,7 @@ class Layout:
         """Ranks that cut each expert."""
         return self.tp if self.etp is None else self.etp
 
-    def check(
-        self, *, layers: int, heads: int, kv_heads: int, ffn: int, experts: int = 0, expert_ffn: int = 0
-    ) -> None:
+    def check(self, *, layers: int, heads: int, kv_heads: int, ffn: int, experts: int = 0, expert_ffn: int = 0) -> None:
         """Refuse a model that this layout cannot cut evenly.
 
         Args:

@@ -19,6 +19,8 @@ class MoEModelProvider(ExactGPTModelProvider):
     update of the selection bias after each step (`moe_router_enable_expert_bias` and `moe_router_bias_update_rate`).
     """
 
+    add_bias_linear: bool = False
+    moe_router_enable_expert_bias: bool = False
     moe_router_score_function: str = "softmax"
     moe_router_pre_softmax: bool = True
     moe_router_dtype: str | None = "fp32"

@@ -20,7 +20,9 @@ class Fp32RotarySelfAttention(SelfAttention):
 
     _rotation: Any = None  # angles and packing of the forward pass under way
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent's; the angles are kept from it, and applied where queries and keys come into being."""
         angles = kwargs.get("rotary_pos_emb")
         cached = kwargs.get("inference_context") is not None or kwargs.get("inference_params") is not None

@@ -211,9 +211,7 @@ def qk_norm(layers: tuple[int, ...]) -> tuple[Row, ...]:
     )
 
 
-def swiglu(
-    layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", width: str = "F"
-) -> tuple[Row, ...]:
+def swiglu(layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", width: str = "F") -> tuple[Row, ...]:
     """A gated feed-forward's projections; `bias`: theirs; `inside`: the module of both sides; `width`: its axis."""
     ours, theirs = f"decoder.layers.*.{inside}", f"model.layers.*.{inside}"
     down = (HFTensor(f"{theirs}.down_proj.weight", f"H{width}"),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from exaone_bridge.families.ernie45.config import ARCHITECTURES, LISTED, MODEL_TYPES, MOE, read_config, write_config
 from exaone_bridge.families.ernie45.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
-from exaone_bridge.families.ernie45.weights import CARRIED, carried_tensors, ernie45_rows
+from exaone_bridge.families.ernie45.weights import CARRIED, carried_tensors, ernie45_rows, without_carried
 from exaone_bridge.parts.family import Family
 
 __all__ = ["ERNIE45"]
@@ -21,5 +21,6 @@ ERNIE45 = Family(
     bridge="exaone_bridge.families.ernie45.bridge:Ernie45Bridge",
     carried=CARRIED,
     carried_tensors=carried_tensors,
+    without_carried=without_carried,
     listed_fields={MODEL_TYPES[MOE]: LISTED},
 )

@@ -291,6 +291,4 @@ def _write_schedule(moe: tuple[bool, ...]) -> dict[str, int]:
         }
         if _schedule(fields, layers) == moe:
             return fields
-    raise UnsupportedConfig(
-        "moe_layer_freq", got=moe, wanted="every n-th layer between two of them", where="provider"
-    )
+    raise UnsupportedConfig("moe_layer_freq", got=moe, wanted="every n-th layer between two of them", where="provider")

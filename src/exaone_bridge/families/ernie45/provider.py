@@ -33,7 +33,6 @@ class Ernie45ModelProvider(MoEModelProvider):
     normalization: str = "RMSNorm"
     activation_func: Callable[[torch.Tensor], torch.Tensor] = F.silu
     gated_linear_unit: bool = True
-    add_bias_linear: bool = False
     position_embedding_type: str = "rope"
     rotary_interleaved: bool = True
     hidden_dropout: float = 0.0
@@ -57,7 +56,7 @@ class Ernie45ModelProvider(MoEModelProvider):
 
 def ernie45_provider(facts: Ernie45Facts, hf_config: Mapping[str, Any]) -> Ernie45ModelProvider:
     """The provider of these facts; `hf_config` is carried for the export."""
-    experts = (
+    experts: dict[str, Any] = (
         {
             "num_moe_experts": facts.num_experts,
             "moe_router_topk": facts.topk,

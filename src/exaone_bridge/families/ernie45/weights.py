@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from exaone_bridge.families.ernie45.config import Ernie45Facts
 from exaone_bridge.parts.rows import (
     HFTensor,
@@ -15,7 +17,7 @@ from exaone_bridge.parts.rows import (
     swiglu,
 )
 
-__all__ = ["CARRIED", "carried_tensors", "ernie45_rows"]
+__all__ = ["CARRIED", "carried_tensors", "ernie45_rows", "without_carried"]
 
 # Next-token prediction, which the 21B ships and Transformers ignores (`_keys_to_ignore_on_load_unexpected`).
 CARRIED = r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.\d+\..+"
@@ -35,6 +37,11 @@ def ernie45_rows(facts: Ernie45Facts) -> tuple[Row, ...]:
         *(shared_experts(moe, bias=facts.bias) if facts.num_shared_experts else ()),
     )
     return tuple(row for row in rows if row.layers or "*" not in row.megatron)
+
+
+def without_carried(facts: Ernie45Facts) -> Ernie45Facts:
+    """The facts of the same model without next-token-prediction layers beside it."""
+    return dataclasses.replace(facts, mtp_layers=0)
 
 
 def carried_tensors(facts: Ernie45Facts) -> tuple[HFTensor, ...]:
