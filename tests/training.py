@@ -35,7 +35,9 @@ def train_transformers(folder: Path, tokens: torch.Tensor, steps: int) -> tuple[
         loss = cross_entropy(model(tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
         loss.backward()
         if step == 0:
-            gradients = _on_disk({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+            gradients = _on_disk(
+                {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+            )
         optimizer.step()
         losses.append(loss.item())
     return losses, gradients
