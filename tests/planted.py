@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row
+from exaone_bridge.verify.verify import verify
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -50,3 +53,12 @@ def build_with(change: Callable[[Any], None]) -> Plant:
         patch.setattr(module, "build", faulty)
 
     return plant
+
+
+def assert_caught(folder: Path, layer: int) -> None:
+    """The logits tell, by ten times the tolerance at least, and the first wrong layer is this one."""
+    report = verify(folder, Layout())
+    assert not report.holds
+    assert not next(check for check in report.checks if check.name == "logits").holds
+    assert report.max_logit_difference > 1e-3  # no fault hides near the tolerance
+    assert report.first_differing_layer == str(layer)

@@ -94,7 +94,7 @@ class ExactBridge(MegatronModelBridge):
             for stage, chunk in enumerate(unwrap_model(megatron_model))
             if (layer := getattr(chunk, "output_layer", None)) is not None
         ]
-        stage, layer = next(iter(held), (None, None))
+        stage, layer = held[0] if held else (None, None)
         return WeightConversionTask(
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             vp_stage=stage,
@@ -152,8 +152,7 @@ class ExactBridge(MegatronModelBridge):
         Raises:
             UnmappedTensors: the configuration says there is something, and no source is at hand.
         """
-        state = getattr(hf_pretrained, "state", None)
-        source = getattr(state, "source", None)
+        source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         if source is None:
             names = [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]
             if names:
@@ -169,7 +168,7 @@ class ExactBridge(MegatronModelBridge):
         if names:
             logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0])
         for name in names:
-            yield HFWeightTuple(name, state[name])
+            yield HFWeightTuple(name, hf_pretrained.state[name])
 
 
 def _over_expert_ranks(names: set[str]) -> set[str]:

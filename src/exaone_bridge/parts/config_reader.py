@@ -113,7 +113,8 @@ def rewritten(
     """
     names = set(type(facts).__dataclass_fields__)
     if not source:
-        return identity | {field: getattr(facts, name) for name, field in (fields | training_fields).items()}, names
+        written = {field: getattr(facts, name) for name, field in {**fields, **training_fields}.items()}
+        return {**identity, **written}, names
     config = {key: value for key, value in source.items() if key != "transformers_version"}
     before = read_config(source)
     changed = {name for name in names if getattr(before, name) != getattr(facts, name)}
