@@ -138,6 +138,13 @@ def test_schedule(fields: dict[str, Any], layers: tuple[int, ...]) -> None:
     assert bool(facts.num_experts) == bool(layers)
 
 
+def test_null_in_a_dense_configuration_is_derived() -> None:
+    derived = read_config({**PUBLISHED["0.3B"], "head_dim": None, "num_key_value_heads": None})
+    assert (derived.head_dim, derived.num_kv_heads) == (64, 16)
+    absent = {key: value for key, value in PUBLISHED["0.3B"].items() if key not in ("head_dim", "num_key_value_heads")}
+    assert (read_config(absent).head_dim, read_config(absent).num_kv_heads) == (128, 2)
+
+
 def test_first_pool() -> None:
     assert [first_pool({"n": value}, "n") for value in (64, [64], [64, 32], (8,))] == [64, 64, 64, 8]
     with pytest.raises(UnsupportedConfig, match="each pool"):
@@ -152,8 +159,11 @@ def test_first_pool() -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_bias": 1}, "use_bias"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings"),
+        ({"num_key_value_heads": None}, "num_key_value_heads"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"head_dim": 7}, "head_dim"),
+        ({"head_dim": None}, "head_dim"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"moe_k": 9}, "moe_k"),
         ({"moe_num_experts": []}, "moe_num_experts"),

@@ -132,9 +132,12 @@ def first_pool(config: Mapping[str, Any], field: str) -> Any:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists reduced to the first pool's value; null and absent are one, as every default is Transformers' own."""
+    """Lists reduced to the first pool's value, and a null that Transformers derives from another field, derived."""
     plain = {**config, **{field: first_pool(config, field) for field in LISTED if field in config}}
-    return {key: value for key, value in plain.items() if value is not None}
+    # Ernie4_5Config.__post_init__; the other class derives nothing
+    if config.get("model_type") == MODEL_TYPES[DENSE] and plain.get("num_key_value_heads", ...) is None:
+        plain["num_key_value_heads"] = plain.get("num_attention_heads", _DEFAULTS[False]["num_attention_heads"])
+    return plain
 
 
 def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
@@ -147,13 +150,16 @@ def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
         UnsupportedConfig: a field that is malformed, not modelled, or that Transformers cannot run.
     """
     config = _plain(config)
-    is_moe = config.get("model_type") == MODEL_TYPES[MOE] or MOE in config.get("architectures", ())
+    is_moe = config.get("model_type") == MODEL_TYPES[MOE] or MOE in (config.get("architectures") or ())
     default = _DEFAULTS[is_moe]
     heads = read_count(config, "num_attention_heads", default["num_attention_heads"])
     kv_heads = read_count(config, "num_key_value_heads", default["num_key_value_heads"])
     hidden = read_count(config, "hidden_size", default["hidden_size"])
     layers = read_count(config, "num_hidden_layers", default["num_hidden_layers"])
-    given = read_count(config, "head_dim") if "head_dim" in config else None if is_moe else 128
+    if is_moe:  # Ernie4_5_MoeAttention.__init__ derives an absent one, and cannot run null
+        given = read_count(config, "head_dim") if "head_dim" in config else None
+    else:  # Ernie4_5Config derives null, and has a default for an absent one
+        given = None if config.get("head_dim", 128) is None else read_count(config, "head_dim", 128)
     _, theta, _ = rope_of(config, kinds=("default",), default_theta=500000.0)
     moe = _schedule(config, layers) if is_moe else (False,) * layers
     return Ernie45Facts(
