@@ -84,7 +84,7 @@ def _assert_same(source: Path, exported: Path) -> None:
         assert check.holds, f"{check.name}: {check.where}"
 
 
-@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45-300b", "ernie45-dense"])
 def test_import_ckpt_and_export_ckpt(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
     """The documented calls, unchanged; the configuration also from the Megatron checkpoint alone."""
     source = tiny(name)
@@ -125,6 +125,25 @@ def test_saved_at_one_layout_loaded_at_another(
 ) -> None:
     """387 words: each layout pads the vocabulary differently."""
     source = tiny(name) if name == "exaone4" else tiny(name, num_hidden_layers=8, layer_types=["full_attention"] * 8)
+    run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
+    run_ranks(_load, loaded.ranks, source, tmp_path / "megatron", tmp_path / "exported", loaded)
+    _assert_same(source, tmp_path / "exported")
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (Layout(tp=2, ep=2), Layout()),
+        (Layout(), Layout(tp=2, ep=2, etp=1)),
+        (Layout(pp=2, ep=2), Layout(ep=4)),
+        (Layout(ep=2, etp=2), Layout(pp=2, vpp=2)),
+    ],
+    ids=lambda layout: str(layout),
+)
+def test_experts_saved_at_one_layout_loaded_at_another(
+    host: Any, tiny: Any, tmp_path: Path, saved: Layout, loaded: Layout
+) -> None:
+    source = tiny("ernie45-300b", dtype="bfloat16", use_bias=True)
     run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
     run_ranks(_load, loaded.ranks, source, tmp_path / "megatron", tmp_path / "exported", loaded)
     _assert_same(source, tmp_path / "exported")

@@ -6,8 +6,8 @@ layout, so that it can be exported where the source is out of reach.
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from exaone_bridge.checkpoint.carried import carried_sizes, carried_weights, keep_carried
 from exaone_bridge.checkpoint.headers import INDEX, read_json
 from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
 from exaone_bridge.checkpoint.staging import refuse_existing, staged
@@ -24,7 +25,7 @@ from exaone_bridge.errors import CheckpointError
 from exaone_bridge.families import family_of
 from exaone_bridge.parts.files import copy_travelling_files
 from exaone_bridge.parts.layout import Layout
-from exaone_bridge.parts.rows import expected_hf
+from exaone_bridge.parts.rows import hf_nbytes
 
 __all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
 
@@ -95,6 +96,7 @@ def import_checkpoint(
         assets.mkdir()
         write_config(assets, source.config)
         copy_travelling_files(hf_folder, assets)
+        keep_carried(source, assets)
         (assets / INDEX).write_text(json.dumps({"weight_map": shards_like(source)}))
     return Summary(len(source.tensors), source.nbytes, time.perf_counter() - started)
 
@@ -105,6 +107,7 @@ def _export_rank(
     layout: Layout,
     backend: str,
     config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
     files: Mapping[str, str],
 ) -> None:
     from megatron.bridge import AutoBridge
@@ -114,11 +117,15 @@ def _export_rank(
     from exaone_bridge.host.world import emit
 
     emit("loading the Megatron checkpoint")
-    bridge = AutoBridge.from_hf_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+    bridge = AutoBridge.from_hf_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(model_config)))
     model = load_megatron(bridge, source, layout, backend=backend)
     emit("writing the Hugging Face folder")
     weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
-    drain(weights, lambda stream: write_hf_folder(target, stream, files, config, source / ASSETS))
+    beside = (weight for weight in carried_weights(source / ASSETS) if weight[0] in files)
+    drain(
+        weights,
+        lambda stream: write_hf_folder(target, itertools.chain(stream, beside), files, config, source / ASSETS),
+    )
 
 
 def export_checkpoint(
@@ -128,12 +135,16 @@ def export_checkpoint(
     *,
     backend: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    drop_carried: bool = False,
     on_event: Callable[[int, Any], None] | None = None,
 ) -> Summary:
     """Convert a Megatron checkpoint to a Hugging Face folder: weights, configuration, and what travelled with it.
 
+    Args:
+        drop_carried: leave out the tensors that travel beside the model, and say so in the configuration.
+
     Raises:
-        CheckpointError: no checkpoint there, or the target exists.
+        CheckpointError: no checkpoint there, the target exists, or what travels beside the model is out of reach.
         UnsupportedConfig: a model that none of our bridges made.
         UnsupportedLayout: the model cannot be cut so.
     """
@@ -151,11 +162,15 @@ def export_checkpoint(
     family = family_of(config["architectures"], where=str(megatron_folder))
     facts = family.read_config(config)
     check_layout(facts, layout)
-    size = getattr(torch, facts.dtype).itemsize
-    sizes = {name: math.prod(shape) * size for name, shape in expected_hf(family.rows(facts), facts.dims).items()}
+    sizes = hf_nbytes(family.rows(facts), facts.dims, getattr(torch, facts.dtype).itemsize)
+    model_config = family.write_config(family.without_carried(facts), config)
+    if drop_carried:
+        config = model_config
+    else:
+        sizes |= carried_sizes(megatron_folder / ASSETS, family, facts)
     files = _source_shards(megatron_folder / ASSETS / INDEX, sizes) or plan_shards(sizes, max_shard_bytes)
     with staged(hf_folder) as folder:
-        arguments = (megatron_folder.absolute(), folder, layout, backend, config, files)
+        arguments = (megatron_folder.absolute(), folder, layout, backend, config, model_config, files)
         run_ranks(_export_rank, layout.ranks, *arguments, on_event=on_event)
     return Summary(len(sizes), sum(sizes.values()), time.perf_counter() - started)
 

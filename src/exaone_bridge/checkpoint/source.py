@@ -12,7 +12,7 @@ from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedCo
 from exaone_bridge.families import family_of
 from exaone_bridge.parts.family import Facts, Family
 from exaone_bridge.parts.layout import Layout
-from exaone_bridge.parts.rows import Row, expected_hf
+from exaone_bridge.parts.rows import Row, expected_hf, fp32_names
 
 __all__ = ["HFSource", "check_layout", "open_source"]
 
@@ -30,6 +30,11 @@ class HFSource:
     facts: Any
     rows: tuple[Row, ...]
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def carried(self) -> dict[str, TensorInfo]:
+        """The tensors that are no part of the model, and travel beside it."""
+        return {name: tensor for name, tensor in self.tensors.items() if self.family.is_carried(name)}
 
     @property
     def parameters(self) -> int:
@@ -60,7 +65,8 @@ def open_source(folder: Path) -> HFSource:
     rows = family.rows(facts)
     tensors = read_headers(folder)
     _check_nothing_else(folder, {tensor.file.name for tensor in tensors.values()})
-    _check_tensors(folder, expected_hf(rows, facts.dims), _DTYPES[facts.dtype], tensors)
+    ours = {name: tensor for name, tensor in tensors.items() if not family.is_carried(name)}
+    _check_tensors(folder, expected_hf(rows, facts.dims), _DTYPES[facts.dtype], fp32_names(rows), ours)
     return HFSource(folder, config, family, facts, rows, tensors)
 
 
@@ -94,7 +100,11 @@ def _few(names: set[str]) -> str:
 
 
 def _check_tensors(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], dtype: str, found: Mapping[str, TensorInfo]
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    model_dtype: str,
+    fp32: set[str],
+    found: Mapping[str, TensorInfo],
 ) -> None:
     if missing := expected.keys() - found.keys():
         raise UnmappedTensors(
@@ -115,10 +125,12 @@ def _check_tensors(
                 f"tensor {name} has shape {list(tensor.shape)}, and config.json makes it {list(shape)}",
                 remedy="check that config.json belongs to these weights",
             )
+        dtype = "F32" if name in fp32 else model_dtype
         if tensor.dtype != dtype:
+            why = "Transformers keeps it in" if name in fp32 else "config.json's dtype makes it"
             raise CheckpointError(
                 tensor.file,
-                f"tensor {name} has type {tensor.dtype}, and config.json's dtype makes it {dtype}",
+                f"tensor {name} has type {tensor.dtype}, and {why} {dtype}",
                 remedy="convert it, or correct dtype in config.json",
             )
 
@@ -129,4 +141,11 @@ def check_layout(facts: Facts, layout: Layout) -> None:
     Raises:
         UnsupportedLayout: see `Layout.check`.
     """
-    layout.check(layers=facts.num_layers, heads=facts.num_heads, kv_heads=facts.num_kv_heads, ffn=facts.ffn_size)
+    layout.check(
+        layers=facts.num_layers,
+        heads=facts.num_heads,
+        kv_heads=facts.num_kv_heads,
+        ffn=facts.ffn_size,
+        experts=getattr(facts, "num_experts", 0),
+        expert_ffn=getattr(facts, "expert_ffn_size", 0),
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,26 @@ from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.checkpoint.writer import plan_shards, write_config, write_weights
 from exaone_bridge.families import family_of
 from exaone_bridge.parts.family import Family
-from exaone_bridge.parts.rows import expected_hf
+from exaone_bridge.parts.rows import HFTensor, hf_tensors
 
 __all__ = ["random_weights", "write_random"]
 
 
 def random_weights(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int
+    tensors: Iterable[HFTensor], dims: Mapping[str, int], dtype: torch.dtype, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for each shape: vectors are 1 + 0.3 n, matrices n / sqrt(inputs), n standard normal."""
+    """(name, tensor) for each: norms are 1 + 0.3 n, matrices n / sqrt(inputs), others std n; n standard normal."""
     generator = torch.Generator().manual_seed(seed)
-    for name, shape in shapes.items():
+    for tensor in tensors:
+        shape = tensor.shape(dims)
         noise = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
-        tensor = noise.mul_(0.3).add_(1) if len(shape) == 1 else noise.mul_(shape[-1] ** -0.5)
-        yield name, tensor.to(dtype)
+        if tensor.std is not None:
+            noise.mul_(tensor.std)
+        elif len(shape) == 1:
+            noise.mul_(0.3).add_(1)
+        else:
+            noise.mul_(shape[-1] ** -0.5)
+        yield tensor.name, noise.to(torch.float32 if tensor.fp32 else dtype)
 
 
 def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, tokenizer: bool = True) -> None:
@@ -49,11 +55,11 @@ def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, toke
     """
     family = family_of(config.get("architectures"), where="configuration")
     facts = family.read_config(config)
-    shapes = expected_hf(family.rows(facts), facts.dims)
+    tensors = (*hf_tensors(family.rows(facts)).values(), *family.carried_tensors(facts))
     dtype: torch.dtype = getattr(torch, facts.dtype)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {each.name: math.prod(each.shape(facts.dims)) * (4 if each.fp32 else dtype.itemsize) for each in tensors}
     with staged(target) as folder:
-        write_weights(folder, random_weights(shapes, dtype, seed), plan_shards(sizes))
+        write_weights(folder, random_weights(tensors, facts.dims, dtype, seed), plan_shards(sizes))
         write_config(folder, config)
         if tokenizer and facts.vocab_size >= 256 + len(family.special_tokens):
             _write_tokenizer(folder, family, facts.vocab_size, config)

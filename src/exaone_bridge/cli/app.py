@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,8 @@ Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel ranks.", min=1)]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1)]
 Vpp = Annotated[int, typer.Option("--vpp", help="Model chunks a pipeline rank holds.", min=1)]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism along --tp.")]
+Ep = Annotated[int, typer.Option("--ep", help="Ranks that experts are dealt to.", min=1)]
+Etp = Annotated[int | None, typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1)]
 Backend = Annotated[str, typer.Option("--backend", help="auto, transformer_engine or torch.")]
 
 
@@ -36,21 +39,20 @@ def _example(text: str) -> str:
 
 
 @app.command(epilog=_example("exaone-bridge demo"))
-def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, backend: Backend = "auto") -> None:
+def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "auto") -> None:
     """Write tiny random models, convert them to Megatron-Core and back, and compare everything."""
     import tempfile
 
     from exaone_bridge.checkpoint.tiny import write_random
     from exaone_bridge.verify.verify import verify
 
-    layout = Layout(tp=tp, pp=pp, vpp=vpp)
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
         for name, (_, config) in MINIATURES.items():
             with stages(name) as on_event:
                 on_event(0, "importing Megatron-Core (half a minute, once)")
                 folder = Path(work) / name
-                config = _fitted(config, layout)
+                config, layout = _fitted(config, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep))
                 write_random(folder, config)
                 reports.append(verify(folder, layout, backend=backend, on_event=on_event))
     table(
@@ -73,12 +75,17 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, backend: Backend = "auto") -> Non
         raise ParityFailure("\n".join(report.faults() for report in reports))
 
 
-def _fitted(config: Any, layout: Layout) -> dict[str, Any]:
-    """The configuration with as many layers as the layout needs, its layer pattern repeated or cut."""
+def _fitted(config: Any, layout: Layout) -> tuple[dict[str, Any], Layout]:
+    """The configuration with as many layers as the layout needs, its layer pattern repeated or cut; and the layout,
+    without expert parallelism where there are no experts, and each expert whole where they are dealt out."""
     stages_ = layout.pp * layout.vpp
     layers = -(-config["num_hidden_layers"] // stages_) * stages_
+    experts = "moe_num_experts" in config and layout.ep > 1
+    layout = dataclasses.replace(layout, ep=layout.ep if experts else 1, etp=1 if experts else None)
+    if "layer_types" not in config:
+        return {**config, "num_hidden_layers": layers}, layout
     types = (config["layer_types"] * layers)[:layers]
-    return {**config, "num_hidden_layers": layers, "layer_types": types}
+    return {**config, "num_hidden_layers": layers, "layer_types": types}, layout
 
 
 @app.command(epilog=_example("exaone-bridge tiny exaone4 /tmp/tiny --set num_hidden_layers=4 --set dtype=bfloat16"))
@@ -126,17 +133,20 @@ def inspect(
     pp: Pp = 1,
     vpp: Vpp = 1,
     sp: Sp = False,
+    ep: Ep = 1,
+    etp: Etp = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is, where each tensor goes, and whether a layout fits. Reads no tensor."""
     from exaone_bridge.checkpoint.source import check_layout, open_source
-    from exaone_bridge.parts.schedule import pattern
+    from exaone_bridge.parts.schedule import mlp_pattern, pattern
 
-    layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp)
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp)
     source = open_source(folder)
     facts = source.facts
     check_layout(facts, layout)
     destinations = {tensor.name: name for row in source.rows for name, hf in row.expand() for tensor in hf}
+    moe = getattr(facts, "moe", (False,) * facts.num_layers)
     if json_:
         summary = {
             "folder": str(folder),
@@ -145,6 +155,7 @@ def inspect(
             "bytes": source.nbytes,
             "dtype": facts.dtype,
             "layers": pattern(facts.windows),
+            "feed_forward": mlp_pattern(moe),
             "rope": list(facts.rope),
             "tied": facts.tied,
             "layout": str(layout),
@@ -153,7 +164,7 @@ def inspect(
                     "shape": list(tensor.shape),
                     "dtype": tensor.dtype,
                     "file": tensor.file.name,
-                    "megatron": destinations[name],
+                    "megatron": destinations.get(name),  # null: carried beside the model
                 }
                 for name, tensor in source.tensors.items()
             },
@@ -169,6 +180,7 @@ def inspect(
             ["family", source.family.name],
             ["parameters", size],
             ["layers (L windowed, G global)", pattern(facts.windows)],
+            *([["feed-forward (D dense, E experts)", mlp_pattern(moe)], _experts_line(facts)] if any(moe) else []),
             ["RoPE (R yes, - none)", rope],
             ["window", str(next((window for window in facts.windows if window), "-"))],
             ["heads", f"{facts.num_heads} / {facts.num_kv_heads} x {facts.head_dim}"],
@@ -176,11 +188,16 @@ def inspect(
             ["layout", f"{layout} fits: {layout.ranks} ranks"],
         ],
     )
-    say("Where each tensor goes (* is the layer; V H F D Q K the axes of parts/rows.py)")
+    say("Where each tensor goes (* is the layer, then the expert; the letters are the axes of parts/rows.py)")
     for row in source.rows:
         for tensor in row.hf:
-            line = f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"
-            say(line)
+            say(f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})")
+    for name, info in source.carried.items():
+        say(f"  {name} {list(info.shape)} -> carried beside the model, unchanged")
+
+
+def _experts_line(facts: Any) -> list[str]:
+    return ["experts", f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"]
 
 
 @app.command("import", epilog=_example("exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2"))
@@ -190,13 +207,15 @@ def import_(
     tp: Tp = 1,
     pp: Pp = 1,
     vpp: Vpp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
     backend: Backend = "auto",
 ) -> None:
     """Convert Hugging Face -> Megatron checkpoint (torch_dist: it loads at any layout)."""
     from exaone_bridge.checkpoint.convert import import_checkpoint
 
     with stages("import") as on_event:
-        layout = Layout(tp=tp, pp=pp, vpp=vpp)
+        layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
         done = import_checkpoint(hf_folder, megatron_folder, layout, backend=backend, on_event=on_event)
     _print_summary(megatron_folder, done)
 
@@ -208,14 +227,21 @@ def export(
     tp: Tp = 1,
     pp: Pp = 1,
     vpp: Vpp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
     backend: Backend = "auto",
+    drop_carried: Annotated[
+        bool, typer.Option("--drop-carried", help="Leave out tensors that travel beside the model.")
+    ] = False,
 ) -> None:
     """Convert Megatron checkpoint -> Hugging Face, from the checkpoint alone."""
     from exaone_bridge.checkpoint.convert import export_checkpoint
 
     with stages("export") as on_event:
-        layout = Layout(tp=tp, pp=pp, vpp=vpp)
-        done = export_checkpoint(megatron_folder, hf_folder, layout, backend=backend, on_event=on_event)
+        layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+        done = export_checkpoint(
+            megatron_folder, hf_folder, layout, backend=backend, drop_carried=drop_carried, on_event=on_event
+        )
     _print_summary(hf_folder, done)
 
 
@@ -230,6 +256,8 @@ def verify(
     pp: Pp = 1,
     vpp: Vpp = 1,
     sp: Sp = False,
+    ep: Ep = 1,
+    etp: Etp = None,
     backend: Backend = "auto",
     tolerance: Annotated[float, typer.Option(help="On the absolute difference of logits, in fp32.")] = 1e-4,
     length: Annotated[int | None, typer.Option(help="Positions of a prompt; default: past the window.", min=1)] = None,
@@ -239,7 +267,7 @@ def verify(
 
     with stages("verify") as on_event:
         on_event(0, "importing Megatron-Core (half a minute)")
-        layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp)
+        layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp)
         report = run(folder, layout, backend=backend, tolerance=tolerance, length=length, on_event=on_event)
     table(
         f"{report.source}, {report.parameters:,} parameters, {report.layout}, {report.seconds:.1f} s",

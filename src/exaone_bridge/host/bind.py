@@ -21,7 +21,7 @@ from megatron.bridge.models.conversion.param_mapping import (
 
 from exaone_bridge.parts.rows import Kind, Row
 
-__all__ = ["VocabularyMapping", "bind"]
+__all__ = ["Registry", "SqueezedMapping", "VocabularyMapping", "bind"]
 
 
 class VocabularyMapping(ColumnParallelMapping):
@@ -39,11 +39,11 @@ class VocabularyMapping(ColumnParallelMapping):
         return type(self)(megatron_param, hf_param, self.vocab_size)
 
     def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
-        """[V, H] -> this rank's [padded V / tp, H]."""
-        if self.tp_size == 1:
-            missing = megatron_module.weight.shape[0] - hf_weights.shape[0]
-            return torch.nn.functional.pad(hf_weights, (0, 0, 0, max(0, missing)))
-        return super().hf_to_megatron(hf_weights, megatron_module)
+        """[V, H] -> this rank's [padded V / tp, H]; or a bias, [V] -> [padded V / tp]."""
+        here = getattr(megatron_module, self.megatron_param.rpartition(".")[2]).shape[0]
+        missing = max(0, here * self.tp_size - hf_weights.shape[0])
+        padded = torch.nn.functional.pad(hf_weights, (0, 0) * (hf_weights.ndim - 1) + (0, missing))
+        return super().hf_to_megatron(padded, megatron_module)
 
     def megatron_to_hf(
         self, megatron_weights: torch.Tensor | None, megatron_module: torch.nn.Module | None
@@ -53,21 +53,45 @@ class VocabularyMapping(ColumnParallelMapping):
         return {name: weight[: self.vocab_size] for name, weight in gathered.items()}
 
 
-def _bind(row: Row, vocab_size: int | None) -> MegatronParamMapping:
+class SqueezedMapping(ReplicatedMapping):
+    """A tensor with a leading axis of one that Megatron-Core's has not: [1, N] <-> [N], whole on every rank."""
+
+    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
+        """[1, N] -> [N]."""
+        return super().hf_to_megatron(hf_weights.squeeze(0), megatron_module)
+
+    def megatron_to_hf(
+        self, megatron_weights: torch.Tensor | None, megatron_module: torch.nn.Module | None
+    ) -> dict[str, torch.Tensor]:
+        """[N] -> [1, N]."""
+        whole = super().megatron_to_hf(megatron_weights, megatron_module)
+        return {name: weight.unsqueeze(0) for name, weight in whole.items()}
+
+
+class Registry(MegatronMappingRegistry):
+    """The host's registry, without its guesses: it has other names for fused norms try to find an AutoMapping."""
+
+    def _add_separate_layernorm_mappings(self) -> None:
+        return None
+
+
+def _bind(row: Row, megatron: str, vocab_size: int | None) -> MegatronParamMapping:
     names = [tensor.name for tensor in row.hf]
     match row.kind:
         case Kind.QKV:
-            return QKVMapping(row.megatron, *names)
+            return QKVMapping(megatron, *names)
         case Kind.GATED:
-            return GatedMLPMapping(row.megatron, *names)
+            return GatedMLPMapping(megatron, *names)
         case Kind.VOCAB:
-            return VocabularyMapping(row.megatron, names[0], vocab_size)
+            return VocabularyMapping(megatron, names[0], vocab_size)
         case Kind.COLUMN:
-            return ColumnParallelMapping(row.megatron, *names)
+            return ColumnParallelMapping(megatron, *names)
         case Kind.ROW:
-            return RowParallelMapping(row.megatron, *names)
+            return RowParallelMapping(megatron, *names)
         case Kind.REPLICATED:
-            return ReplicatedMapping(row.megatron, *names)
+            return ReplicatedMapping(megatron, *names)
+        case Kind.SQUEEZED:
+            return SqueezedMapping(megatron, *names)
 
 
 def bind(rows: Iterable[Row], vocab_size: int | None) -> MegatronMappingRegistry:
@@ -77,4 +101,5 @@ def bind(rows: Iterable[Row], vocab_size: int | None) -> MegatronMappingRegistry
         rows: a family's table.
         vocab_size: words without padding.
     """
-    return MegatronMappingRegistry(*(_bind(row, vocab_size) for row in rows))
+    named = ((row, name) for row in rows if "*" not in row.megatron or row.layers for name in (row.megatron, row.alias))
+    return Registry(*(_bind(row, name, vocab_size) for row, name in named if name is not None))

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import HFWeightTuple, MegatronModelBridge, WeightConversionTask
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.bind import bind
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.files import TRAVELLING_FILES
-from exaone_bridge.parts.rows import Row, expected_hf, expected_megatron
+from exaone_bridge.parts.rows import Row, aliases, expected_hf, expected_megatron
 
 __all__ = ["ExactBridge", "config_mapping"]
+
+logger = logging.getLogger(__name__)
+
+_OUTPUT_BIAS = "output_layer.bias"
 
 
 def config_mapping(hf_config: Any) -> dict[str, Any]:
@@ -71,20 +79,46 @@ class ExactBridge(MegatronModelBridge):
         if source is not None:
             _check(
                 set(expected_hf(rows, facts.dims)),
-                set(source.get_all_keys()),
+                {name for name in source.get_all_keys() if not self.FAMILY.is_carried(name)},
                 where="Hugging Face checkpoint",
                 missing="tensors that the model needs are missing",
                 extra="tensors that the model has no place for",
                 remedy="check that config.json belongs to these weights",
             )
-        return super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype=weight_dtype)
+        tasks = super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype=weight_dtype)
+        if facts.tied and _OUTPUT_BIAS in expected_megatron(rows):
+            tasks.append(self._output_bias_task(megatron_model, weight_dtype))
+        return tasks
+
+    def _output_bias_task(
+        self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
+    ) -> WeightConversionTask:
+        """The host's `build_conversion_tasks` drops every "output_layer" parameter of a tied model, its bias too."""
+        held: list[Any] = [
+            (stage, layer)
+            for stage, chunk in enumerate(unwrap_model(megatron_model))
+            if (layer := getattr(chunk, "output_layer", None)) is not None
+        ]
+        stage, layer = held[0] if held else (None, None)
+        return WeightConversionTask(
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            vp_stage=stage,
+            param_name=_OUTPUT_BIAS,
+            global_param_name=_OUTPUT_BIAS,
+            megatron_module=layer,
+            param_weight=None if layer is None else layer.bias,
+            mapping=self.mapping_registry().megatron_to_hf_lookup(_OUTPUT_BIAS),
+            weight_dtype=weight_dtype,
+        )
 
     def _check_megatron(self, rows: Iterable[Row], megatron_model: list[MegatronModule]) -> None:
+        others = aliases(rows)
         names = {
             self._get_lora_unwrapped_name(name)
             for name in self._megatron_global_param_names_all_pp_ranks(megatron_model)
             if "_quantizer." not in name  # the host's own mappings cover quantizers
         }
+        names = {others.get(name, name) for name in _over_expert_ranks(names)}
         if "output_layer.weight" not in (expected := expected_megatron(rows)):
             names.discard("output_layer.weight")  # tied: the last stage's copy of the embedding
         _check(
@@ -115,6 +149,41 @@ class ExactBridge(MegatronModelBridge):
                 raise UnmappedTensors(
                     "tensors were not exported", missing, where="export", remedy="the output is not complete: delete it"
                 )
+            yield from self._carried(hf_pretrained, facts)
+
+    def _carried(self, hf_pretrained: Any, facts: Any) -> Iterable[HFWeightTuple]:
+        """What the source ships beside the model, unread and unchanged.
+
+        Raises:
+            UnmappedTensors: the configuration says there is something, and no source is at hand.
+        """
+        source = getattr(getattr(hf_pretrained, "state", None), "source", None)
+        if source is None:
+            names = [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]
+            if names:
+                raise UnmappedTensors(
+                    "tensors that travel beside the model cannot be reached",
+                    names,
+                    where="export",
+                    remedy="export with the Hugging Face source at hand, or from a configuration without them "
+                    "(num_nextn_predict_layers 0)",
+                )
+            return
+        names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_carried(name))
+        if names:
+            logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0])
+        for name in names:
+            yield HFWeightTuple(name, hf_pretrained.state[name])
+
+
+def _over_expert_ranks(names: set[str]) -> set[str]:
+    """The names of all expert-parallel ranks: each knows its own experts' only."""
+    group = parallel_state.get_expert_model_parallel_group(check_initialized=False)
+    if group is None or group.size() == 1:
+        return names
+    everyones: list[set[str]] = [set()] * group.size()
+    dist.all_gather_object(everyones, names, group=group)
+    return set().union(*everyones)
 
 
 def _check(expected: set[str], found: set[str], *, where: str, missing: str, extra: str, remedy: str) -> None:

@@ -17,6 +17,7 @@ from exaone_bridge.errors import RegistrationError
 from exaone_bridge.families import FAMILIES
 from exaone_bridge.host.artifacts import tolerate_missing_tokenizer
 from exaone_bridge.host.import_hook import around_import
+from exaone_bridge.host.listed_fields import tolerate_listed_fields
 
 if TYPE_CHECKING:
     from exaone_bridge.host.bridge_base import ExactBridge
@@ -59,6 +60,7 @@ def register() -> None:
     classes = _bridge_classes()
     tolerate_missing_tokenizer(classes.keys())
     adapters_before_post_norms()
+    tolerate_listed_fields(FAMILIES)
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)

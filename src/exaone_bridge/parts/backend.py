@@ -2,40 +2,84 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import (
     HAVE_TE,
     TEColumnParallelLinear,
     TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
     TENorm,
+    TERowParallelLinear,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.attention import TorchDotProductAttention
 from exaone_bridge.parts.norm import TorchRMSNorm
 from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
+from exaone_bridge.parts.pre_norm import TorchLayerNormColumnParallelLinear
 
 __all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "resolve_backend"]
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The classes of one backend, with Megatron-Core's constructor signatures."""
+    """The classes of one backend, with Megatron-Core's constructor signatures.
+
+    Attributes:
+        column_linear_pre_norm, row_linear_post_norm: linears with the norm on their input, or on their output.
+        experts: () -> the builder of a MoE layer's routed experts.
+    """
 
     name: str
     column_linear: type
+    column_linear_pre_norm: type
+    row_linear: type
     row_linear_post_norm: type
     core_attention: type
     norm: type
+    experts: Callable[[], Any]
 
 
-TORCH = Backend("torch", ColumnParallelLinear, RowParallelLinearLayerNorm, TorchDotProductAttention, TorchRMSNorm)
+def _sequential_experts() -> Any:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return functools.partial(SequentialMLP, submodules=linears)
+
+
+def _grouped_experts() -> Any:
+    return TESpecProvider().grouped_mlp_modules(moe_use_grouped_gemm=True)
+
+
+TORCH = Backend(
+    name="torch",
+    column_linear=ColumnParallelLinear,
+    column_linear_pre_norm=TorchLayerNormColumnParallelLinear,
+    row_linear=RowParallelLinear,
+    row_linear_post_norm=RowParallelLinearLayerNorm,
+    core_attention=TorchDotProductAttention,
+    norm=TorchRMSNorm,
+    experts=_sequential_experts,
+)
 TRANSFORMER_ENGINE = (
-    Backend("transformer_engine", TEColumnParallelLinear, TERowParallelLinearLayerNorm, TEDotProductAttention, TENorm)
+    Backend(
+        name="transformer_engine",
+        column_linear=TEColumnParallelLinear,
+        column_linear_pre_norm=TELayerNormColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        row_linear_post_norm=TERowParallelLinearLayerNorm,
+        core_attention=TEDotProductAttention,
+        norm=TENorm,
+        experts=_grouped_experts,
+    )
     if HAVE_TE
     else None
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from exaone_bridge.parts.rows import Row
+from exaone_bridge.parts.rows import HFTensor, Row
 
 __all__ = ["Facts", "Family"]
 
@@ -28,6 +29,14 @@ class Facts(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def init_std(self) -> float: ...
+    @property
+    def rope_theta(self) -> float: ...
     @property
     def tied(self) -> bool: ...
     @property
@@ -54,6 +63,10 @@ class Family:
         special_tokens: text -> id, for the tokenizer of a miniature.
         chat_template: Jinja, for the same.
         bridge: `module:class`, imported only when Megatron-Bridge has been.
+        carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
+        carried_tensors: facts -> those that a random checkpoint has.
+        without_carried: facts -> those of the same model with nothing beside it.
+        listed_fields: Transformers' model type -> fields that may be lists of which its config class wants the first.
     """
 
     name: str
@@ -65,3 +78,11 @@ class Family:
     special_tokens: Mapping[str, int]
     chat_template: str
     bridge: str
+    carried: str | None = None
+    carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
+    without_carried: Callable[[Any], Any] = lambda facts: facts
+    listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def is_carried(self, name: str) -> bool:
+        """Whether this tensor travels beside the model."""
+        return self.carried is not None and re.fullmatch(self.carried, name) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from exaone_bridge.errors import UnsupportedLayout
@@ -11,16 +12,25 @@ __all__ = ["Layout"]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ranks cut each axis of the model; `vpp` counts the model chunks a pipeline rank holds."""
+    """How many ranks cut each axis of the model.
+
+    Attributes:
+        vpp: model chunks that a pipeline rank holds.
+        sp: sequence parallelism: activations between the cut layers are cut along the sequence.
+        ep: ranks that experts are dealt to.
+        etp: ranks that cut each expert; None: as many as tp.
+    """
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
-    sp: bool = False  # sequence parallelism: activations between the cut layers are cut along the sequence
+    sp: bool = False
+    ep: int = 1
+    etp: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp"):
-            if (size := getattr(self, name)) < 1:
+        for name in ("tp", "pp", "vpp", "ep", "etp"):
+            if (size := getattr(self, name)) is not None and size < 1:
                 raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"leave --{name} out for 1")
         if self.vpp > 1 and self.pp == 1:
             raise UnsupportedLayout(
@@ -33,18 +43,35 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Processes the layout needs, without data parallelism."""
-        return self.tp * self.pp
+        """Processes the layout needs at least: a pipeline stage is cut by tp, and again by ep x etp for its experts."""
+        return self.pp * math.lcm(self.tp, self.ep * self.expert_tp)
 
-    def check(self, *, layers: int, heads: int, kv_heads: int, ffn: int) -> None:
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that cut each expert."""
+        return self.tp if self.etp is None else self.etp
+
+    def check(self, *, layers: int, heads: int, kv_heads: int, ffn: int, experts: int = 0, expert_ffn: int = 0) -> None:
         """Refuse a model that this layout cannot cut evenly.
 
         Args:
             layers, heads, kv_heads, ffn: the model's counts.
+            experts, expert_ffn: routed experts and the feed-forward width of one; 0: the model has none.
 
         Raises:
-            UnsupportedLayout: heads, key-value heads or feed-forward width over tp, or layers over pp x vpp.
+            UnsupportedLayout: heads, key-value heads or feed-forward width over tp, layers over pp x vpp, experts over
+                ep, or an expert's width over etp.
         """
+        if self.ep > 1 and (not experts or experts % self.ep):
+            wanted = f"a divisor of {experts} experts" if experts else "1 where the model has no experts"
+            raise UnsupportedLayout("ep", got=self.ep, wanted=wanted, remedy="choose another --ep")
+        if experts and expert_ffn % self.expert_tp:
+            raise UnsupportedLayout(
+                "etp",
+                got=self.expert_tp,
+                wanted=f"a divisor of an expert's feed-forward width {expert_ffn}",
+                remedy="choose another --etp",
+            )
         if heads % self.tp or ffn % self.tp:
             raise UnsupportedLayout(
                 "tp",
@@ -69,4 +96,8 @@ class Layout:
 
     def __str__(self) -> str:
         names = [f"TP{self.tp}", f"PP{self.pp}"] + ([f"VPP{self.vpp}"] if self.vpp > 1 else [])
+        if self.ep > 1:
+            names.append(f"EP{self.ep}")
+        if self.etp is not None:
+            names.append(f"ETP{self.etp}")
         return " x ".join(names) + (" + SP" if self.sp else "")

@@ -6,20 +6,49 @@ the Hugging Face configuration it came from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
 from megatron.core.models.gpt import GPTModel
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.backend import cannot_run, resolve_backend
+from exaone_bridge.parts.family import Facts
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rotary import Llama3RotaryEmbedding
 from exaone_bridge.parts.vocab import mask_padded_vocabulary
 
-__all__ = ["ExactGPTModelProvider"]
+__all__ = ["ExactGPTModelProvider", "common_fields"]
+
+
+def common_fields(facts: Facts, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The provider's fields that every family fills in the same way; `hf_config` is carried for the export."""
+    dtype = getattr(torch, facts.dtype)
+    return {
+        "vocab_size": facts.vocab_size,
+        "hidden_size": facts.hidden_size,
+        "ffn_hidden_size": facts.ffn_size,
+        "num_layers": facts.num_layers,
+        "num_attention_heads": facts.num_heads,
+        "num_query_groups": facts.num_kv_heads,
+        "kv_channels": facts.head_dim,
+        "seq_length": facts.max_positions,
+        "layernorm_epsilon": facts.norm_eps,
+        "init_method_std": facts.init_std,
+        "share_embeddings_and_output_weights": facts.tied,
+        "make_vocab_size_divisible_by": 1,  # pad only what tp asks for
+        "rotary_base": facts.rope_theta,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "hf_config": dict(hf_config),
+    }
 
 
 @dataclass
@@ -52,12 +81,16 @@ class ExactGPTModelProvider(GPTModelProvider):
                 tp=self.tensor_model_parallel_size,
                 pp=self.pipeline_model_parallel_size,
                 vpp=self.virtual_pipeline_model_parallel_size or 1,
+                ep=self.expert_model_parallel_size,
+                etp=self.expert_tensor_parallel_size,
             )
             layout.check(
                 layers=self.num_layers,
                 heads=self.num_attention_heads,
                 kv_heads=self.num_query_groups,
                 ffn=self.ffn_hidden_size,
+                experts=self.num_moe_experts or 0,
+                expert_ffn=self.moe_ffn_hidden_size or 0,
             )
         if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
             # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix
@@ -73,9 +106,16 @@ class ExactGPTModelProvider(GPTModelProvider):
                     where="provider",
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
-        for name in cannot_run(resolve_backend(self.backend)):
-            self._switch_off(name)
+        self._switch_off(**dict.fromkeys(cannot_run(resolve_backend(self.backend)), False))
         super().finalize()
+
+    def _switch_off(self, **instead: Any) -> None:
+        """Set these fields for this machine, and remember what was wished for."""
+        wished = self.__dict__.setdefault("_switched_off", {})
+        for name, value in instead.items():
+            if getattr(self, name) != value:
+                wished[name] = getattr(self, name)
+                setattr(self, name, value)
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -105,15 +145,8 @@ class ExactGPTModelProvider(GPTModelProvider):
         wished = self.__dict__.get("_switched_off", {})
         for name in self.__dataclass_fields__:
             if not name.startswith("_"):
-                value = wished.get(name, False) or getattr(self, name)
-                result[name] = _ConfigContainerBase._convert_value_to_dict(value)
+                result[name] = _ConfigContainerBase._convert_value_to_dict(wished.get(name, getattr(self, name)))
         return result
-
-    def _switch_off(self, name: str) -> None:
-        """Switch a field off for this machine; `to_cfg_dict` remembers what was wished."""
-        wished = self.__dict__.setdefault("_switched_off", {})
-        wished[name] = getattr(self, name) or wished.get(name, False)
-        setattr(self, name, False)
 
     def _has_custom_pipeline(self) -> bool:
         return bool(

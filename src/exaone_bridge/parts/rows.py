@@ -6,24 +6,34 @@ which names and shapes either side must have.
 
 Axes are one letter each, and a family's facts give their sizes:
     V vocabulary   H hidden   F feed-forward   D head   Q query heads x head   K key-value heads x head
+    E experts   M an expert's feed-forward   A all shared experts' feed-forward   1 one
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 __all__ = [
     "HFTensor",
     "Kind",
     "Row",
+    "aliases",
     "embeddings",
     "expected_hf",
     "expected_megatron",
+    "experts",
+    "fp32_names",
     "gqa",
+    "hf_nbytes",
+    "hf_tensors",
     "post_norm",
+    "pre_norm",
     "qk_norm",
+    "router",
+    "shared_experts",
     "swiglu",
 ]
 
@@ -37,71 +47,135 @@ class Kind(StrEnum):
     VOCAB = "vocab"  # one tensor, cut along its first axis after padding it to what the layout needs
     QKV = "qkv"  # q, k, v interleaved by key-value group, cut by group
     GATED = "gated"  # gate over up; each rank holds its cut of both
+    SQUEEZED = "squeezed"  # one tensor with a leading axis of one that Megatron has not, whole on every rank
 
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """A Hugging Face tensor: its name, with `*` for the layer, and its axes."""
+    """A Hugging Face tensor: its name, with `*` for the layer (and a second for the expert), and its axes.
+
+    Attributes:
+        fp32: stored in fp32 whatever the model's type (Transformers' `_keep_in_fp32_modules_strict`).
+        std: of a random checkpoint's values around zero; None: a vector is a norm's scale, a matrix keeps sizes.
+    """
 
     name: str
     axes: str
+    fp32: bool = False
+    std: float | None = None
 
     def shape(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape, given the size of each axis."""
-        return tuple(dims[axis] for axis in self.axes)
+        return tuple(1 if axis == "1" else dims[axis] for axis in self.axes)
+
+    def numbered(self, *numbers: int) -> HFTensor:
+        """The tensor of this layer (and expert)."""
+        return replace(self, name=_numbered(self.name, *numbers))
+
+
+def _numbered(name: str, *numbers: int) -> str:
+    for number in numbers:
+        name = name.replace("*", str(number), 1)
+    return name
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One Megatron-Core parameter (or one a layer, where its name has `*`) and the tensors it is made of.
 
-    `layers` are the global 0-based layer numbers that `*` stands for; empty for a parameter outside the layers.
+    Attributes:
+        layers: the global 0-based layer numbers that the first `*` stands for; empty for a parameter outside them.
+        experts: how many experts the second `*` counts; 0: the name has no second one.
+        alias: what another module class calls the same parameter; a model has one name or the other.
     """
 
     kind: Kind
     megatron: str
     hf: tuple[HFTensor, ...]
     layers: tuple[int, ...] = ()
+    experts: int = 0
+    alias: str | None = None
 
     def expand(self) -> Iterator[tuple[str, tuple[HFTensor, ...]]]:
-        """Each concrete Megatron-Core name with its concrete tensors, layer by layer."""
-        if not self.layers:
-            yield self.megatron, self.hf
+        """Each concrete Megatron-Core name with its concrete tensors, layer by layer, expert by expert."""
+        for numbers in self._numbers():
+            yield _numbered(self.megatron, *numbers), tuple(tensor.numbered(*numbers) for tensor in self.hf)
+
+    def aliases(self) -> Iterator[tuple[str, str]]:
+        """Each concrete name by which another module class calls a parameter of this row, and ours for it."""
+        if self.alias is not None:
+            for numbers in self._numbers():
+                yield _numbered(self.alias, *numbers), _numbered(self.megatron, *numbers)
+
+    def _numbers(self) -> Iterator[tuple[int, ...]]:
+        if "*" not in self.megatron:
+            yield ()
         for layer in self.layers:
-            number = str(layer)
-            yield (
-                self.megatron.replace("*", number),
-                tuple(HFTensor(tensor.name.replace("*", number), tensor.axes) for tensor in self.hf),
-            )
+            if self.experts:
+                yield from ((layer, expert) for expert in range(self.experts))
+            else:
+                yield (layer,)
+
+
+def hf_tensors(rows: Iterable[Row]) -> dict[str, HFTensor]:
+    """Name -> every Hugging Face tensor that the rows claim."""
+    return {tensor.name: tensor for row in rows for _, hf in row.expand() for tensor in hf}
 
 
 def expected_hf(rows: Iterable[Row], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every Hugging Face tensor that the rows claim."""
-    return {tensor.name: tensor.shape(dims) for row in rows for _, hf in row.expand() for tensor in hf}
+    return {name: tensor.shape(dims) for name, tensor in hf_tensors(rows).items()}
+
+
+def fp32_names(rows: Iterable[Row]) -> set[str]:
+    """The tensors that are fp32 on disk whatever the model's type."""
+    return {name for name, tensor in hf_tensors(rows).items() if tensor.fp32}
+
+
+def hf_nbytes(rows: Iterable[Row], dims: Mapping[str, int], itemsize: int) -> dict[str, int]:
+    """Name -> bytes of every Hugging Face tensor, where the model's type has `itemsize` bytes."""
+    return {
+        name: math.prod(tensor.shape(dims)) * (4 if tensor.fp32 else itemsize)
+        for name, tensor in hf_tensors(rows).items()
+    }
 
 
 def expected_megatron(rows: Iterable[Row]) -> set[str]:
-    """The name of every Megatron-Core parameter that the rows fill, over all pipeline stages."""
+    """The name of every Megatron-Core parameter that the rows fill, over all pipeline stages and expert ranks."""
     return {name for row in rows for name, _ in row.expand()}
+
+
+def aliases(rows: Iterable[Row]) -> dict[str, str]:
+    """Another module class's name for a parameter -> the name in `expected_megatron`."""
+    return {alias: name for row in rows for alias, name in row.aliases()}
 
 
 # The groups that recur. `layers`: the global 0-based layers that have them.
 
 
-def embeddings(*, tied: bool) -> tuple[Row, ...]:
-    """Word embeddings, the final norm and, unless it is tied to the embeddings, the output layer."""
+_BIAS_STD = 0.1
+
+
+def _bias(name: str, axis: str) -> HFTensor:
+    return HFTensor(name, axis, std=_BIAS_STD)
+
+
+def embeddings(*, tied: bool, bias: bool = False) -> tuple[Row, ...]:
+    """Word embeddings, the final norm and, unless it is tied to the embeddings, the output layer; `bias`: its own."""
     head = Row(Kind.VOCAB, "output_layer.weight", (HFTensor("lm_head.weight", "VH"),))
+    head_bias = Row(Kind.VOCAB, "output_layer.bias", (_bias("lm_head.bias", "V"),))
     return (
         Row(Kind.VOCAB, "embedding.word_embeddings.weight", (HFTensor("model.embed_tokens.weight", "VH"),)),
         Row(Kind.REPLICATED, "decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "H"),)),
         *(() if tied else (head,)),
+        *((head_bias,) if bias else ()),
     )
 
 
-def gqa(layers: tuple[int, ...]) -> tuple[Row, ...]:
-    """Grouped-query attention's projections, without biases."""
+def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
+    """Grouped-query attention's projections; `bias`: theirs."""
     ours, theirs = "decoder.layers.*.self_attention", "model.layers.*.self_attn"
-    return (
+    weights = (
         Row(
             Kind.QKV,
             f"{ours}.linear_qkv.weight",
@@ -113,6 +187,14 @@ def gqa(layers: tuple[int, ...]) -> tuple[Row, ...]:
             layers,
         ),
         Row(Kind.ROW, f"{ours}.linear_proj.weight", (HFTensor(f"{theirs}.o_proj.weight", "HQ"),), layers),
+    )
+    if not bias:
+        return weights
+    qkv = tuple(_bias(f"{theirs}.{which}_proj.bias", axis) for which, axis in zip("qkv", "QKK", strict=True))
+    return (
+        *weights,
+        Row(Kind.QKV, f"{ours}.linear_qkv.bias", qkv, layers),
+        Row(Kind.REPLICATED, f"{ours}.linear_proj.bias", (_bias(f"{theirs}.o_proj.bias", "H"),), layers),
     )
 
 
@@ -129,17 +211,78 @@ def qk_norm(layers: tuple[int, ...]) -> tuple[Row, ...]:
     )
 
 
-def swiglu(layers: tuple[int, ...]) -> tuple[Row, ...]:
-    """The gated feed-forward's projections, without biases."""
-    ours, theirs = "decoder.layers.*.mlp", "model.layers.*.mlp"
+def swiglu(layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", width: str = "F") -> tuple[Row, ...]:
+    """A gated feed-forward's projections; `bias`: theirs; `inside`: the module of both sides; `width`: its axis."""
+    ours, theirs = f"decoder.layers.*.{inside}", f"model.layers.*.{inside}"
+    down = (HFTensor(f"{theirs}.down_proj.weight", f"H{width}"),)
+    weights = (
+        Row(Kind.GATED, f"{ours}.linear_fc1.weight", _gate_and_up(theirs, width), layers),
+        Row(Kind.ROW, f"{ours}.linear_fc2.weight", down, layers),
+    )
+    if not bias:
+        return weights
+    gate_and_up = tuple(_bias(f"{theirs}.{which}_proj.bias", width) for which in ("gate", "up"))
+    return (
+        *weights,
+        Row(Kind.GATED, f"{ours}.linear_fc1.bias", gate_and_up, layers),
+        Row(Kind.REPLICATED, f"{ours}.linear_fc2.bias", (_bias(f"{theirs}.down_proj.bias", "H"),), layers),
+    )
+
+
+def _gate_and_up(module: str, width: str) -> tuple[HFTensor, ...]:
+    return tuple(HFTensor(f"{module}.{which}_proj.weight", f"{width}H") for which in ("gate", "up"))
+
+
+def shared_experts(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
+    """The experts that every token visits, side by side in one feed-forward."""
+    return swiglu(layers, bias=bias, inside="mlp.shared_experts", width="A")
+
+
+def experts(layers: tuple[int, ...], count: int) -> tuple[Row, ...]:
+    """The routed experts' projections, one tensor an expert, without biases.
+
+    Transformer Engine's grouped GEMM numbers the weights of one module, the sequential layout has a module an expert.
+    """
+    ours, theirs = "decoder.layers.*.mlp.experts", "model.layers.*.mlp.experts.*"
     return (
         Row(
             Kind.GATED,
-            f"{ours}.linear_fc1.weight",
-            (HFTensor(f"{theirs}.gate_proj.weight", "FH"), HFTensor(f"{theirs}.up_proj.weight", "FH")),
+            f"{ours}.linear_fc1.weight*",
+            _gate_and_up(theirs, "M"),
             layers,
+            count,
+            f"{ours}.local_experts.*.linear_fc1.weight",
         ),
-        Row(Kind.ROW, f"{ours}.linear_fc2.weight", (HFTensor(f"{theirs}.down_proj.weight", "HF"),), layers),
+        Row(
+            Kind.ROW,
+            f"{ours}.linear_fc2.weight*",
+            (HFTensor(f"{theirs}.down_proj.weight", "HM"),),
+            layers,
+            count,
+            f"{ours}.local_experts.*.linear_fc2.weight",
+        ),
+    )
+
+
+def router(layers: tuple[int, ...], *, weight: str, selection_bias: str) -> tuple[Row, ...]:
+    """A router's weight and the bias that only selects; the names are the family's, inside `mlp`; both fp32."""
+    ours, theirs = "decoder.layers.*.mlp.router", "model.layers.*.mlp"
+    bias = HFTensor(f"{theirs}.{selection_bias}", "1E", fp32=True, std=0.02)
+    return (
+        Row(Kind.REPLICATED, f"{ours}.weight", (HFTensor(f"{theirs}.{weight}", "EH", fp32=True),), layers),
+        Row(Kind.SQUEEZED, f"{ours}.expert_bias", (bias,), layers),
+    )
+
+
+def pre_norm(layers: tuple[int, ...], moe_layers: tuple[int, ...]) -> tuple[Row, ...]:
+    """Norms before attention and feed-forward: fused into the linear that follows, but for a router that does."""
+    attention = HFTensor("model.layers.*.input_layernorm.weight", "H")
+    mlp = HFTensor("model.layers.*.post_attention_layernorm.weight", "H")
+    dense = tuple(layer for layer in layers if layer not in moe_layers)
+    return (
+        Row(Kind.REPLICATED, "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", (attention,), layers),
+        Row(Kind.REPLICATED, "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", (mlp,), dense),
+        Row(Kind.REPLICATED, "decoder.layers.*.pre_mlp_layernorm.weight", (mlp,), moe_layers),
     )
 
 

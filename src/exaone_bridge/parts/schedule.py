@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["FULL", "SLIDING", "layer_types_of", "megatron_rope", "megatron_window", "pattern", "windows_of"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "layer_types_of",
+    "megatron_rope",
+    "megatron_window",
+    "mlp_pattern",
+    "pattern",
+    "windows_of",
+]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -43,3 +52,8 @@ def megatron_rope(rope: Sequence[bool]) -> list[int] | None:
 def pattern(windows: Sequence[int | None]) -> str:
     """`LLLG`: one letter a layer, L local (windowed), G global."""
     return "".join("G" if window is None else "L" for window in windows)
+
+
+def mlp_pattern(moe: Sequence[bool]) -> str:
+    """`DEEE`: one letter a layer, D a dense feed-forward, E experts."""
+    return "".join("E" if here else "D" for here in moe)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+from planted import assert_caught, build_with, rows_with
 
 from exaone_bridge.errors import UnmappedTensors, UnsupportedConfig
 from exaone_bridge.parts.layout import Layout
@@ -22,16 +22,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def _rows(change: Callable[[Row], Row | None]) -> Plant:
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        from exaone_bridge.families.exaone4.bridge import Exaone4Bridge
-
-        family = Exaone4Bridge.FAMILY
-        faulty = dataclasses.replace(
-            family, rows=lambda facts: tuple(row for row in map(change, family.rows(facts)) if row is not None)
-        )
-        patch.setattr(Exaone4Bridge, "FAMILY", faulty)
-
-    return plant
+    return rows_with("exaone_bridge.families.exaone4.bridge:Exaone4Bridge", change)
 
 
 def _facts(**changes: Callable[[Any], Any]) -> Plant:
@@ -99,19 +90,9 @@ def _flip(layer: int, window: int | None) -> Plant:
     return _facts(windows=lambda windows: at(windows, window), rope=lambda rope: at(rope, window is not None))
 
 
-def _head_permuted(patch: pytest.MonkeyPatch) -> None:
-    import exaone_bridge.host.model as module
-
-    build = module.build
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        model = build(*args, **kwargs)
-        weight = model[0].decoder.layers[2].self_attention.linear_qkv.weight
-        with torch.no_grad():  # two query heads of the first group change places
-            weight[:48] = weight[:48].roll(24, dims=0)
-        return model
-
-    patch.setattr(module, "build", faulty)
+def _permute_heads(model: Any) -> None:
+    weight = model[0].decoder.layers[2].self_attention.linear_qkv.weight
+    weight[:48] = weight[:48].roll(24, dims=0)  # two query heads of the first group change places
 
 
 def _post_norm_epsilon(patch: pytest.MonkeyPatch) -> None:
@@ -130,7 +111,7 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
     "NoPE inverted": (_rope(lambda none: [1 - one for one in none]), 0),
     "gate and up swapped": (_reorder("linear_fc1", 1, 0), 0),
     "k and v swapped": (_reorder("linear_qkv", 0, 2, 1), 0),
-    "a head permuted": (_head_permuted, 2),
+    "a head permuted": (build_with(_permute_heads), 2),
     "post norms swapped": (_rows(_swap_post_norms), 0),
     "epsilon": (_facts(norm_eps=lambda eps: eps / 30), 0),
     "epsilon of the post norms": (_post_norm_epsilon, 0),
@@ -148,11 +129,7 @@ def test_fault_is_caught_and_located(host: Any, tiny: Any, monkeypatch: pytest.M
     plant, layer = FAULTS[fault]
     folder = tiny("exaone4")
     plant(monkeypatch)
-    report = verify(folder, Layout())
-    assert not report.holds
-    assert not next(check for check in report.checks if check.name == "logits").holds
-    assert report.max_logit_difference > 1e-3  # ten times the tolerance at least: no fault hides near it
-    assert report.first_differing_layer == str(layer)
+    assert_caught(folder, layer)
 
 
 def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# A process of its own, whose children's peak can be read off; ranks are its children, one after the other.
-SCRIPT = """
-import json, resource, sys
-from pathlib import Path
-from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.verify import verify
-
-if __name__ == "__main__":
-    report = verify(Path(sys.argv[1]), Layout(), tolerance=1e-3, count=1, length=64)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    checks = {check.name: [check.holds, check.figure] for check in report.checks}
-    difference = report.max_logit_difference
-    print(json.dumps({"peak_gib": peak / 2**20, "difference": difference, "checks": checks}))
-"""
+from published import assert_published_holds, verify_published
 
 PUBLISHED = {
     "architectures": ["Exaone4ForCausalLM"],
@@ -71,15 +54,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_published_shape(published: Path, tmp_path: Path, record_property: Any) -> None:
-    script = tmp_path / "verify.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, script, published], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = verify_published(published, tmp_path)
     record_property("figures", found)
-    print(found)
-    assert all(holds for holds, _ in found["checks"].values()), found["checks"]
-    assert set(found["checks"]) == {"tensors", "config", "files", "logits"}
-    assert 0 < found["difference"] <= 1e-3
+    assert_published_holds(found)
     assert found["peak_gib"] < 14
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 2**20  # the peak was measured, in KiB

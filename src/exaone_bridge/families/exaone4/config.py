@@ -7,12 +7,21 @@ here with the remedy, because a model that Transformers cannot run has no logits
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.parts.config_reader import (
+    check_heads,
+    check_types,
+    read_count,
+    read_divisor,
+    read_dtype,
+    read_number,
+    rewritten,
+    rope_of,
+)
 from exaone_bridge.parts.schedule import FULL, SLIDING, layer_types_of, windows_of
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "Exaone4Facts", "Llama3Rope", "read_config", "write_config"]
@@ -20,7 +29,6 @@ __all__ = ["ARCHITECTURE", "MODEL_TYPE", "Exaone4Facts", "Llama3Rope", "read_con
 ARCHITECTURE, MODEL_TYPE = "Exaone4ForCausalLM", "exaone4"
 
 ROPE_TYPES = ("default", "llama3")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,12 +90,10 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
     Raises:
         UnsupportedConfig: a field that is missing, malformed, not modelled, or that Transformers cannot run.
     """
-    heads = _count(config, "num_attention_heads", 32)
-    kv_heads = _count(config, "num_key_value_heads", 32)
-    hidden = _count(config, "hidden_size", 4096)
-    layers = _count(config, "num_hidden_layers", 32)
-    if heads % kv_heads:
-        raise UnsupportedConfig("num_key_value_heads", got=kv_heads, wanted=f"a divisor of num_attention_heads={heads}")
+    heads = read_count(config, "num_attention_heads", 32)
+    kv_heads = read_count(config, "num_key_value_heads", 32)
+    hidden = read_count(config, "hidden_size", 4096)
+    layers = read_count(config, "num_hidden_layers", 32)
     if config.get("head_dim", 1) is None:
         raise UnsupportedConfig(
             "head_dim",
@@ -95,38 +101,24 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
             wanted="a positive whole number, or absent, because Transformers cannot run null",
             remedy=f"write {hidden // heads}, hidden_size / num_attention_heads, or take it out",
         )
-    if "head_dim" not in config and hidden % heads:
-        raise UnsupportedConfig(
-            "hidden_size",
-            got=hidden,
-            wanted=f"a multiple of num_attention_heads={heads}",
-            remedy="or write head_dim",
-        )
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedConfig("hidden_act", got=activation, known=("silu",))
-    if (
-        dtype := str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    ) not in DTYPES:
-        raise UnsupportedConfig("dtype", got=dtype, known=DTYPES)
-
-    _check_types(config)
+    given = read_count(config, "head_dim") if "head_dim" in config else None
+    head_dim = check_heads(config, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=given)
+    dtype = read_dtype(config)
+    check_types(config)
     windows = _windows(config, layers)
-    head_dim = _count(config, "head_dim", hidden // heads)
-    if head_dim % 2:
-        raise UnsupportedConfig("head_dim", got=head_dim, wanted="even, because RoPE rotates pairs")
     theta, llama3 = _rope(config)
     return Exaone4Facts(
-        vocab_size=_count(config, "vocab_size", 102400),
+        vocab_size=read_count(config, "vocab_size", 102400),
         hidden_size=hidden,
-        ffn_size=_count(config, "intermediate_size", 16384),
+        ffn_size=read_count(config, "intermediate_size", 16384),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_positions=_count(config, "max_position_embeddings", 2048),
-        norm_eps=_number(config, "rms_norm_eps", 1e-5),
-        init_std=_number(config, "initializer_range", 0.02),
-        attention_dropout=_number(config, "attention_dropout", 0.0),
+        max_positions=read_count(config, "max_position_embeddings", 2048),
+        norm_eps=read_number(config, "rms_norm_eps", 1e-5),
+        init_std=read_number(config, "initializer_range", 0.02),
+        attention_dropout=read_number(config, "attention_dropout", 0.0),
         tied=bool(config.get("tie_word_embeddings", False)),
         rope_theta=theta,
         llama3=llama3,
@@ -184,60 +176,15 @@ def _kinds_from_pattern(pattern: object, window: int | None, layers: int) -> lis
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """Theta and scaling: Transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    found = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
-    rope = found[0] if found else {}
-    if found[1:] and found[1] != rope:  # Transformers would take this one
-        raise UnsupportedConfig("rope_scaling", got=found[1], wanted=f"absent, or equal to rope_parameters={rope!r}")
-    if not isinstance(rope, Mapping):
-        raise UnsupportedConfig("rope_parameters", got=rope, wanted="an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UnsupportedConfig("rope_type", got=kind, known=ROPE_TYPES)
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedConfig("partial_rotary_factor", got=partial, known=(1.0,))
-    theta = _number(rope, "rope_theta", config.get("rope_theta", 10000.0))
+    kind, theta, rope = rope_of(config, kinds=ROPE_TYPES, default_theta=10000.0)
     if kind == "default":
         return theta, None
     return theta, Llama3Rope(
-        factor=_divisor(rope, "factor"),
-        low_freq_factor=_divisor(rope, "low_freq_factor"),
-        high_freq_factor=_divisor(rope, "high_freq_factor"),
-        original_max_positions=_count(rope, "original_max_position_embeddings"),
+        factor=read_divisor(rope, "factor"),
+        low_freq_factor=read_divisor(rope, "low_freq_factor"),
+        high_freq_factor=read_divisor(rope, "high_freq_factor"),
+        original_max_positions=read_count(rope, "original_max_position_embeddings"),
     )
-
-
-def _check_types(config: Mapping[str, Any]) -> None:
-    """Fields that only travel, but that Transformers 5 refuses to load with another type."""
-    for field in ("tie_word_embeddings", "use_cache"):
-        if not isinstance(value := config.get(field, False), bool):
-            raise UnsupportedConfig(field, got=value, known=(True, False))
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(field)
-        numbers = value if field == "eos_token_id" and isinstance(value, list) else [value]
-        if any(number is not None and (not isinstance(number, int) or isinstance(number, bool)) for number in numbers):
-            raise UnsupportedConfig(field, got=value, wanted="a token's number or null")
-
-
-def _count(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = config.get(field, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedConfig(field, got=value, wanted="a positive whole number")
-    return value
-
-
-def _divisor(config: Mapping[str, Any], field: str) -> float:
-    if not (value := _number(config, field)):
-        raise UnsupportedConfig(field, got=value, wanted="more than zero, because Transformers divides by it")
-    return value
-
-
-def _number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
-        raise UnsupportedConfig(field, got=value, wanted="a finite number, zero or more")
-    return float(value)
 
 
 # Facts with one field of their own. Not listed: those a training run may set for itself without changing the model
@@ -271,24 +218,19 @@ def write_config(facts: Exaone4Facts, source: Mapping[str, Any]) -> dict[str, An
     Raises:
         UnsupportedConfig: a schedule of windows and RoPE that EXAONE 4.0's configuration has no words for.
     """
-    config = {key: value for key, value in source.items() if key != "transformers_version"}
-    if not source:
-        config = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
-    before = read_config(source) if source else None
-    changed = {
-        name for name in Exaone4Facts.__dataclass_fields__ if getattr(before, name, None) != getattr(facts, name)
-    }
-    fields = _FIELDS if source else _FIELDS | _TRAINING_FIELDS
-    for name, field in fields.items():
-        if name in changed or not source:
-            config[field] = getattr(facts, name)
+    config, changed = rewritten(
+        facts,
+        source,
+        read_config,
+        identity={"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE},
+        fields=_FIELDS,
+        training_fields=_TRAINING_FIELDS,
+    )
     if "head_dim" not in config and facts.head_dim * facts.num_heads != facts.hidden_size:
         config["head_dim"] = facts.head_dim
-    if "dtype" in changed:
-        config.pop("torch_dtype", None)
-    if not source or changed & {"windows", "rope", "num_layers"}:
+    if changed & {"windows", "rope", "num_layers"}:
         config |= _write_schedule(facts, config.get("sliding_window") or 4096)
-    if not source or changed & {"rope_theta", "llama3"}:
+    if changed & {"rope_theta", "llama3"}:
         for key in ("rope_theta", "rope_scaling"):
             config.pop(key, None)
         config["rope_parameters"] = _write_rope(facts)

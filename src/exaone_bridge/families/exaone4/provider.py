@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from exaone_bridge.families.exaone4.config import Exaone4Facts, Llama3Rope
 from exaone_bridge.families.exaone4.layer_spec import exaone4_block_spec
-from exaone_bridge.parts.provider import ExactGPTModelProvider
+from exaone_bridge.parts.provider import ExactGPTModelProvider, common_fields
 from exaone_bridge.parts.schedule import megatron_rope, megatron_window
 
 __all__ = ["Exaone4ModelProvider", "exaone4_provider", "facts_of"]
@@ -39,32 +39,13 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
 def exaone4_provider(facts: Exaone4Facts, hf_config: Mapping[str, Any]) -> Exaone4ModelProvider:
     """The provider of these facts; `hf_config` is carried for the export."""
     window_size, window_layers = megatron_window(facts.windows)
-    dtype = getattr(torch, facts.dtype)
     scaling = {} if facts.llama3 is None else _scaling(facts.llama3)
     return Exaone4ModelProvider(
-        vocab_size=facts.vocab_size,
-        hidden_size=facts.hidden_size,
-        ffn_hidden_size=facts.ffn_size,
-        num_layers=facts.num_layers,
-        num_attention_heads=facts.num_heads,
-        num_query_groups=facts.num_kv_heads,
-        kv_channels=facts.head_dim,
-        seq_length=facts.max_positions,
-        layernorm_epsilon=facts.norm_eps,
-        init_method_std=facts.init_std,
+        **common_fields(facts, hf_config),
         attention_dropout=facts.attention_dropout,
-        share_embeddings_and_output_weights=facts.tied,
-        make_vocab_size_divisible_by=1,  # pad only what tp asks for
-        rotary_base=facts.rope_theta,
         window_size=window_size,
         window_attn_skip_freq=window_layers,
         no_rope_freq=megatron_rope(facts.rope),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        hf_config=dict(hf_config),
         **scaling,
     )
 
