@@ -7,6 +7,8 @@ The loop is written out to show where the plugin ends: at the first four lines o
 `pretrain` and `finetune` take the same provider.
 """
 
+# ruff: noqa: I001  (without Transformer Engine, exaone_bridge has to be imported before megatron.bridge)
+
 from __future__ import annotations
 
 import argparse

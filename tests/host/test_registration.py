@@ -16,9 +16,11 @@ import pytest
 
 import exaone_bridge
 from exaone_bridge.errors import RegistrationError
+from exaone_bridge.families import FAMILIES
 
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 OURS = "exaone_bridge.families.exaone4.bridge.Exaone4Bridge"
+CLAIMED = {architecture: family.bridge for family in FAMILIES for architecture in family.architectures}
 
 # --- fresh processes ---
 
@@ -132,13 +134,15 @@ def host_dispatch(host: Any) -> Iterator[Any]:
 
     yield model_bridge
     exaone_bridge.register()
-    assert set(exaone_bridge.supported()) == {"Exaone4ForCausalLM"}
+    assert set(exaone_bridge.supported()) == set(CLAIMED)
 
 
 def test_supported(host: Any) -> None:
     from exaone_bridge.families.exaone4.bridge import Exaone4Bridge
 
-    assert host == exaone_bridge.supported() == {"Exaone4ForCausalLM": Exaone4Bridge}
+    assert host == exaone_bridge.supported()
+    assert host["Exaone4ForCausalLM"] is Exaone4Bridge
+    assert {name: f"{bridge.__module__}:{bridge.__qualname__}" for name, bridge in host.items()} == CLAIMED
     assert f"{Exaone4Bridge.__module__}.{Exaone4Bridge.__qualname__}" == OURS
 
 
@@ -188,7 +192,7 @@ def test_another_claim_is_found_out(host_dispatch: Any, by: str) -> None:
     assert type(caught.value) is RegistrationError and len(message.splitlines()) == 1
     assert f"{Usurper.__module__}.{Usurper.__qualname__}" in message and OURS in message
     assert repr(key) in message and "import exaone_bridge after" in message
-    assert set(exaone_bridge.supported()) == {"Exaone4ForCausalLM"}  # claimed back
+    assert set(exaone_bridge.supported()) == set(CLAIMED)  # claimed back
 
 
 def test_registering_proves_itself(host_dispatch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +249,7 @@ def test_auto_bridge_uses_ours(host: Any, tiny: Callable[..., Path], name: str) 
 def test_auto_bridge_lists_us(host: Any) -> None:
     from megatron.bridge import AutoBridge
 
-    assert "Exaone4ForCausalLM" in AutoBridge.list_supported_models()
+    assert {"Exaone4ForCausalLM", *CLAIMED} <= set(AutoBridge.list_supported_models())
 
 
 @pytest.mark.skipif(HAS_TE, reason="Transformer Engine is installed here")

@@ -64,6 +64,16 @@ class SelectionBiasRouter(TopKRouter):
             self.config.init_method(self.weight)
         self.weight.sequence_parallel = self.config.sequence_parallel
 
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [S, B, E] fp32 of hidden states [S, B, H], in full fp32 whatever their type.
+
+        The parent's goes through Transformer Engine's GEMM where it is installed, which takes no bf16 input with an
+        fp32 weight.
+        """
+        if self.weight.device != input.device:  # as the parent: Megatron-Core makes it on the CPU
+            self.weight.data = self.weight.data.to(input.device)
+        return torch.nn.functional.linear(input.float(), self.weight.float(), self.bias)
+
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

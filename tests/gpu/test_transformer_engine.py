@@ -1,4 +1,4 @@
-"""EXAONE 4.0 under Transformer Engine on one GPU: logits, round trip, and checkpoints that change backend."""
+"""Both families under Transformer Engine on one GPU: logits, round trip, and checkpoints that change backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.folders import compare_tensors
 from exaone_bridge.verify.logits import prompts
 
-NAMES = ["exaone4", "exaone4-1.2b"]
+NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 
 
 def _reference(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -36,14 +36,18 @@ def _ours(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, backend: str) 
 
 def _wide(name: str) -> dict[str, Any]:
     """Widths that Transformer Engine's kernels take: head_dim 64, multiples of 16."""
-    return {
+    fields: dict[str, Any] = {
         "head_dim": 64,
         "hidden_size": 256,
         "intermediate_size": 512,
         "vocab_size": 512,
-        "sliding_window": None if "1.2b" in name else 64,
         "max_position_embeddings": 1024,
     }
+    if name == "exaone4":
+        fields["sliding_window"] = 64
+    if name in ("ernie45", "ernie45-300b"):
+        fields["moe_intermediate_size"] = 128
+    return fields
 
 
 @pytest.mark.parametrize("backend", ["transformer_engine", "torch"])
@@ -74,6 +78,7 @@ def test_megatron_checkpoint_changes_backend(
     nccl: None, tiny: Any, tmp_path: Path, name: str, written: str, read: str
 ) -> None:
     from megatron.bridge import AutoBridge
+    from megatron.core.utils import unwrap_model
 
     from exaone_bridge.host.model import build, forward_logits, load_megatron
 
@@ -82,7 +87,9 @@ def test_megatron_checkpoint_changes_backend(
     saved = build(bridge, Layout(), backend=written)
     bridge.save_megatron_model(saved, tmp_path / "megatron")
     loaded = load_megatron(bridge, tmp_path / "megatron", Layout(), backend=read)
-    kinds = [type(model[0].decoder.layers[0].self_attention.linear_qkv).__name__ for model in (saved, loaded)]
+    kinds = [
+        type(unwrap_model(model[0]).decoder.layers[0].self_attention.linear_qkv).__name__ for model in (saved, loaded)
+    ]
     assert [kind.startswith("TE") for kind in kinds] == [side == "transformer_engine" for side in (written, read)]
     bridge.save_hf_pretrained(loaded, tmp_path / "exported", show_progress=False)
     check = compare_tensors(folder, tmp_path / "exported")
