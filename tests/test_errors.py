@@ -120,7 +120,7 @@ def test_the_tree_is_flat() -> None:
             assert getattr(errors, name).__bases__ == (BridgeError,)
 
 
-# --- faults found in the source, to be repaired there ---
+# --- faults that these tests found, since repaired ---
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "a\u2028b"], ids=ascii)

@@ -389,7 +389,7 @@ def test_a_real_transformer_engine_is_left_alone(
     assert out == "done"
 
 
-# --- faults found in the source, to be repaired there ---
+# --- faults that these tests found, since repaired ---
 
 
 @without_te

@@ -381,7 +381,7 @@ def test_refused_layer_types_of_other_words(value: object) -> None:
     assert f"a list of '{G}' and '{L}'" in refusal(small(layer_types=value), "layer_types", value)
 
 
-# --- faults found in the source, to be repaired there ---
+# --- faults that these tests found, since repaired ---
 
 
 def test_partial_rope_outside_the_rope_object_is_named_with_its_value() -> None:

@@ -286,7 +286,7 @@ def test_lists_of_another_length_than_num_layers_are_never_written(fact: str, da
         read_config(config)
 
 
-# --- faults found in the source, to be repaired there ---
+# --- faults that these tests found, since repaired ---
 
 
 @pytest.mark.parametrize("windows", [(4, 8, None), (8, 4, None), (4, 8, 8)])
