@@ -17,7 +17,7 @@ from rich.text import Text
 
 __all__ = ["say", "stages", "table"]
 
-console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe has no width of its own
+console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has no width of its own
 
 
 @contextlib.contextmanager

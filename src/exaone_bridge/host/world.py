@@ -8,6 +8,7 @@ not survive a fork.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,6 +26,7 @@ from exaone_bridge.errors import BridgeError
 
 __all__ = ["RankFailure", "emit", "run_ranks"]
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SECONDS_TO_END = 30  # for a rank that has sent its result
 
 _to_parent: multiprocessing.connection.Connection | None = None
@@ -46,6 +48,8 @@ def _rank_main(
     global _to_parent
     _to_parent = connection
     os.setsid()  # a process group of its own, so that what saving a checkpoint starts ends with the rank
+    with contextlib.suppress(AttributeError, OSError):  # Linux: end with the parent, however that ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):  # what Megatron prints belongs into the log, not between the lines of a progress bar
         os.dup2(log, stream)
