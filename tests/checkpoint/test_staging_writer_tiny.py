@@ -22,10 +22,21 @@ from exaone_bridge.checkpoint.writer import plan_shards, write_config, write_hf_
 from exaone_bridge.errors import BridgeError, CheckpointError, UnsupportedConfig
 from exaone_bridge.families.exaone4 import EXAONE4
 from exaone_bridge.parts.files import copy_travelling_files
-from exaone_bridge.parts.rows import expected_hf
+from exaone_bridge.parts.rows import HFTensor, expected_hf
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODE = stat.S_IMODE
+
+
+def drawn(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """`random_weights` of these shapes: every axis of every tensor has a letter of its own."""
+    dims: dict[str, int] = {}
+    tensors = []
+    for name, shape in shapes.items():
+        axes = "".join(chr(0x4E00 + len(dims) + number) for number in range(len(shape)))
+        dims |= dict(zip(axes, shape, strict=True))
+        tensors.append(HFTensor(name, axes))
+    return random_weights(tensors, dims, dtype, seed)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -194,7 +205,7 @@ def test_shards_at_the_edge() -> None:
 def weights() -> dict[str, torch.Tensor]:
     """The hybrid miniature's."""
     facts = EXAONE4.read_config(EXAONE4.tiny["exaone4"])
-    return dict(random_weights(expected_hf(EXAONE4.rows(facts), facts.dims), torch.float32, 7))
+    return dict(drawn(expected_hf(EXAONE4.rows(facts), facts.dims), torch.float32, 7))
 
 
 def in_three(weights: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -339,7 +350,7 @@ SHAPES = {"norm": (400,), "wide": (30, 500), "tall": (500, 30), "embedding": (38
 
 
 def test_random_weights_are_the_seeds() -> None:
-    one, again, other = (dict(random_weights(SHAPES, torch.float32, seed)) for seed in (1, 1, 2))
+    one, again, other = (dict(drawn(SHAPES, torch.float32, seed)) for seed in (1, 1, 2))
     assert list(one) == list(SHAPES) and {name: tuple(tensor.shape) for name, tensor in one.items()} == SHAPES
     assert all(torch.equal(one[name], again[name]) for name in SHAPES)
     assert not any(torch.equal(one[name], other[name]) for name in SHAPES)
@@ -347,12 +358,12 @@ def test_random_weights_are_the_seeds() -> None:
 
 def test_random_weights_leave_torchs_own_generator_alone() -> None:
     state = torch.get_rng_state()
-    dict(random_weights(SHAPES, torch.float32, 1))
+    dict(drawn(SHAPES, torch.float32, 1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_random_weights_are_away_from_identity_and_keep_the_scale() -> None:
-    made = dict(random_weights(SHAPES, torch.float32, 0))
+    made = dict(drawn(SHAPES, torch.float32, 0))
     assert made["norm"].mean().item() == pytest.approx(1, abs=0.06)
     assert made["norm"].std().item() == pytest.approx(0.3, abs=0.04)
     for name in ("wide", "tall", "embedding"):
@@ -363,7 +374,7 @@ def test_random_weights_are_away_from_identity_and_keep_the_scale() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_random_weights_are_rounded_from_the_same_numbers(dtype: torch.dtype) -> None:
-    whole, rounded = (dict(random_weights(SHAPES, kind, 0)) for kind in (torch.float32, dtype))
+    whole, rounded = (dict(drawn(SHAPES, kind, 0)) for kind in (torch.float32, dtype))
     assert all(torch.equal(whole[name].to(dtype), rounded[name]) for name in SHAPES)
 
 

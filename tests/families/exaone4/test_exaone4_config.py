@@ -407,7 +407,9 @@ def test_both_rope_objects_are_read_as_transformers_reads_them_or_refused(hf: An
 
 
 def test_head_dim_null_is_refused() -> None:
-    refusal(small(head_dim=None), "head_dim", None)
+    message = refusal(small(head_dim=None), "head_dim", None)
+    assert "Transformers cannot run null" in message
+    assert "write 8, hidden_size / num_attention_heads, or take it out" in message  # 32 over 4 heads
 
 
 def test_low_freq_factor_zero_is_refused() -> None:

@@ -310,8 +310,12 @@ def test_head_dim_is_written_where_the_source_left_it_to_be_derived(change: dict
 def test_the_order_of_new_keys_does_not_hang_on_the_hash_seed() -> None:
     """The same model must give the same bytes of config.json in every process."""
     program = (
+        "from dataclasses import replace\n"
         "from exaone_bridge.families.exaone4.config import read_config, write_config\n"
-        "print(list(write_config(read_config({'layer_types': ['full_attention'] * 32}), {})))"
+        "source = {'layer_types': ['full_attention'] * 32}\n"
+        "changed = replace(read_config(source), vocab_size=9, hidden_size=64, ffn_size=9, num_kv_heads=8,\n"
+        "                  norm_eps=0.5, head_dim=6, tied=True, dtype='float16', rope_theta=9.0)\n"
+        "print(list(write_config(changed, {})), list(write_config(changed, source)))"
     )
     orders = {
         subprocess.run(
