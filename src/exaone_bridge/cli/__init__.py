@@ -23,7 +23,9 @@ def main() -> None:
         sys.exit(DIFFERS)
     except BridgeError as error:
         print(f"exaone-bridge: {error}", file=sys.stderr)
-        sys.exit(BROKEN if type(error).__name__ == "RankFailure" else BAD_INPUT)
+        from exaone_bridge.host.world import RankFailure
+
+        sys.exit(BROKEN if isinstance(error, RankFailure) else BAD_INPUT)
     except Exception as error:
         if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
             raise

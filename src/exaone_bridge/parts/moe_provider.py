@@ -38,17 +38,8 @@ class MoEModelProvider(ExactGPTModelProvider):
         """Check the way of balancing, and choose what runs on this machine's backend.
 
         Raises:
-            UnsupportedConfig: two ways of balancing at once, or a schedule of another length than num_layers.
+            UnsupportedConfig: two ways of balancing at once; or what the parent refuses.
         """
-        freq = self.moe_layer_freq
-        if isinstance(freq, list) and len(freq) != self.num_layers:
-            raise UnsupportedConfig(
-                "moe_layer_freq",
-                got=f"{len(freq)} entries",
-                wanted=f"one entry for each of num_layers={self.num_layers}",
-                where="provider",
-                remedy="set provider.moe_layer_freq together with provider.num_layers",
-            )
         update_bias = self.moe_router_enable_expert_bias
         if update_bias and self._has_aux_loss():
             raise UnsupportedConfig(

@@ -96,7 +96,7 @@ class ExactGPTModelProvider(GPTModelProvider):
             # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix
             # up activations and gradients: on gloo the first gradients came out thousands of times too large.
             self.overlap_p2p_comm, self.batch_p2p_comm = True, False
-        for name in ("window_attn_skip_freq", "no_rope_freq"):
+        for name in ("window_attn_skip_freq", "no_rope_freq", "moe_layer_freq"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != self.num_layers:
                 raise UnsupportedConfig(
