@@ -637,7 +637,7 @@ def test_a_backend_that_is_not_there(
 VERIFY_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no source": ([], ("SOURCE", "a folder")),
     "no such other": (["{source}", "nowhere"], ("nowhere", "does not exist", "a Megatron checkpoint")),
-    "an empty other": (["{source}", "tmp"], ("config.json", "missing")),
+    "an empty other": (["{source}", "tmp"], ("neither model.safetensors", "download the weights")),
     "a type that is none": (["{source}", "--dtype", "int8"], ("--dtype is 'int8'", "'bfloat16'")),
     "a report in no folder": (["{source}", "--report", "no/report.html"], ("no/report.html", "a folder that is there")),
     "a folder for a report": (["{source}", "--json", "tmp"], ("output is 'tmp'",)),

@@ -78,12 +78,12 @@ def test_half_precision(name: str, host: Any, tiny: Any, monkeypatch: pytest.Mon
     assert report.holds, report.faults()
     assert 0.5 < report.check("logits").values["relative"] <= 1.1
 
-    def scale(model: Any) -> None:
+    def negate(model: Any) -> None:
         from megatron.core.utils import unwrap_model
 
-        unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight.mul_(1.1)
+        unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight.neg_()
 
-    build_with(scale)(monkeypatch)
+    build_with(negate)(monkeypatch)
     report = verify_model(folder, dtype="bfloat16", generation=False)
     assert verdicts(report)["logits"] == "differs" and report.first_differing_layer == "2"
 
