@@ -534,16 +534,16 @@ ROUND_TRIP_FAULTS = {
 def test_verify_sees_a_fault_of_the_round_trip(
     check: str, host: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exaone_bridge.verify import verify
+    from exaone_bridge.verify import job
 
     fault, says = ROUND_TRIP_FAULTS[check]
-    right = verify.write_hf_folder
+    right = job.write_hf_folder
 
     def write(folder: Path, *args: Any) -> None:
         right(folder, *args)
         fault(folder)
 
-    monkeypatch.setattr(verify, "write_hf_folder", write)
+    monkeypatch.setattr(job, "write_hf_folder", write)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and says in run.err
     assert {row[0] for row in rows_of(run.out)[1:] if row[3] == "DIFFERS"} == {check}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from exaone_bridge.checkpoint.source import open_source
+from exaone_bridge.verify.job import prompt_length
 from exaone_bridge.verify.locate import CAUSES, locate
 from exaone_bridge.verify.logits import compare_half_precision, compare_logits, places_of, prompts
 from exaone_bridge.verify.points import LOGITS, Take, points_of
@@ -15,7 +16,6 @@ from exaone_bridge.verify.precision import CEILING, UNIT_ROUNDOFF, Rounding
 from exaone_bridge.verify.reference import load, run_reference
 from exaone_bridge.verify.report import Place
 from exaone_bridge.verify.traces import Traced, routing_weights
-from exaone_bridge.verify.verify import prompt_length
 
 NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 

@@ -25,7 +25,8 @@ from exaone_bridge.verify.logits import prompts
 from exaone_bridge.verify.points import points_of
 from exaone_bridge.verify.reference import load, run_reference
 from exaone_bridge.verify.report import Report
-from exaone_bridge.verify.stream import Reader, streamed_transformers, streams
+from exaone_bridge.verify.stream import streams
+from exaone_bridge.verify.stream_theirs import Reader, streamed_transformers
 
 EXAONE = "exaone_bridge.families.exaone4.bridge:Exaone4Bridge"
 ERNIE = "exaone_bridge.families.ernie45.bridge:Ernie45Bridge"

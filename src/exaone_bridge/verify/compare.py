@@ -16,20 +16,11 @@ from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.digests import digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.greedy import compare_generated
+from exaone_bridge.verify.job import Job, OnEvent, Theirs, check_backend, make_job, run_generation, run_megatron
 from exaone_bridge.verify.launch import run_alone, run_world, work_folder
 from exaone_bridge.verify.report import Check, Report, versions
 from exaone_bridge.verify.summary import model_summary
-from exaone_bridge.verify.verify import (
-    Job,
-    OnEvent,
-    Theirs,
-    arithmetic,
-    check_backend,
-    make_job,
-    run_generation,
-    run_megatron,
-    verify,
-)
+from exaone_bridge.verify.verify import arithmetic, verify
 
 __all__ = ["compare", "is_megatron", "verify_megatron"]
 
@@ -189,8 +180,8 @@ def _cannot_run(first: HFSource, folder: Path) -> str:
 
 
 def _run(left: Side, right: Side, first: HFSource, job: Job, on_event: OnEvent) -> tuple[dict[str, Any], list[Check]]:
+    from exaone_bridge.verify.job import run_theirs
     from exaone_bridge.verify.ours import merge
-    from exaone_bridge.verify.verify import run_theirs
 
     theirs = run_alone(run_theirs, left.folder, job, on_event=on_event)
     gradients = None

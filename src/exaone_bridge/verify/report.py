@@ -152,7 +152,7 @@ class Report:
             f"{self.source}: {check.name}: {check.figure}; {check.where}" for check in self.checks if not check.holds
         ]
         if self.location is not None:
-            lines += [f"{self.source}: {self.location}; usual causes: {'; '.join(self.location.causes)}"]
+            lines += [f"{self.source}: {self.location.sublayer}: usual causes: {'; '.join(self.location.causes)}"]
         return "\n".join(lines)
 
     @property

@@ -21,9 +21,10 @@ from exaone_bridge.verify.bench.host_criteria import HostVerdict, host_verdict
 from exaone_bridge.verify.digests import Digest, digest_folder, digest_stream
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.greedy import Generated, compare_generated, generate
+from exaone_bridge.verify.job import Job, Theirs, make_job
 from exaone_bridge.verify.report import Check, Location
 from exaone_bridge.verify.traces import Traced
-from exaone_bridge.verify.verify import Job, Theirs, arithmetic, make_job
+from exaone_bridge.verify.verify import arithmetic
 
 __all__ = ["Bench", "Verdicts"]
 
