@@ -34,7 +34,7 @@ def _ours(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, backend: str) 
     return logits
 
 
-def _wide(name: str) -> dict[str, Any]:
+def wide(name: str) -> dict[str, Any]:
     """Widths that Transformer Engine's kernels take: head_dim 64, multiples of 16."""
     fields: dict[str, Any] = {
         "head_dim": 64,
@@ -53,7 +53,7 @@ def _wide(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("backend", ["transformer_engine", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32_logits(nccl: None, tiny: Any, name: str, backend: str) -> None:
-    folder = tiny(name, **_wide(name))
+    folder = tiny(name, **wide(name))
     tokens = prompts(512, 2, 300)
     difference = (_ours(folder, tokens, torch.float32, backend) - _reference(folder, tokens, torch.float32)).abs()
     print(f"{name} {backend} fp32: max {difference.max():.2e}")
@@ -62,7 +62,7 @@ def test_fp32_logits(nccl: None, tiny: Any, name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_logits_are_as_close_to_the_truth_as_transformers_own(nccl: None, tiny: Any, name: str) -> None:
-    folder = tiny(name, **_wide(name), dtype="bfloat16")
+    folder = tiny(name, **wide(name), dtype="bfloat16")
     tokens = prompts(512, 4, 300)
     truth = _reference(folder, tokens, torch.float32)
     theirs = (_reference(folder, tokens, torch.bfloat16) - truth).abs()
@@ -82,7 +82,7 @@ def test_megatron_checkpoint_changes_backend(
 
     from exaone_bridge.host.model import build, forward_logits, load_megatron
 
-    folder = tiny(name, **_wide(name))
+    folder = tiny(name, **wide(name))
     bridge = AutoBridge.from_hf_pretrained(folder)
     saved = build(bridge, Layout(), backend=written)
     bridge.save_megatron_model(saved, tmp_path / "megatron")

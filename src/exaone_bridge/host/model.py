@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.host.registration import supported
+from exaone_bridge.parts.context_parallel import gathered_in_order, positions_of
 from exaone_bridge.parts.layout import Layout
 
 __all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "provider_of"]
@@ -37,6 +38,7 @@ def model_parallel_of(layout: Layout) -> dict[str, Any]:
         "sequence_parallel": layout.sp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
+        "context_parallel_size": layout.cp,
     }
 
 
@@ -130,6 +132,7 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
         hidden = output[0] if isinstance(output, tuple) else output
         if layer.config.sequence_parallel:
             hidden = _gathered(hidden, dim=0)
+        hidden = _over_context(hidden, dim=0)
         into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
 
     handles = [layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers]
@@ -140,20 +143,30 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
             handle.remove()
 
 
-def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+def _parts(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    return parts
+
+
+def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat(_parts(tensor, parallel_state.get_tensor_model_parallel_group()), dim=dim)
+
+
+def _over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The whole sequence, of which each rank of context parallelism holds its positions along `dim`."""
+    group = parallel_state.get_context_parallel_group()
+    return tensor if group.size() == 1 else gathered_in_order(_parts(tensor, group), dim)
 
 
 def _run_stage(batches: Iterator[torch.Tensor], model: MegatronModule, vocab_size: int) -> tuple[torch.Tensor, Any]:
     tokens = next(batches)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    output = model(tokens, positions, None)
+    group = parallel_state.get_context_parallel_group()
+    mine = positions_of(group.rank(), group.size(), tokens.shape[1], tokens.device)
+    output = model(tokens[:, mine], mine[None], None)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-        return _gathered(tensor, dim=-1)[..., :vocab_size].float().cpu()
+        return _over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
 
     return output, logits
 
@@ -174,10 +187,11 @@ def forward_logits(
     """
     config = get_model_config(model[0])
     count, length = tokens.shape
-    # Interleaved stages want a multiple of pp microbatches; sequence parallelism, a multiple of tp positions.
+    # Interleaved stages want a multiple of pp microbatches; sequence parallelism, a multiple of tp positions; context
+    # parallelism, of two chunks a rank.
     # Attention is causal: what is appended changes nothing before it.
     rows = -count % config.pipeline_model_parallel_size
-    columns = -length % config.tensor_model_parallel_size
+    columns = -length % (2 * config.tensor_model_parallel_size * config.context_parallel_size)
     padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(next(model[0].parameters()).device)
     for chunk in model:
         chunk.eval()
