@@ -50,8 +50,8 @@ class MoEModelProvider(ExactGPTModelProvider):
                 remedy="balance the experts one way or the other",
             )
         if self.num_moe_experts and resolve_backend(self.backend).name == "torch":
-            # alltoall counts tokens on CUDA streams of its own, and the grouped GEMM is Transformer Engine's
-            self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False)
+            # alltoall counts tokens on CUDA streams of its own; grouped GEMM and permutation are Transformer Engine's
+            self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False, moe_permute_fusion=False)
         # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our
         # router does not mind the first, our experts have none of the second (parts/router.py, parts/moe.py).
         linear_biases = self.add_bias_linear
