@@ -53,8 +53,10 @@ def packed_logits(model: list[Any], documents: list[torch.Tensor], vocab_size: i
     return [whole[begin:end] for begin, end in itertools.pairwise(starts)]
 
 
-def worst_difference(folder: Any, layout: Layout, lengths: list[int], vocab_size: int, **build_options: Any) -> float:
-    """The largest difference between a document's logits in the pack and alone, on this rank of a world."""
+def difference(
+    folder: Any, layout: Layout, lengths: list[int], vocab_size: int, **build_options: Any
+) -> tuple[float, float]:
+    """Mean and maximum, over all documents, of what packing changes of a document's logits, on this rank of a world."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.host.model import build, forward_logits
@@ -64,9 +66,10 @@ def worst_difference(folder: Any, layout: Layout, lengths: list[int], vocab_size
     documents = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     together = packed_logits(model, documents, vocab_size)
     alone = [forward_logits(model, document[None])[0] for document in documents]
-    return max((a - b[0]).abs().max().item() for a, b in zip(together, alone, strict=True) if b is not None)
+    apart = torch.cat([(a - b[0]).abs() for a, b in zip(together, alone, strict=True) if b is not None])
+    return apart.mean().item(), apart.max().item()
 
 
 def worst_on_cpu(folder: Any, layout: Layout, lengths: list[int]) -> float:
-    """`worst_difference` on forked ranks, of a model whose vocabulary has 387 words."""
-    return max(run_ranks(worst_difference, layout.ranks, folder, layout, lengths, 387))
+    """The maximum of `difference` on forked ranks, of a model whose vocabulary has 387 words."""
+    return max(worst for _, worst in run_ranks(difference, layout.ranks, folder, layout, lengths, 387))

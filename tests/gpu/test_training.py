@@ -1,5 +1,7 @@
-"""Training on one GPU as clusters do it, beside Transformers: bf16, fp32 main gradients, distributed optimizer, recompute,
-accumulated gradients; and FP8 beside bf16."""
+"""Training on one GPU as clusters do it, beside Transformers; and FP8 beside bf16.
+
+Bf16 with fp32 main gradients and weights, distributed optimizer, recompute, accumulated gradients.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,6 @@ def train_megatron(
     """
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -121,7 +122,6 @@ def train_megatron(
         assert updated
         losses.append(torch.stack([item["loss"] for item in done]).mean().item())
     peak = torch.cuda.max_memory_allocated()
-    parallel_state.destroy_model_parallel()
     return losses, peak
 
 

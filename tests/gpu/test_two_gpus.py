@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +42,7 @@ def _cases() -> list[dict[str, Any]]:
     for case in cases:
         words = [case["kind"], case["name"], *(f"{key}{value}" for key, value in case["layout"].items())]
         case["id"] = " ".join([*words, case.get("dtype", ""), *case.get("fields", {}).values()]).strip()
-    return cases
+    return sorted(cases, key=lambda case: json.dumps(case["layout"]))  # one world serves all cases of a layout
 
 
 CASES = _cases()
@@ -59,11 +61,18 @@ def results(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     (folder / "cases.json").write_text(json.dumps(CASES))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("two_gpus.py")
-    done = subprocess.run([*command, str(script), str(folder)], capture_output=True, text=True, timeout=500)
-    if not (folder / "results.json").is_file():
-        pytest.fail(done.stdout[-2000:] + done.stderr[-4000:])
-    found = json.loads((folder / "results.json").read_text())
-    return {case["id"]: found.get(case["id"], {"error": f"did not run: {done.stderr[-2000:]}"}) for case in CASES}
+    with (folder / "log.txt").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [*command, str(script), str(folder)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+    log_tail = (folder / "log.txt").read_text(errors="replace")[-6000:]
+    print(log_tail)
+    found = json.loads((folder / "results.json").read_text()) if (folder / "results.json").is_file() else {}
+    return {case["id"]: found.get(case["id"], {"error": f"did not run: {log_tail}"}) for case in CASES}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "logits"], ids=lambda case: case["id"])
@@ -82,8 +91,8 @@ def test_logits_and_export(results: dict[str, Any], case: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "packed"], ids=lambda case: case["id"])
 def test_packed_documents_equal_the_same_alone(results: dict[str, Any], case: dict[str, Any]) -> None:
-    """Within what bf16 leaves of logits of this size; documents that saw each other differ by far more."""
+    """Within bf16's own mean distance to fp32 (2e-2); documents that saw each other would be a hundred times as far."""
     result = results[case["id"]]
     assert "error" not in result, result["error"]
     print(case["id"], result)
-    assert result["worst"] <= 0.1
+    assert result["packed"][0] <= 2e-2

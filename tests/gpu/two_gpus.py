@@ -11,7 +11,9 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,24 @@ import torch  # before transformer_engine: the two bring different versions of c
 import torch.distributed as dist
 
 import exaone_bridge
+
+
+def start_world(store: Path, rank: int) -> None:
+    """A new world for a new layout; the old one's NCCL communicators would keep gigabytes."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        gc.collect()
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "nccl",
+        init_method=f"file://{store}",  # torchrun's own store still holds what the last world wrote
+        rank=rank,
+        world_size=2,
+        device_id=torch.device("cuda", rank),
+        timeout=timedelta(seconds=60),
+    )
 
 
 def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +81,12 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    from packing import worst_difference
+    from packing import difference
 
     from exaone_bridge.parts.layout import Layout
 
     options = {"dtype": torch.bfloat16, "backend": "transformer_engine"}
-    return {"worst": worst_difference(folder, Layout(**case["layout"]), [256, 64, 192], 512, **options)}
+    return {"packed": difference(folder, Layout(**case["layout"]), [256, 64, 192], 512, **options)}
 
 
 def main() -> None:
@@ -75,11 +95,13 @@ def main() -> None:
     torch.cuda.set_device(rank)
     torch.backends.cuda.matmul.allow_tf32 = False
     exaone_bridge.supported()
-    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    from megatron.core import parallel_state
-
     results: dict[str, Any] = {}
+    layout = None
     for case in json.loads((folder / "cases.json").read_text()):
+        if case["layout"] != layout:
+            layout = case["layout"]
+            start_world(folder / f"store-{len(results)}", rank)
+        begin = time.monotonic()
         run = {"logits": logits_case, "packed": packed_case}[case["kind"]]
         try:
             result = run(Path(case["folder"]), case)
@@ -89,7 +111,7 @@ def main() -> None:
         dist.all_gather_object(gathered, result)
         # The last pipeline stage alone has logits.
         results[case["id"]] = {key: value for part in gathered for key, value in part.items()}
-        parallel_state.destroy_model_parallel()
+        print(f"{time.monotonic() - begin:.1f} s: {case['id']}", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
         if rank == 0:

@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.bind import bind
+from exaone_bridge.host.fp8 import initial_values_renewed
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.files import TRAVELLING_FILES
 from exaone_bridge.parts.rows import Row, aliases, expected_hf, expected_megatron
@@ -89,6 +90,18 @@ class ExactBridge(MegatronModelBridge):
         if facts.tied and _OUTPUT_BIAS in expected_megatron(rows):
             tasks.append(self._output_bias_task(megatron_model, weight_dtype))
         return tasks
+
+    def load_weights_hf_to_megatron(
+        self, hf_pretrained: Any, megatron_model: Any, allowed_mismatched_params: list[str] | None = None
+    ) -> list[MegatronModule]:
+        """The host's load; FP8 parameters remember what was loaded.
+
+        Raises:
+            UnmappedTensors: as `build_conversion_tasks`.
+        """
+        model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
+        with initial_values_renewed(self, model):
+            return super().load_weights_hf_to_megatron(hf_pretrained, model, allowed_mismatched_params)
 
     def _output_bias_task(
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None

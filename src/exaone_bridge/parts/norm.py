@@ -50,7 +50,7 @@ if HAVE_TE:
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()  # keys are a view into the fused projection
             normed, _, inverse_rms = kernels.rmsnorm_fwd(rows, weight, eps, None, None, TE_DType[x.dtype], 0, False)
             ctx.save_for_backward(rows, weight, inverse_rms)
             return normed.view(x.shape)
@@ -58,7 +58,9 @@ if HAVE_TE:
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
             rows, weight, inverse_rms = ctx.saved_tensors
-            of_rows, of_weight = kernels.rmsnorm_bwd(gradient.reshape(rows.shape), rows, inverse_rms, weight, 0, False)
+            of_rows, of_weight = kernels.rmsnorm_bwd(
+                gradient.reshape(rows.shape).contiguous(), rows, inverse_rms, weight, 0, False
+            )
             return of_rows.view(gradient.shape), of_weight, None
 
     class FusedRMSNorm(TorchRMSNorm):
