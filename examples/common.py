@@ -38,7 +38,7 @@ def arguments(description: str, default_recipe: str) -> argparse.ArgumentParser:
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--rate", type=float, help="learning rate's peak")
     parser.add_argument("--save", type=Path, required=True, help="folder for all that the run writes")
-    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end only")
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end only; -1: never")
     parser.add_argument("--load", type=Path, help="folder of an earlier run to resume from")
     parser.add_argument("--load-step", type=int, help="the step to resume from, instead of the last")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop before the first GPU call")
@@ -67,8 +67,8 @@ def configured(options: argparse.Namespace, **more: Any) -> Any:
         config.optimizer.lr, config.optimizer.min_lr = options.rate, options.rate / 10
     config.validation.eval_iters, config.validation.eval_interval = 0, options.iters
     config.logger.log_interval, config.logger.tensorboard_dir = 1, None
-    config.checkpoint.save = str(options.save / "checkpoints")
-    config.checkpoint.save_interval = options.save_every or options.iters
+    config.checkpoint.save = str(options.save / "checkpoints") if options.save_every >= 0 else None
+    config.checkpoint.save_interval = max(options.save_every, 0) or options.iters
     config.checkpoint.load = None if options.load is None else str(options.load / "checkpoints")
     config.checkpoint.ckpt_step = options.load_step
     return config

@@ -59,7 +59,7 @@ class Runs:
                 "pretrain",
                 "--recipe",
                 "exaone4_1p2b_pretrain_config",
-                *("--iters", 6, "--micro-batch", 1, "--global-batch", 2, "--rate", 1e-4, "--save-every", 1000),
+                *("--iters", 6, "--micro-batch", 1, "--global-batch", 2, "--rate", 1e-4, "--save-every", -1),
             ),
             "sft": _started(work, "sft", "sft", "--iters", 8, "--rate", 1e-3),
             "packed": _started(work, "packed", "sft", "--iters", 4, "--rate", 1e-3, "--packed", "--micro-batch", 1),

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.recipes import RECIPES, recipe
 from exaone_bridge.recipes.plans import plan_of
 
