@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.layout import Layout
@@ -16,7 +17,7 @@ TOLERANCE = 1e-4
 
 
 def _adapted(
-    folder: Path, layout: Layout, kind: str, target: str, tokens: torch.Tensor, output: Path
+    folder: Path, layout: Layout, kind: str, targets: list[str], tokens: torch.Tensor, output: Path
 ) -> dict[str, Any]:
     """On a rank: logits without adapters, with random ones, and with them switched off; merged and adapter exports."""
     from megatron.bridge import AutoBridge
@@ -29,7 +30,7 @@ def _adapted(
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, layout)
     found: dict[str, Any] = {"base": forward_logits(model, tokens)[0]}
-    peft = {"lora": LoRA, "dora": DoRA}[kind](dim=4, alpha=8, target_modules=[target])
+    peft = {"lora": LoRA, "dora": DoRA}[kind](dim=4, alpha=8, target_modules=targets)
     model = peft(model, training=False)
     torch.manual_seed(7)  # the same numbers on every rank: replicated halves of an adapter stay replicated
     with torch.no_grad():
@@ -37,14 +38,16 @@ def _adapted(
             for name, parameter in chunk.named_parameters():
                 if ".adapter.linear_out" in name:
                     parameter.normal_(std=0.3)
+                elif name.endswith(".adapter.weight_magnitude"):
+                    parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
     found["adapted"] = forward_logits(model, tokens)[0]
-    if kind == "lora":
-        bridge.save_hf_pretrained(model, output / "merged", show_progress=False)
-        bridge.save_hf_adapter(model, output / "adapter", peft, str(folder), show_progress=False)
-    for module in model[0].modules():
-        if isinstance(module, AdapterWrapper):
-            module.disable_adapter_layers()
-    found["disabled"] = forward_logits(model, tokens)[0] if kind == "lora" else found["base"]
+    bridge.save_hf_pretrained(model, output / "merged", show_progress=False)
+    bridge.save_hf_adapter(model, output / "adapter", peft, str(folder), show_progress=False)
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, AdapterWrapper):
+                module.disable_adapter_layers()
+    found["disabled"] = forward_logits(model, tokens)[0]
     return found
 
 
@@ -66,7 +69,7 @@ def test_lora_as_trained_is_lora_as_exported(host: Any, tiny: Any, tmp_path: Pat
     """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
     folder = tiny("exaone4")
     tokens = prompts(387, 2, 40)
-    results = run_ranks(_adapted, layout.ranks, folder, layout, "lora", target, tokens, tmp_path)
+    results = run_ranks(_adapted, layout.ranks, folder, layout, "lora", [target], tokens, tmp_path)
     (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
     (in_peft,) = run_ranks(_transformers, 1, folder, tokens, tmp_path / "adapter")
     for result in results:
@@ -86,7 +89,43 @@ def test_the_check_catches_the_hosts_order(
     monkeypatch.setattr(AdapterWrapper, "__init__", AdapterWrapper.__init__.__wrapped__)
     folder = tiny("exaone4")
     tokens = prompts(387, 2, 40)
-    (result,) = run_ranks(_adapted, 1, folder, Layout(), "lora", target, tokens, tmp_path)
+    (result,) = run_ranks(_adapted, 1, folder, Layout(), "lora", [target], tokens, tmp_path)
     (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
     difference = (result["adapted"] - merged).abs().max()
     assert not difference <= 100 * TOLERANCE  # not a number where the unnormalised outputs have grown too large
+
+
+ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+def _again(folder: Path, tokens: torch.Tensor) -> torch.Tensor | None:
+    """On a rank: the logits of a folder, in Megatron-Core."""
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.model import build, forward_logits
+
+    return forward_logits(build(AutoBridge.from_hf_pretrained(folder), Layout()), tokens)[0]
+
+
+def _assert_one_model(folder: Path, layout: Layout, kind: str, targets: list[str], work: Path) -> None:
+    """With adapters, merged in Megatron-Core and in Transformers, and with PEFT: the same logits."""
+    tokens = prompts(387, 2, 40)
+    results = run_ranks(_adapted, layout.ranks, folder, layout, kind, targets, tokens, work)
+    others = {
+        "merged, Transformers": run_ranks(_transformers, 1, work / "merged", tokens)[0],
+        "merged, Megatron-Core": run_ranks(_again, 1, work / "merged", tokens)[0],
+        "adapter, PEFT": run_ranks(_transformers, 1, folder, tokens, work / "adapter")[0],
+    }
+    for result in (result for result in results if result["adapted"] is not None):
+        assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
+        assert (result["disabled"] - result["base"]).abs().max() <= 1e-5
+        for name, logits in others.items():
+            assert (result["adapted"] - logits).abs().max() <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
+def test_dora_as_trained_is_dora_as_exported(host: Any, tiny: Any, tmp_path: Path, layout: Layout) -> None:
+    """All four linears; magnitudes away from where they start."""
+    _assert_one_model(tiny("exaone4"), layout, "dora", ALL, tmp_path)
+    vectors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(name.endswith("lora_magnitude_vector") for name in vectors) == 8 * 7
