@@ -149,6 +149,24 @@ class DoRAExport(_Host):
                 self._magnitudes[adapter_task.global_base_prefix] = next(iter(found.values())).detach()
         return super().materialize_adapter_weights(adapter_tasks)
 
+    def _refuse_what_peft_misreads(self, megatron_model: Any) -> None:
+        """PEFT (0.21) takes gate, up and down projections of such a model for its fused experts, whatever module an
+        adapter is for, and drops those of shared experts and dense layers without a word."""
+        model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
+        if not model[0].config.num_moe_experts:
+            return
+        found = sorted(
+            info[0] for info in self._megatron_global_adapters_info_all_pp_ranks(model) if ".mlp." in info[0]
+        )
+        if found:
+            raise UnsupportedConfig(
+                "adapter",
+                got=found[0],
+                wanted="on attention's linears, for PEFT's format of a model with experts",
+                where="adapter export",
+                remedy="export the merged model (save_hf_pretrained), or adapt linear_qkv and linear_proj only",
+            )
+
     def _magnitudes_by_name(self, megatron_model: Any, names: list[str], prefix: str) -> dict[str, torch.Tensor]:
         """Hugging Face weight -> its magnitude [rows, 1]; what the host splits B by splits them, too."""
         column = self._magnitudes[prefix][:, None]
@@ -169,9 +187,14 @@ class DoRAExport(_Host):
         }
 
     def stream_adapter_weights_megatron_to_hf(self, megatron_model: Any, *args: Any, **kwargs: Any) -> Iterable[Any]:
-        """The host's stream of A and B, then DoRA's magnitudes by the names that PEFT has for them."""
+        """The host's stream of A and B, then DoRA's magnitudes by the names that PEFT has for them.
+
+        Raises:
+            UnsupportedConfig: adapters on feed-forward linears of a model with experts.
+        """
         from megatron.bridge.models.conversion.model_bridge import HFWeightTuple
 
+        self._refuse_what_peft_misreads(megatron_model)
         yield from super().stream_adapter_weights_megatron_to_hf(megatron_model, *args, **kwargs)
         model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         registry = self.mapping_registry()
