@@ -85,7 +85,12 @@ def steps(options: argparse.Namespace, at_end: Callable[[list[Any]], None] | Non
                 return
             loss = loss.float().flatten()
             value = (loss[0] / loss[1] if loss.numel() == 2 else loss[0]).item()
-            line = {"step": context.state.train_state.step, "loss": value, "grad_norm": float(context.grad_norm or 0)}
+            line = {
+                "step": context.state.train_state.step,
+                "loss": value,
+                "grad_norm": float(context.grad_norm or 0),
+                "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            }
             if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
                 with (options.save / "losses.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -137,6 +142,7 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 def docstrings() -> Iterator[dict[str, str]]:
     """Questions and answers that every Python installation ships: what a function of the standard library does."""
+    asked: set[str] = set()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -146,7 +152,9 @@ def docstrings() -> Iterator[dict[str, str]]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (answer := ast.get_docstring(node)):
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 question = f"What does the {kind} {node.name} of Python's module {path.stem} do?"
-                yield {"input": question, "output": answer}
+                if question not in asked:  # methods of one name: the first
+                    asked.add(question)
+                    yield {"input": question, "output": answer}
 
 
 def write_dataset(folder: Path, validation: int = 200) -> None:

@@ -79,10 +79,13 @@ class Runs:
         assert code == 0, (folder / "log.txt").read_text(errors="replace")[-6000:]
         return folder
 
+    def lines(self, name: str) -> list[dict[str, float]]:
+        """What the run wrote down after each step."""
+        return [json.loads(line) for line in (self.folder(name) / "losses.jsonl").read_text().splitlines()]
+
     def losses(self, name: str) -> dict[int, float]:
         """Step -> loss."""
-        lines = (self.folder(name) / "losses.jsonl").read_text().splitlines()
-        return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+        return {int(line["step"]): line["loss"] for line in self.lines(name)}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,23 @@ def test_published_recipe_trains(runs: Runs) -> None:
     losses = runs.losses("published")
     assert abs(losses[1] - math.log(102400)) < 1.5
     _learns(losses, 6)
+
+
+def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
+    """The peak that PyTorch allocated is at most the formula's sum with its reserve, and not far below it."""
+    from exaone_bridge.families import family_of
+    from exaone_bridge.recipes.memory import GB, estimate
+    from exaone_bridge.recipes.plans import plan_of
+    from exaone_bridge.recipes.published import CONFIGS
+
+    config = CONFIGS["exaone4_1p2b"]
+    family = family_of(config["architectures"], where="published")
+    facts = family.read_config(config)
+    plan = plan_of("exaone4_1p2b", "pretrain", 80).changed(gpus=1, micro_batch=1, global_batch=2)
+    needed = estimate(family.rows(facts), facts, plan).total / GB
+    peak = max(line["peak_gb"] for line in runs.lines("published"))
+    print(f"peak {peak:.1f} GB, estimated {needed:.1f} GB")
+    assert 0.6 * needed <= peak <= needed
 
 
 def test_mixture_of_experts_recipe_trains(runs: Runs) -> None:
