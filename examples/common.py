@@ -86,7 +86,7 @@ def steps(options: argparse.Namespace, at_end: Callable[[list[Any]], None] | Non
             loss = loss.float().flatten()
             value = (loss[0] / loss[1] if loss.numel() == 2 else loss[0]).item()
             line = {
-                "step": context.state.train_state.step,
+                "step": context.state.train_state.step + 1,
                 "loss": value,
                 "grad_norm": float(context.grad_norm or 0),
                 "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
