@@ -38,7 +38,7 @@ def arguments(description: str, default_recipe: str) -> argparse.ArgumentParser:
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--rate", type=float, help="learning rate's peak")
     parser.add_argument("--save", type=Path, required=True, help="folder for all that the run writes")
-    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end only")
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end only; -1: never")
     parser.add_argument("--load", type=Path, help="folder of an earlier run to resume from")
     parser.add_argument("--load-step", type=int, help="the step to resume from, instead of the last")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop before the first GPU call")
@@ -67,8 +67,8 @@ def configured(options: argparse.Namespace, **more: Any) -> Any:
         config.optimizer.lr, config.optimizer.min_lr = options.rate, options.rate / 10
     config.validation.eval_iters, config.validation.eval_interval = 0, options.iters
     config.logger.log_interval, config.logger.tensorboard_dir = 1, None
-    config.checkpoint.save = str(options.save / "checkpoints")
-    config.checkpoint.save_interval = options.save_every or options.iters
+    config.checkpoint.save = str(options.save / "checkpoints") if options.save_every >= 0 else None
+    config.checkpoint.save_interval = max(options.save_every, 0) or options.iters
     config.checkpoint.load = None if options.load is None else str(options.load / "checkpoints")
     config.checkpoint.ckpt_step = options.load_step
     return config
@@ -85,7 +85,12 @@ def steps(options: argparse.Namespace, at_end: Callable[[list[Any]], None] | Non
                 return
             loss = loss.float().flatten()
             value = (loss[0] / loss[1] if loss.numel() == 2 else loss[0]).item()
-            line = {"step": context.state.train_state.step, "loss": value, "grad_norm": float(context.grad_norm or 0)}
+            line = {
+                "step": context.state.train_state.step + 1,
+                "loss": value,
+                "grad_norm": float(context.grad_norm or 0),
+                "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            }
             if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
                 with (options.save / "losses.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -137,6 +142,7 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 def docstrings() -> Iterator[dict[str, str]]:
     """Questions and answers that every Python installation ships: what a function of the standard library does."""
+    asked: set[str] = set()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -146,7 +152,9 @@ def docstrings() -> Iterator[dict[str, str]]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (answer := ast.get_docstring(node)):
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 question = f"What does the {kind} {node.name} of Python's module {path.stem} do?"
-                yield {"input": question, "output": answer}
+                if question not in asked:  # methods of one name: the first
+                    asked.add(question)
+                    yield {"input": question, "output": answer}
 
 
 def write_dataset(folder: Path, validation: int = 200) -> None:

@@ -59,7 +59,7 @@ class Runs:
                 "pretrain",
                 "--recipe",
                 "exaone4_1p2b_pretrain_config",
-                *("--iters", 6, "--micro-batch", 1, "--global-batch", 2, "--rate", 1e-4, "--save-every", 1000),
+                *("--iters", 6, "--micro-batch", 1, "--global-batch", 2, "--rate", 1e-4, "--save-every", -1),
             ),
             "sft": _started(work, "sft", "sft", "--iters", 8, "--rate", 1e-3),
             "packed": _started(work, "packed", "sft", "--iters", 4, "--rate", 1e-3, "--packed", "--micro-batch", 1),
@@ -79,10 +79,13 @@ class Runs:
         assert code == 0, (folder / "log.txt").read_text(errors="replace")[-6000:]
         return folder
 
+    def lines(self, name: str) -> list[dict[str, float]]:
+        """What the run wrote down after each step."""
+        return [json.loads(line) for line in (self.folder(name) / "losses.jsonl").read_text().splitlines()]
+
     def losses(self, name: str) -> dict[int, float]:
         """Step -> loss."""
-        lines = (self.folder(name) / "losses.jsonl").read_text().splitlines()
-        return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+        return {int(line["step"]): line["loss"] for line in self.lines(name)}
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +111,7 @@ def test_losses_after_a_resume_are_those_of_an_uninterrupted_run(runs: Runs) -> 
     print("whole", whole, "resumed", resumed)
     assert sorted(whole) == list(range(1, 11))
     assert sorted(resumed) == list(range(6, 11))
-    assert whole[10] < whole[1] - 0.1  # it learns: the comparison is not of standing still
-    assert len(set(whole.values())) == 10
+    assert len(set(whole.values())) == 10  # its data are random, so that there is nothing to learn
     assert max(abs(resumed[step] - whole[step]) for step in resumed) <= 1e-6
 
 
@@ -148,8 +150,29 @@ def test_published_recipe_trains(runs: Runs) -> None:
     _learns(losses, 6)
 
 
+def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
+    """The peak that PyTorch allocated is at most the formula's sum with its reserve, and not far below it."""
+    from exaone_bridge.families import family_of
+    from exaone_bridge.recipes.memory import GB, estimate
+    from exaone_bridge.recipes.plans import plan_of
+    from exaone_bridge.recipes.published import CONFIGS
+
+    config = CONFIGS["exaone4_1p2b"]
+    family = family_of(config["architectures"], where="published")
+    facts = family.read_config(config)
+    plan = plan_of("exaone4_1p2b", "pretrain", 80).changed(gpus=1, micro_batch=1, global_batch=2)
+    needed = estimate(family.rows(facts), facts, plan).total / GB
+    peak = max(line["peak_gb"] for line in runs.lines("published"))
+    print(f"peak {peak:.1f} GB, estimated {needed:.1f} GB")
+    assert 0.6 * needed <= peak <= needed
+
+
 def test_mixture_of_experts_recipe_trains(runs: Runs) -> None:
-    _learns(runs.losses("ernie"), 8)
+    """Random data: losses stay near log(vocabulary); the checkpoint at the end needs the optimizer's state saved right."""
+    losses = runs.losses("ernie")
+    print(losses)
+    assert all(abs(loss - math.log(2048)) < 0.5 for loss in losses.values())
+    assert len(set(losses.values())) == 8
 
 
 @pytest.mark.parametrize(("name", "steps"), [("sft", 8), ("packed", 4)])

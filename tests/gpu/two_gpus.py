@@ -54,7 +54,7 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     from exaone_bridge.verify.folders import compare_tensors
     from exaone_bridge.verify.logits import prompts
 
-    tokens = prompts(512, 2, 300)
+    tokens = prompts(512, 8, 300)  # of bf16 experts' maximum, a few prompts say nothing
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").cuda().eval()

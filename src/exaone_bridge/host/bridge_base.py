@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.bind import bind
+from exaone_bridge.host.dora import DoRAExport
 from exaone_bridge.host.fp8 import initial_values_renewed
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.files import TRAVELLING_FILES
@@ -35,7 +36,7 @@ def config_mapping(hf_config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "transformers_version"}
 
 
-class ExactBridge(MegatronModelBridge):
+class ExactBridge(DoRAExport, MegatronModelBridge):
     """A MegatronModelBridge that accounts for every tensor of both sides, or stops and names it."""
 
     ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(TRAVELLING_FILES)

@@ -24,7 +24,7 @@ from typing import Any
 from exaone_bridge.parts.rows import Kind, Row
 from exaone_bridge.recipes.plan import Plan
 
-__all__ = ["RESERVE", "Memory", "estimate"]
+__all__ = ["GB", "RESERVE", "Memory", "estimate", "stages"]
 
 GB = 10**9
 RESERVE = 8 * GB
@@ -121,6 +121,12 @@ def _in_flight(plan: Plan, stage: int) -> float:
     return min(total, (pp - stage - 1) * 2 + (vpp - 1) * pp + 1)
 
 
+def stages(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int = 0) -> list[Memory]:
+    """The memory of a GPU of each pipeline stage; see `estimate`."""
+    table = tuple(rows)
+    return [_stage(table, facts, plan, stage, adapter_rank) for stage in range(plan.layout.pp)]
+
+
 def estimate(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int = 0) -> Memory:
     """The memory of the fullest GPU.
 
@@ -130,11 +136,7 @@ def estimate(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int =
         plan: how it is spread.
         adapter_rank: of LoRA, with everything else frozen; 0: every parameter is trained.
     """
-    rows = tuple(rows)
-    return max(
-        (_stage(rows, facts, plan, stage, adapter_rank) for stage in range(plan.layout.pp)),
-        key=lambda memory: memory.total,
-    )
+    return max(stages(rows, facts, plan, adapter_rank=adapter_rank), key=lambda memory: memory.total)
 
 
 def _stage(rows: tuple[Row, ...], facts: Any, plan: Plan, stage: int, adapter_rank: int) -> Memory:

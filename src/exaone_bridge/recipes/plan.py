@@ -69,6 +69,9 @@ class Plan:
             UnsupportedLayout: GPUs, batch or sequence that the layout does not divide, or what `Layout.check` refuses.
         """
         layout, cp = self.layout, self.cp
+        for name in ("gpus", "cp", "seq_length", "micro_batch", "global_batch"):
+            if (size := getattr(self, name)) < 1:
+                raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"give {name} a size")
         experts = int(getattr(facts, "num_experts", 0))
         layout.check(
             layers=facts.num_layers,
@@ -115,7 +118,7 @@ class Plan:
             "PP": layout.pp,
             "VPP": layout.vpp,
             "EP": layout.ep,
-            "ETP": layout.expert_tp,
+            "ETP": "-" if layout.etp is None else layout.etp,
             "CP": self.cp,
             "SP": "yes" if layout.sp else "-",
             "DP": self.dp,
