@@ -157,7 +157,7 @@ VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = 
     "ours-all-global": (everywhere_global, {}),
     "ours-compiled-add": (ours, {"bias_dropout_fusion": True}),
     "ours-no-permute-fusion": (ours, {"moe_permute_fusion": False}),
-    "ours-permute-fusion": (ours, {"moe_permute_fusion": True}),
+    "ours-allgather": (ours, {"moe_token_dispatcher_type": "allgather"}),
     "ours-te-cross-entropy": (ours, {"cross_entropy_fusion_impl": "te"}),
     "transformers": (transformers, {}),
 }
@@ -210,7 +210,7 @@ def measure(names: list[str], config: Any, seq: int, mbs: int, profile: bool) ->
         if profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
                 steps[row["variant"]]()
-            print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=18, max_name_column_width=60))
+            print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=60))
     return rows
 
 

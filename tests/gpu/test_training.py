@@ -160,7 +160,7 @@ def test_fp8_loss_within_two_percent_of_bf16(nccl: None, tiny: Any, name: str, p
     folder = tiny(name, **wide(name), dtype="bfloat16")
     bf16, _ = train_megatron(folder, steps=50)
     fp8, _ = train_megatron(folder, precision, steps=50)
-    print(f"\n{name} {precision}: after 50 steps {fp8[-1]:.4f}, bf16 {bf16[-1]:.4f}")
+    print(f"\n{name} {precision}: after 50 steps {fp8[-1]:.4f}, bf16 {bf16[-1]:.4f}; {fp8[:3]}, {bf16[:3]}")
     assert fp8 != bf16  # another arithmetic ran
     assert bf16[-1] < bf16[0] - 0.1
     assert abs(fp8[-1] - bf16[-1]) <= 0.02 * bf16[-1]

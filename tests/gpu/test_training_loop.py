@@ -168,7 +168,7 @@ def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
 
 
 def test_mixture_of_experts_recipe_trains(runs: Runs) -> None:
-    """Random data: losses stay near log(vocabulary); the checkpoint at the end needs the optimizer's state saved right."""
+    """Random data: losses stay near log(vocabulary). The checkpoint at the end holds an optimizer of mixed types."""
     losses = runs.losses("ernie")
     print(losses)
     assert all(abs(loss - math.log(2048)) < 0.5 for loss in losses.values())

@@ -18,8 +18,11 @@ from megatron.core.utils import unwrap_model
 __all__ = ["initial_values_renewed"]
 
 
+_VALUES = "_high_precision_init_val"  # transformer_engine/pytorch/module/base.py
+
+
 def _remembers(parameter: torch.Tensor) -> bool:
-    return getattr(parameter, "_high_precision_init_val", None) is not None
+    return getattr(parameter, _VALUES, None) is not None
 
 
 @contextlib.contextmanager
@@ -49,7 +52,7 @@ def initial_values_renewed(bridge: Any, model: list[Any]) -> Iterator[None]:
     loaded = bridge.unquantized_state_dict or {}
     for chunk, name, parameter in remembering:
         values = loaded["model" if len(model) == 1 else f"model{chunk}"][name]
-        remembered = parameter._high_precision_init_val  # type: ignore[attr-defined]
-        parameter._high_precision_init_val = values.to(remembered)  # type: ignore[attr-defined]
+        remembered: torch.Tensor = getattr(parameter, _VALUES)
+        setattr(parameter, _VALUES, values.to(remembered))
     if wished != "fp8":
         bridge.unquantized_state_dict = None

@@ -28,6 +28,7 @@ class MoEModelProvider(ExactGPTModelProvider):
     moe_aux_loss_coeff: float | list[float] = 0.0
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
+    moe_permute_fusion: bool = True  # 5% of a step of six layers of ERNIE 21B at 8192 (docs/benchmarks.md)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether this layer (global, 0-based) is a mixture of experts."""
