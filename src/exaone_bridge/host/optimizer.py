@@ -27,7 +27,7 @@ def optimizer_places_right() -> None:
     @functools.wraps(build)
     def build_fp32_first(cls: type, *args: Any, **kwargs: Any) -> tuple[dict[Any, tuple[int, int]], list[dict]]:
         _, ranges = build(cls, *args, **kwargs)
-        places = {}
+        places: dict[Any, tuple[int, int]] = {}
         for index, group in enumerate(ranges):
             group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
             places |= {parameter: (index, place) for place, parameter in enumerate(group["params"])}
