@@ -13,6 +13,7 @@ __all__ = [
     "BridgeError",
     "CheckpointError",
     "ParityFailure",
+    "PlanError",
     "RegistrationError",
     "UnmappedTensors",
     "UnsupportedConfig",
@@ -93,6 +94,14 @@ class CheckpointError(BridgeError):
     def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
         self.path = Path(path)
         super().__init__(f"{path}: {problem}; {remedy}.")
+
+
+class PlanError(BridgeError):
+    """A plan of copies that is no bijection: a fault of ours, found before anything is copied."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(f"plan of copies: {place} {problem}; nothing was copied, please report this.")
+        self.place = place
 
 
 class RegistrationError(BridgeError):
