@@ -217,7 +217,9 @@ def make_plan(
     Raises:
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
-    parts = tuple(_part(row, dims, layout, itemsize, vocab_rows) for row in rows if row.layers or "*" not in row.megatron)
+    parts = tuple(
+        _part(row, dims, layout, itemsize, vocab_rows) for row in rows if row.layers or "*" not in row.megatron
+    )
     each = experts // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
     return Plan(layout, parts, stages or even_stages(layers, layout), dealt, tied, grouped)

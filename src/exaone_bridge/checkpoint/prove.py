@@ -14,7 +14,7 @@ from exaone_bridge.checkpoint.plan import Box, Part, Plan, elements
 from exaone_bridge.errors import PlanError
 from exaone_bridge.parts.rows import Kind
 
-__all__ = ["Proof", "prove"]
+__all__ = ["Proof", "prove", "prove_cover"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ def _prove_part(part: Part) -> None:
         filled = [copy.megatron for copy in cut.copies]
         if cut.padding and row.kind is not Kind.VOCAB:
             raise PlanError(here, f"has padding at {cut.padding[0]}, which only a vocabulary may have")
-        _prove_cover(cut.shape, [*filled, *cut.padding], lambda box, fault, here=here: PlanError(here, f"{box} {fault}"))
+        prove_cover(cut.shape, [*filled, *cut.padding], lambda box, fault, here=here: PlanError(here, f"{box} {fault}"))
     for tensor, shape, boxes in zip(row.hf, part.shapes, used, strict=True):
-        _prove_cover(shape, boxes, lambda box, fault, name=tensor.name: PlanError(name, f"{box} {fault}"))
+        prove_cover(shape, boxes, lambda box, fault, name=tensor.name: PlanError(name, f"{box} {fault}"))
 
 
 def _lengths(box: Box) -> list[int]:
@@ -104,8 +104,12 @@ def _lengths(box: Box) -> list[int]:
     return [end - begin for begin, end in box if end - begin != 1]
 
 
-def _prove_cover(shape: tuple[int, ...], boxes: list[Box], fault: Callable[[Box, str], PlanError]) -> None:
-    """Every element of `shape` lies in exactly one box: each is inside, no two meet, and their sizes add up."""
+def prove_cover(shape: tuple[int, ...], boxes: list[Box], fault: Callable[[Box, str], Exception]) -> None:
+    """Every element of `shape` lies in exactly one box: each is inside, no two meet, and their sizes add up.
+
+    Raises:
+        what `fault` makes of the box that is wrong, and of what is wrong with it.
+    """
     for box in boxes:
         if len(box) != len(shape) or any(not 0 <= b < e <= n for (b, e), n in zip(box, shape, strict=True)):
             raise fault(box, f"is empty or outside {list(shape)}")
