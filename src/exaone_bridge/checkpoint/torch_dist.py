@@ -1,4 +1,4 @@
-"""Megatron-Core's distributed checkpoints (`torch_dist`) without Megatron-Core: which tensors there are, and their bytes.
+"""Megatron-Core's distributed checkpoints (`torch_dist`) without Megatron-Core: their tensors, and the bytes of each.
 
 The format is torch.distributed.checkpoint's: `.metadata` says which file holds which chunk of which tensor, and each
 chunk is what `torch.save` wrote. `megatron/core/dist_checkpointing/strategies/torch.py` (0.19.2) names the tensors: a

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face model folder beside its weights and its config; folders of a Megatron checkpoint. No torch."""
+"""Files of a Hugging Face model folder beside weights and config; folders of a Megatron checkpoint. No torch."""
 
 from __future__ import annotations
 
