@@ -94,9 +94,13 @@ def _prove_part(part: Part) -> None:
         filled = [copy.megatron for copy in cut.copies]
         if cut.padding and row.kind is not Kind.VOCAB:
             raise PlanError(here, f"has padding at {cut.padding[0]}, which only a vocabulary may have")
-        prove_cover(cut.shape, [*filled, *cut.padding], lambda box, fault, here=here: PlanError(here, f"{box} {fault}"))
+        prove_cover(cut.shape, [*filled, *cut.padding], _fault(here))
     for tensor, shape, boxes in zip(row.hf, part.shapes, used, strict=True):
-        prove_cover(shape, boxes, lambda box, fault, name=tensor.name: PlanError(name, f"{box} {fault}"))
+        prove_cover(shape, boxes, _fault(tensor.name))
+
+
+def _fault(place: str) -> Callable[[Box, str], Exception]:
+    return lambda box, fault: PlanError(place, f"{box} {fault}")
 
 
 def _lengths(box: Box) -> list[int]:

@@ -173,7 +173,7 @@ class TorchDist:
             path = self.folder / chunk.file
             try:
                 with path.open("rb", buffering=0) as file:
-                    tensor = torch.load(_Slice(file, chunk.offset, chunk.length), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+                    tensor = torch.load(_Slice(file, chunk.offset, chunk.length), map_location="cpu", weights_only=True)
             except Exception as error:
                 text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise CheckpointError(
