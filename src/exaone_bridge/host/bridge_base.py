@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from exaone_bridge.errors import UnmappedTensors
+from exaone_bridge.host import planned
 from exaone_bridge.host.bind import bind
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.files import TRAVELLING_FILES
@@ -89,6 +90,37 @@ class ExactBridge(MegatronModelBridge):
         if facts.tied and _OUTPUT_BIAS in expected_megatron(rows):
             tasks.append(self._output_bias_task(megatron_model, weight_dtype))
         return tasks
+
+    def load_weights_hf_to_megatron(
+        self, hf_pretrained: Any, megatron_model: Any, allowed_mismatched_params: list[str] | None = None
+    ) -> list[MegatronModule]:
+        """Fill a model from a Hugging Face model: by the plan of copies, or the host's way where that does not reach.
+
+        Raises:
+            UnmappedTensors: as `build_conversion_tasks`; the check is as strict on either way.
+            CheckpointError, UnsupportedLayout: see `checkpoint/engine.py`.
+        """
+        model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
+        why = planned.why_not(self, model)
+        folder = planned.folder_of(hf_pretrained)
+        if folder is None:
+            why = why or "the source is no folder of safetensors files"
+        if allowed_mismatched_params:
+            why = why or "parameters of other shapes are allowed"
+        if type(self).maybe_modify_loaded_hf_weight is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
+            why = why or "the bridge changes weights as it reads them"
+        planned.say_once("Hugging Face -> Megatron-Core", why)
+        if why is not None:
+            return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, allowed_mismatched_params)
+        self.hf_pretrained, self.hf_config = hf_pretrained, hf_pretrained.config
+        self.unquantized_state_dict = None
+        facts = self._facts()
+        rows = self.FAMILY.rows(facts)
+        placed = planned.place_of(model)
+        if not placed.even:  # of an uneven pipeline each rank knows its own stage only
+            self._check_megatron(rows, unwrap_model(model))
+        planned.engine().load(folder, self.FAMILY, rows, facts, placed)
+        return model
 
     def _output_bias_task(
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
