@@ -12,6 +12,7 @@ from pathlib import Path
 __all__ = [
     "BridgeError",
     "CheckpointError",
+    "OutputError",
     "ParityFailure",
     "PlanError",
     "RegistrationError",
@@ -90,6 +91,14 @@ class UnmappedTensors(BridgeError):
 
 class CheckpointError(BridgeError):
     """A checkpoint on disk that is missing, damaged, unsafe or not what its config says."""
+
+    def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
+        self.path = Path(path)
+        super().__init__(f"{path}: {problem}; {remedy}.")
+
+
+class OutputError(BridgeError):
+    """An output that cannot be written whole; nothing stands under its name, and what was written can be continued."""
 
     def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
         self.path = Path(path)

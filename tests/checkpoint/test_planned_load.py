@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from exaone_bridge.errors import BridgeError, UnmappedTensors
 from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.layout import Layout
 

@@ -14,8 +14,9 @@ import torch
 
 from exaone_bridge.checkpoint.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.maps import TensorMaps
-from exaone_bridge.checkpoint.plan import Held, Plan, Rank, even_stages, make_plan
+from exaone_bridge.checkpoint.plan import Held, Plan, Rank, even_stages
 from exaone_bridge.checkpoint.prove import prove
+from exaone_bridge.checkpoint.source import plan_of
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.layout import Layout
@@ -59,7 +60,7 @@ class Moved:
     nbytes: int  # of the files' tensors: each slice as often as it was read
 
 
-def plan_of(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
+def plan_here(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
     """The plan of the model at hand.
 
     Raises:
@@ -71,14 +72,10 @@ def plan_of(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
         stages = tuple(placed.layers if stage == placed.pp else () for stage in range(layout.pp))
     words = (0, "embedding.word_embeddings.weight"), (len(placed.layers) - 1, "output_layer.weight")
     here = next((placed.parameters[key].shape[0] for key in words if key in placed.parameters), None)
-    return make_plan(
+    return plan_of(
         rows,
-        facts.dims,
+        facts,
         layout,
-        layers=facts.num_layers,
-        experts=getattr(facts, "num_experts", 0),
-        itemsize=getattr(torch, facts.dtype).itemsize,
-        tied=facts.tied,
         vocab_rows=None if here is None else here * layout.tp,
         stages=stages,
         grouped=not any(".local_experts." in name for _, name in placed.parameters),
@@ -134,7 +131,7 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
     """
     tensors = {name: info for name, info in read_headers(folder).items() if not family.is_carried(name)}
     check_tensors(rows, facts, tensors)
-    plan = plan_of(rows, facts, placed)
+    plan = plan_here(rows, facts, placed)
     if placed.even:
         prove(plan, {name: info.shape for name, info in tensors.items()})
         if plan.stages[placed.pp] != placed.layers:

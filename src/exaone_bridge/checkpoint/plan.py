@@ -17,7 +17,7 @@ from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Kind, Row
 
-__all__ = ["Box", "Copy", "Cut", "Held", "Part", "Plan", "Rank", "elements", "make_plan"]
+__all__ = ["Box", "Copy", "Cut", "Held", "Part", "Plan", "Rank", "elements", "make_plan", "ordinal_of", "writer"]
 
 Box = tuple[tuple[int, int], ...]  # (begin, end) along each axis
 
@@ -172,10 +172,42 @@ class Plan:
         """Bytes of this rank's parameters."""
         return sum(self.count(part, rank) * part.held_bytes(rank) for part in self.parts)
 
+    def written_bytes(self) -> list[int]:
+        """Bytes that an export writes, by rank: of the ranks that hold a parameter, `writer` names one."""
+        per_stage = self.layout.ranks // self.layout.pp
+        written = [0] * self.layout.ranks
+        for order, part in enumerate(self.parts):
+            nbytes = sum(math.prod(shape) * size for shape, size in zip(part.shapes, part.itemsizes, strict=True))
+            per_expert = part.per_expert
+            cutters = self.layout.expert_tp if per_expert else self.layout.tp
+            dealt = self.layout.ep if per_expert else 1
+            layers = frozenset(part.row.layers)
+            for stage, chunks in enumerate(self.stages):
+                here = [layer for chunk in chunks for layer in chunk if layer in layers]
+                if "*" not in part.row.megatron:
+                    here = [0] if stage == (0 if is_first(part.row) else len(self.stages) - 1) else []
+                for layer in here:
+                    for expert in range(part.row.experts or 1):
+                        ordinal = ordinal_of(order, (layer, expert))
+                        cutter, replica = writer(ordinal, cutters, per_stage // (cutters * dealt))
+                        owner = expert * dealt // (part.row.experts or 1)
+                        written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += nbytes
+        return written
+
     @property
     def padding(self) -> int:
         """Elements of all parameters, each counted once over the ranks that cut it, that no tensor fills."""
         return sum(elements(box) for part in self.parts for cut in part.cuts for box in cut.padding)
+
+
+def ordinal_of(order: int, numbers: tuple[int, ...]) -> int:
+    """A number by which parameters are dealt to writers: of the row's place in the table, the layer and the expert."""
+    return order + sum(numbers)
+
+
+def writer(ordinal: int, cutters: int, replicas: int) -> tuple[int, int]:
+    """Which of the ranks that cut a parameter, and which of its replicas, writes it."""
+    return ordinal // replicas % cutters, ordinal % replicas
 
 
 def is_first(row: Row) -> bool:

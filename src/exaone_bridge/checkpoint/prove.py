@@ -45,13 +45,13 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     for part in plan.parts:
         _prove_part(part)
         count = 0
-        for name, tensors in part.row.expand():
+        for name, *tensors in part.row.names():
             count += 1
             for tensor, shape in zip(tensors, part.shapes, strict=True):
-                if (before := used.setdefault(tensor.name, name)) is not name:
-                    raise PlanError(tensor.name, f"is used by {before} and by {name}")
-                if shapes.get(tensor.name) != shape:
-                    raise PlanError(tensor.name, f"has shape {shapes.get(tensor.name)}, and the plan says {shape}")
+                if used.setdefault(tensor, name) is not name:
+                    raise PlanError(tensor, f"is used by {used[tensor]} and by {name}")
+                if shapes.get(tensor) != shape:
+                    raise PlanError(tensor, f"has shape {shapes.get(tensor)}, and the plan says {shape}")
         if missing := set(part.row.layers) - layers:
             raise PlanError(part.row.megatron, f"is in layer {min(missing)}, which no rank holds")
         if part.row.experts and len(experts) != part.row.experts:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from exaone_bridge.errors import CheckpointError
+from exaone_bridge.errors import (
+    CheckpointError,
+    OutputError,
+    PlanError,
+    UnmappedTensors,
+    UnsupportedConfig,
+    UnsupportedLayout,
+)
 
-__all__ = ["as_usual", "refuse_existing", "staged"]
+_BAD_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
+
+__all__ = ["as_usual", "check_space", "partial_folder", "refuse_existing", "resumable", "staged"]
 
 
 def refuse_existing(target: Path) -> None:
@@ -28,11 +38,7 @@ def refuse_existing(target: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush_one(path)
 
 
 @contextlib.contextmanager
@@ -51,9 +57,70 @@ def staged(target: Path) -> Iterator[Path]:
         _flush(folder)
         refuse_existing(target)
         folder.rename(target)
+        _flush_one(parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def partial_folder(target: Path) -> Path:
+    """Where an output that can be continued is written, until it is whole."""
+    return target.absolute().parent / f".{target.name}.partial"
+
+
+def check_space(target: Path, nbytes: int) -> None:
+    """Refuse an output that the disk has no room for, less what an earlier run has written of it.
+
+    Raises:
+        OutputError: how much is missing.
+    """
+    folder = partial_folder(target)
+    there = sum(path.stat().st_blocks * 512 for path in folder.glob("*")) if folder.is_dir() else 0
+    free = shutil.disk_usage(target.absolute().parent).free
+    if free + there < nbytes:
+        problem = f"the disk has {free / 1e9:.2f} GB free, and {(nbytes - there) / 1e9:.2f} GB are still to be written"
+        raise OutputError(target, problem, remedy="free some space, or name a folder on another disk")
+
+
+@contextlib.contextmanager
+def resumable(target: Path) -> Iterator[Path]:
+    """A folder beside `target` with what an earlier run left; it takes the target's name when the body ends.
+
+    Where the input is bad the folder goes; after any other end of the body it stays, for the next run.
+
+    Raises:
+        CheckpointError: the target exists, before or after; or another process is writing it.
+    """
+    refuse_existing(target)
+    folder = partial_folder(target)
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem, remedy = "another process is writing this output", "wait for it, or name another folder"
+            raise CheckpointError(target, problem, remedy=remedy) from None
+        try:
+            yield folder
+            as_usual(folder)
+            _flush(folder)
+            refuse_existing(target)
+            folder.rename(target)
+            _flush_one(target.absolute().parent)
+        except _BAD_INPUT:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def as_usual(path: Path) -> None:

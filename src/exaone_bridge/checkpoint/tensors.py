@@ -9,16 +9,16 @@ Nothing is held but the tensor at hand and, of a Megatron checkpoint, the parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from exaone_bridge.checkpoint.headers import TensorInfo
-from exaone_bridge.checkpoint.plan import Part, make_plan
-from exaone_bridge.checkpoint.source import HFSource, open_source
+from exaone_bridge.checkpoint.headers import TensorInfo, TensorSpec
+from exaone_bridge.checkpoint.plan import Part
+from exaone_bridge.checkpoint.source import HFSource, open_source, plan_of
 from exaone_bridge.checkpoint.torch_dist import StoredTensor, TorchDist, key_of
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.families import family_of
@@ -41,19 +41,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class TensorSpec(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...  # safetensors' spelling
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 class TensorSource(Protocol):
@@ -139,26 +126,25 @@ class MegatronSource:
         self.facts = self.family.read_config(config)
         self.stored = TorchDist(self.folder)
         dtype = getattr(torch, self.facts.dtype)
-        plan = make_plan(
-            self.family.rows(self.facts),
-            self.facts.dims,
-            Layout(),
-            layers=self.facts.num_layers,
-            experts=getattr(self.facts, "num_experts", 0),
-            itemsize=dtype.itemsize,
-            tied=self.facts.tied,
-        )
+        plan = plan_of(self.family.rows(self.facts), self.facts, Layout())
         self.tensors: dict[str, _Spec] = {}
         self._places: dict[str, _Place] = {}
         for part in plan.parts:
-            for held, (_, tensors) in zip(_numbers(part), part.row.expand(), strict=True):
+            for held, (_, *names) in zip(part.row.numbers(), part.row.names(), strict=True):
                 key, lead = self._locate(part, held)
-                for index, tensor in enumerate(tensors):
+                for index, (name, tensor) in enumerate(zip(names, part.row.hf, strict=True)):
                     kind = torch.float32 if tensor.fp32 else dtype
                     shape = part.shapes[index]
                     nbytes = torch.Size(shape).numel() * kind.itemsize
-                    self.tensors[tensor.name] = _Spec(tensor.name, _SPELLED[kind], shape, nbytes)
-                    self._places[tensor.name] = _Place(part, held, index, key, lead)
+                    self.tensors[name] = _Spec(name, _SPELLED[kind], shape, nbytes)
+                    self._places[name] = _Place(part, held, index, key, lead)
+
+    def groups(self) -> list[list[str]]:
+        """Names of tensors that lie in one parameter, which is read once for all of them if they come in order."""
+        found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for name, place in self._places.items():
+            found.setdefault((place.key, place.lead), []).append(name)
+        return list(found.values())
 
     def _locate(self, part: Part, numbers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         shape = part.cuts[0].shape
@@ -193,14 +179,6 @@ class MegatronSource:
                 shaped = target.view((1,) * len(before) + tuple(end - begin for begin, end in copy.megatron))
                 self.stored.read_into(shaped, place.key, (*before, *copy.megatron))
         return tensor
-
-
-def _numbers(part: Part) -> Iterator[tuple[int, ...]]:
-    """(layer, expert) in the order of `Row.expand`."""
-    if "*" not in part.row.megatron:
-        yield ()
-    for layer in part.row.layers:
-        yield from ((layer, expert) for expert in range(part.row.experts)) if part.row.experts else ((layer,),)
 
 
 def _fits(stored: StoredTensor, lead: tuple[int, ...], shape: tuple[int, ...], *, may_be_padded: bool) -> bool:
