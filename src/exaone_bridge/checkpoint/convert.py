@@ -6,7 +6,6 @@ layout, so that it can be exported where the source is out of reach.
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from exaone_bridge.checkpoint.progress import Meter, Summary, Total, deal, peak_
 from exaone_bridge.checkpoint.prove import prove
 from exaone_bridge.checkpoint.shards import ShardWriter, lay_out, write_index
 from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
-from exaone_bridge.checkpoint.staging import check_space, refuse_existing, resumable, staged
+from exaone_bridge.checkpoint.staging import FULL, check_space, refuse_existing, resumable, staged
 from exaone_bridge.checkpoint.tensors import DTYPES, MegatronSource, TensorSpec, read_into
 from exaone_bridge.checkpoint.torch_dist_write import (
     Parameter,
@@ -62,7 +61,7 @@ def _typed_disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         problem = f"the disk refuses to take more ({error.strerror})"
         raise OutputError(target, problem, remedy="free some space and run this again, which continues") from error

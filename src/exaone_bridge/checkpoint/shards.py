@@ -82,8 +82,8 @@ class ShardWriter:
     @classmethod
     def create(cls, folder: Path, shards: Shards) -> ShardWriter:
         """Make every file, with its header and at its full size, and keep those that an earlier run has left."""
-        for path in folder.iterdir():
-            if path.name not in shards.headers and not path.is_dir():
+        for path in folder.glob("*.safetensors"):
+            if path.name not in shards.headers:
                 path.unlink()
         resumed = set()
         for file, header in shards.headers.items():

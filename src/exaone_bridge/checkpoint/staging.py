@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -19,9 +20,10 @@ from exaone_bridge.errors import (
     UnsupportedLayout,
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's ways of taking no more
 _BAD_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
 
-__all__ = ["as_usual", "check_space", "partial_folder", "refuse_existing", "resumable", "staged"]
+__all__ = ["FULL", "as_usual", "check_space", "flush_one", "partial_folder", "refuse_existing", "resumable", "staged"]
 
 
 def refuse_existing(target: Path) -> None:
@@ -38,7 +40,7 @@ def refuse_existing(target: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _flush_one(path)
+        flush_one(path)
 
 
 @contextlib.contextmanager
@@ -57,7 +59,7 @@ def staged(target: Path) -> Iterator[Path]:
         _flush(folder)
         refuse_existing(target)
         folder.rename(target)
-        _flush_one(parent)
+        flush_one(parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -101,13 +103,16 @@ def resumable(target: Path) -> Iterator[Path]:
         except BlockingIOError:
             problem, remedy = "another process is writing this output", "wait for it, or name another folder"
             raise CheckpointError(target, problem, remedy=remedy) from None
+        for path in folder.iterdir():  # what is not compared before it is kept
+            if path.suffix != ".safetensors":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield folder
             as_usual(folder)
             _flush(folder)
             refuse_existing(target)
             folder.rename(target)
-            _flush_one(target.absolute().parent)
+            flush_one(target.absolute().parent)
         except _BAD_INPUT:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -115,7 +120,8 @@ def resumable(target: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _flush_one(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """Have the disk take what was written to a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

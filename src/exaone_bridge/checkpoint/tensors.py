@@ -9,8 +9,8 @@ Nothing is held but the tensor at hand and, of a Megatron checkpoint, the parame
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,7 @@ from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.files import iteration_folder
 from exaone_bridge.parts.layout import Layout
 
-__all__ = ["DTYPES", "FolderSource", "MegatronSource", "TensorSource", "TensorSpec", "open_tensors"]
+__all__ = ["DTYPES", "FolderSource", "MegatronSource", "Spec", "TensorSource", "TensorSpec", "open_tensors"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -89,12 +89,17 @@ def read_into(info: TensorInfo, tensor: torch.Tensor) -> None:
             at += read
 
 
-@dataclass(frozen=True, slots=True)
-class _Spec:
+class Spec(NamedTuple):
+    """A tensor that lies in no safetensors file yet."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class _Place(NamedTuple):
@@ -127,16 +132,14 @@ class MegatronSource:
         self.stored = TorchDist(self.folder)
         dtype = getattr(torch, self.facts.dtype)
         plan = plan_of(self.family.rows(self.facts), self.facts, Layout())
-        self.tensors: dict[str, _Spec] = {}
+        self.tensors: dict[str, Spec] = {}
         self._places: dict[str, _Place] = {}
         for part in plan.parts:
             for held, (_, *names) in zip(part.row.numbers(), part.row.names(), strict=True):
                 key, lead = self._locate(part, held)
                 for index, (name, tensor) in enumerate(zip(names, part.row.hf, strict=True)):
                     kind = torch.float32 if tensor.fp32 else dtype
-                    shape = part.shapes[index]
-                    nbytes = torch.Size(shape).numel() * kind.itemsize
-                    self.tensors[name] = _Spec(name, _SPELLED[kind], shape, nbytes)
+                    self.tensors[name] = Spec(name, _SPELLED[kind], part.shapes[index])
                     self._places[name] = _Place(part, held, index, key, lead)
 
     def groups(self) -> list[list[str]]:

@@ -183,6 +183,27 @@ class ExactBridge(MegatronModelBridge):
                 )
             yield from self._carried(hf_pretrained, facts)
 
+    def to_be_saved(self, hf_pretrained: Any) -> tuple[Any, tuple[Row, ...], dict[str, str] | None, dict[str, Any]]:
+        """What the planned export must know: facts, rows, the source's file of each tensor, and tensors to be carried.
+
+        Raises:
+            UnmappedTensors: tensors should travel beside the model, and no source is at hand.
+        """
+        self.hf_pretrained, self.hf_config = hf_pretrained, getattr(hf_pretrained, "config", hf_pretrained)
+        facts = self._facts()
+        rows = self.FAMILY.rows(facts)
+        folder = planned.folder_of(hf_pretrained)
+        if folder is None:
+            if names := [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]:
+                raise _out_of_reach(names)
+            return facts, rows, None, {}
+        tensors = planned.engine("headers").read_headers(folder)
+        files = {name: info.file.name for name, info in tensors.items()}
+        carried = {name: info for name, info in tensors.items() if self.FAMILY.is_carried(name)}
+        if carried and dist.get_rank() == 0:
+            logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(carried), min(carried))
+        return facts, rows, files, carried
+
     def _carried(self, hf_pretrained: Any, facts: Any) -> Iterable[HFWeightTuple]:
         """What the source ships beside the model, unread and unchanged.
 
@@ -193,19 +214,23 @@ class ExactBridge(MegatronModelBridge):
         if source is None:
             names = [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]
             if names:
-                raise UnmappedTensors(
-                    "tensors that travel beside the model cannot be reached",
-                    names,
-                    where="export",
-                    remedy="export with the Hugging Face source at hand, or from a configuration without them "
-                    "(num_nextn_predict_layers 0)",
-                )
+                raise _out_of_reach(names)
             return
         names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_carried(name))
         if names:
             logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0])
         for name in names:
             yield HFWeightTuple(name, hf_pretrained.state[name])
+
+
+def _out_of_reach(names: list[str]) -> UnmappedTensors:
+    return UnmappedTensors(
+        "tensors that travel beside the model cannot be reached",
+        names,
+        where="export",
+        remedy="export with the Hugging Face source at hand, or from a configuration without them "
+        "(num_nextn_predict_layers 0)",
+    )
 
 
 def _over_expert_ranks(names: set[str]) -> set[str]:

@@ -37,9 +37,9 @@ _CUSTOM_PIPELINE = (
 )
 
 
-def engine() -> Any:
-    """`checkpoint/engine.py`, by name: it stands above this room, as a family's bridge stands above the family."""
-    return importlib.import_module("exaone_bridge.checkpoint.engine")
+def engine(module: str = "engine") -> Any:
+    """A module of `checkpoint`, by name: it stands above this room, as a family's bridge stands above the family."""
+    return importlib.import_module(f"exaone_bridge.checkpoint.{module}")
 
 
 def say_once(what: str, why: str | None) -> None:

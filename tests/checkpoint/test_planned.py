@@ -10,6 +10,7 @@ import torch
 
 from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.folders import compare_files, compare_tensors
 
 FULL = "full_attention"
 LLAMA = {"num_hidden_layers": 8, "layer_types": [FULL] * 8}
@@ -43,15 +44,17 @@ def everything(model: list[Any]) -> dict[tuple[int, str], torch.Tensor]:
     return {(chunk, name): tensor for chunk, name, tensor in parameters_of(model)}
 
 
-def _both_ways(folder: Path, layout: Layout, dtype: torch.dtype | None) -> tuple[int, list[Any]]:
-    """How many tensors this rank has, and those in which the two ways differ; NaN before either."""
+def _both_ways(folder: Path, work: Path, layout: Layout, dtype: torch.dtype | None) -> tuple[int, list[Any], Any]:
+    """How many tensors this rank has, those in which the two loads differ (NaN before either), and why not planned."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+
+    from exaone_bridge.host.planned import why_not
 
     found = []
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout, dtype)
-    for load in (bridge.load_hf_weights, None):
+    for load in (None, bridge.load_hf_weights):
         with torch.no_grad():
             for tensor in everything(model).values():
                 tensor.fill_(float("nan"))
@@ -60,15 +63,32 @@ def _both_ways(folder: Path, layout: Layout, dtype: torch.dtype | None) -> tuple
         else:
             MegatronModelBridge.load_weights_hf_to_megatron(bridge._model_bridge, bridge.hf_pretrained, model)
         found.append({key: tensor.detach().clone() for key, tensor in everything(model).items()})
-    planned, generic = found
+    generic, planned = found
     assert planned.keys() == generic.keys()
-    return len(planned), [key for key in planned if not torch.equal(planned[key], generic[key])]
+    AutoBridge.save_hf_weights.__wrapped__(bridge, model, work / "generic", show_progress=False)
+    bridge.save_hf_pretrained(model, work / "planned", show_progress=False)
+    differ = [key for key in planned if not torch.equal(planned[key], generic[key])]
+    return len(planned), differ, why_not(bridge._model_bridge, model)
 
 
 @pytest.mark.parametrize(("name", "fields", "dtype", "layout"), CASES, ids=str)
-def test_every_parameter_is_the_hosts(
-    host: Any, tiny: Any, name: str, fields: dict[str, Any], dtype: torch.dtype | None, layout: Layout
+def test_loads_and_exports_are_the_hosts(
+    host: Any,
+    tiny: Any,
+    tmp_path: Path,
+    name: str,
+    fields: dict[str, Any],
+    dtype: torch.dtype | None,
+    layout: Layout,
 ) -> None:
-    results = run_ranks(_both_ways, layout.ranks, tiny(name, **fields), layout, dtype)
-    assert [differ for _, differ in results] == [[]] * layout.ranks
-    assert all(count > 8 for count, _ in results)
+    source = tiny(name, **fields)
+    results = run_ranks(_both_ways, layout.ranks, source, tmp_path, layout, dtype)
+    assert [(differ, why) for _, differ, why in results] == [([], None)] * layout.ranks
+    assert all(count > 8 for count, _, _ in results)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generic", "planned"]
+    same = compare_tensors(tmp_path / "generic", tmp_path / "planned")
+    assert same.holds, same.where
+    files = compare_files(source, tmp_path / "planned")
+    assert files.holds, files.where
+    if dtype is None:
+        assert compare_tensors(source, tmp_path / "planned").holds
