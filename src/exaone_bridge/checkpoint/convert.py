@@ -129,7 +129,7 @@ def import_checkpoint(
         iteration = write_beside(folder, provider, megatron_folder.absolute())
         arguments = (hf_folder.absolute(), iteration, parameters, shares, ours)
         results = run_ranks(_import_rank, workers, *arguments, on_event=on_event)
-        write_metadata(iteration, parameters, ours, [where for written, _, _ in results or () for where in written])
+        write_metadata(iteration, parameters, ours, [where for written, _, _ in results for where in written])
         assets = folder / ASSETS
         assets.mkdir()
         write_config(assets, source.config)
