@@ -5,12 +5,16 @@ Both run on every rank of a world that is up, on the model that the host built.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from exaone_bridge.checkpoint.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.maps import TensorMaps
@@ -22,8 +26,10 @@ from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row, expected_hf
 
-__all__ = ["Moved", "Placed", "fill", "load"]
+__all__ = ["Moved", "Placed", "copying_threads", "fill", "load"]
 
+_MOST_THREADS = 8
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ADVICE = "the provider must build the model that the Hugging Face configuration describes"
 
 
@@ -54,10 +60,11 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What one rank copied."""
+    """What one rank copied, counted as it was copied: bytes of files' tensors, and of those that ranks cut."""
 
     parameters: int
-    nbytes: int  # of the files' tensors: each slice as often as it was read
+    nbytes: int
+    cut_nbytes: int
 
 
 def plan_here(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
@@ -164,20 +171,48 @@ def check_tensors(rows: tuple[Row, ...], facts: Any, tensors: Mapping[str, Tenso
 
 @torch.no_grad()
 def fill(parameters: list[tuple[Held, torch.Tensor]], tensors: Mapping[str, TensorInfo]) -> Moved:
-    """Copy every slice of every parameter from memory-mapped files, in the parameter's own type; padding is zero."""
+    """Copy every slice of every parameter from memory-mapped files, in the parameter's own type; padding is zero.
+
+    Copies run on this rank's share of the machine's cores, the largest parameters first.
+    """
+    parameters = sorted(parameters, key=lambda pair: -pair[1].numel())
+    with TensorMaps() as maps, ThreadPoolExecutor(copying_threads()) as pool:
+        moved = list(pool.map(lambda pair: _fill_one(*pair, tensors, maps), parameters))
+    return Moved(len(parameters), sum(nbytes for nbytes, _ in moved), sum(nbytes for nbytes, cut in moved if cut))
+
+
+def copying_threads() -> int:
+    """Cores of this machine for each of its ranks, and no more than memory keeps up with."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or (dist.get_world_size() if dist.is_initialized() else 1))
+    return max(1, min(_MOST_THREADS, cores // ranks))
+
+
+def _fill_one(
+    held: Held, parameter: torch.Tensor, tensors: Mapping[str, TensorInfo], maps: TensorMaps
+) -> tuple[int, bool]:
+    """Bytes that were read, and whether the parameter is one that ranks cut."""
+    infos = [tensors[tensor.numbered(*held.numbers).name] for tensor in held.part.row.hf]
+    views = [maps.view(info) for info in infos]
     nbytes = 0
-    with TensorMaps() as maps:
-        for held, parameter in parameters:
-            infos = [tensors[tensor.numbered(*held.numbers).name] for tensor in held.part.row.hf]
-            views = [maps.view(info) for info in infos]
-            for copy in held.cut.copies:
-                source = views[copy.tensor][tuple(slice(begin, end) for begin, end in copy.hf)]
-                target = parameter[tuple(slice(begin, end) for begin, end in copy.megatron)]
-                target.copy_(source.view(target.shape) if source.dim() != target.dim() else source)
-                nbytes += source.numel() * source.element_size()
-            for box in held.cut.padding:
-                parameter[tuple(slice(begin, end) for begin, end in box)].zero_()
-            del views
-            for info in infos:
-                maps.release(info)
-    return Moved(len(parameters), nbytes)
+    with torch.no_grad():  # a thread's own setting
+        for copy in held.cut.copies:
+            source = views[copy.tensor][tuple(slice(begin, end) for begin, end in copy.hf)]
+            target = parameter[tuple(slice(begin, end) for begin, end in copy.megatron)]
+            _copy(target, source.view(target.shape) if source.dim() != target.dim() else source)
+            nbytes += source.nbytes
+        for box in held.cut.padding:
+            parameter[tuple(slice(begin, end) for begin, end in box)].zero_()
+    del views
+    for info in infos:
+        maps.release(info)
+    return nbytes, len(held.part.cuts) > 1
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    if target.device.type == "cpu" and target.dtype == source.dtype and target.numel() and target.dim():
+        bits = _BITS[target.element_size()]  # NumPy has no bfloat16
+        # NumPy copies on the thread that asks; torch would share each copy out among its own, which are all busy.
+        np.copyto(target.detach().view(bits).numpy(), source.view(bits).numpy())
+    else:
+        target.copy_(source)

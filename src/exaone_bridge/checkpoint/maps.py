@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from pathlib import Path
 from types import TracebackType
 
@@ -17,10 +18,11 @@ __all__ = ["TensorMaps"]
 
 
 class TensorMaps:
-    """Files mapped when a tensor of theirs is first asked for; a context manager, which lets go of them at its end."""
+    """Files, mapped when a tensor of theirs is first asked for by any thread; a context manager that lets them go."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> TensorMaps:
         return self
@@ -37,14 +39,17 @@ class TensorMaps:
         dtype = DTYPES[info.dtype]
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype)
-        mapped = self._maps.get(info.file)
-        if mapped is None:
-            with info.file.open("rb") as file:  # a private map, because torch warns of one that cannot be written to
-                mapped = self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        with self._lock:
+            mapped = self._maps.get(info.file) or self._map(info.file)
         if info.offset + info.nbytes > len(mapped):
             raise CheckpointError(info.file, f"ends within {info.name}", remedy="download or copy it again")
         flat = torch.frombuffer(mapped, dtype=dtype, count=math.prod(info.shape), offset=info.offset)
         return flat.view(info.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        with path.open("rb") as file:  # a private map, because torch warns of one that cannot be written to
+            self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
 
     def release(self, info: TensorInfo) -> None:
         """Give the tensor's pages back, so that a load's memory does not grow by the files it has read."""

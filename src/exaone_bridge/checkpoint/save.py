@@ -7,7 +7,9 @@ places in files that have their full size already. Rows are written from where t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from exaone_bridge.parts.rows import Row, hf_tensors
 
 __all__ = ["Group", "into", "save", "together"]
 
+_WRITERS = 2  # one fills the page cache while the other does
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -131,17 +134,11 @@ def save(
     order = {id(part): number for number, part in enumerate(plan.parts)}
     with together(), contextlib.ExitStack() as stack:
         stack.callback(out.abandon)
-        failure: OSError | None = None
+        pool = stack.enter_context(_Writers(out))
         for held, tensor in parameters:
-            if held.replica:
-                continue
-            pieces = _mine(held, tensor, expert if held.part.per_expert else dense, order[id(held.part)])
-            try:  # a rank that cannot write takes part in the gathering to its end, or all others would wait for it
-                for name, content in pieces if failure is None else ():
-                    out.put(name, content)
-            except OSError as error:
-                failure = error
-        if failure is not None:
+            if not held.replica:
+                pool.put(_mine(held, tensor, expert if held.part.per_expert else dense, order[id(held.part)]))
+        if (failure := pool.finish()) is not None:
             raise _said(folder, failure)
         if dist.get_rank() == 0:
             for name, info in carried.items():
@@ -153,8 +150,45 @@ def save(
     return out.written
 
 
-def _said(folder: Path, error: OSError) -> BaseException:
-    if error.errno not in FULL:
+class _Writers:
+    """A few threads that write what comes. One that fails ends nothing: a rank that cannot write takes part in the
+    gathering to its end, because all others would wait for it."""
+
+    def __init__(self, out: ShardWriter) -> None:
+        self._out = out
+        self._failure: BaseException | None = None
+        self._pool = ThreadPoolExecutor(_WRITERS)
+        self._slots = threading.Semaphore(2 * _WRITERS)  # so many parameters are held at most
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def put(self, pieces: Iterable[tuple[str, list[memoryview]]]) -> None:
+        """Have one parameter's tensors written."""
+        if pieces:
+            self._slots.acquire()
+            self._pool.submit(self._write, pieces)
+
+    def _write(self, pieces: Iterable[tuple[str, list[memoryview]]]) -> None:
+        try:
+            for name, content in pieces if self._failure is None else ():
+                self._out.put(name, content)
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            self._slots.release()
+
+    def finish(self) -> BaseException | None:
+        """Wait for all; the first failure."""
+        self._pool.shutdown()
+        return self._failure
+
+
+def _said(folder: Path, error: BaseException) -> BaseException:
+    if not isinstance(error, OSError) or error.errno not in FULL:
         return error
     problem = f"the disk refuses to take more ({error.strerror})"
     return OutputError(folder, problem, remedy="free some space and export again, which continues")

@@ -8,8 +8,10 @@ The order of a file is that of safetensors' own writer: by size of the type, the
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ __all__ = ["ShardWriter", "Shards", "lay_out", "write_index"]
 
 _STEP = 1 << 22  # bytes that are compared at once
 _PIECES = 512  # buffers of one write; Linux takes 1024
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 Buffer = Any  # memoryview of bytes
 
 
@@ -68,7 +72,7 @@ def lay_out(specs: Iterable[TensorSpec], files: Mapping[str, str]) -> Shards:
 
 
 class ShardWriter:
-    """Writes tensors into the files of a folder. One process calls `create`; then any number of them write.
+    """Writes tensors into a folder's files. One process calls `create`; then any number of them write, on any thread.
 
     Attributes:
         written, kept: bytes of tensors that were written, and that were there already.
@@ -78,6 +82,7 @@ class ShardWriter:
         self.folder, self.shards, self.resumed = folder, shards, resumed
         self.written = self.kept = 0
         self._handles: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def create(cls, folder: Path, shards: Shards) -> ShardWriter:
@@ -104,14 +109,16 @@ class ShardWriter:
         file, at, nbytes = self.shards.places[name]
         if (given := sum(len(piece) for piece in pieces)) != nbytes:
             raise ValueError(f"{name} has {nbytes} bytes, and {given} were given.")
-        if file not in self._handles:
-            self._handles[file] = os.open(self.folder / file, os.O_RDWR)
-        handle = self._handles[file]
-        if file in self.resumed and _same(handle, at, pieces):
-            self.kept += nbytes
-            return
-        _write(handle, at, pieces)
-        self.written += nbytes
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(self.folder / file, os.O_RDWR)
+            handle = self._handles[file]
+        same = file in self.resumed and _same(handle, at, pieces)
+        if not same:
+            _write(handle, at, pieces)
+            _begin_flush(handle, at, nbytes)
+        with self._lock:
+            self.kept, self.written = self.kept + same * nbytes, self.written + (not same) * nbytes
 
     def close(self) -> None:
         """Flush what this process has written to the disk, and close its files."""
@@ -139,6 +146,12 @@ def _write(handle: int, at: int, pieces: Sequence[Buffer]) -> None:
             first += 1
         if done:
             queue[first] = queue[first][done:]
+
+
+def _begin_flush(handle: int, at: int, nbytes: int) -> None:
+    """Have the disk begin with these bytes while others are being written, where the system can be told to."""
+    if _sync_file_range is not None:
+        _sync_file_range(handle, ctypes.c_int64(at), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def _same(handle: int, at: int, pieces: Sequence[Buffer]) -> bool:
