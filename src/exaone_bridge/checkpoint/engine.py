@@ -177,7 +177,7 @@ def fill(parameters: list[tuple[Held, torch.Tensor]], tensors: Mapping[str, Tens
     """
     parameters = sorted(parameters, key=lambda pair: -pair[1].numel())
     with TensorMaps() as maps, ThreadPoolExecutor(copying_threads()) as pool:
-        moved = list(pool.map(lambda pair: _fill_one(*pair, tensors, maps), parameters))
+        moved = list(pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, maps), parameters))
     return Moved(len(parameters), sum(nbytes for nbytes, _ in moved), sum(nbytes for nbytes, cut in moved if cut))
 
 

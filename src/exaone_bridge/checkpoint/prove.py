@@ -135,7 +135,8 @@ def _prove_places(plan: Plan) -> None:
     layout = plan.layout
     ranks = plan.ranks()
     if len(ranks) != layout.ranks or len(plan.stages) != layout.pp or len(plan.experts) != layout.ep:
-        raise PlanError(str(layout), f"has {layout.ranks} ranks, and the plan has {len(ranks)}")
+        here = f"{len(ranks)} ranks, {len(plan.stages)} stages and {len(plan.experts)} hands of experts"
+        raise PlanError(str(layout), f"has {layout.ranks} ranks, and the plan has {here}")
     for part in plan.parts:
         wanted = layout.expert_tp if part.per_expert else layout.tp
         if len(part.cuts) not in (1, wanted) or (len(part.cuts) == 1 and part.row.kind not in _ALONE and wanted > 1):

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from exaone_bridge.errors import (
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's ways of taking no more
+_TRIES, _BETWEEN_TRIES = 20, 0.1  # seconds
 _BAD_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
 
 __all__ = ["FULL", "as_usual", "check_space", "flush_one", "partial_folder", "refuse_existing", "resumable", "staged"]
@@ -98,11 +100,8 @@ def resumable(target: Path) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem, remedy = "another process is writing this output", "wait for it, or name another folder"
-            raise CheckpointError(target, problem, remedy=remedy) from None
+        _lock(handle, target)
+        refuse_existing(target)  # by whoever held the lock
         for path in folder.iterdir():  # what is not compared before it is kept
             if path.suffix != ".safetensors":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -118,6 +117,16 @@ def resumable(target: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, target: Path) -> None:
+    """Nobody else writes there. The ranks of a run that was killed end a moment after it, and hold its lock so long."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_BETWEEN_TRIES)
+    problem, remedy = "another process is writing this output", "wait for it, or name another folder"
+    raise CheckpointError(target, problem, remedy=remedy)
 
 
 def flush_one(path: Path) -> None:
