@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.host.registration import supported
 from exaone_bridge.parts.context_parallel import gathered_in_order, positions_of
+from exaone_bridge.parts.files import iteration_folder
 from exaone_bridge.parts.layout import Layout
 
 __all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "provider_of"]
@@ -66,12 +67,6 @@ def build(
     return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available())
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    """The folder of the newest iteration, or the path itself if it is one."""
-    folders = [folder for folder in path.glob("iter_*") if folder.name[5:].isdigit()]
-    return max(folders, key=lambda folder: int(folder.name[5:])) if folders else path
-
-
 def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
     """The provider in a Megatron checkpoint's run config, and the Hugging Face config it stands for.
 
@@ -79,7 +74,7 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
         CheckpointError: no such folder, or not a Megatron-Bridge checkpoint.
         UnsupportedConfig: a model that none of our bridges made.
     """
-    folder = _checkpoint_folder(path)
+    folder = iteration_folder(path)
     if not (folder / "run_config.yaml").is_file():
         raise CheckpointError(
             path,
