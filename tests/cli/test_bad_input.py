@@ -626,8 +626,20 @@ def test_a_backend_that_is_not_there(
     refused([command, folder, *output, "--backend", backend], f"backend is '{backend}'", *says)
 
 
-def test_a_tolerance_that_nothing_can_meet(host: Any, tiny: Any, cli: Cli) -> None:
-    assert cli("verify", tiny("exaone4"), "--tolerance", "nan").code == 2
+VERIFY_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "no source": ([], ("SOURCE", "a folder")),
+    "no such other": (["{source}", "nowhere"], ("nowhere", "does not exist", "a Megatron checkpoint")),
+    "an empty other": (["{source}", "tmp"], ("neither model.safetensors", "download the weights")),
+    "a type that is none": (["{source}", "--dtype", "int8"], ("--dtype is 'int8'", "'bfloat16'")),
+    "a report in no folder": (["{source}", "--report", "no/report.html"], ("no/report.html", "a folder that is there")),
+    "a folder for a report": (["{source}", "--json", "tmp"], ("output is 'tmp'",)),
+}
+
+
+@pytest.mark.parametrize("name", VERIFY_OPTIONS)
+def test_what_cannot_be_verified(name: str, tiny: Any, refused: Callable[..., str]) -> None:
+    options, says = VERIFY_OPTIONS[name]
+    refused(["verify", *(option.format(source=tiny("exaone4")) for option in options)], *says)
 
 
 # --- tiny -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import typer
 
 from exaone_bridge.cli.read_size import read_size
 from exaone_bridge.cli.show import say, stages, table
+from exaone_bridge.cli.verify import verify
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
 from exaone_bridge.families import FAMILIES
 from exaone_bridge.parts.layout import Layout
@@ -48,7 +49,7 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
     import tempfile
 
     from exaone_bridge.checkpoint.tiny import write_random
-    from exaone_bridge.verify.verify import verify
+    from exaone_bridge.verify.verify import verify as run
 
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
@@ -58,7 +59,7 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
                 folder = Path(work) / name
                 config, layout = _fitted(config, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep))
                 write_random(folder, config)
-                reports.append(verify(folder, layout, backend=backend, on_event=on_event))
+                reports.append(run(folder, layout, backend=backend, on_event=on_event))
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
         ["model", "parameters", "layout", "max |logit difference|", "first differing layer", "round trip", "seconds"],
@@ -209,30 +210,4 @@ def export(
     say_summary(hf_folder, done, dry_run=dry_run)
 
 
-@app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2"))
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
-    tp: Tp = 1,
-    pp: Pp = 1,
-    vpp: Vpp = 1,
-    sp: Sp = False,
-    ep: Ep = 1,
-    etp: Etp = None,
-    backend: Backend = "auto",
-    tolerance: Annotated[float, typer.Option(help="On the absolute difference of logits, in fp32.")] = 1e-4,
-    length: Annotated[int | None, typer.Option(help="Positions of a prompt; default: past the window.", min=1)] = None,
-) -> None:
-    """Round trip through Megatron-Core, bit by bit, and logits of every position against Transformers."""
-    from exaone_bridge.verify.verify import verify as run
-
-    with stages("verify") as on_event:
-        on_event(0, "importing Megatron-Core (half a minute)")
-        layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp)
-        report = run(folder, layout, backend=backend, tolerance=tolerance, length=length, on_event=on_event)
-    table(
-        f"{report.source}, {report.parameters:,} parameters, {report.layout}, {report.seconds:.1f} s",
-        ["check", "figure", "verdict"],
-        [[check.name, check.figure, "holds" if check.holds else "DIFFERS"] for check in report.checks],
-    )
-    if not report.holds:
-        raise ParityFailure(report.faults())
+app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2 --report /tmp/report.html"))(verify)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -25,5 +24,6 @@ def test_published_shape(published: Path, tmp_path: Path, record_property: Any) 
     found = verify_published(published, tmp_path)
     record_property("figures", found)
     assert_published_holds(found)
-    assert found["peak_gib"] < 14
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 2**20  # the peak was measured, in KiB
+    assert (
+        found["setup"]["streaming"] and 0.5 < found["above_gib"] < 4
+    )  # the weights alone have 2.4 in bf16, 4.8 in fp32
