@@ -5,12 +5,13 @@
 Prints, for each variant: milliseconds, tokens a second, the fraction of the bf16 8192^3 matmul rate that was measured
 in the same run, and peak memory; then our ratios to Transformers. Floating-point operations are those that the model
 needs: 2 a parameter and token in every linear, and for attention only the keys that causality and the window leave;
-three times that for forward and backward.
+three times that for forward and backward. Variants take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -22,87 +23,73 @@ from typing import Any
 import torch  # before transformer_engine: the two bring different versions of cuDNN
 
 import exaone_bridge
+from exaone_bridge.recipes.published import CONFIGS
 
-S, F = "sliding_attention", "full_attention"
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+WARM_UP, ROUNDS = 3, 8
+
+
+def _cut(name: str, layers: int) -> dict[str, Any]:
+    """The first layers of a published configuration."""
+    config = CONFIGS[name] | {"num_hidden_layers": layers}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
+    if "moe_layer_end_index" in config:
+        config["moe_layer_end_index"] = layers - 1
+    return config
+
+
 MODELS: dict[str, dict[str, Any]] = {
-    "exaone4-1.2b": {
-        "vocab_size": 102400,
-        "hidden_size": 2048,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-        "sliding_window": None,
-        "layer_types": [F] * 30,
-        "max_position_embeddings": 65536,
-    },
-    "exaone4-32b-8-layers": {
-        "vocab_size": 102400,
-        "hidden_size": 5120,
-        "intermediate_size": 27392,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-        "sliding_window": 4096,
-        "layer_types": [S, S, S, F] * 2,
-        "max_position_embeddings": 131072,
-    },
+    "exaone4-1.2b": CONFIGS["exaone4_1p2b"],
+    "exaone4-32b-8-layers": _cut("exaone4_32b", 8),
+    "ernie45-0.3b": CONFIGS["ernie45_0p3b"],
+    "ernie45-21b-6-layers": _cut("ernie45_21b_a3b", 6),
 }
 
 
-def config_of(name: str) -> Any:
-    from transformers import Exaone4Config
+def config_of(name: str, **changes: Any) -> Any:
+    from transformers import CONFIG_MAPPING
 
-    config = Exaone4Config(**MODELS[name], rope_parameters=dict(ROPE), dtype="bfloat16")
-    config.architectures = ["Exaone4ForCausalLM"]
+    fields = MODELS[name] | changes
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+    config.architectures = list(fields["architectures"])
     return config
 
 
 def operations(config: Any, seq: int) -> float:
     """Floating-point operations of one forward and backward of one sequence."""
-    heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    linear = hidden * (2 * heads + 2 * kv) * dim + 3 * hidden * ffn
-    per_token = 2 * (config.num_hidden_layers * linear + hidden * config.vocab_size)
+    fields = config.to_dict()
+    heads, kv = fields["num_attention_heads"], fields["num_key_value_heads"]
+    hidden, dim, layers = fields["hidden_size"], fields["head_dim"], fields["num_hidden_layers"]
+    per_token = layers * hidden * (2 * heads + 2 * kv) * dim + hidden * fields["vocab_size"]
+    experts = fields.get("moe_num_experts") or 0
+    for layer in range(layers):
+        if experts and layer >= fields["moe_layer_start_index"]:
+            used = fields["moe_k"] + fields["moe_num_shared_experts"]
+            per_token += 3 * hidden * fields["moe_intermediate_size"] * used + hidden * experts
+        else:
+            per_token += 3 * hidden * fields["intermediate_size"]
     attention = 0.0
-    for kind in config.layer_types:
-        window = config.sliding_window if kind == S else seq
-        window = min(window, seq)
+    for kind in fields.get("layer_types") or ["full_attention"] * layers:
+        window = min(fields["sliding_window"], seq) if kind == "sliding_attention" else seq
         keys = window * (window + 1) / 2 + (seq - window) * window  # over all queries
         attention += 4 * keys * heads * dim
-    return 3 * (per_token * seq + attention)
+    return 3 * (2 * per_token * seq + attention)
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
 
 
 def median_ms(step: Callable[[], None], warmup: int = 3, repeats: int = 10) -> float:
     for _ in range(warmup):
         step()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def matmul_rate(size: int = 8192) -> float:
-    """Operations a second of a bf16 product of random matrices."""
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / (median_ms(lambda: torch.mm(left, right), 10, 30) / 1e3)
+    return statistics.median(milliseconds(step) for _ in range(repeats))
 
 
 def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
@@ -112,6 +99,9 @@ def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callab
     provider.apply_overrides_and_finalize(torch.bfloat16, overrides)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
     model.train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.weight"):
+            torch.nn.init.normal_(parameter, std=config.initializer_range)
     positions = torch.arange(tokens.shape[1] - 1, device="cuda")[None]
 
     def step() -> None:
@@ -122,11 +112,37 @@ def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callab
     return step
 
 
+def graphed(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
+    """The same step as one CUDA graph: what would be left if launching kernels cost nothing."""
+    step = ours(config, tokens, overrides)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def everywhere_global(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
+    """The same model with every layer attending to everything."""
+    return ours(config_with_global_layers(config), tokens, overrides)
+
+
 def transformers(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
     from transformers import AutoModelForCausalLM
 
+    experts = {"experts_implementation": "grouped_mm"} if getattr(config, "moe_num_experts", None) else {}
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa", **experts
+        ).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):  # zeros, which would send every token to the same experts
+            torch.nn.init.normal_(parameter, std=config.initializer_range)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -137,46 +153,81 @@ def transformers(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -
 
 VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = {
     "ours": (ours, {}),
-    "ours-rope-fusion": (ours, {"apply_rope_fusion": True}),
-    "ours-te-cross-entropy": (ours, {"apply_rope_fusion": True, "cross_entropy_fusion_impl": "te"}),
+    "ours-graphed": (graphed, {}),
+    "ours-all-global": (everywhere_global, {}),
+    "ours-compiled-add": (ours, {"bias_dropout_fusion": True}),
+    "ours-no-permute-fusion": (ours, {"moe_permute_fusion": False}),
+    "ours-allgather": (ours, {"moe_token_dispatcher_type": "allgather"}),
+    "ours-te-cross-entropy": (ours, {"cross_entropy_fusion_impl": "te"}),
     "transformers": (transformers, {}),
 }
 
 
-def measure(name: str, config: Any, seq: int, rate: float, profile: bool) -> dict[str, Any]:
-    build, overrides = VARIANTS[name]
-    tokens = torch.randint(config.vocab_size, (1, seq + 1), device="cuda")
-    step = None
-    try:
-        step = build(config, tokens, overrides)
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        milliseconds = median_ms(step)
+def measure(names: list[str], config: Any, seq: int, mbs: int, profile: bool) -> list[dict[str, Any]]:
+    """Each variant's step, in turns: what the machine does meanwhile meets all of them alike."""
+    tokens = torch.randint(config.vocab_size, (mbs, seq + 1), device="cuda")
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    steps: dict[str, Callable[[], None]] = {}
+    rows = []
+    for name in names:
+        build, overrides = VARIANTS[name]
+        row: dict[str, Any] = {"variant": name, "ms": None}
+        rows.append(row)
+        step: Callable[[], None] | None = None
+        try:
+            gc.collect()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            step = build(config, tokens, overrides)
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(WARM_UP):
+                step()
+            row["peak_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 1)
+            steps[name] = step
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+            step = None
+    times: dict[str, list[float]] = {name: [] for name in [*steps, "matmul"]}
+    for _ in range(ROUNDS):
+        times["matmul"].append(median_ms(lambda: torch.mm(left, right), 3, 5))
+        for name, step in steps.items():
+            step()
+            times[name].append(milliseconds(step))
+    rate = 2 * 8192**3 / statistics.median(times["matmul"]) * 1e3
+    print(f"matmul {rate / 1e12:.0f} TFLOP/s, {torch.cuda.get_device_name()}")
+    for row in rows:
+        if row["variant"] not in steps:
+            continue
+        taken = statistics.median(times[row["variant"]])
+        measured = config_with_global_layers(config) if row["variant"] == "ours-all-global" else config
+        needed = mbs * operations(measured, seq)
+        row |= {
+            "ms": round(taken, 1),
+            "tokens_per_s": round(mbs * seq / taken * 1e3),
+            "of_matmul_rate": round(needed / (taken / 1e3) / rate, 3),
+        }
         if profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-                step()
-            print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=18, max_name_column_width=60))
-    except torch.OutOfMemoryError:
-        return {"variant": name, "ms": None}
-    finally:
-        del step
-        gc.collect()
-        torch.cuda.empty_cache()
-    return {
-        "variant": name,
-        "ms": round(milliseconds, 1),
-        "tokens_per_s": round(seq / milliseconds * 1e3),
-        "of_matmul_rate": round(operations(config, seq) / (milliseconds / 1e3) / rate, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-    }
+                steps[row["variant"]]()
+            print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=60))
+    return rows
+
+
+def config_with_global_layers(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    return config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="exaone4-1.2b")
     parser.add_argument("--seq", type=int, default=8192)
+    parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
     parser.add_argument("--variants", default="ours,transformers")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="one variant after the other: no room for two")
     options = parser.parse_args()
 
     exaone_bridge.supported()
@@ -184,17 +235,23 @@ def main() -> None:
     os.environ.setdefault("RANK", "0")
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        rate = matmul_rate()
-        print(f"{options.model}, seq {options.seq}: matmul {rate / 1e12:.0f} TFLOP/s, {torch.cuda.get_device_name()}")
+        print(f"{options.model}, {options.mbs} x {options.seq} tokens")
         config = config_of(options.model)
-        rows = [measure(name, config, options.seq, rate, options.profile) for name in options.variants.split(",")]
+        names = options.variants.split(",")
+        turns = [[name] for name in names] if options.apart else [names]
+        rows = [row for turn in turns for row in measure(turn, config, options.seq, options.mbs, options.profile)]
         for row in rows:
             print(json.dumps(row))
-        theirs = next((row for row in rows if row["variant"] == "transformers"), None)
-        for row in rows:
-            if theirs and theirs["ms"] and row["ms"] and row is not theirs:
+        by_name = {row["variant"]: row for row in rows if row["ms"]}
+        theirs = by_name.get("transformers")
+        for row in by_name.values():
+            if theirs and row is not theirs:
                 ratio = theirs["ms"] / row["ms"]
                 print(f"{row['variant']}: {ratio:.2f} x tokens/s, {row['peak_gib'] / theirs['peak_gib']:.2f} x memory")
+        if "ours" in by_name and "ours-all-global" in by_name:
+            share = operations(config, options.seq) / operations(config_with_global_layers(config), options.seq)
+            taken = by_name["ours"]["ms"] / by_name["ours-all-global"]["ms"]
+            print(f"hybrid: {taken:.3f} of the time of all global layers, {share:.3f} of the operations")
         torch.distributed.destroy_process_group()
 
 

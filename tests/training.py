@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.context_parallel import positions_of
 from exaone_bridge.parts.layout import Layout
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -59,12 +60,18 @@ def _on_disk(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+    from megatron.core import parallel_state
+
     batch = next(batches)
-    tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    output = model(tokens, torch.arange(tokens.shape[1])[None], None, labels=labels)
+    group = parallel_state.get_context_parallel_group()
+    mine = positions_of(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
+    output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine])
 
     def mean(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return loss.mean(), {"loss": loss.mean().detach()}
+        share = loss.mean() / group.size()  # Megatron-Core sums over the ranks that share a sequence
+        whole = share.detach().clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return share, {"loss": whole}
 
     return output, mean
 

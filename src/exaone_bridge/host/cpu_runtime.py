@@ -78,6 +78,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         if _is_cuda(kwargs.get("device")):
             kwargs = kwargs | {"device": _CPU}
+        if kwargs.get("pin_memory"):  # rope_utils.py, get_pos_emb_on_this_cp_rank: pinned for a copy to the device
+            kwargs = kwargs | {"pin_memory": False}
         return func(*args, **kwargs)
 
 

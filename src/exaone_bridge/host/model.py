@@ -23,9 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.host.registration import supported
+from exaone_bridge.parts.context_parallel import gathered_in_order, positions_of
+from exaone_bridge.parts.files import iteration_folder
 from exaone_bridge.parts.layout import Layout
 
-__all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "provider_of"]
+__all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "over_context", "provider_of"]
 
 
 def model_parallel_of(layout: Layout) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def model_parallel_of(layout: Layout) -> dict[str, Any]:
         "sequence_parallel": layout.sp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
+        "context_parallel_size": layout.cp,
     }
 
 
@@ -64,12 +67,6 @@ def build(
     return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available())
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    """The folder of the newest iteration, or the path itself if it is one."""
-    folders = [folder for folder in path.glob("iter_*") if folder.name[5:].isdigit()]
-    return max(folders, key=lambda folder: int(folder.name[5:])) if folders else path
-
-
 def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
     """The provider in a Megatron checkpoint's run config, and the Hugging Face config it stands for.
 
@@ -77,7 +74,7 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
         CheckpointError: no such folder, or not a Megatron-Bridge checkpoint.
         UnsupportedConfig: a model that none of our bridges made.
     """
-    folder = _checkpoint_folder(path)
+    folder = iteration_folder(path)
     if not (folder / "run_config.yaml").is_file():
         raise CheckpointError(
             path,
@@ -130,6 +127,7 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
         hidden = output[0] if isinstance(output, tuple) else output
         if layer.config.sequence_parallel:
             hidden = _gathered(hidden, dim=0)
+        hidden = over_context(hidden, dim=0)
         into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
 
     handles = [layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers]
@@ -140,20 +138,30 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
             handle.remove()
 
 
-def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+def _parts(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    return parts
+
+
+def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat(_parts(tensor, parallel_state.get_tensor_model_parallel_group()), dim=dim)
+
+
+def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The whole sequence, of which each rank of context parallelism holds its positions along `dim`."""
+    group = parallel_state.get_context_parallel_group()
+    return tensor if group.size() == 1 else gathered_in_order(_parts(tensor, group), dim)
 
 
 def _run_stage(batches: Iterator[torch.Tensor], model: MegatronModule, vocab_size: int) -> tuple[torch.Tensor, Any]:
     tokens = next(batches)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    output = model(tokens, positions, None)
+    group = parallel_state.get_context_parallel_group()
+    mine = positions_of(group.rank(), group.size(), tokens.shape[1], tokens.device)
+    output = model(tokens[:, mine], mine[None], None)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-        return _gathered(tensor, dim=-1)[..., :vocab_size].float().cpu()
+        return over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
 
     return output, logits
 
@@ -174,10 +182,11 @@ def forward_logits(
     """
     config = get_model_config(model[0])
     count, length = tokens.shape
-    # Interleaved stages want a multiple of pp microbatches; sequence parallelism, a multiple of tp positions.
+    # Interleaved stages want a multiple of pp microbatches; sequence parallelism, a multiple of tp positions; context
+    # parallelism, of two chunks a rank.
     # Attention is causal: what is appended changes nothing before it.
     rows = -count % config.pipeline_model_parallel_size
-    columns = -length % config.tensor_model_parallel_size
+    columns = -length % (2 * config.tensor_model_parallel_size * config.context_parallel_size)
     padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(next(model[0].parameters()).device)
     for chunk in model:
         chunk.eval()

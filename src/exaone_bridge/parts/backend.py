@@ -14,7 +14,6 @@ from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
-    TENorm,
     TERowParallelLinear,
 )
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -24,7 +23,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.attention import TorchDotProductAttention
-from exaone_bridge.parts.norm import TorchRMSNorm
+from exaone_bridge.parts.norm import FusedRMSNorm, TorchRMSNorm
 from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
 from exaone_bridge.parts.pre_norm import TorchLayerNormColumnParallelLinear
 
@@ -77,7 +76,7 @@ TRANSFORMER_ENGINE = (
         row_linear=TERowParallelLinear,
         row_linear_post_norm=TERowParallelLinearLayerNorm,
         core_attention=TEDotProductAttention,
-        norm=TENorm,
+        norm=FusedRMSNorm,
         experts=_grouped_experts,
     )
     if HAVE_TE

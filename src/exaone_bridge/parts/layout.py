@@ -19,6 +19,7 @@ class Layout:
         sp: sequence parallelism: activations between the cut layers are cut along the sequence.
         ep: ranks that experts are dealt to.
         etp: ranks that cut each expert; None: as many as tp.
+        cp: ranks that share each sequence.
     """
 
     tp: int = 1
@@ -27,9 +28,10 @@ class Layout:
     sp: bool = False
     ep: int = 1
     etp: int | None = None
+    cp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "ep", "etp"):
+        for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"leave --{name} out for 1")
         if self.vpp > 1 and self.pp == 1:
@@ -43,8 +45,8 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Processes the layout needs at least: a pipeline stage is cut by tp, and again by ep x etp for its experts."""
-        return self.pp * math.lcm(self.tp, self.ep * self.expert_tp)
+        """Processes the layout needs at least: a pipeline stage is cut by tp x cp, and by ep x etp for experts."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep * self.expert_tp)
 
     @property
     def expert_tp(self) -> int:
@@ -100,4 +102,6 @@ class Layout:
             names.append(f"EP{self.ep}")
         if self.etp is not None:
             names.append(f"ETP{self.etp}")
+        if self.cp > 1:
+            names.append(f"CP{self.cp}")
         return " x ".join(names) + (" + SP" if self.sp else "")

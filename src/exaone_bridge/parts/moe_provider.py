@@ -28,6 +28,7 @@ class MoEModelProvider(ExactGPTModelProvider):
     moe_aux_loss_coeff: float | list[float] = 0.0
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
+    moe_permute_fusion: bool = True  # 5% of a step of six layers of ERNIE 21B at 8192 (docs/benchmarks.md)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether this layer (global, 0-based) is a mixture of experts."""
@@ -49,9 +50,9 @@ class MoEModelProvider(ExactGPTModelProvider):
                 where="provider",
                 remedy="balance the experts one way or the other",
             )
-        if self.num_moe_experts and resolve_backend(self.backend).name == "torch":
-            # alltoall counts tokens on CUDA streams of its own, and the grouped GEMM is Transformer Engine's
-            self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False)
+        if resolve_backend(self.backend).name == "torch":
+            # alltoall counts tokens on CUDA streams of its own; grouped GEMM and permutation are Transformer Engine's
+            self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False, moe_permute_fusion=False)
         # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our
         # router does not mind the first, our experts have none of the second (parts/router.py, parts/moe.py).
         linear_biases = self.add_bias_linear

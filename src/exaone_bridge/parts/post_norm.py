@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm, TERowParallelLinear
+from megatron.core.extensions.transformer_engine import HAVE_TE, TERowParallelLinear
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from exaone_bridge.parts.norm import TorchRMSNorm
+from exaone_bridge.parts.norm import FusedRMSNorm, TorchRMSNorm
 
 __all__ = ["PostNorm", "RowParallelLinearLayerNorm", "TERowParallelLinearLayerNorm"]
 
@@ -47,9 +47,9 @@ class RowParallelLinearLayerNorm(PostNorm, RowParallelLinear):
 if HAVE_TE:
 
     class TERowParallelLinearLayerNorm(PostNorm, TERowParallelLinear):
-        """Transformer Engine's row-parallel linear, then its norm."""
+        """Transformer Engine's row-parallel linear, then RMSNorm."""
 
-        norm = TENorm
+        norm = FusedRMSNorm
 
 else:
     TERowParallelLinearLayerNorm = None  # type: ignore[assignment, misc]

@@ -14,9 +14,11 @@ import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.backend import cannot_run, resolve_backend
+from exaone_bridge.parts.context_parallel import exchanges
 from exaone_bridge.parts.family import Facts
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rotary import Llama3RotaryEmbedding
@@ -83,6 +85,7 @@ class ExactGPTModelProvider(GPTModelProvider):
                 vpp=self.virtual_pipeline_model_parallel_size or 1,
                 ep=self.expert_model_parallel_size,
                 etp=self.expert_tensor_parallel_size,
+                cp=self.context_parallel_size,
             )
             layout.check(
                 layers=self.num_layers,
@@ -107,7 +110,21 @@ class ExactGPTModelProvider(GPTModelProvider):
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
         self._switch_off(**dict.fromkeys(cannot_run(resolve_backend(self.backend)), False))
+        if self.context_parallel_size > 1:
+            self._switch_off(cp_comm_type=self._exchanges())
         super().finalize()
+
+    def _exchanges(self) -> list[str]:
+        """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
+        layers = range(1, self.num_layers + 1)
+        tp = self.tensor_model_parallel_size
+        return exchanges(
+            [is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer) for layer in layers],
+            heads=self.num_attention_heads // tp,
+            kv_heads=max(1, self.num_query_groups // tp),
+            cp=self.context_parallel_size,
+            asked=self.__dict__.get("_switched_off", {}).get("cp_comm_type", self.cp_comm_type),
+        )
 
     def _switch_off(self, **instead: Any) -> None:
         """Set these fields for this machine, and remember what was wished for."""

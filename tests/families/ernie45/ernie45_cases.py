@@ -20,6 +20,7 @@ LAYOUTS = [
     Layout(pp=2, vpp=2),
     Layout(tp=2, pp=2),
     Layout(tp=2, sp=True),
+    Layout(cp=2),
 ]
 EXPERT_LAYOUTS = [
     Layout(ep=2),
@@ -30,6 +31,7 @@ EXPERT_LAYOUTS = [
     Layout(pp=2, ep=2),
     Layout(pp=2, vpp=2, ep=2),
     Layout(tp=2, ep=2, sp=True),
+    Layout(ep=2, cp=2),
 ]
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {

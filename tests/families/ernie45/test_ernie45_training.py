@@ -10,8 +10,14 @@ from training import assert_trains_alike
 
 from exaone_bridge.parts.layout import Layout
 
-LAYOUTS = [Layout(), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=2, vpp=2)]
-EXPERT_LAYOUTS = [Layout(ep=2), Layout(tp=2, ep=2, sp=True), Layout(tp=2, ep=2, etp=1, sp=True), Layout(pp=2, ep=2)]
+LAYOUTS = [Layout(), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2)]
+EXPERT_LAYOUTS = [
+    Layout(ep=2),
+    Layout(tp=2, ep=2, sp=True),
+    Layout(tp=2, ep=2, etp=1, sp=True),
+    Layout(pp=2, ep=2),
+    Layout(cp=2, ep=2),
+]
 UNTRAINED = ("e_score_correction_bias", ".mtp_")
 CASES = [(name, layout) for name in NAMES for layout in LAYOUTS] + [
     (name, layout) for name in MOE_NAMES for layout in EXPERT_LAYOUTS

@@ -23,6 +23,10 @@ LAYOUTS = [
     Layout(tp=2, pp=2, vpp=2, sp=True),
     Layout(tp=4),  # more ranks than key-value heads
     Layout(pp=4),
+    Layout(cp=2),
+    Layout(cp=4),
+    Layout(tp=2, cp=2, sp=True),
+    Layout(pp=2, vpp=2, cp=2),
 ]
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {

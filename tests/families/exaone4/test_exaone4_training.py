@@ -16,6 +16,8 @@ LAYOUTS = [
     Layout(pp=2),
     Layout(pp=2, vpp=2),
     Layout(tp=2, pp=2, sp=True),
+    Layout(cp=2),
+    Layout(tp=2, sp=True, cp=2),
 ]
 
 

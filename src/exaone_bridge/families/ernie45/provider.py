@@ -39,7 +39,8 @@ class Ernie45ModelProvider(MoEModelProvider):
     attention_dropout: float = 0.0  # Ernie4_5Attention.__init__; stock: 0.1
     should_pad_vocab: bool = True  # stock: False, which fails where tp does not divide the vocabulary
     bias_activation_fusion: bool = True
-    bias_dropout_fusion: bool = True
+    bias_dropout_fusion: bool = False  # as a rule no bias, no dropout: a plain add, without torch.compile's guards
+    apply_rope_fusion: bool = True  # Transformer Engine's kernel rotates in fp32 too
     moe_norm_min: float = 1e-12
     output_bias: bool = False
     mtp_layers_carried: int = 0

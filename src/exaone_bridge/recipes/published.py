@@ -1,0 +1,146 @@
+"""The configurations that recipes are for: `config.json` of the published models, and miniatures for one GPU. No torch.
+
+Recipes ask nobody on the network. A recipe that is given a folder reads the configuration there instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exaone_bridge.families.ernie45.tiny import TINY as ERNIE45_TINY
+from exaone_bridge.families.exaone4.tiny import TINY as EXAONE4_TINY
+from exaone_bridge.parts.schedule import FULL, SLIDING
+
+__all__ = ["CONFIGS"]
+
+_EXAONE4: dict[str, Any] = {
+    "architectures": ["Exaone4ForCausalLM"],
+    "model_type": "exaone4",
+    "vocab_size": 102400,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 361,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_ERNIE45: dict[str, Any] = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "model_type": "ernie4_5_moe",
+    "vocab_size": 103424,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "use_bias": False,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+_ERNIE45_EXPERTS: dict[str, Any] = {
+    "moe_num_experts": 64,
+    "moe_layer_interval": 1,
+    "moe_norm_min": 1e-12,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+# Widths that Transformer Engine's kernels take (head_dim 64, multiples of 16), and words enough for real text.
+_TINY: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "dtype": "bfloat16",
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "exaone4_1p2b": _EXAONE4
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 65536,
+        "tie_word_embeddings": True,
+        "sliding_window": None,
+        "sliding_window_pattern": 0,  # what Transformers makes of null
+        "layer_types": [FULL] * 30,
+    },
+    "exaone4_32b": _EXAONE4
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27392,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "sliding_window": 4096,
+        "sliding_window_pattern": "LLLG",
+        "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 16,
+    },
+    "ernie45_0p3b": _ERNIE45
+    | {
+        "architectures": ["Ernie4_5ForCausalLM"],
+        "model_type": "ernie4_5",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    # Less the next-token-prediction layer that the published folder ships and Transformers ignores: a recipe that
+    # starts from random weights has none to carry.
+    "ernie45_21b_a3b": _ERNIE45
+    | _ERNIE45_EXPERTS
+    | {
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "moe_k": 6,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 1536,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 27,
+        "tie_word_embeddings": True,
+    },
+    "ernie45_300b_a47b": _ERNIE45
+    | _ERNIE45_EXPERTS
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 54,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "moe_k": 8,
+        "moe_num_shared_experts": 0,
+        "moe_intermediate_size": 3584,
+        "moe_layer_start_index": 3,
+        "moe_layer_end_index": 53,
+        "tie_word_embeddings": False,
+    },
+    "exaone4_tiny": EXAONE4_TINY["exaone4"] | _TINY | {"sliding_window": 64},
+    "ernie45_tiny": ERNIE45_TINY["ernie45"] | _TINY | {"moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
+}
