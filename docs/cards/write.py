@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 MINIATURES = EXAONE | ERNIE
 
 WHOLE = "Random weights of the whole published shape."
+WIDE = "Random weights of the published widths, fewer layers."
 SMALL = "The published topology in miniature: every branch of the model, widths of no resemblance."
 # card -> (shape or miniature, options, what it stands for)
 RUNS: dict[str, list[tuple[str, str, str]]] = {
@@ -61,7 +62,7 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("exaone4-1.2b", "--tp 2 --pp 2 --sp --gradients", SMALL),
     ],
     "EXAONE-4.0-32B": [
-        ("EXAONE-4.0-32B-4-layers", "", "Published widths, one period of the pattern (LLLG) of its 64 layers; prompts do not reach its window of 4096."),
+        ("EXAONE-4.0-32B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG); prompts do not reach the window of 4096."),
         ("exaone4", "--gradients", f"{SMALL} Prompts are eight windows long."),
         ("exaone4", "--tp 2 --pp 2 --vpp 2 --sp --gradients", SMALL),
         ("exaone4", "--tp 4 --pp 2", SMALL),
@@ -74,14 +75,14 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("ernie45-dense", "--tp 2 --pp 2 --gradients", SMALL),
     ],
     "ERNIE-4.5-21B-A3B": [
-        ("ERNIE-4.5-21B-A3B-3-layers", "", "Published widths and all 64 experts; one dense layer and two of its 27 with experts."),
+        ("ERNIE-4.5-21B-A3B-3-layers", "", f"{WIDE} One dense layer, and two of 27 with all 64 experts."),
         ("ernie45", "--gradients", SMALL),
         ("ernie45", "--tp 2 --ep 2 --sp", SMALL),
         ("ernie45", "--pp 2 --ep 2 --gradients", SMALL),
         ("ernie45", "--dtype bfloat16", SMALL),
     ],
     "ERNIE-4.5-300B-A47B": [
-        ("ernie45-300b", "--gradients", f"{SMALL} One layer of the published widths has 5.7 billion parameters, and was not run."),
+        ("ernie45-300b", "--gradients", f"{SMALL} The published widths (5.7e9 parameters a layer) were not run."),
         ("ernie45-300b", "--tp 2 --pp 2 --vpp 2", SMALL),
         ("ernie45-300b", "--ep 4", SMALL),
         ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --gradients", SMALL),
