@@ -62,6 +62,7 @@ class Family:
         tiny: name -> configuration of a published topology in miniature.
         special_tokens: text -> id, for the tokenizer of a miniature.
         chat_template: Jinja, for the same.
+        processor_files: name -> JSON, for the same: what its images and videos are prepared with.
         bridge: `module:class`, imported only when Megatron-Bridge has been.
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
@@ -78,6 +79,7 @@ class Family:
     special_tokens: Mapping[str, int]
     chat_template: str
     bridge: str
+    processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     carried: str | None = None
     carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
     without_carried: Callable[[Any], Any] = lambda facts: facts

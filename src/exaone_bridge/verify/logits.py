@@ -21,6 +21,14 @@ def prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> torch.Te
     return torch.randint(vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+def model_class(folder: Path) -> Any:
+    """Transformers' automatic class for a folder: of models with images, or of language models."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+
+
 @torch.no_grad()
 def reference_logits(
     folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
@@ -29,9 +37,7 @@ def reference_logits(
 
     One prompt at a time: what a batch changes in the arithmetic is no fault of a conversion.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     hidden: dict[int, list[torch.Tensor]] = {}
 
     def keep(layer: int) -> Any:
@@ -39,7 +45,7 @@ def reference_logits(
             (output[0] if isinstance(output, tuple) else output).float()
         )
 
-    for layer, module in enumerate(model.model.layers):
+    for layer, module in enumerate(getattr(model.model, "language_model", model.model).layers):
         module.register_forward_hook(keep(layer))
     logits = [model(prompt[None], use_cache=False).logits.float() for prompt in tokens]
     return torch.cat(logits), {layer: torch.cat(parts) for layer, parts in hidden.items()}

@@ -1,0 +1,26 @@
+"""EXAONE 4.5: a vision tower before EXAONE 4.0's language model, and multi-token prediction beside it. No torch here."""
+
+from __future__ import annotations
+
+from exaone_bridge.families.exaone45.config import ARCHITECTURE, read_config, write_config
+from exaone_bridge.families.exaone45.tiny import CHAT_TEMPLATE, PROCESSOR_FILES, SPECIAL_TOKENS, TINY
+from exaone_bridge.families.exaone45.weights import CARRIED, carried_tensors, exaone45_rows, without_carried
+from exaone_bridge.parts.family import Family
+
+__all__ = ["EXAONE45"]
+
+EXAONE45 = Family(
+    name="exaone45",
+    architectures=(ARCHITECTURE,),
+    read_config=read_config,
+    write_config=write_config,
+    rows=exaone45_rows,
+    tiny=TINY,
+    special_tokens=SPECIAL_TOKENS,
+    chat_template=CHAT_TEMPLATE,
+    processor_files=PROCESSOR_FILES,
+    bridge="exaone_bridge.families.exaone45.bridge:Exaone45Bridge",
+    carried=CARRIED,
+    carried_tensors=carried_tensors,
+    without_carried=without_carried,
+)
