@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
     parser.add_argument("--variants", default="ours,transformers")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="one variant after the other: no room for two")
     options = parser.parse_args()
 
     exaone_bridge.supported()
@@ -236,7 +237,9 @@ def main() -> None:
         torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
         print(f"{options.model}, {options.mbs} x {options.seq} tokens")
         config = config_of(options.model)
-        rows = measure(options.variants.split(","), config, options.seq, options.mbs, options.profile)
+        names = options.variants.split(",")
+        turns = [[name] for name in names] if options.apart else [names]
+        rows = [row for turn in turns for row in measure(turn, config, options.seq, options.mbs, options.profile)]
         for row in rows:
             print(json.dumps(row))
         by_name = {row["variant"]: row for row in rows if row["ms"]}

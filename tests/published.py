@@ -8,24 +8,50 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Ranks are its children, one after the other.
+# Memory is that of this process and of the ranks it forks, shared pages counted once (PSS), sampled as it goes; the
+# interpreter's is what is there when Megatron has been imported.
 _SCRIPT = """
-import json, resource, sys
+import json, os, sys, threading, time
 from pathlib import Path
-from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.verify import verify
+import exaone_bridge
+
+def held():
+    pids, todo = [], [os.getpid()]
+    while todo:
+        pids.append(pid := todo.pop())
+        try:
+            todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        except OSError:
+            pass
+    total = 0
+    for pid in pids:
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
+        except (OSError, StopIteration):
+            pass
+    return total / 2**20
+
+def watch():
+    while True:
+        peaks.append(max(peaks.pop(), held()))
+        time.sleep(0.1)
 
 if __name__ == "__main__":
-    report = verify(Path(sys.argv[1]), Layout(), tolerance=1e-3, count=1, length=64)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    checks = {check.name: [check.holds, check.figure] for check in report.checks}
-    difference = report.max_logit_difference
-    print(json.dumps({"peak_gib": peak / 2**20, "difference": difference, "checks": checks}))
+    exaone_bridge.supported()
+    base = held()
+    peaks = [base]
+    threading.Thread(target=watch, daemon=True).start()
+    report = exaone_bridge.verify(sys.argv[1], count=1, length=64, generation=False)
+    checks = {check.name: [check.holds, check.figure, check.bound] for check in report.checks}
+    found = {"above_gib": peaks[0] - base, "interpreter_gib": base, "seconds": report.seconds, "checks": checks}
+    found |= {"difference": report.max_logit_difference, "faults": report.faults(), "setup": dict(report.setup)}
+    print(json.dumps(found))
 """
 
 
 def verify_published(folder: Path, work: Path) -> dict[str, Any]:
-    """`peak_gib`, `difference` (logits of 64 positions, fp32) and `checks` (name -> holds, figure) of one folder."""
+    """`above_gib`, `difference` (logits of 64 positions, fp32) and `checks` (name -> holds, figure) of one folder."""
     script = work / "verify.py"
     script.write_text(_SCRIPT)
     done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
@@ -36,7 +62,7 @@ def verify_published(folder: Path, work: Path) -> dict[str, Any]:
 
 
 def assert_published_holds(found: dict[str, Any]) -> None:
-    """Every check, and logits within 1e-3."""
-    assert all(holds for holds, _ in found["checks"].values()), found["checks"]
+    """Every check, by the bounds of rounding."""
+    assert all(holds for holds, *_ in found["checks"].values()), found["faults"]
     assert set(found["checks"]) == {"tensors", "config", "files", "logits"}
     assert 0 < found["difference"] <= 1e-3

@@ -12,7 +12,9 @@ from pathlib import Path
 __all__ = [
     "BridgeError",
     "CheckpointError",
+    "OutputError",
     "ParityFailure",
+    "PlanError",
     "RegistrationError",
     "UnmappedTensors",
     "UnsupportedConfig",
@@ -98,6 +100,22 @@ class CheckpointError(BridgeError):
     def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
         self.path = Path(path)
         super().__init__(f"{path}: {problem}; {remedy}.")
+
+
+class OutputError(BridgeError):
+    """An output that cannot be written whole; nothing stands under its name, and what was written can be continued."""
+
+    def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
+        self.path = Path(path)
+        super().__init__(f"{path}: {problem}; {remedy}.")
+
+
+class PlanError(BridgeError):
+    """A plan of copies that is no bijection: a fault of ours, found before anything is copied."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(f"plan of copies: {place} {problem}; nothing was copied, please report this.")
+        self.place = place
 
 
 class RegistrationError(BridgeError):

@@ -106,10 +106,10 @@ def sharded(
 
 @pytest.fixture(scope="session")
 def megatron_folder(host: Any, sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `import` makes of `sharded` at TP2 x PP2. Read it, or copy it and damage the copy."""
+    """What `import` makes of `sharded` with three workers. Read it, or copy it and damage the copy."""
     from exaone_bridge.checkpoint.convert import import_checkpoint
     from exaone_bridge.parts.layout import Layout
 
     folder = tmp_path_factory.mktemp("megatron") / "exaone4"
-    import_checkpoint(sharded, folder, Layout(tp=2, pp=2))
+    import_checkpoint(sharded, folder, Layout(tp=2, pp=2), workers=3)
     return folder

@@ -418,14 +418,6 @@ def test_a_layout_that_does_not_fit(
     refused(arguments_of(command, folder) + options, "parallel layout: ", *says)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_that_does_not_fit_the_export(
-    name: str, megatron_folder: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    options, says = LAYOUTS[name]
-    refused(["export", megatron_folder, tmp_path / "output", *options], "parallel layout: ", *says)
-
-
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_sequence_parallelism_without_tp(command: str, tiny: Any, refused: Callable[..., str]) -> None:
     options, says = SP
@@ -620,22 +612,34 @@ NO_TE = "one of 'auto', 'torch'", "Transformer Engine is not installed here"
 
 
 @pytest.mark.parametrize("backend", ["nonsense", "transformer_engine"])
-@pytest.mark.parametrize("command", ["import", "export", "verify"])
+@pytest.mark.parametrize("command", ["import", "verify"])
 def test_a_backend_that_is_not_there(
-    command: str, backend: str, tiny: Any, megatron_folder: Path, tmp_path: Path, refused: Callable[..., str]
+    command: str, backend: str, host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     from exaone_bridge.parts.backend import TRANSFORMER_ENGINE
 
     if backend == "transformer_engine" and TRANSFORMER_ENGINE is not None:
         pytest.skip("Transformer Engine is installed here")
-    folder = megatron_folder if command == "export" else tiny("exaone4")
+    folder = tiny("exaone4")
     output = [] if command == "verify" else [tmp_path / "output"]
     says = NO_TE if TRANSFORMER_ENGINE is None else ("one of 'auto', 'torch', 'transformer_engine'",)
     refused([command, folder, *output, "--backend", backend], f"backend is '{backend}'", *says)
 
 
-def test_a_tolerance_that_nothing_can_meet(host: Any, tiny: Any, cli: Cli) -> None:
-    assert cli("verify", tiny("exaone4"), "--tolerance", "nan").code == 2
+VERIFY_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "no source": ([], ("SOURCE", "a folder")),
+    "no such other": (["{source}", "nowhere"], ("nowhere", "does not exist", "a Megatron checkpoint")),
+    "an empty other": (["{source}", "tmp"], ("neither model.safetensors", "download the weights")),
+    "a type that is none": (["{source}", "--dtype", "int8"], ("--dtype is 'int8'", "'bfloat16'")),
+    "a report in no folder": (["{source}", "--report", "no/report.html"], ("no/report.html", "a folder that is there")),
+    "a folder for a report": (["{source}", "--json", "tmp"], ("output is 'tmp'",)),
+}
+
+
+@pytest.mark.parametrize("name", VERIFY_OPTIONS)
+def test_what_cannot_be_verified(name: str, tiny: Any, refused: Callable[..., str]) -> None:
+    options, says = VERIFY_OPTIONS[name]
+    refused(["verify", *(option.format(source=tiny("exaone4")) for option in options)], *says)
 
 
 # --- tiny -----------------------------------------------------------------------------------------------------------
@@ -775,7 +779,7 @@ def refuse(source: Path, target: Path, *_: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_a_fault_in_the_middle_leaves_nothing(
+def test_a_fault_in_the_middle_leaves_no_output(
     command: str,
     rank: Callable[..., None],
     code: int,
@@ -787,12 +791,20 @@ def test_a_fault_in_the_middle_leaves_nothing(
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, f"_{command}_rank", rank)  # ranks are forked: they have the fault too
     source = megatron_folder if command == "export" else tiny("exaone4")
     before = snapshot(tmp_path)
-    run = cli(command, source, tmp_path / "output", "--tp", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, f"_{command}_rank", rank)  # ranks are forked: they have the fault too
+        run = cli(command, source, tmp_path / "output", "--workers", 2)
     assert run.code == code and says in run.err and run.err.startswith("exaone-bridge: ")
-    assert snapshot(tmp_path) == before
+    if command == "import" or rank is refuse:
+        assert snapshot(tmp_path) == before
+        return
+    assert not (tmp_path / "output").exists()  # an export is begun, and the next one goes on with it
+    assert [path.name for path in tmp_path.iterdir() if path.name != "tmp"] == [".output.partial"]
+    assert cli(command, source, tmp_path / "output").code == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name != "tmp"] == ["output"]
+    assert not (tmp_path / "output" / "half.bin").exists() and not (tmp_path / "output" / "deep").exists()
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -803,7 +815,6 @@ def full(*_: Any, **__: Any) -> None:
 def test_a_fault_outside_the_ranks_ends_with_three(
     where: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "_import_rank", lambda source, target, *_: write_something(target))
     monkeypatch.setattr(f"exaone_bridge.checkpoint.{where}", full)
     run = cli("import", tiny("exaone4"), tmp_path / "output")
     assert run.code == 3 and "No space left on device" in run.err
@@ -812,7 +823,6 @@ def test_a_fault_outside_the_ranks_ends_with_three(
 def test_a_fault_outside_the_ranks_leaves_nothing(
     host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "_import_rank", lambda source, target, *_: write_something(target))
     monkeypatch.setattr(convert, "copy_travelling_files", full)
     before = snapshot(tmp_path)
     with contextlib.suppress(OSError):  # its traceback is test_a_fault_outside_the_ranks_ends_with_three's
@@ -826,7 +836,6 @@ def test_an_interrupt_leaves_nothing_and_is_no_difference(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "_import_rank", lambda source, target, *_: write_something(target))
     monkeypatch.setattr(convert, "copy_travelling_files", interrupt)
     before = snapshot(tmp_path)
     run = cli("import", tiny("exaone4"), tmp_path / "output")

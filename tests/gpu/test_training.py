@@ -27,6 +27,20 @@ def _tokens(steps: int) -> torch.Tensor:
     return few[torch.arange(steps) % 2]
 
 
+def _language(steps: int) -> torch.Tensor:
+    """The same shape, new at every step: each word has eight that may follow, so that no loss below log 8 is there.
+
+    A model that has learnt its data by heart has a loss near zero, of which two percent are less than bf16's own noise.
+    """
+    generator = torch.Generator().manual_seed(6)
+    followers = torch.randint(512, (512, 8), generator=generator)
+    words = [torch.randint(512, (steps, MICROBATCHES), generator=generator)]
+    for _ in range(LENGTH):
+        choice = torch.randint(8, (steps, MICROBATCHES), generator=generator)
+        words.append(followers[words[-1], choice])
+    return torch.stack(words, dim=-1)
+
+
 def train_transformers(folder: Path, dtype: torch.dtype, steps: int = STEPS) -> list[float]:
     """Losses of AdamW steps on fp32 main weights; forward and backward in `dtype`, gradients accumulated in fp32."""
     from transformers import AutoModelForCausalLM
@@ -58,12 +72,13 @@ def train_transformers(folder: Path, dtype: torch.dtype, steps: int = STEPS) -> 
 
 
 def train_megatron(
-    folder: Path, precision: str = "bf16_mixed", steps: int = STEPS, **overrides: Any
+    folder: Path, precision: str = "bf16_mixed", batches: torch.Tensor | None = None, **overrides: Any
 ) -> tuple[list[float], float]:
     """The same through Megatron-Core's schedule, wrapper and distributed optimizer; and peak memory in bytes.
 
     Args:
         precision: the name of one of Megatron-Bridge's mixed precision recipes.
+        batches: [steps, N, S + 1]; None: what `train_transformers` is given.
         overrides: the provider's fields.
     """
     from megatron.bridge import AutoBridge
@@ -104,7 +119,7 @@ def train_megatron(
 
     losses = []
     torch.cuda.reset_peak_memory_stats()
-    for batch in _tokens(steps).cuda():
+    for batch in (_tokens(STEPS) if batches is None else batches).cuda():
         for chunk in model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -158,9 +173,9 @@ def test_twenty_steps_stay_within_bf16_noise(transformers_curves: Any, tiny: Any
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
 def test_fp8_loss_within_two_percent_of_bf16(nccl: None, tiny: Any, name: str, precision: str) -> None:
     folder = tiny(name, **wide(name), dtype="bfloat16")
-    bf16, _ = train_megatron(folder, steps=50)
-    fp8, _ = train_megatron(folder, precision, steps=50)
+    bf16, _ = train_megatron(folder, batches=_language(50))
+    fp8, _ = train_megatron(folder, precision, _language(50))
     print(f"\n{name} {precision}: after 50 steps {fp8[-1]:.4f}, bf16 {bf16[-1]:.4f}; {fp8[:3]}, {bf16[:3]}")
     assert fp8 != bf16  # another arithmetic ran
-    assert bf16[-1] < bf16[0] - 0.1
+    assert bf16[-1] < bf16[0] - 0.5
     assert abs(fp8[-1] - bf16[-1]) <= 0.02 * bf16[-1]

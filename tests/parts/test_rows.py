@@ -12,46 +12,9 @@ from exaone_bridge.families.exaone4.config import read_config
 from exaone_bridge.families.exaone4.tiny import TINY
 from exaone_bridge.families.exaone4.weights import exaone4_rows
 from exaone_bridge.parts.rows import HFTensor, Kind, Row, expected_hf, expected_megatron
+from exaone_bridge.recipes.published import CONFIGS
 
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    **TINY,
-    "1.2B": {
-        "vocab_size": 102400,
-        "hidden_size": 2048,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 65536,
-        "rope_parameters": _LLAMA3,
-        "tie_word_embeddings": True,
-        "layer_types": ["full_attention"] * 30,
-        "sliding_window": None,
-    },
-    "32B": {
-        "vocab_size": 102400,
-        "hidden_size": 5120,
-        "intermediate_size": 27392,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rope_parameters": _LLAMA3,
-        "tie_word_embeddings": False,
-        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
-        "sliding_window": 4096,
-    },
-}
+MODELS: dict[str, dict[str, Any]] = {**TINY, "1.2B": CONFIGS["exaone4_1p2b"], "32B": CONFIGS["exaone4_32b"]}
 
 # One untied layer: Megatron-Core name -> kind, and Hugging Face names with their axes, in order.
 ONE_LAYER = {

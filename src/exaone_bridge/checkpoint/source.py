@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.headers import INDEX, TensorInfo, read_headers, read_json
+from exaone_bridge.checkpoint.headers import DTYPE_BYTES, INDEX, TensorInfo, read_headers, read_json
+from exaone_bridge.checkpoint.plan import Plan, make_plan
 from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedConfig
 from exaone_bridge.families import family_of
 from exaone_bridge.parts.family import Facts, Family
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row, expected_hf, fp32_names
 
-__all__ = ["HFSource", "check_layout", "open_source"]
+__all__ = ["HFSource", "check_layout", "open_source", "plan_of"]
 
 # Configuration's spelling -> safetensors'.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -35,6 +36,14 @@ class HFSource:
     def carried(self) -> dict[str, TensorInfo]:
         """The tensors that are no part of the model, and travel beside it."""
         return {name: tensor for name, tensor in self.tensors.items() if self.family.is_carried(name)}
+
+    def plan(self, layout: Layout) -> Plan:
+        """Which rectangles go where at this layout.
+
+        Raises:
+            UnsupportedLayout: an axis that the layout does not cut evenly.
+        """
+        return plan_of(self.rows, self.facts, layout)
 
     @property
     def parameters(self) -> int:
@@ -119,6 +128,8 @@ def _check_tensors(
         )
     for name, shape in expected.items():
         tensor = found[name]
+        if tensor.shape == shape and tensor.dtype == model_dtype and name not in fp32:
+            continue
         if tensor.shape != shape:
             raise CheckpointError(
                 tensor.file,
@@ -133,6 +144,24 @@ def _check_tensors(
                 f"tensor {name} has type {tensor.dtype}, and {why} {dtype}",
                 remedy="convert it, or correct dtype in config.json",
             )
+
+
+def plan_of(rows: tuple[Row, ...], facts: Any, layout: Layout, **options: Any) -> Plan:
+    """The plan of a model at a layout; `options`: further arguments of `make_plan`.
+
+    Raises:
+        UnsupportedLayout: an axis that the layout does not cut evenly.
+    """
+    return make_plan(
+        rows,
+        facts.dims,
+        layout,
+        layers=facts.num_layers,
+        experts=getattr(facts, "num_experts", 0),
+        itemsize=DTYPE_BYTES[_DTYPES[facts.dtype]],
+        tied=facts.tied,
+        **options,
+    )
 
 
 def check_layout(facts: Facts, layout: Layout) -> None:

@@ -63,7 +63,7 @@ def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, toke
         write_weights(folder, random_weights(tensors, facts.dims, dtype, seed), plan_shards(sizes))
         write_config(folder, config)
         if tokenizer and facts.vocab_size >= 256 + len(family.special_tokens):
-            _write_tokenizer(folder, family, facts.vocab_size, {**language_config(config), **config})
+            _write_tokenizer(folder, family, facts.vocab_size, {**language_config(dict(config)), **config})
 
 
 def _byte_alphabet() -> list[str]:

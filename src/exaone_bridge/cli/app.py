@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from exaone_bridge.cli.read_size import read_size
 from exaone_bridge.cli.show import say, stages, table
+from exaone_bridge.cli.verify import verify
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
 from exaone_bridge.families import FAMILIES
 from exaone_bridge.parts.config_reader import language_config
@@ -35,6 +37,9 @@ Ep = Annotated[int, typer.Option("--ep", help="Ranks that experts are dealt to."
 Etp = Annotated[int | None, typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1)]
 Backend = Annotated[str, typer.Option("--backend", help="auto, transformer_engine or torch.")]
 
+Workers = Annotated[int, typer.Option("--workers", help="Processes; each holds a tensor or two.", min=1, max=256)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and write nothing.")]
+
 
 def _example(text: str) -> str:
     return f"Example: [bold]{text}[/bold]"
@@ -46,7 +51,7 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
     import tempfile
 
     from exaone_bridge.checkpoint.tiny import write_random
-    from exaone_bridge.verify.verify import verify
+    from exaone_bridge.verify.verify import verify as run
 
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
@@ -56,7 +61,7 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
                 folder = Path(work) / name
                 config, layout = _fitted(config, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep))
                 write_random(folder, config)
-                reports.append(verify(folder, layout, backend=backend, on_event=on_event))
+                reports.append(run(folder, layout, backend=backend, on_event=on_event))
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
         ["model", "parameters", "layout", "max |logit difference|", "first differing layer", "round trip", "seconds"],
@@ -156,66 +161,9 @@ def inspect(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is, where each tensor goes, and whether a layout fits. Reads no tensor."""
-    from exaone_bridge.checkpoint.source import check_layout, open_source
-    from exaone_bridge.parts.schedule import mlp_pattern, pattern
+    from exaone_bridge.cli.inspect import inspect as run
 
-    layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp)
-    source = open_source(folder)
-    facts = source.facts
-    check_layout(facts, layout)
-    destinations = {tensor.name: name for row in source.rows for name, hf in row.expand() for tensor in hf}
-    moe = getattr(facts, "moe", (False,) * facts.num_layers)
-    if json_:
-        summary = {
-            "folder": str(folder),
-            "family": source.family.name,
-            "parameters": source.parameters,
-            "bytes": source.nbytes,
-            "dtype": facts.dtype,
-            "layers": pattern(facts.windows),
-            "feed_forward": mlp_pattern(moe),
-            "rope": list(facts.rope),
-            "tied": facts.tied,
-            "layout": str(layout),
-            "tensors": {
-                name: {
-                    "shape": list(tensor.shape),
-                    "dtype": tensor.dtype,
-                    "file": tensor.file.name,
-                    "megatron": destinations.get(name),  # null: carried beside the model
-                }
-                for name, tensor in source.tensors.items()
-            },
-        }
-        print(json.dumps(summary, indent=2))
-        return
-    size = f"{source.parameters:,} in {len(source.tensors)} tensors, {facts.dtype}, {source.nbytes / 1e9:.2f} GB"
-    rope = "".join("R" if has else "-" for has in facts.rope)
-    table(
-        str(folder),
-        ["what", "value"],
-        [
-            ["family", source.family.name],
-            ["parameters", size],
-            ["layers (L windowed, G global)", pattern(facts.windows)],
-            *([["feed-forward (D dense, E experts)", mlp_pattern(moe)], _experts_line(facts)] if any(moe) else []),
-            ["RoPE (R yes, - none)", rope],
-            ["window", str(next((window for window in facts.windows if window), "-"))],
-            ["heads", f"{facts.num_heads} / {facts.num_kv_heads} x {facts.head_dim}"],
-            ["embeddings", "tied" if facts.tied else "untied"],
-            ["layout", f"{layout} fits: {layout.ranks} ranks"],
-        ],
-    )
-    say("Where each tensor goes (* is the layer, then the expert; the letters are the axes of parts/rows.py)")
-    for row in source.rows:
-        for tensor in row.hf:
-            say(f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})")
-    for name, info in source.carried.items():
-        say(f"  {name} {list(info.shape)} -> carried beside the model, unchanged")
-
-
-def _experts_line(facts: Any) -> list[str]:
-    return ["experts", f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"]
+    run(folder, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp), as_json=json_)
 
 
 @app.command("import", epilog=_example("exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2"))
@@ -228,69 +176,56 @@ def import_(
     ep: Ep = 1,
     etp: Etp = None,
     backend: Backend = "auto",
+    workers: Workers = 1,
+    dry_run: DryRun = False,
 ) -> None:
-    """Convert Hugging Face -> Megatron checkpoint (torch_dist: it loads at any layout)."""
+    """Convert Hugging Face -> Megatron checkpoint (torch_dist), which loads at any layout; its run config says this."""
     from exaone_bridge.checkpoint.convert import import_checkpoint
+    from exaone_bridge.cli.progress import conversion, say_summary
 
-    with stages("import") as on_event:
-        layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
-        done = import_checkpoint(hf_folder, megatron_folder, layout, backend=backend, on_event=on_event)
-    _print_summary(megatron_folder, done)
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+    with conversion("import") as on_event:
+        done = import_checkpoint(
+            hf_folder,
+            megatron_folder,
+            layout,
+            backend=backend,
+            workers=workers,
+            dry_run=dry_run,
+            on_event=on_event,
+        )
+    say_summary(megatron_folder, done, dry_run=dry_run)
 
 
 @app.command(epilog=_example("exaone-bridge export /checkpoints/exaone /models/exported"))
 def export(
-    megatron_folder: Annotated[Path, typer.Argument(help="A Megatron-Bridge checkpoint.")],
+    megatron_folder: Annotated[Path, typer.Argument(help="A Megatron-Bridge checkpoint, of any layout.")],
     hf_folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
-    tp: Tp = 1,
-    pp: Pp = 1,
-    vpp: Vpp = 1,
-    ep: Ep = 1,
-    etp: Etp = None,
-    backend: Backend = "auto",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a file, such as 5GB; default: the source's files.", metavar="SIZE")
+    ] = None,
     drop_carried: Annotated[
         bool, typer.Option("--drop-carried", help="Leave out tensors that travel beside the model.")
     ] = False,
+    workers: Workers = 1,
+    dry_run: DryRun = False,
 ) -> None:
-    """Convert Megatron checkpoint -> Hugging Face, from the checkpoint alone."""
+    """Convert Megatron checkpoint -> Hugging Face, from the checkpoint alone; interrupted, run it again to go on."""
     from exaone_bridge.checkpoint.convert import export_checkpoint
+    from exaone_bridge.cli.progress import conversion, say_summary
 
-    with stages("export") as on_event:
-        layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+    max_shard_bytes = None if max_shard_size is None else read_size(max_shard_size, "--max-shard-size")
+    with conversion("export") as on_event:
         done = export_checkpoint(
-            megatron_folder, hf_folder, layout, backend=backend, drop_carried=drop_carried, on_event=on_event
+            megatron_folder,
+            hf_folder,
+            max_shard_bytes=max_shard_bytes,
+            drop_carried=drop_carried,
+            workers=workers,
+            dry_run=dry_run,
+            on_event=on_event,
         )
-    _print_summary(hf_folder, done)
+    say_summary(hf_folder, done, dry_run=dry_run)
 
 
-def _print_summary(folder: Path, done: Any) -> None:
-    say(f"{folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB, {done.seconds:.1f} s")
-
-
-@app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2"))
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
-    tp: Tp = 1,
-    pp: Pp = 1,
-    vpp: Vpp = 1,
-    sp: Sp = False,
-    ep: Ep = 1,
-    etp: Etp = None,
-    backend: Backend = "auto",
-    tolerance: Annotated[float, typer.Option(help="On the absolute difference of logits, in fp32.")] = 1e-4,
-    length: Annotated[int | None, typer.Option(help="Positions of a prompt; default: past the window.", min=1)] = None,
-) -> None:
-    """Round trip through Megatron-Core, bit by bit, and logits of every position against Transformers."""
-    from exaone_bridge.verify.verify import verify as run
-
-    with stages("verify") as on_event:
-        on_event(0, "importing Megatron-Core (half a minute)")
-        layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp)
-        report = run(folder, layout, backend=backend, tolerance=tolerance, length=length, on_event=on_event)
-    table(
-        f"{report.source}, {report.parameters:,} parameters, {report.layout}, {report.seconds:.1f} s",
-        ["check", "figure", "verdict"],
-        [[check.name, check.figure, "holds" if check.holds else "DIFFERS"] for check in report.checks],
-    )
-    if not report.holds:
-        raise ParityFailure(report.faults())
+app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2 --report /tmp/report.html"))(verify)

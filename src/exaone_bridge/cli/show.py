@@ -15,17 +15,22 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["say", "stages", "table"]
+__all__ = ["console", "quiet", "say", "stages", "table"]
 
 console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has no width of its own
+
+
+def quiet() -> None:
+    """Leave the output to us: what libraries warn of is not a user's business here."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
 
 
 @contextlib.contextmanager
 def stages(what: str, *, quiet_libraries: bool = True) -> Iterator[Callable[[int, Any], None]]:
     """Show what is being done: a spinner on a terminal, a line a stage elsewhere. Yields `on_event`."""
     if quiet_libraries:
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.WARNING)
+        quiet()
     last = ""
     started = time.perf_counter()
 

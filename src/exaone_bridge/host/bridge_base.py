@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from exaone_bridge.errors import UnmappedTensors
+from exaone_bridge.host import planned
 from exaone_bridge.host.bind import bind
 from exaone_bridge.host.dora import DoRAExport
 from exaone_bridge.host.fp8 import initial_values_renewed
@@ -95,14 +96,34 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
     def load_weights_hf_to_megatron(
         self, hf_pretrained: Any, megatron_model: Any, allowed_mismatched_params: list[str] | None = None
     ) -> list[MegatronModule]:
-        """The host's load; FP8 parameters remember what was loaded.
+        """Fill a model from a Hugging Face model: by the plan of copies, or the host's way where that does not reach.
 
         Raises:
-            UnmappedTensors: as `build_conversion_tasks`.
+            UnmappedTensors: as `build_conversion_tasks`; the check is as strict on either way.
+            CheckpointError, UnsupportedLayout: see `checkpoint/engine.py`.
         """
         model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
-        with initial_values_renewed(self, model):
-            return super().load_weights_hf_to_megatron(hf_pretrained, model, allowed_mismatched_params)
+        why = planned.why_not(self, model)
+        folder = planned.folder_of(hf_pretrained)
+        if folder is None:
+            why = why or "the source is no folder of safetensors files"
+        if allowed_mismatched_params:
+            why = why or "parameters of other shapes are allowed"
+        if type(self).maybe_modify_loaded_hf_weight is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
+            why = why or "the bridge changes weights as it reads them"
+        planned.say_once("Hugging Face -> Megatron-Core", why)
+        if why is not None:
+            with initial_values_renewed(self, model):
+                return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, allowed_mismatched_params)
+        self.hf_pretrained, self.hf_config = hf_pretrained, hf_pretrained.config
+        self.unquantized_state_dict = None
+        facts = self._facts()
+        rows = self.FAMILY.rows(facts)
+        placed = planned.place_of(model)
+        if not placed.even:  # of an uneven pipeline each rank knows its own stage only
+            self._check_megatron(rows, unwrap_model(model))
+        planned.engine().load(folder, self.FAMILY, rows, facts, placed)
+        return model
 
     def _output_bias_task(
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
@@ -165,6 +186,27 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
                 )
             yield from self._carried(hf_pretrained, facts)
 
+    def to_be_saved(self, hf_pretrained: Any) -> tuple[Any, tuple[Row, ...], dict[str, str] | None, dict[str, Any]]:
+        """What the planned export must know: facts, rows, the source's file of each tensor, and tensors to be carried.
+
+        Raises:
+            UnmappedTensors: tensors should travel beside the model, and no source is at hand.
+        """
+        self.hf_pretrained, self.hf_config = hf_pretrained, getattr(hf_pretrained, "config", hf_pretrained)
+        facts = self._facts()
+        rows = self.FAMILY.rows(facts)
+        folder = planned.folder_of(hf_pretrained)
+        if folder is None:
+            if names := [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]:
+                raise _out_of_reach(names)
+            return facts, rows, None, {}
+        tensors = planned.engine("headers").read_headers(folder)
+        files = {name: info.file.name for name, info in tensors.items()}
+        carried = {name: info for name, info in tensors.items() if self.FAMILY.is_carried(name)}
+        if carried and dist.get_rank() == 0:
+            logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(carried), min(carried))
+        return facts, rows, files, carried
+
     def _carried(self, hf_pretrained: Any, facts: Any) -> Iterable[HFWeightTuple]:
         """What the source ships beside the model, unread and unchanged.
 
@@ -175,19 +217,23 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         if source is None:
             names = [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]
             if names:
-                raise UnmappedTensors(
-                    "tensors that travel beside the model cannot be reached",
-                    names,
-                    where="export",
-                    remedy="export with the Hugging Face source at hand, or from a configuration without them "
-                    "(num_nextn_predict_layers 0)",
-                )
+                raise _out_of_reach(names)
             return
         names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_carried(name))
         if names:
             logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0])
         for name in names:
             yield HFWeightTuple(name, hf_pretrained.state[name])
+
+
+def _out_of_reach(names: list[str]) -> UnmappedTensors:
+    return UnmappedTensors(
+        "tensors that travel beside the model cannot be reached",
+        names,
+        where="export",
+        remedy="export with the Hugging Face source at hand, or from a configuration without them "
+        "(num_nextn_predict_layers 0)",
+    )
 
 
 def _over_expert_ranks(names: set[str]) -> set[str]:

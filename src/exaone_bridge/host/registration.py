@@ -56,12 +56,14 @@ def register() -> None:
 
     from exaone_bridge.host.optimizer import optimizer_places_right
     from exaone_bridge.host.peft import adapters_before_post_norms
+    from exaone_bridge.host.planned_save import save_by_plan
 
     register_allowed_target_prefix("exaone_bridge.")  # run_config.yaml names our providers and spec functions
     classes = _bridge_classes()
     tolerate_missing_tokenizer(classes.keys())
     adapters_before_post_norms()
     optimizer_places_right()
+    save_by_plan(classes.keys())
     tolerate_listed_fields(FAMILIES)
     for architecture, bridge in classes.items():
         for key in _keys(architecture):

@@ -49,9 +49,9 @@ def read_number(config: Mapping[str, Any], field: str, default: float | None = N
     return float(value)
 
 
-def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part that describes the language model: of a model with other towers, what is nested for it."""
-    return config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
 
 
 def read_flag(config: Mapping[str, Any], field: str, default: bool) -> bool:

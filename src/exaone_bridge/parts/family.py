@@ -64,6 +64,8 @@ class Family:
         chat_template: Jinja, for the same.
         processor_files: name -> JSON, for the same: what its images and videos are prepared with.
         bridge: `module:class`, imported only when Megatron-Bridge has been.
+        image_prompts: `module:function` of a model that takes images: (facts, prompts, seed) -> words [N, S], and the
+            arguments with the images of each prompt.
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
         without_carried: facts -> those of the same model with nothing beside it.
@@ -80,6 +82,7 @@ class Family:
     chat_template: str
     bridge: str
     processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    image_prompts: str | None = None
     carried: str | None = None
     carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
     without_carried: Callable[[Any], Any] = lambda facts: facts

@@ -1,11 +1,11 @@
-"""Files of a Hugging Face model folder beside its weights and its config. No torch."""
+"""Files of a Hugging Face model folder beside weights and config; folders of a Megatron checkpoint. No torch."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-__all__ = ["TRAVELLING_FILES", "copy_travelling_files", "has_tokenizer"]
+__all__ = ["TRAVELLING_FILES", "copy_travelling_files", "has_tokenizer", "iteration_folder"]
 
 # What travels byte for byte with a conversion; none of it has to be there.
 TRAVELLING_FILES = (
@@ -31,3 +31,9 @@ def copy_travelling_files(source: Path, target: Path) -> list[str]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether any file of a tokenizer is there."""
     return any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt"))
+
+
+def iteration_folder(path: Path) -> Path:
+    """The folder of a Megatron checkpoint's newest iteration, or the path itself if it is one."""
+    folders = [folder for folder in path.glob("iter_*") if folder.name[5:].isdigit()]
+    return max(folders, key=lambda folder: int(folder.name[5:])) if folders else path

@@ -50,7 +50,7 @@ class MoEModelProvider(ExactGPTModelProvider):
                 where="provider",
                 remedy="balance the experts one way or the other",
             )
-        if self.num_moe_experts and resolve_backend(self.backend).name == "torch":
+        if resolve_backend(self.backend).name == "torch":
             # alltoall counts tokens on CUDA streams of its own; grouped GEMM and permutation are Transformer Engine's
             self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False, moe_permute_fusion=False)
         # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our

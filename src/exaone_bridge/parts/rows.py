@@ -70,7 +70,7 @@ class HFTensor:
 
     def numbered(self, *numbers: int) -> HFTensor:
         """The tensor of this layer (and expert)."""
-        return replace(self, name=_numbered(self.name, *numbers))
+        return HFTensor(_numbered(self.name, *numbers), self.axes, self.fp32, self.std)
 
 
 def _numbered(name: str, *numbers: int) -> str:
@@ -98,16 +98,24 @@ class Row:
 
     def expand(self) -> Iterator[tuple[str, tuple[HFTensor, ...]]]:
         """Each concrete Megatron-Core name with its concrete tensors, layer by layer, expert by expert."""
-        for numbers in self._numbers():
+        for numbers in self.numbers():
             yield _numbered(self.megatron, *numbers), tuple(tensor.numbered(*numbers) for tensor in self.hf)
+
+    def names(self) -> Iterator[tuple[str, ...]]:
+        """The Megatron-Core name of each parameter and the names of its tensors, in the order of `expand`: just those,
+        because a checkpoint may have 60,000."""
+        patterns = [name.replace("*", "%d") for name in (self.megatron, *(tensor.name for tensor in self.hf))]
+        for numbers in self.numbers():
+            yield tuple([pattern % numbers for pattern in patterns])
 
     def aliases(self) -> Iterator[tuple[str, str]]:
         """Each concrete name by which another module class calls a parameter of this row, and ours for it."""
         if self.alias is not None:
-            for numbers in self._numbers():
+            for numbers in self.numbers():
                 yield _numbered(self.alias, *numbers), _numbered(self.megatron, *numbers)
 
-    def _numbers(self) -> Iterator[tuple[int, ...]]:
+    def numbers(self) -> Iterator[tuple[int, ...]]:
+        """(), (layer,) or (layer, expert) of each parameter, in the order of `expand`."""
         if "*" not in self.megatron:
             yield ()
         for layer in self.layers:
@@ -129,12 +137,24 @@ def hf_tensors(rows: Iterable[Row]) -> dict[str, HFTensor]:
 
 def expected_hf(rows: Iterable[Row], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every Hugging Face tensor that the rows claim."""
-    return {name: tensor.shape(dims) for name, tensor in hf_tensors(rows).items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for row in rows:
+        shapes = [tensor.shape(dims) for tensor in row.hf]
+        for _, *names in row.names():
+            found.update(zip(names, shapes, strict=True))
+    return found
 
 
 def fp32_names(rows: Iterable[Row]) -> set[str]:
     """The tensors that are fp32 on disk whatever the model's type."""
-    return {name for name, tensor in hf_tensors(rows).items() if tensor.fp32}
+    return {
+        name
+        for row in rows
+        if any(tensor.fp32 for tensor in row.hf)
+        for _, *names in row.names()
+        for name, tensor in zip(names, row.hf, strict=True)
+        if tensor.fp32
+    }
 
 
 def hf_nbytes(rows: Iterable[Row], dims: Mapping[str, int], itemsize: int) -> dict[str, int]:

@@ -1,26 +1,19 @@
-"""Compares Hugging Face folders: tensors bit by bit, configurations key by key, files byte by byte. No torch."""
+"""Compares Hugging Face folders: tensors bit by bit, configurations key by key, files byte for byte. No torch."""
 
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.headers import TensorInfo, read_headers
 from exaone_bridge.parts.files import TRAVELLING_FILES
+from exaone_bridge.verify.digests import Digest, digest_folder
 from exaone_bridge.verify.report import Check
 
-__all__ = ["compare_configs", "compare_files", "compare_tensors"]
+__all__ = ["compare_configs", "compare_digests", "compare_files", "compare_tensors"]
 
-
-def _bytes_of(tensors: Mapping[str, TensorInfo]) -> dict[Path, mmap.mmap]:
-    maps = {}
-    for path in {tensor.file for tensor in tensors.values()}:
-        with path.open("rb") as file:
-            maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return maps
+_NAMED = 5  # faults that a line names; it counts the others
 
 
 def compare_tensors(left: Path, right: Path) -> Check:
@@ -29,43 +22,40 @@ def compare_tensors(left: Path, right: Path) -> Check:
     Raises:
         CheckpointError: a folder that cannot be read.
     """
-    first, second = read_headers(left), read_headers(right)
+    return compare_digests(digest_folder(left), digest_folder(right))
+
+
+def compare_digests(first: Mapping[str, Digest], second: Mapping[str, Digest]) -> Check:
+    """The same of digests; how tensors are cut into files does not matter."""
     faults = [f"{name} is missing" for name in sorted(first.keys() - second.keys())]
     faults += [f"{name} was added" for name in sorted(second.keys() - first.keys())]
-    maps = _bytes_of(first) | _bytes_of(second)
     for name in sorted(first.keys() & second.keys()):
         a, b = first[name], second[name]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             faults.append(f"{name} is {a.dtype} {list(a.shape)}, then {b.dtype} {list(b.shape)}")
-        elif not _same_bytes(maps[a.file], a, maps[b.file], b):
+        elif a.sha256 != b.sha256:
             faults.append(f"{name} differs")
     figure = f"{len(first)} tensors bitwise equal" if not faults else f"{len(faults)} of {len(first)} tensors differ"
-    return Check("tensors", figure, not faults, "; ".join(faults[:5]))
+    values = {"tensors": len(first), "differing": len(faults), "names": [fault.split(" ")[0] for fault in faults]}
+    return _check("tensors", figure, faults, values)
 
 
-def _same_bytes(left: mmap.mmap, a: TensorInfo, right: mmap.mmap, b: TensorInfo, step: int = 1 << 24) -> bool:
-    return all(
-        left[a.offset + at : a.offset + min(at + step, a.nbytes)]
-        == right[b.offset + at : b.offset + min(at + step, b.nbytes)]
-        for at in range(0, a.nbytes, step)
-    )
+def _check(name: str, figure: str, faults: list[str], values: Mapping[str, Any]) -> Check:
+    return Check(name, figure, not faults, "; ".join(faults[:_NAMED]), values=values)
 
 
 def compare_configs(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
     """Key by key, both ways, less the version stamp."""
     keys = (left.keys() | right.keys()) - {"transformers_version"}
-    faults = [
-        f"{key}: {left.get(key, '(absent)')!r}, then {right.get(key, '(absent)')!r}"
-        for key in sorted(keys)
-        if (key in left) != (key in right) or _text(left.get(key)) != _text(right.get(key))
-    ]
+    faulty = [key for key in sorted(keys) if _text(left, key) != _text(right, key)]
+    faults = [f"{key}: {left.get(key, '(absent)')!r}, then {right.get(key, '(absent)')!r}" for key in faulty]
     figure = f"{len(keys)} keys equal" if not faults else f"{len(faults)} of {len(keys)} keys differ"
-    return Check("config", figure, not faults, "; ".join(faults[:5]))
+    return _check("config", figure, faults, {"keys": len(keys), "differing": len(faults), "names": faulty})
 
 
-def _text(value: Any) -> str:
-    """As a file has it: 1, 1.0 and true are three values."""
-    return json.dumps(value, sort_keys=True)
+def _text(config: Mapping[str, Any], key: str) -> str | None:
+    """As a file has it: 1, 1.0 and true are three values, and an absent key is none of them."""
+    return json.dumps(config[key], sort_keys=True) if key in config else None
 
 
 def compare_files(left: Path, right: Path) -> Check:
@@ -84,4 +74,5 @@ def compare_files(left: Path, right: Path) -> Check:
         or (left / name).read_bytes() != (right / name).read_bytes()
     ]
     figure = f"{len(names)} files equal" if not faults else f"{len(faults)} of {len(names)} files differ"
-    return Check("files", figure, not faults, ", ".join(faults[:5]))
+    values = {"files": len(names), "differing": len(faults), "names": faults}
+    return Check("files", figure, not faults, ", ".join(faults[:_NAMED]), values=values)

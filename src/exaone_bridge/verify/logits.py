@@ -1,19 +1,20 @@
-"""Logits and hidden states of every position and layer: Transformers' eager code against Megatron-Core's."""
+"""Logits of every position and what lies on the way to them: one side against the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from exaone_bridge.verify.report import Check
+from exaone_bridge.verify.points import LOGITS, Point
+from exaone_bridge.verify.precision import BF16_RATIO, Rounding
+from exaone_bridge.verify.report import Check, Place
+from exaone_bridge.verify.traces import Traced
 
-__all__ = ["LogitDifference", "compare_logits", "prompts", "reference_logits"]
-
-Layers = Mapping[int, torch.Tensor]
+__all__ = ["compare_half_precision", "compare_logits", "places_of", "prompts"]
 
 
 def prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -21,71 +22,150 @@ def prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> torch.Te
     return torch.randint(vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def model_class(folder: Path) -> Any:
-    """Transformers' automatic class for a folder: of models with images, or of language models."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def _relative(reference: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """[N, S]: the largest difference at each position, by the largest entry there; NaN stays NaN.
 
-    has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
-
-
-@torch.no_grad()
-def reference_logits(
-    folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Logits [N, S, V] and each decoder layer's output [N, S, H], by 0-based layer, of Transformers' eager model.
-
-    One prompt at a time: what a batch changes in the arithmetic is no fault of a conversion.
+    What one side alone has, or has in another shape, is infinitely far.
     """
-    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-    hidden: dict[int, list[torch.Tensor]] = {}
+    if ours.shape != reference.shape:
+        return torch.full(reference.shape[:2], float("inf"))
+    size = reference.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (ours - reference).abs().amax(-1) / size
 
-    def keep(layer: int) -> Any:
-        return lambda _, __, output: hidden.setdefault(layer, []).append(
-            (output[0] if isinstance(output, tuple) else output).float()
-        )
 
-    for layer, module in enumerate(getattr(model.model, "language_model", model.model).layers):
-        module.register_forward_hook(keep(layer))
-    logits = [model(prompt[None], use_cache=False).logits.float() for prompt in tokens]
-    return torch.cat(logits), {layer: torch.cat(parts) for layer, parts in hidden.items()}
+def _worst(relative: torch.Tensor, decided: torch.Tensor | None) -> float:
+    return _max(relative if decided is None else relative[decided])
 
 
 @dataclass(frozen=True, slots=True)
-class LogitDifference:
-    """How far two models' logits are apart, and where their hidden states part first."""
+class Figures:
+    """How far logits are apart, over the positions of all prompts that count."""
 
-    maximum: float
+    positions: int
+    skipped: int  # positions where rounding decides which expert is chosen
+    max: float
     mean: float
-    top1: float  # share of positions where both put the same word first
-    first_layer: int | None  # 0-based; None: no layer differs
+    relative: float  # the worst position's, by its largest logit
+    bound: float
+    kl_mean: float
+    kl_max: float
+    top1: float
 
-    def check(self, tolerance: float) -> Check:
-        """The line of a report; NaN never holds."""
-        figure = f"max |difference| {self.maximum:.1e}, mean {self.mean:.1e}, top-1 agreement {self.top1:.1%}"
-        where = "" if self.first_layer is None else f"hidden states part at layer {self.first_layer}"
-        return Check("logits", figure, self.maximum <= tolerance, where)
+    def text(self) -> str:
+        skipped = f" ({self.skipped} behind a router's tie left out)" if self.skipped else ""
+        return (
+            f"max |difference| {self.max:.1e}, mean {self.mean:.1e}, KL {self.kl_max:.1e}, "
+            f"top-1 agreement {self.top1:.1%}, {self.positions} positions{skipped}"
+        )
 
 
-def compare_logits(
-    reference: tuple[torch.Tensor, Layers], ours: tuple[torch.Tensor, Layers], tolerance: float
-) -> LogitDifference:
-    """Compare every position of every prompt, and every layer.
+def _figures(references: Sequence[Traced], ours: Sequence[Traced], bound: float) -> Figures:
+    expected = torch.cat([run.logits[_mask(run)] for run in references])
+    found = torch.cat([mine.logits[_mask(run)] for run, mine in zip(references, ours, strict=True)])
+    difference = (found - expected).abs()
+    logs, ours_logs = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    kl = (logs.exp() * (logs - ours_logs)).sum(-1).abs()  # rounding can make it a little less than zero
+    total = sum(run.logits.shape[0] * run.logits.shape[1] for run in references)
+    return Figures(
+        positions=len(expected),
+        skipped=total - len(expected),
+        max=_max(difference),
+        mean=difference.mean().item(),
+        relative=_max(_relative(expected[None], found[None])),
+        bound=bound,
+        kl_mean=kl.mean().item(),
+        kl_max=_max(kl),
+        top1=(found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+    )
+
+
+def _max(values: torch.Tensor) -> float:
+    return values.max().item() if values.numel() else float("nan")
+
+
+def _mask(run: Traced) -> torch.Tensor:
+    return torch.ones(run.logits.shape[:2], dtype=torch.bool) if run.decided is None else run.decided
+
+
+def compare_logits(references: Sequence[Traced], ours: Sequence[Traced], places: Sequence[Place]) -> Check:
+    """The line for fp32: every position of every prompt within the bound of rounding; NaN never holds.
 
     Args:
-        reference, ours: logits [N, S, V] and hidden states [N, S, H] by layer.
-        tolerance: absolute, on logits; hidden states may differ by as much relative to their own maximum.
+        references, ours: a run for each length of prompts.
+        places: of `places_of`; the last is the logits'.
     """
-    difference = (ours[0] - reference[0]).abs()
-    first = None
-    for layer in sorted(reference[1]):
-        expected, found = reference[1][layer], ours[1][layer]
-        if not (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item()):
-            first = layer
-            break
-    return LogitDifference(
-        maximum=difference.max().item(),
-        mean=difference.mean().item(),
-        top1=(ours[0].argmax(-1) == reference[0].argmax(-1)).float().mean().item(),
-        first_layer=first,
+    figures = _figures(references, ours, places[-1].bound)
+    holds = figures.positions > 0 and not places[-1].parts
+    bound = f"{figures.relative:.1e} of {figures.bound:.1e} (rounding)"
+    return Check("logits", figures.text(), holds, bound=bound, values=dataclasses.asdict(figures))
+
+
+def compare_half_precision(
+    references: Sequence[Traced], theirs: Sequence[Traced], ours: Sequence[Traced], dtype: str
+) -> Check:
+    """The line for bf16: no farther from Transformers' fp32 than Transformers' own bf16 is.
+
+    Distances are means over every logit of every prompt. Routers' ties count: both sides meet them.
+    """
+
+    def distance(side: Sequence[Traced]) -> float:
+        gaps = [(mine.logits - run.logits).abs().flatten() for run, mine in zip(references, side, strict=True)]
+        return torch.cat(gaps).mean().item()
+
+    whole = [dataclasses.replace(run, decided=None) for run in references]
+    own, bound = distance(ours), BF16_RATIO * distance(theirs)
+    figures = dataclasses.replace(_figures(whole, ours, bound), relative=own / bound * BF16_RATIO)
+    text = (
+        f"mean distance from fp32 {own:.2e}, {figures.relative:.2f} of Transformers' own {dtype}; "
+        f"max {figures.max:.1e}, KL {figures.kl_mean:.1e}, "
+        f"top-1 agreement {figures.top1:.1%}, {figures.positions} positions"
     )
+    limit = f"{bound:.2e} ({BF16_RATIO} x Transformers')"
+    return Check("logits", text, own <= bound, bound=limit, values=dataclasses.asdict(figures))
+
+
+def places_of(
+    points: Iterable[Point],
+    references: Sequence[Traced],
+    ours: Sequence[Traced],
+    facts: Any,
+    theirs: Sequence[Traced] | None = None,
+) -> tuple[Place, ...]:
+    """Every place that both sides saw, in the order of the arithmetic; the worst of all prompts; the logits last.
+
+    Args:
+        theirs: Transformers' own run in half precision: then the median position is held against twice theirs.
+    """
+    table = {point.hf: point for point in points}
+    rounding = Rounding(facts, max(run.logits.shape[1] for run in references))
+    places = []
+    for name in (*references[0].values, LOGITS):
+        point = table.get(name)
+        if point is not None and point.heads and any(name not in run.values for run in ours):
+            continue  # tensor parallelism: a rank has some heads only
+        layer, sublayer = (None, "output layer") if point is None else (point.layer, point.sublayer)
+        pairs = [(_of(run, name), _of(mine, name), run.decided) for run, mine in zip(references, ours, strict=True)]
+        if theirs is None:
+            difference = max((_worst(_relative(a, b), mask) for a, b, mask in pairs), key=_nan_last)
+            amplification = max(run.sensitivity.get(name, 1.0) for run in references)
+            terms = rounding.terms(layer, sublayer, is_last=sublayer != "embedding")
+            bound = rounding.bound(terms, amplification)
+        else:
+            difference = _typical([_relative(a, b) for a, b, _ in pairs])
+            other = [_relative(a, _of(run, name)) for (a, _, _), run in zip(pairs, theirs, strict=True)]
+            bound = 2 * _typical(other)
+        places.append(Place(name, layer, sublayer, difference, bound))
+    return tuple(places)
+
+
+def _typical(relatives: Sequence[torch.Tensor]) -> float:
+    """The median position's: a few tokens whose experts change by rounding say nothing; NaN where any is."""
+    return torch.cat([relative.flatten() for relative in relatives]).median().item()
+
+
+def _nan_last(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+def _of(run: Traced, name: str) -> torch.Tensor:
+    return run.logits if name == LOGITS else run.values.get(name, torch.empty(0))

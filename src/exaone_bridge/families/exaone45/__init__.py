@@ -1,4 +1,4 @@
-"""EXAONE 4.5: a vision tower before EXAONE 4.0's language model, and multi-token prediction beside it. No torch here."""
+"""EXAONE 4.5: a vision tower before the EXAONE 4.0 language model, and multi-token prediction beside it. No torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ EXAONE45 = Family(
     chat_template=CHAT_TEMPLATE,
     processor_files=PROCESSOR_FILES,
     bridge="exaone_bridge.families.exaone45.bridge:Exaone45Bridge",
+    image_prompts="exaone_bridge.families.exaone45.prompts:image_prompts",
     carried=CARRIED,
     carried_tensors=carried_tensors,
     without_carried=without_carried,

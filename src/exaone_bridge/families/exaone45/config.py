@@ -121,25 +121,30 @@ def read_config(config: Mapping[str, Any]) -> Exaone45Facts:
             got=tower.out_size,
             wanted=f"text_config.hidden_size={facts.hidden_size}, because features take the place of words",
         )
-    tokens = {name: read_count(config, f"{name}_id", default, least=0) for name, default in _TOKENS.items()}
-    for name, number in tokens.items():
-        if number >= facts.vocab_size:
-            raise UnsupportedConfig(f"{name}_id", got=number, wanted=f"less than vocab_size={facts.vocab_size}")
-    if tokens["image_token"] == tokens["video_token"]:
-        raise UnsupportedConfig("video_token_id", got=tokens["video_token"], wanted="another word than image_token_id")
+    image, video = (_word(config, field, default, facts.vocab_size) for field, default in _TOKENS)
+    if image == video:
+        raise UnsupportedConfig("video_token_id", got=video, wanted="another word than image_token_id")
     return Exaone45Facts(
         **{field.name: getattr(facts, field.name) for field in fields(Exaone4Facts) if field.name != "tied"},
         tied=bool(config.get("tie_word_embeddings", False)),
         vision=tower,
-        **tokens,
+        image_token=image,
+        video_token=video,
         mtp_depth=0 if text.get(_MTP_DEPTH) is None else read_count(text, _MTP_DEPTH, least=0),
         mtp_shared=read_flag(text, "mtp_share_layers", False),
         mtp_loss_scale=read_number(text, "mtp_loss_scaling_factor", 0.1),
     )
 
 
-_TOKENS = {"image_token": 67, "video_token": 68}
+_TOKENS = (("image_token_id", 67), ("video_token_id", 68))
 _MTP_DEPTH = "num_nextn_predict_layers"
+
+
+def _word(config: Mapping[str, Any], field: str, default: int, vocab_size: int) -> int:
+    number = read_count(config, field, default, least=0)
+    if number >= vocab_size:
+        raise UnsupportedConfig(field, got=number, wanted=f"less than vocab_size={vocab_size}")
+    return number
 
 
 def _nested(config: Mapping[str, Any], field: str, model_types: tuple[str, ...]) -> Mapping[str, Any]:
@@ -261,4 +266,3 @@ def _changed(before: object, facts: object, name: str) -> bool:
 
 _FIELDS = {"image_token": "image_token_id", "video_token": "video_token_id", "tied": "tie_word_embeddings"}
 _MTP_FIELDS = {"mtp_depth": _MTP_DEPTH, "mtp_shared": "mtp_share_layers", "mtp_loss_scale": "mtp_loss_scaling_factor"}
-

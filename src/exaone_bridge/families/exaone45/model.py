@@ -1,6 +1,6 @@
 """EXAONE 4.5: EXAONE 4.0's GPTModel, whose first stage puts image and video features in place of words.
 
-Positions are plain ones (`Exaone4_5_Model.forward`): the tower has rows and columns of its own, the language model none.
+Positions are plain ones (`Exaone4_5_Model.forward`): rows and columns are the tower's own business.
 
 Axes: B batch, S words of this rank, H hidden, P patches.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from exaone_bridge.errors import UnsupportedLayout, VisionInputError
+from exaone_bridge.errors import VisionInputError
 from exaone_bridge.families.exaone45.config import VisionFacts
 from exaone_bridge.families.exaone45.tower import smallest_image
 from exaone_bridge.parts.context_parallel import gathered_in_order, positions_of
@@ -122,7 +122,9 @@ class Exaone45Model(GPTModel):
         """[words, H] of all images, or of all videos."""
         if pixels is None or grid is None or not len(grid):
             if pixels is not None and len(pixels):
-                raise VisionInputError(f"{kind}s: there are {len(pixels)} patches of pixels, and no grid says how many.")
+                raise VisionInputError(
+                    f"{kind}s: there are {len(pixels)} patches of pixels, and no grid says how many."
+                )
             return None
         patches = int(grid.prod(-1).sum())
         if len(pixels) != patches:

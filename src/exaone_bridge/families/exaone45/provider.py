@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
 from exaone_bridge.families.exaone4.config import Exaone4Facts
 from exaone_bridge.families.exaone4.provider import Exaone4ModelProvider, exaone4_provider
 from exaone_bridge.families.exaone4.provider import facts_of as text_facts_of

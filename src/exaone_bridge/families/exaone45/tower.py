@@ -65,8 +65,8 @@ def build_tower(vision: VisionFacts, config: TransformerConfig, init_std: float)
     if config.recompute_granularity == "full":
         tower.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in tower.parameters():
-        # Every tensor-parallel rank has the whole gradient, and they must stay equal; with sequence parallelism it has
-        # that of the features in its cut only (`finalize_model_grads.py`, `_allreduce_non_tensor_model_parallel_grads`).
+        # Every tensor-parallel rank has the whole gradient, and they must stay equal: their mean. With sequence
+        # parallelism it has that of the features in its cut only: their sum (`finalize_model_grads.py`).
         if config.sequence_parallel:
             parameter.sequence_parallel = True
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exaone_bridge.errors import CheckpointError
-from exaone_bridge.verify import folders
+from exaone_bridge.verify import digests
+from exaone_bridge.verify.digests import Digest, digest_folder, digest_stream
 from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors
-from exaone_bridge.verify.logits import LogitDifference, compare_logits, prompts, reference_logits
-from exaone_bridge.verify.report import Check, Report
-from exaone_bridge.verify.verify import prompt_length
+from exaone_bridge.verify.report import Check
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWN = "model.layers.3.mlp.down_proj.weight"
@@ -97,23 +97,32 @@ def test_one_flipped_bit_differs(where: str, sharded: bool, pair: tuple[Path, Pa
     assert not compare_tensors(*reversed(pair)).holds
 
 
-@pytest.mark.parametrize("step", [1, 7, 100, 4096])
-def test_a_bit_is_seen_wherever_the_pieces_end(step: int, tmp_path: Path) -> None:
-    """Large tensors are compared piece by piece; here the pieces are small."""
+@pytest.mark.parametrize("piece", [1, 7, 100, 4096])
+def test_a_bit_is_seen_wherever_the_pieces_end(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are read piece by piece; here the pieces are small."""
+    monkeypatch.setattr(digests, "_PIECE", piece)
     tensors = {"a": torch.arange(1000, dtype=torch.int64), "b": torch.zeros(0), "c": torch.ones(3)}
     for name in ("left", "right"):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / SINGLE)
-    found = [folders.read_headers(tmp_path / name) for name in ("left", "right")]
     for place in (0, 6, 7, 99, 100, 4095, 4096, 7999):
         data = tensors["a"].clone()
         data.view(torch.uint8)[place] ^= 1
         save_file(tensors | {"a": data}, tmp_path / "right" / SINGLE)
-        maps = [next(iter(folders._bytes_of(headers).values())) for headers in found]
-        same = {
-            name: folders._same_bytes(maps[0], found[0][name], maps[1], found[1][name], step=step) for name in tensors
-        }
-        assert same == {"a": False, "b": True, "c": True}
+        left, right = (digest_folder(tmp_path / name) for name in ("left", "right"))
+        assert {name: left[name] == right[name] for name in tensors} == {"a": False, "b": True, "c": True}
+
+
+def test_a_digest_is_that_of_the_bytes_whether_read_or_streamed(tiny: Any) -> None:
+    folder = tiny("ernie45", dtype="bfloat16")
+    tensors = load_file(folder / SINGLE)
+    read = digest_folder(folder)
+    assert read == digest_stream(tensors.items())
+    one = tensors[DOWN.replace("mlp", "mlp.experts.0")]
+    digest = hashlib.sha256(one.view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert read[DOWN.replace("mlp", "mlp.experts.0")] == Digest("BF16", tuple(one.shape), digest)
+    assert digest_stream([("t", one.t())])["t"].sha256 != digest  # the order of the rows counts, not of the memory
+    assert digest_stream([("t", one.t())]) == digest_stream([("t", one.t().contiguous())])
 
 
 def retype(tensors: Tensors) -> None:
@@ -267,152 +276,3 @@ def test_weights_and_config_are_not_among_the_files(pair: tuple[Path, Path]) -> 
 def test_a_folder_is_no_file(pair: tuple[Path, Path]) -> None:
     (pair[0] / "tokenizer_old").mkdir()
     assert compare_files(*pair).holds
-
-
-# --- logits ---------------------------------------------------------------------------------------------------------
-
-
-def model_outputs(seed: int = 0) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Logits [2, 9, 30] and four layers' outputs [2, 9, 8], of size 100."""
-    noise = torch.Generator().manual_seed(seed)
-    layers = {layer: 100 * torch.randn(2, 9, 8, generator=noise) for layer in range(4)}
-    return torch.randn(2, 9, 30, generator=noise), layers
-
-
-def test_equal_logits_hold() -> None:
-    difference = compare_logits(model_outputs(), model_outputs(), 1e-4)
-    assert difference == LogitDifference(maximum=0.0, mean=0.0, top1=1.0, first_layer=None)
-    check = difference.check(1e-4)
-    assert check.holds and check.name == "logits" and check.where == ""
-    assert check.figure == "max |difference| 0.0e+00, mean 0.0e+00, top-1 agreement 100.0%"
-
-
-@pytest.mark.parametrize("place", [(0, 0, 0), (1, 8, 29), (1, 0, 15)])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_one_logit_that_differs_is_seen(place: tuple[int, int, int], sign: int) -> None:
-    logits, layers = model_outputs()
-    logits[place] += sign * 0.5
-    difference = compare_logits(model_outputs(), (logits, layers), 1e-4)
-    assert difference.maximum == pytest.approx(0.5, abs=1e-6)
-    assert difference.mean == pytest.approx(0.5 / logits.numel(), rel=1e-4)
-    assert difference.first_layer is None
-    assert not difference.check(1e-4).holds and difference.check(0.6).holds
-
-
-def test_the_tolerance_itself_still_holds() -> None:
-    difference = LogitDifference(maximum=0.25, mean=0.0, top1=1.0, first_layer=None)
-    assert difference.check(0.25).holds and not difference.check(0.2499).holds
-
-
-def test_the_most_likely_word_is_counted() -> None:
-    logits, layers = model_outputs()
-    logits[0, 3] = logits[0, 3].neg()
-    logits[1, 5] = logits[1, 5].neg()
-    difference = compare_logits(model_outputs(), (logits, layers), 1e-4)
-    assert difference.top1 == pytest.approx(16 / 18)
-    assert "top-1 agreement 88.9%" in difference.check(1.0).figure
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("side", ["reference", "ours", "both"])
-def test_logits_that_are_no_numbers_never_hold(value: float, side: str) -> None:
-    reference, ours = model_outputs(), model_outputs()
-    for name, (logits, _) in (("reference", reference), ("ours", ours)):
-        if side in (name, "both"):
-            logits[1, 2, 3] = value
-    difference = compare_logits(reference, ours, 1e-4)
-    assert not difference.check(1e-4).holds and not difference.check(1e30).holds
-
-
-@pytest.mark.parametrize("first", range(4))
-def test_the_first_layer_that_differs_is_named(first: int) -> None:
-    logits, layers = model_outputs()
-    for layer in range(first, 4):
-        layers[layer][1, 8, 7] += 1.0
-    difference = compare_logits(model_outputs(), (logits + 1, dict(reversed(layers.items()))), 1e-4)
-    assert difference.first_layer == first
-    assert difference.check(1e-4).where == f"hidden states part at layer {first}"
-
-
-def test_the_first_layer_is_the_first_by_number_whatever_came_first() -> None:
-    logits, layers = model_outputs()
-    reference = model_outputs()[1]
-    many = {layer: layers[layer % 4] for layer in (11, 10, 9, 2)}
-    ours = {layer: many[layer] + (layer in (9, 11)) for layer in many}
-    assert compare_logits((logits, many), (logits, ours), 1e-4).first_layer == 9
-    assert compare_logits((logits, reference), (logits, layers), 1e-4).first_layer is None
-
-
-def test_a_layer_that_is_not_a_number_differs() -> None:
-    logits, layers = model_outputs()
-    layers[2][0, 0, 0] = float("nan")
-    assert compare_logits(model_outputs(), (logits, layers), 1e-4).first_layer == 2
-
-
-def test_a_layer_may_differ_by_the_tolerance_of_its_size() -> None:
-    for size, add, first in ((100.0, 0.005, None), (100.0, 0.02, 1), (0.01, 0.00005, None), (0.01, 0.0002, 1)):
-        reference = {0: torch.full((1, 1, 1), size), 1: torch.full((1, 1, 1), size)}
-        ours = {0: reference[0], 1: reference[1] + add}
-        assert compare_logits((torch.ones(1, 1, 1), reference), (torch.ones(1, 1, 1), ours), 1e-4).first_layer == first
-
-
-def test_a_layer_that_is_not_there_is_an_error() -> None:
-    logits, layers = model_outputs()
-    del layers[3]
-    with pytest.raises(KeyError):
-        compare_logits(model_outputs(), (logits, layers), 1e-4)
-
-
-# --- the reference --------------------------------------------------------------------------------------------------
-
-
-def test_prompts_are_the_seeds_and_use_the_whole_vocabulary() -> None:
-    words = prompts(50, 3, 400)
-    assert words.shape == (3, 400) and words.dtype == torch.int64
-    assert set(words.flatten().tolist()) == set(range(50))
-    assert torch.equal(words, prompts(50, 3, 400)) and not torch.equal(words, prompts(50, 3, 400, seed=1))
-    assert not torch.equal(words[0], words[1])
-
-
-def test_the_reference_is_transformers_eager_model(tiny: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    tokens = prompts(387, 2, 21)
-    logits, layers = reference_logits(tiny("exaone4"), tokens)
-    model = AutoModelForCausalLM.from_pretrained(tiny("exaone4"), attn_implementation="eager").eval()
-    with torch.no_grad():
-        output = model(tokens, output_hidden_states=True, use_cache=False)
-        last = model.model.norm(layers[7])
-    assert logits.shape == (2, 21, 387) and not logits.requires_grad
-    torch.testing.assert_close(logits, output.logits, atol=1e-5, rtol=1e-5)
-    assert list(layers) == list(range(8))
-    for layer in range(7):  # hidden_states[0] is the embedding's output
-        torch.testing.assert_close(layers[layer], output.hidden_states[layer + 1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(last, output.hidden_states[8], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("windows", "length"), [((8, 8, None), 41), ((None, None), 9), ((125, None), 509), ((126, None), 64), ((4096,), 64)]
-)
-def test_prompts_are_longer_than_the_window_where_that_is_affordable(
-    windows: tuple[int | None, ...], length: int
-) -> None:
-    assert prompt_length(windows) == length
-
-
-# --- the report -----------------------------------------------------------------------------------------------------
-
-
-def test_a_report_holds_only_if_every_check_does() -> None:
-    good, bad = Check("a", "1 of 1", True), Check("b", "1 of 2 differ", False, "here")
-    assert not Report("m", 1, "TP1").holds  # nothing was checked
-    assert Report("m", 1, "TP1", [good, good]).holds and Report("m", 1, "TP1", [good]).faults() == ""
-    report = Report("m", 1, "TP1", [good, bad, bad])
-    assert not report.holds and report.faults() == "m: b: 1 of 2 differ; here\nm: b: 1 of 2 differ; here"
-
-
-def test_the_round_trip_is_every_check_but_the_logits() -> None:
-    logits, tensors = Check("logits", "", False), Check("tensors", "", False)
-    good = Check("config", "", True)
-    assert Report("m", 1, "TP1", [good, logits]).round_trip and not Report("m", 1, "TP1", [good, logits]).holds
-    assert not Report("m", 1, "TP1", [good, tensors]).round_trip

@@ -1,0 +1,353 @@
+"""What the conversion engine costs, as ratios within one run; run by hand and recorded in docs/benchmarks.md.
+
+    python benchmarks/convert.py --work /scratch                 # everything; 40 GB of disk, some twenty minutes
+    python benchmarks/convert.py --work /scratch --only load     # one measure
+    python benchmarks/convert.py --work /scratch --small         # the same code on miniatures, in a minute
+
+Measures that are compared run in turns, and the least of their times counts: other work on the machine adds to any of
+them. Page caches are warm. Every measure runs in a process of its own, forked after Megatron's import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from exaone_bridge.checkpoint import shards
+from exaone_bridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.checkpoint.shards import ShardWriter, lay_out, write_index
+from exaone_bridge.checkpoint.source import open_source
+from exaone_bridge.checkpoint.tensors import Spec
+from exaone_bridge.checkpoint.writer import plan_shards, write_config
+from exaone_bridge.families import family_of
+from exaone_bridge.families.ernie45.tiny import TINY as ERNIE
+from exaone_bridge.families.exaone4.tiny import TINY as EXAONE
+from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.parts.rows import hf_tensors
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROPE = EXAONE["exaone4"]["rope_parameters"] | {"original_max_position_embeddings": 8192, "rope_theta": 1e6}
+PUBLISHED = {
+    "vocab_size": 102400,
+    "num_key_value_heads": 8,
+    "dtype": "bfloat16",
+    "rope_parameters": ROPE,
+    "max_position_embeddings": 65536,
+}
+SMALL = EXAONE["exaone4-1.2b"] | {"dtype": "bfloat16", "num_key_value_heads": 4, "num_attention_heads": 8}
+# EXAONE-4.0-1.2B: 2.6 GB; and the width of EXAONE-4.0-32B with few layers: 16 GB
+B1 = EXAONE["exaone4-1.2b"] | PUBLISHED | {
+    "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_attention_heads": 32,
+    "head_dim": 64, "layer_types": [FULL] * 30,
+}  # fmt: skip
+B32 = EXAONE["exaone4"] | PUBLISHED | {
+    "hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 14, "num_attention_heads": 40,
+    "head_dim": 128, "layer_types": ([SLIDING] * 3 + [FULL]) * 3 + [SLIDING, FULL], "sliding_window": 4096,
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run of this program."""
+
+    work: Path
+    repeats: int
+    small: bool
+
+
+def many(layers: int, experts: int) -> dict[str, Any]:
+    """A configuration with 3 x layers x experts tensors and some, each of them tiny."""
+    return ERNIE["ernie45-300b"] | {
+        "num_hidden_layers": layers, "moe_num_experts": experts, "moe_layer_start_index": 0,
+        "moe_layer_end_index": layers - 1, "moe_layer_interval": 1, "hidden_size": 16, "intermediate_size": 32,
+        "moe_intermediate_size": 8, "head_dim": 8, "vocab_size": 64, "dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
+    """A Hugging Face folder of this configuration with random bits; they need not be good weights."""
+    if folder.exists():
+        return folder
+    family = family_of(config["architectures"], where="benchmark")
+    facts = family.read_config(config)
+    kinds = {"bfloat16": "BF16", "float32": "F32"}
+    specs = [
+        Spec(name, "F32" if tensor.fp32 else kinds[facts.dtype], tensor.shape(facts.dims))
+        for name, tensor in hf_tensors(family.rows(facts)).items()
+    ]
+    places = lay_out(specs, plan_shards({spec.name: spec.nbytes for spec in specs}))
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = ShardWriter.create(partial, places)
+    pool = memoryview(
+        torch.randint(256, (1 << 26,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    )
+    for number, spec in enumerate(specs):
+        start = number * 4096 % (1 << 20)
+        step = len(pool) - (1 << 20)
+        writer.put(spec.name, [pool[start : start + min(step, spec.nbytes - at)] for at in range(0, spec.nbytes, step)])
+    writer.close()
+    write_index(partial, places)
+    write_config(partial, config)
+    partial.rename(folder)
+    return folder
+
+
+def least(repeats: int, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The least seconds of each way; they run in turns."""
+    found = dict.fromkeys(ways, math.inf)
+    for _ in range(repeats):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            found[name] = min(found[name], time.perf_counter() - started)
+    return found
+
+
+def unfilled(bridge: Any, layout: Layout) -> list[Any]:
+    """A model whose weights have been touched, and are not the checkpoint's."""
+    from exaone_bridge.host.model import model_parallel_of
+
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.perform_initialization = False
+    provider.apply_overrides_and_finalize(provider.params_dtype, model_parallel_of(layout))
+    model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter.fill_(1.0)
+    return list(model)
+
+
+def _load_rank(folder: Path, repeats: int) -> dict[str, float]:
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = unfilled(bridge, Layout())
+    files = sorted(folder.glob("*.safetensors"))
+    held = {name: torch.ones_like(tensor) for file in files for name, tensor in load_file(file).items()}
+
+    def plain() -> None:
+        for file in files:
+            for name, tensor in load_file(file).items():
+                held[name].copy_(tensor)
+
+    def host() -> None:
+        MegatronModelBridge.load_weights_hf_to_megatron(bridge._model_bridge, bridge.hf_pretrained, model)
+
+    torch.set_num_threads(1)
+    return least(repeats, {"plain copy": plain, "planned": lambda: bridge.load_hf_weights(model), "host": host})
+
+
+def measure_load(run: Run) -> None:
+    """Import into a model at TP1, against a plain copy and the host's loader."""
+    folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
+    (found,) = run_ranks(_load_rank, 1, folder, run.repeats)
+    plain, ours, host = found["plain copy"], found["planned"], found["host"]
+    print(f"| import at TP1, seconds: plain copy, planned, host | {plain:.3f}, {ours:.3f}, {host:.3f} |")
+    print(f"| planned / plain copy (at most 1.5) | {ours / plain:.2f} |")
+    print(f"| host / planned (at least 5) | {host / ours:.1f} |", flush=True)
+
+
+def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.checkpoint.engine import load
+    from exaone_bridge.host.planned import place_of
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = unfilled(bridge, layout)
+    source = open_source(folder)
+    moved = load(folder, source.family, source.rows, source.facts, place_of(model))
+    return moved.nbytes, moved.cut_nbytes
+
+
+def measure_bytes(run: Run) -> None:
+    """Bytes that each rank reads, counted as they are copied."""
+    folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
+    whole = 0
+    for tp in (1, 2, 4, 8):
+        layout = Layout(tp=tp)
+        moved = run_ranks(_bytes_rank, tp, folder, layout)
+        if tp == 1:
+            source = open_source(folder)
+            plan = source.plan(Layout(tp=2))
+            cut = [part for part in plan.parts if len(part.cuts) > 1]
+            whole = sum(
+                math.prod(shape) * size * (len(part.row.layers) or 1)
+                for part in cut
+                for shape, size in zip(part.shapes, part.itemsizes, strict=True)
+            )
+            print(f"| TP1: bytes read by the rank; of the files | {moved[0][0]:,}; {source.nbytes:,} |")
+            continue
+        shares = sorted({nbytes for _, nbytes in moved})
+        text = ", ".join(f"{share * tp / whole:.6f}" for share in shares)
+        print(f"| TP{tp}: bytes a rank reads of tensors that are cut, x {tp} / all of them | {text} |", flush=True)
+
+
+def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = unfilled(bridge, Layout())
+    bridge.load_hf_weights(model)
+    held = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    held = {name: tensor.clone() for name, tensor in held.items()}
+    torch.set_num_threads(1)
+
+    def fresh(name: str) -> Path:
+        for path in work.iterdir():
+            shutil.rmtree(path)
+        (work / name).mkdir() if name.startswith("save_file") else None
+        return work / name
+
+    def baseline(flush: bool) -> None:
+        path = fresh("save_file") / "model.safetensors"
+        started = time.perf_counter()
+        save_file(held, path, metadata={"format": "pt"})
+        if flush:
+            from exaone_bridge.checkpoint.staging import flush_one
+
+            flush_one(path)
+        seconds["save_file + fsync" if flush else "save_file"].append(time.perf_counter() - started)
+
+    def planned(flush: bool) -> None:
+        path = fresh("planned")
+        nothing = {} if flush else {"fsync": lambda handle: None}
+        no_hint = {} if flush else {"_sync_file_range": None}
+        with mock.patch.multiple(os, **nothing), mock.patch.multiple(shards, **no_hint):
+            started = time.perf_counter()
+            bridge.save_hf_weights(model, path, show_progress=False)
+            seconds["planned + fsync" if flush else "planned"].append(time.perf_counter() - started)
+
+    seconds: dict[str, list[float]] = {
+        name + flushed: [] for name in ("save_file", "planned") for flushed in ("", " + fsync")
+    }
+    for _ in range(repeats):
+        for flush in (False, True):
+            baseline(flush)
+            planned(flush)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def measure_export(run: Run) -> None:
+    """Export of a model at one rank, against safetensors' own writer on the same disk."""
+    folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
+    work = run.work / "exports"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    (found,) = run_ranks(_export_rank, 1, folder, work, run.repeats)
+    for flushed in ("", " + fsync"):
+        plain, ours = found["save_file" + flushed], found["planned" + flushed]
+        print(f"| export{flushed}, seconds: save_file, planned | {plain:.2f}, {ours:.2f} |")
+        print(f"| planned{flushed} / save_file{flushed} (at most 1.3) | {ours / plain:.2f} |")
+    shutil.rmtree(work)
+    sys.stdout.flush()
+
+
+def measure_stream(run: Run) -> None:
+    """Streaming both ways: memory above what the process held before, and the largest tensor."""
+    shapes = {"2.6 GB": ("b1", B1), "16 GB": ("b32", B32)}
+    if run.small:
+        shapes = {"small": ("b1", SMALL)}
+    for size, (name, config) in shapes.items():
+        folder = checkpoint(run.work / name, config)
+        source = open_source(folder)
+        largest = max(tensor.nbytes for tensor in source.tensors.values())
+        megatron, exported = run.work / f"{name}-megatron", run.work / f"{name}-exported"
+        for path in (megatron, exported):
+            shutil.rmtree(path, ignore_errors=True)
+        to = import_checkpoint(folder, megatron, Layout())
+        back = export_checkpoint(megatron, exported)
+        same = subprocess.run(["diff", "-rq", folder, exported], capture_output=True, text=True, check=False).stdout
+        for what, done in (("import", to), ("export", back)):
+            used, bound = done.peak_bytes - done.base_bytes, 512 * 2**20 + 2 * largest
+            print(
+                f"| {what}, {size}: {done.seconds:.1f} s, {done.nbytes / 1e9 / done.seconds:.2f} GB/s; memory, bound |"
+                f" {used / 2**20:.0f} MiB, {bound / 2**20:.0f} MiB |"
+            )
+        print(f"| {size}: files that differ after the round trip | {same.count(chr(10))} |", flush=True)
+        shutil.rmtree(megatron)
+        shutil.rmtree(exported)
+
+
+def measure_linear(run: Run) -> None:
+    """Seconds as the number of tensors grows."""
+    from exaone_bridge.checkpoint.prove import prove
+
+    sizes = [(4, 8), (8, 16)] if run.small else [(10, 31), (20, 165), (40, 248), (60, 331)]
+    print(
+        "| tensors | plan and proof, TP8 x EP... | inspect | import | export | microseconds a tensor: import, export |"
+    )
+    print("|---|---|---|---|---|---|")
+    for layers, experts in sizes:
+        folder = checkpoint(run.work / f"many-{layers}-{experts}", many(layers, experts))
+        source = open_source(folder)
+        count = len(source.tensors)
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        plan = least(run.repeats, {"": lambda: prove(source.plan(Layout(tp=2, pp=2)), shapes)})[""]  # noqa: B023
+        command = [sys.executable, "-m", "exaone_bridge", "inspect", str(folder), "--tp", "2"]
+        seen = least(run.repeats, {"": lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)})[""]  # noqa: B023
+        megatron, exported = run.work / "many-megatron", run.work / "many-exported"
+        to = back = math.inf
+        for _ in range(1 if count > 20_000 else 2):
+            for path in (megatron, exported):
+                shutil.rmtree(path, ignore_errors=True)
+            to = min(to, import_checkpoint(folder, megatron, Layout()).seconds)
+            back = min(back, export_checkpoint(megatron, exported).seconds)
+        each = f"{to / count * 1e6:.0f}, {back / count * 1e6:.0f}"
+        print(f"| {count:,} | {plan:.3f} s | {seen:.2f} s | {to:.1f} s | {back:.1f} s | {each} |", flush=True)
+        for path in (megatron, exported):
+            shutil.rmtree(path)
+
+
+MEASURES = {
+    "load": measure_load,
+    "bytes": measure_bytes,
+    "export": measure_export,
+    "stream": measure_stream,
+    "linear": measure_linear,
+}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="a folder for checkpoints; those of earlier runs serve"
+    )
+    parser.add_argument("--only", choices=MEASURES, action="append")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="miniatures instead of published shapes")
+    options = parser.parse_args()
+    import exaone_bridge
+
+    exaone_bridge.supported()
+    logging.disable(logging.WARNING)
+    run = Run(options.work / ("small" if options.small else "published"), options.repeats, options.small)
+    run.work.mkdir(parents=True, exist_ok=True)
+    print(json.dumps({"torch": torch.__version__, "repeats": run.repeats, "small": run.small}))
+    for name in options.only or MEASURES:
+        print(f"\n{MEASURES[name].__doc__}\n", flush=True)
+        MEASURES[name](run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Planted faults, which show that the checks of this room can fail."""

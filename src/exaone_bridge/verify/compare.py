@@ -1,0 +1,200 @@
+"""Verifies one model against another: each a Hugging Face folder or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.checkpoint.headers import read_json
+from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
+from exaone_bridge.errors import BridgeError, CheckpointError
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.digests import digest_folder
+from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
+from exaone_bridge.verify.greedy import compare_generated
+from exaone_bridge.verify.job import Job, OnEvent, Theirs, check_backend, make_job, run_generation, run_megatron
+from exaone_bridge.verify.launch import run_alone, run_world, work_folder
+from exaone_bridge.verify.report import Check, Report, versions
+from exaone_bridge.verify.summary import model_summary
+from exaone_bridge.verify.verify import arithmetic, verify
+
+__all__ = ["compare", "is_megatron", "verify_megatron"]
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether this folder is a Megatron checkpoint, or an iteration of one."""
+    return not (path / "config.json").is_file() and (
+        (path / "run_config.yaml").is_file() or any(path.glob("iter_*/run_config.yaml"))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One model: its Hugging Face folder, and the Megatron checkpoint that this was exported from, if it was."""
+
+    name: str
+    folder: Path
+    megatron: Path | None
+
+
+@contextlib.contextmanager
+def side(path: Path, layout: Layout, backend: str, on_event: OnEvent = None) -> Iterator[Side]:
+    """The model at this path; a Megatron checkpoint is exported to a temporary folder.
+
+    Raises:
+        CheckpointError: neither one nor the other is there.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            path, "this folder does not exist", remedy="name a Hugging Face folder or a Megatron checkpoint"
+        )
+    path = path.resolve()
+    if not is_megatron(path):
+        yield Side(path.name, path, None)
+        return
+    from exaone_bridge.checkpoint.convert import export_checkpoint
+
+    with work_folder() as work:
+        folder = work / path.name
+        run_alone_here(export_checkpoint, path, folder, layout, backend=backend, on_event=on_event)
+        yield Side(path.name, folder, path)
+
+
+def run_alone_here(work: Any, *args: Any, **kwargs: Any) -> None:
+    """In this process, which forks ranks of its own; under torchrun that is not possible."""
+    from exaone_bridge.errors import UnsupportedLayout
+    from exaone_bridge.verify.launch import under_torchrun
+
+    if under_torchrun():
+        raise UnsupportedLayout(
+            "ranks", got="torchrun's", wanted="this command's own", remedy="run it without torchrun, or export first"
+        )
+    work(*args, **kwargs)
+
+
+def verify_megatron(
+    path: Path, layout: Layout, *, backend: str = "auto", on_event: OnEvent = None, **options: Any
+) -> Report:
+    """`verify` of a Megatron checkpoint: what it exports to, computed from its own weights at this layout."""
+    with side(path, layout, backend, on_event) as exported:
+        return verify(
+            exported.folder, layout, megatron=exported.megatron, backend=backend, on_event=on_event, **options
+        )
+
+
+def run_other(folder: Path, job: Job) -> Theirs:
+    """On one rank: Transformers' fp32 run of another folder."""
+    import torch
+
+    from exaone_bridge.verify.reference import load, run_reference
+
+    model = load(folder, torch.float32)
+    return Theirs([run_reference(model, job.points, tokens, nudged=False) for tokens in job.batches])
+
+
+def compare(
+    source: Path,
+    other: Path,
+    layout: Layout,
+    *,
+    backend: str = "auto",
+    dtype: str = "float32",
+    count: int = 3,
+    length: int | None = None,
+    seed: int = 0,
+    generation: bool = True,
+    gradients: bool = False,
+    on_event: OnEvent = None,
+) -> Report:
+    """Check that two models are the same on disk and compute the same.
+
+    The source's logits are Transformers'; so are the other's, unless it is a Megatron checkpoint: then they are
+    Megatron-Core's, at this layout.
+
+    Raises:
+        CheckpointError: a folder whose tensors or configuration cannot be read.
+        BridgeError: a source that is no good by itself.
+    """
+    from exaone_bridge.host.registration import supported
+
+    started = time.perf_counter()
+    with side(source, layout, backend, on_event) as left, side(other, layout, backend, on_event) as right:
+        first = open_source(left.folder)
+        check_layout(first.facts, layout)
+        before = digest_folder(left.folder)
+        checks = [
+            compare_digests(before, digest_folder(right.folder)),
+            compare_configs(first.config, read_json(right.folder / "config.json")),
+            compare_files(left.folder, right.folder),
+        ]
+        supported()
+        check_backend(backend)
+        job = make_job(
+            first,
+            layout,
+            backend=backend,
+            dtype=dtype,
+            count=count,
+            length=length,
+            seed=seed,
+            generation=generation,
+            gradients=gradients and right.megatron is not None,
+        )
+        found: dict[str, Any] = {"checks": [], "places": (), "location": None}
+        why = _cannot_run(first, right.folder)
+        if why:
+            found["checks"] = [Check("logits", "the other model cannot be run", False, why)]
+        else:
+            found, generated = _run(left, right, first, job, on_event)
+            checks += generated
+    return Report(
+        source=left.name,
+        other=right.name,
+        layout=str(layout),
+        checks=(*checks, *found["checks"]),
+        backend=backend,
+        dtype=dtype,
+        model=model_summary(first),
+        places=found["places"],
+        location=found["location"],
+        tensors={name: digest.as_json() for name, digest in before.items()},
+        setup={"prompts": [list(tokens.shape) for tokens in job.batches], "seed": seed},
+        versions=versions(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _cannot_run(first: HFSource, folder: Path) -> str:
+    """Why the other model cannot be run on the first's prompts; empty if it can."""
+    try:
+        second = open_source(folder)
+    except BridgeError as error:
+        return str(error)
+    if second.facts.vocab_size != first.facts.vocab_size:
+        return f"its vocabulary has {second.facts.vocab_size} words, and the source's {first.facts.vocab_size}"
+    return ""
+
+
+def _run(left: Side, right: Side, first: HFSource, job: Job, on_event: OnEvent) -> tuple[dict[str, Any], list[Check]]:
+    from exaone_bridge.verify.job import run_theirs
+    from exaone_bridge.verify.ours import merge
+
+    theirs = run_alone(run_theirs, left.folder, job, on_event=on_event)
+    gradients = None
+    if right.megatron is None:
+        ours = run_alone(run_other, right.folder, job).runs
+    else:
+        arguments: tuple[Any, ...] = (right.folder, right.megatron, None, {}, job)
+        results = run_world(run_megatron, job.layout.ranks, *arguments, on_event=on_event)
+        ours = [merge([result.runs[number] for result in results]) for number in range(len(job.batches))]
+        gradients = results[0].gradients
+    found = arithmetic(theirs, ours, gradients, first, job)
+    if not job.generate:
+        return found, []
+    if on_event is not None:
+        on_event(0, "generation from the other model")
+    return found, [compare_generated(theirs.generated or {}, run_alone(run_generation, right.folder, job))]

@@ -1,0 +1,247 @@
+"""What a verification runs on both sides: the prompts, and what each rank makes of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exaone_bridge.checkpoint.convert import drain
+from exaone_bridge.checkpoint.source import HFSource
+from exaone_bridge.checkpoint.writer import write_hf_folder
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.gradients import gradients_of_megatron, gradients_of_transformers
+from exaone_bridge.verify.greedy import Generated, generate
+from exaone_bridge.verify.logits import prompts
+from exaone_bridge.verify.points import Point, points_of
+from exaone_bridge.verify.reference import Images
+from exaone_bridge.verify.traces import Traced
+
+__all__ = [
+    "DTYPES",
+    "Job",
+    "OnEvent",
+    "Ours",
+    "Theirs",
+    "batches_of",
+    "check_backend",
+    "make_job",
+    "prompt_length",
+    "run_generation",
+    "run_megatron",
+    "run_theirs",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OnEvent = Callable[[int, Any], None] | None
+
+_LONGEST = 512  # positions of a prompt that a laptop computes in a minute
+_LARGE = 2e8  # parameters from which on a laptop computes 64
+_WORDS = 24  # of the prompt that needs no tokenizer
+
+
+def prompt_length(windows: tuple[int | None, ...], original: int | None = None, longest: int = _LONGEST) -> int:
+    """Long enough that the window's edge is met at many positions, and the length that RoPE was made for is passed,
+    where that is affordable; else 64.
+
+    Args:
+        windows: keys that a query of each layer sees; None: all.
+        original: positions before RoPE was scaled.
+        longest: what is affordable.
+    """
+    window = max((window for window in windows if window is not None), default=0)
+    wanted = [4 * window + 9 if window else 0, original + 33 if original else 0]
+    return max((length for length in wanted if 0 < length <= longest), default=64)
+
+
+def batches_of(source: HFSource, count: int, length: int | None, seed: int) -> list[torch.Tensor]:
+    """Prompts, a batch for each length: long ones, and short ones that never meet the edge of a window."""
+    facts = source.facts
+    if length is not None:
+        return [prompts(facts.vocab_size, count, length, seed)]
+    longest = _LONGEST if source.parameters < _LARGE else 64
+    if torch.cuda.is_available():
+        longest = 16 * _LONGEST + 64
+    long = prompt_length(facts.windows, _original_positions(source.config), min(longest, facts.max_positions))
+    short = min([7, *(window for window in facts.windows if window is not None)])
+    return [prompts(facts.vocab_size, count, long, seed), prompts(facts.vocab_size, 2, short, seed + 1)]
+
+
+def _original_positions(config: Mapping[str, Any]) -> int | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original = rope.get("original_max_position_embeddings") if isinstance(rope, Mapping) else None
+    return original if isinstance(original, int) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be run, on both sides.
+
+    Attributes:
+        batches: prompts [N, S], a batch for each length.
+        images: of each prompt of each batch, for a model that takes them; an empty batch of them: none has any.
+        dtype: of the arithmetic of ours, and of a second run of Transformers where it is not fp32.
+        generate: also greedy generation.
+        gradient_tokens: [N, S + 1], or None.
+    """
+
+    batches: Sequence[torch.Tensor]
+    points: tuple[Point, ...]
+    layout: Layout
+    backend: str
+    images: Sequence[Sequence[Images]] = ()
+    dtype: str = "float32"
+    generate: bool = False
+    gradient_tokens: torch.Tensor | None = None
+
+    def runs(self) -> list[tuple[torch.Tensor, Sequence[Images]]]:
+        """Each batch with its images."""
+        return [(tokens, self.images[n] if n < len(self.images) else ()) for n, tokens in enumerate(self.batches)]
+
+    @property
+    def words(self) -> list[int]:
+        """The prompt that needs no tokenizer."""
+        return self.batches[0][0, :_WORDS].tolist()
+
+
+@dataclass(slots=True)
+class Theirs:
+    """What Transformers made of a job."""
+
+    runs: list[Traced]
+    half: list[Traced] | None = None
+    generated: dict[str, Generated] | None = None
+    gradients: Any = None
+
+
+def run_theirs(folder: Path, job: Job) -> Theirs:
+    """On one rank: Transformers' fp32 run of every prompt, and what else the job asks for."""
+    from exaone_bridge.host.world import emit
+    from exaone_bridge.verify.reference import load, run_reference
+
+    emit("Transformers' logits")
+    model = load(folder, torch.float32)
+    found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
+    if job.generate:
+        emit("Transformers' greedy generation")
+        found.generated = generate(model, folder, job.words)
+    if job.gradient_tokens is not None:
+        emit("Transformers' gradients")
+        found.gradients = gradients_of_transformers(model, job.gradient_tokens)
+    if job.dtype != "float32":
+        emit(f"Transformers' logits in {job.dtype}")
+        model = load(folder, DTYPES[job.dtype])
+        found.half = [run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()]
+    return found
+
+
+def run_generation(folder: Path, job: Job) -> dict[str, Generated]:
+    """On one rank: greedy generation from another folder."""
+    from exaone_bridge.verify.reference import load
+
+    return generate(load(folder, torch.float32), folder, job.words)
+
+
+@dataclass(slots=True)
+class Ours:
+    """What one rank of Megatron-Core made of a job."""
+
+    config: dict[str, Any]
+    runs: list[Traced]
+    gradients: Any = None
+
+
+def run_megatron(source: Path, megatron: Path | None, target: Path | None, files: Mapping[str, str], job: Job) -> Ours:
+    """On a rank: load, export to `target`, run every prompt.
+
+    Args:
+        source: a Hugging Face folder.
+        megatron: a Megatron checkpoint of the same model: weights come from it.
+        target: an empty folder; None: no export.
+        files: tensor -> file in it.
+    """
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.bridge_base import config_mapping
+    from exaone_bridge.host.model import build, load_megatron
+    from exaone_bridge.host.world import emit
+    from exaone_bridge.verify.ours import run_ours
+
+    bridge = AutoBridge.from_hf_pretrained(source)
+    source_config = config_mapping(bridge.hf_pretrained.config)
+    dtype = DTYPES[job.dtype]
+    if megatron is None:
+        emit("HF -> Megatron-Core")
+        model = build(bridge, job.layout, backend=job.backend)
+    else:
+        emit("loading the Megatron checkpoint")
+        model = load_megatron(bridge, megatron, job.layout, backend=job.backend)
+    if target is not None:
+        emit("Megatron-Core -> HF")
+        weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
+        config = bridge._model_bridge.megatron_to_hf_config(model[0].config)
+        drain(weights, lambda stream: write_hf_folder(target, stream, files, config, source))
+    if next(model[0].parameters()).dtype != dtype:
+        del model  # its bits are known to be the source's by now, or the check of tensors says otherwise
+        model = build(bridge, job.layout, dtype=dtype, backend=job.backend)
+    emit("Megatron-Core's logits")
+    found = Ours(source_config, [run_ours(model, job.points, *batch) for batch in job.runs()])
+    if job.gradient_tokens is not None:
+        emit("Megatron-Core's gradients")
+        found.gradients = gradients_of_megatron(source, job.layout, job.backend, job.gradient_tokens)
+    return found
+
+
+def check_backend(name: str) -> None:
+    """Refuse an unknown backend before half a minute of Transformers.
+
+    Raises:
+        UnsupportedConfig: see `resolve_backend`.
+    """
+    from exaone_bridge.parts.backend import resolve_backend
+
+    resolve_backend(name)
+
+
+def make_job(
+    source: HFSource,
+    layout: Layout,
+    *,
+    backend: str,
+    dtype: str,
+    count: int,
+    length: int | None,
+    seed: int,
+    generation: bool,
+    gradients: bool,
+) -> Job:
+    """A job whose prompts fit the model."""
+    if dtype not in DTYPES:
+        raise UnsupportedConfig("--dtype", got=dtype, known=tuple(DTYPES), where="verify")
+    tokens = None
+    if gradients:
+        positions = min(48 * layout.tp, source.facts.max_positions // layout.tp * layout.tp)
+        tokens = prompts(source.facts.vocab_size, max(2, layout.pp), positions + 1, seed + 2)
+        if isinstance(pad := source.config.get("pad_token_id"), int):
+            tokens[tokens == pad] = 1 if pad == 0 else 0  # Transformers gives the padding word's embedding no gradient
+    batches, images = batches_of(source, count, length, seed), []
+    if source.family.image_prompts is not None:
+        module, _, name = source.family.image_prompts.partition(":")
+        tokens_of_images, images = getattr(importlib.import_module(module), name)(source.facts, count, seed + 3)
+        images = [*([] for _ in batches), images]
+        batches.append(tokens_of_images)
+    return Job(
+        batches=batches,
+        images=images,
+        points=points_of(source.rows),
+        layout=layout,
+        backend=backend,
+        dtype=dtype,
+        generate=generation,
+        gradient_tokens=tokens,
+    )

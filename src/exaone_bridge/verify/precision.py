@@ -1,0 +1,62 @@
+"""How far apart two correct programs may be: the error model that docs/verification.md derives. No torch.
+
+A sum of n products rounds to a relative error of about u sqrt(n), u the unit roundoff; errors of different sums are
+independent and add in squares; what a layer does to an error that comes in is measured on the model itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+__all__ = ["BF16_RATIO", "UNIT_ROUNDOFF", "Rounding"]
+
+UNIT_ROUNDOFF = 2.0**-24  # of fp32, to nearest
+CEILING = 2.0**-9  # a model that amplifies rounding beyond this cannot be verified in fp32, and does not hold
+BF16_RATIO = 1.1  # of distances from fp32: two runs of one precision are that far from each other
+
+
+class Rounding:
+    """Expected relative rounding error of fp32 after each place of one model.
+
+    Args:
+        facts: of the family.
+        length: positions of the longest prompt.
+    """
+
+    def __init__(self, facts: Any, length: int) -> None:
+        dims = facts.dims
+        self.facts, self.length = facts, length
+        self.wide = max(dims.get(axis, 0) for axis in "FMA")
+        self.hidden, self.head = dims["H"], dims["D"]
+        self.heads = dims["Q"]
+        self.experts = dims.get("E", 0)
+
+    def _attention(self, layer: int) -> float:
+        """Terms of the sums one after the other: norms, projections, scores, softmax, values, projection, norm."""
+        window = self.facts.windows[layer]
+        keys = self.length if window is None else min(window, self.length)
+        # An angle is position x frequency, rounded once: an error of u x angle, mean square over the frequencies
+        # theta^-2x, 0 <= x < 1.
+        angles = self.length**2 / (2 * math.log(max(self.facts.rope_theta, 2.0))) if self.facts.rope[layer] else 0.0
+        return 2 * self.hidden + self.hidden + 2 * self.head + 2 * keys + self.heads + angles
+
+    def _mlp(self) -> float:
+        return 2 * self.hidden + 2 * self.hidden + self.wide + self.experts
+
+    def terms(self, layer: int | None, sublayer: str, is_last: bool = False) -> float:
+        """Terms summed on the way to this place; outside the layers, `is_last` tells the end from the embedding."""
+        if layer is None:
+            if not is_last:
+                return 1.0
+            return self.terms(self.facts.num_layers - 1, "layer") + 2 * self.hidden
+        before = sum(self._attention(each) + self._mlp() for each in range(layer))
+        here = self._attention(layer) + (0 if sublayer == "attention" else self._mlp())
+        return before + here
+
+    def bound(self, terms: float, amplification: float) -> float:
+        """The largest relative difference of two fp32 programs that differ in nothing but the order of their sums.
+
+        Never above the ceiling: a fault may not hide behind a model that amplifies everything.
+        """
+        return min(CEILING, math.sqrt(2) * UNIT_ROUNDOFF * math.sqrt(terms) * max(1.0, amplification))
