@@ -297,7 +297,7 @@ def _cut(
             return Cut(shape, (Copy(0, source, _whole(shape)),))
         case Kind.VOCAB:
             return _vocabulary(first, rank, _even(row, vocab_rows or -(-first[0] // ranks) * ranks, ranks))
-        case Kind.GATED:
+        case Kind.GATED | Kind.COLUMN:
             here = _even(row, first[0], ranks)
             pieces = [(tensor, rank * here, here) for tensor in range(len(shapes))]
         case Kind.QKV:

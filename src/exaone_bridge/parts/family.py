@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,6 +69,8 @@ class Family:
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
         without_carried: facts -> those of the same model with nothing beside it.
+        built: the same models, built with what else is carried.
+        built_prefix: of the Megatron-Core parameters that tell so.
         listed_fields: Transformers' model type -> fields that may be lists of which its config class wants the first.
     """
 
@@ -86,7 +88,15 @@ class Family:
     carried: str | None = None
     carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
     without_carried: Callable[[Any], Any] = lambda facts: facts
+    built: Family | None = None
+    built_prefix: str = ""
     listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def holding(self, parameters: Iterable[str]) -> Family:
+        """The family as a Megatron checkpoint with these parameters has it."""
+        if self.built is None or not any(name.startswith(self.built_prefix) for name in parameters):
+            return self
+        return self.built
 
     def is_carried(self, name: str) -> bool:
         """Whether this tensor travels beside the model."""

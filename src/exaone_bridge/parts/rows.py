@@ -42,6 +42,7 @@ __all__ = [
 class Kind(StrEnum):
     """How the Hugging Face tensors lie in the Megatron parameter, and how tensor parallelism cuts it."""
 
+    COLUMN = "column"  # one tensor, cut along its first axis
     ROW = "row"  # one tensor, cut along its last axis
     REPLICATED = "replicated"  # one tensor, whole on every rank
     VOCAB = "vocab"  # one tensor, cut along its first axis after padding it to what the layout needs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,32 @@ def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any
     return output, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
 
 
+def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole vocabulary of what tensor parallelism cuts along the last axis."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
 def step_of_megatron(
     folder: Path, layout: Layout, data: list[tuple[torch.Tensor, Images]], overrides: dict[str, Any]
 ) -> tuple[float | None, dict[str, Any], set[str]]:
-    """On a rank: mean loss (last stage), gradients by Hugging Face name everywhere, and this rank's frozen names.
+    """On a rank: mean loss (last stage), gradients by Hugging Face name everywhere, and this rank's frozen names."""
+    loss, gradients, frozen = forward_backward(folder, layout, data, overrides)
+    return loss, {name: value for name, value in gradients.items() if not name.startswith("mtp.")}, frozen
+
+
+def forward_backward(
+    folder: Path,
+    layout: Layout,
+    data: list[tuple[torch.Tensor, Images]],
+    overrides: dict[str, Any],
+    look: Callable[[list[Any]], None] = lambda model: None,
+) -> tuple[float | None, dict[str, Any], set[str]]:
+    """As `step_of_megatron`, with all that the export has; `look` is shown the model before it runs.
 
     Megatron-Core's own schedule, data-parallel wrapper with overlapped reduction, and `finalize_model_grads`.
     """
@@ -85,6 +107,7 @@ def step_of_megatron(
     get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
     if layout.pp == 1:
         get_model_config(model[0]).no_sync_func = model[0].no_sync
+    look(model)
     for chunk in model:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -108,5 +131,5 @@ def step_of_megatron(
                     frozen.add(name.removeprefix("module."))
                     parameter.data.zero_()
         weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
-        gradients = {name: weight.clone() for name, weight in weights if not name.startswith("mtp.")}
+        gradients = {name: weight.clone() for name, weight in weights}
     return torch.stack([item["loss"] for item in done]).mean().item() if done else None, gradients, frozen

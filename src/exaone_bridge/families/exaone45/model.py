@@ -73,7 +73,8 @@ class Exaone45Model(GPTModel):
             image_grid_thw, video_grid_thw: [images, 3], patches in time, rows and columns.
 
         Raises:
-            VisionInputError: as many words for features as there are features is the rule; or pixels without a grid.
+            VisionInputError: more or fewer words for features than features, or pixels that their grids do not explain.
+                Without any pixels such words are words, as in Transformers.
         """
         if self.pre_process and decoder_input is None:
             kinds = [

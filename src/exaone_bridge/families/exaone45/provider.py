@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.families.exaone4.config import Exaone4Facts
+from exaone_bridge.families.exaone4.layer_spec import exaone4_layer_spec
 from exaone_bridge.families.exaone4.provider import Exaone4ModelProvider, exaone4_provider
 from exaone_bridge.families.exaone4.provider import facts_of as text_facts_of
 from exaone_bridge.families.exaone45.config import Exaone45Facts, VisionFacts
 from exaone_bridge.families.exaone45.model import Exaone45Model
 from exaone_bridge.families.exaone45.tower import build_tower
+from exaone_bridge.parts.backend import resolve_backend
+from exaone_bridge.parts.mtp import mtp_block_spec
 
 __all__ = ["Exaone45ModelProvider", "exaone45_provider", "facts_of"]
 
@@ -24,18 +30,40 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
     Attributes:
         vision: the fields of `VisionFacts`.
         image_token_id, video_token_id: the words that hold features' places.
-        carried_mtp: depth, whether one layer serves all, and loss scale of the multi-token prediction on disk.
-        freeze_language_model, freeze_vision_model, freeze_vision_projection: not to be trained; the tower without its
-            merger is the second, the merger the third (Megatron-Bridge's names).
+        mtp_depth: of the multi-token prediction on disk. It is built, and trained, where `mtp_num_layers` is set; else
+            it travels beside the model.
+        mtp_windowed, mtp_rotated: whether its layer has the window, and RoPE.
+        freeze_language_model, freeze_vision_model, freeze_vision_projection, freeze_mtp_model: not to be trained; the
+            tower without its merger is the second, the merger the third (Megatron-Bridge's names).
     """
 
     vision: dict[str, Any] = field(default_factory=dict)
     image_token_id: int = 67
     video_token_id: int = 68
-    carried_mtp: dict[str, Any] = field(default_factory=dict)
+    mtp_depth: int = 0
+    mtp_windowed: bool = True
+    mtp_rotated: bool = True
     freeze_language_model: bool = False
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False
+    freeze_mtp_model: bool = False
+
+    def finalize(self) -> None:
+        """As the parent's.
+
+        Raises:
+            UnsupportedConfig: several layers of multi-token prediction to be built; or what the parent refuses.
+        """
+        if (self.mtp_num_layers or 0) > 1 and not self.mtp_use_repeated_layer:
+            raise UnsupportedConfig(
+                "mtp_share_layers",
+                got=False,
+                wanted="true where several words are predicted: what leads to the layer is one on disk, and "
+                "Megatron-Core has it once a layer",
+                where="provider",
+                remedy="leave provider.mtp_num_layers out, and all of it travels beside the model",
+            )
+        super().finalize()
 
     @property
     def vision_facts(self) -> VisionFacts:
@@ -55,8 +83,18 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
                 parameter.requires_grad_(False)
         return model
 
+    def mtp_spec(self, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
+        """Multi-token prediction of this stage, around EXAONE 4.0's layer (`host/mtp.py`)."""
+        if not self.mtp_num_layers:
+            return None
+        backend = resolve_backend(self.backend)
+        rule = {"windowed": self.mtp_windowed, "rotated": self.mtp_rotated}
+        return mtp_block_spec(self, backend, exaone4_layer_spec(backend), **rule, vp_stage=vp_stage)
+
     def is_frozen(self, name: str) -> bool:
         """Whether the parameter of this name is not to be trained."""
+        if name.startswith("mtp."):
+            return self.freeze_mtp_model
         if name.startswith("visual.merger."):
             return self.freeze_vision_projection
         return self.freeze_vision_model if name.startswith("visual.") else self.freeze_language_model
@@ -67,15 +105,14 @@ def exaone45_provider(facts: Exaone45Facts, hf_config: Mapping[str, Any]) -> Exa
     text = exaone4_provider(dataclasses.replace(facts.text, tied=facts.tied), hf_config)
     given = {each.name: getattr(text, each.name) for each in fields(text) if each.init}
     return Exaone45ModelProvider(
-        **given,
+        **given | {"mtp_use_repeated_layer": facts.mtp_shared, "mtp_loss_scaling_factor": facts.mtp_loss_scale},
         vision=dataclasses.asdict(facts.vision) | {"full_attention": list(facts.vision.full_attention)},
         image_token_id=facts.image_token,
         video_token_id=facts.video_token,
-        carried_mtp={name: getattr(facts, name) for name in _MTP},
+        mtp_depth=facts.mtp_depth,
+        mtp_windowed=facts.windows[0] is not None,
+        mtp_rotated=facts.rope[0],
     )
-
-
-_MTP = ("mtp_depth", "mtp_shared", "mtp_loss_scale")
 
 
 def facts_of(provider: Exaone45ModelProvider) -> Exaone45Facts:
@@ -86,5 +123,7 @@ def facts_of(provider: Exaone45ModelProvider) -> Exaone45Facts:
         vision=provider.vision_facts,
         image_token=provider.image_token_id,
         video_token=provider.video_token_id,
-        **provider.carried_mtp,
+        mtp_depth=provider.mtp_num_layers or provider.mtp_depth,
+        mtp_shared=provider.mtp_use_repeated_layer,
+        mtp_loss_scale=provider.mtp_loss_scaling_factor,
     )

@@ -9,13 +9,13 @@ queries, keys and values stays fused. Axes of the tower:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from exaone_bridge.families.exaone4.weights import exaone4_rows
 from exaone_bridge.families.exaone45.config import Exaone45Facts, VisionFacts
 from exaone_bridge.parts.rows import HFTensor, Kind, Row, hf_renamed
 
-__all__ = ["CARRIED", "carried_tensors", "exaone45_rows", "without_carried"]
+__all__ = ["CARRIED", "carried_tensors", "exaone45_rows", "exaone45_rows_with_mtp", "without_carried"]
 
 CARRIED = r"mtp\..+"  # which Transformers ignores (`_keys_to_ignore_on_load_unexpected`)
 
@@ -64,18 +64,30 @@ def without_carried(facts: Exaone45Facts) -> Exaone45Facts:
     return dataclasses.replace(facts, mtp_depth=0)
 
 
+def exaone45_rows_with_mtp(facts: Exaone45Facts) -> tuple[Row, ...]:
+    """Every parameter of a model that was built with its multi-token prediction."""
+    return (*exaone45_rows(facts), *_mtp(facts))
+
+
 def carried_tensors(facts: Exaone45Facts) -> tuple[HFTensor, ...]:
-    """What a checkpoint with multi-token prediction ships: EXAONE 4.0 layers, and what leads to them and from them."""
-    if not facts.mtp_depth:
-        return ()
-    layers = dataclasses.replace(
-        facts.text, num_layers=facts.mtp_layers, windows=facts.windows[:1] * facts.mtp_layers, rope=(True,)
-    )
-    inside = (tensor for row in exaone4_rows(layers) if row.layers for _, hf in row.expand() for tensor in hf)
-    return (
-        HFTensor("mtp.fc.weight", "HJ"),
-        HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),
-        HFTensor("mtp.pre_fc_norm_hidden.weight", "H"),
-        *(dataclasses.replace(tensor, name=tensor.name.replace("model.", "mtp.", 1)) for tensor in inside),
-        HFTensor("mtp.norm.weight", "H"),
-    )
+    """What a checkpoint with multi-token prediction ships."""
+    return tuple(tensor for row in _mtp(facts) for tensor in row.hf)
+
+
+def _mtp(facts: Exaone45Facts) -> Iterator[Row]:
+    """Of each depth: EXAONE 4.0's layer, and what leads to it and from it, of which there is one on disk."""
+    for depth in range(facts.mtp_layers):
+        name = f"mtp.layers.{depth}"
+        for row in exaone4_rows(facts.text):
+            if row.layers:
+                inside = row.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
+                yield dataclasses.replace(hf_renamed(row, _in_prediction(depth)), megatron=inside, layers=())
+        if depth == 0:
+            yield Row(Kind.COLUMN, f"{name}.eh_proj.weight", (HFTensor("mtp.fc.weight", "HJ"),))
+            yield Row(Kind.REPLICATED, f"{name}.enorm.weight", (HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),))
+            yield Row(Kind.REPLICATED, f"{name}.hnorm.weight", (HFTensor("mtp.pre_fc_norm_hidden.weight", "H"),))
+            yield Row(Kind.REPLICATED, f"{name}.final_layernorm.weight", (HFTensor("mtp.norm.weight", "H"),))
+
+
+def _in_prediction(depth: int) -> Callable[[str], str]:
+    return lambda name: name.replace("model.layers.*", f"mtp.layers.{depth}")
