@@ -59,7 +59,7 @@ def test_the_room_and_the_call_have_one_name(program: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("exaone4", Layout(tp=2, pp=2, sp=True)), ("ernie45", Layout(ep=2))], ids=str
+    ("name", "layout"), [("exaone4", Layout(tp=2, sp=True, cp=2)), ("ernie45", Layout(pp=2, ep=2))], ids=str
 )
 def test_every_check_of_a_model_holds(name: str, layout: Layout, host: Any, tiny: Any) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, gradients=True)

@@ -38,6 +38,7 @@ def verify(
         int | None,
         typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1, rich_help_panel=_LAYOUT),
     ] = None,
+    cp: Annotated[int, typer.Option("--cp", help="Ranks that share a sequence.", min=1, rich_help_panel=_LAYOUT)] = 1,
     backend: Annotated[
         str, typer.Option("--backend", help="auto, transformer_engine or torch.", rich_help_panel=_LAYOUT)
     ] = "auto",
@@ -63,7 +64,7 @@ def verify(
     ] = False,
 ) -> None:
     """Round trip through Megatron-Core and logits against Transformers; or one model against another."""
-    layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp)
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp, cp=cp)
     if self_test:
         _self_test(json_)
         return

@@ -27,7 +27,7 @@ from exaone_bridge.parts.context_parallel import gathered_in_order, positions_of
 from exaone_bridge.parts.files import iteration_folder
 from exaone_bridge.parts.layout import Layout
 
-__all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "provider_of"]
+__all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "over_context", "provider_of"]
 
 
 Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
@@ -130,7 +130,7 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
         hidden = output[0] if isinstance(output, tuple) else output
         if layer.config.sequence_parallel:
             hidden = _gathered(hidden, dim=0)
-        hidden = _over_context(hidden, dim=0)
+        hidden = over_context(hidden, dim=0)
         into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
 
     handles = [layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers]
@@ -151,7 +151,7 @@ def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat(_parts(tensor, parallel_state.get_tensor_model_parallel_group()), dim=dim)
 
 
-def _over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The whole sequence, of which each rank of context parallelism holds its positions along `dim`."""
     group = parallel_state.get_context_parallel_group()
     return tensor if group.size() == 1 else gathered_in_order(_parts(tensor, group), dim)
@@ -166,7 +166,7 @@ def _run_stage(
     output = model(tokens[:, mine], mine[None], None, **images)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-        return _over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
+        return over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
 
     return output, logits
 

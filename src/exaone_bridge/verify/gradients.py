@@ -63,17 +63,23 @@ def _on_disk(name: str, gradient: torch.Tensor) -> Gradients:
 
 
 def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+    from megatron.core import parallel_state
+
+    from exaone_bridge.parts.context_parallel import positions_of
+
     batch = next(batches)
-    tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    output = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None, labels=labels)
-    return output, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
+    group = parallel_state.get_context_parallel_group()
+    mine = positions_of(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
+    output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine])
+    # Megatron-Core sums over the ranks that share a sequence.
+    return output, lambda loss: (loss.mean() / group.size(), {"loss": loss.mean().detach()})
 
 
 def gradients_of_megatron(folder: Path, layout: Layout, backend: str, tokens: torch.Tensor) -> Gradients:
     """The same on a rank, by Megatron-Core's own schedule, data-parallel wrapper and `finalize_model_grads`.
 
     Args:
-        tokens: [N, S + 1]; N a multiple of pp, S of tp.
+        tokens: [N, S + 1]; N a multiple of pp, S of 2 x tp x cp.
     """
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads

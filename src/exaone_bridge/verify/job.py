@@ -225,7 +225,8 @@ def make_job(
         raise UnsupportedConfig("--dtype", got=dtype, known=tuple(DTYPES), where="verify")
     tokens = None
     if gradients:
-        positions = min(48 * layout.tp, source.facts.max_positions // layout.tp * layout.tp)
+        even = 2 * layout.tp * layout.cp
+        positions = min(24 * even, source.facts.max_positions // even * even)
         tokens = prompts(source.facts.vocab_size, max(2, layout.pp), positions + 1, seed + 2)
         if isinstance(pad := source.config.get("pad_token_id"), int):
             tokens[tokens == pad] = 1 if pad == 0 else 0  # Transformers gives the padding word's embedding no gradient

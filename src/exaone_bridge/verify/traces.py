@@ -104,8 +104,11 @@ def _by_global_number(chunk: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def _watch(module: torch.nn.Module, point: Point, config: Any, into: dict[str, list[torch.Tensor]]) -> Any:
+    from exaone_bridge.host.model import over_context
+
     def keep(value: torch.Tensor) -> None:
         """[S, B, ...] -> [B, S, features]; a copy, because residuals are added in place."""
+        value = over_context(value, dim=0)
         into.setdefault(point.hf, []).append(value.detach().flatten(2).transpose(0, 1).float().cpu().clone())
 
     def after(linear: Any, arguments: tuple[Any, ...], output: Any) -> None:
@@ -141,10 +144,7 @@ def _part(fused: torch.Tensor, take: Take, config: Any) -> torch.Tensor:
 
 
 def _whole(value: torch.Tensor, config: Any) -> torch.Tensor:
-    """The whole sequence of what sequence parallelism cuts along its first axis.
-
-    Context parallelism cuts it too, in two pieces a rank; what gathers them belongs here.
-    """
+    """What sequence parallelism cuts along its first axis, whole; context parallelism's cut is mended after it."""
     if not config.sequence_parallel:
         return value
     import torch.distributed as dist
