@@ -16,7 +16,15 @@ from exaone_bridge.families.exaone45.tiny import TINY
 from exaone_bridge.parts.layout import Layout
 
 CONFIG = TINY["exaone45"]
-LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(pp=2, vpp=2), Layout(tp=2, sp=True)]
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(tp=2, pp=2),
+    Layout(pp=2, vpp=2),
+    Layout(tp=2, sp=True),
+    Layout(tp=2, cp=2, sp=True),
+]
 Images = dict[str, torch.Tensor]
 
 

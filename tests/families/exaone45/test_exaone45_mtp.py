@@ -219,3 +219,23 @@ def test_frozen(host: Any, tiny: Any, frozen: str) -> None:
     ((_, gradients, _),) = run_ranks(ours, 1, tiny("exaone45"), Layout(), 1, {frozen: True})
     moved = {name.startswith("mtp.") for name, value in gradients.items() if value.any() and ".visual." not in name}
     assert moved == {frozen == "freeze_language_model"}
+
+
+def _swapped(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    right = MultiTokenPredictionLayer._concat_embeddings
+    patch.setattr(MultiTokenPredictionLayer, "_concat_embeddings", lambda self, a, b: right(self, b, a))
+    return {}
+
+
+FAULTS = {
+    "hidden state before embedding": _swapped,
+    "no RoPE": lambda patch: {"mtp_rotated": False},
+    "no window": lambda patch: {"mtp_windowed": False},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    assert _compare(tiny("exaone45"), Layout(), 1, FAULTS[fault](monkeypatch)) > 1e-3

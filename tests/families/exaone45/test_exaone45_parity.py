@@ -20,8 +20,10 @@ from exaone_bridge.errors import VisionInputError
 from exaone_bridge.families.exaone45.config import read_config
 from exaone_bridge.families.exaone45.prompts import image_prompts, prompt_of
 from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.context_parallel import gathered_in_order
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors
+from exaone_bridge.verify.stream import verify_streaming
 from exaone_bridge.verify.verify import verify
 
 F = "full_attention"
@@ -118,6 +120,42 @@ def test_one_batch_of_text_images_and_video(host: Any, tiny: Any) -> None:
     (expected,) = run_ranks(_reference, 1, tiny("exaone45"), tokens, images)
     (found,) = run_ranks(_logits_of_batch, 1, tiny("exaone45"), tokens, together(images), 1)
     assert (found - expected).abs().max() <= 1e-4
+
+
+def _whole_sequences(folder: Path, tokens: torch.Tensor, images: dict[str, torch.Tensor]) -> Any:
+    """As Megatron-Bridge's step for models with images calls the model."""
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.model import build
+
+    (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(cp=2))
+    positions = torch.arange(tokens.shape[1] - 1)[None].expand(len(tokens), -1)
+    mask = torch.ones(len(tokens), tokens.shape[1] - 1)
+    with torch.no_grad():
+        loss, cut = model.eval()(tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=mask, **images)
+    assert cut.shape == loss.shape == (len(tokens), positions.shape[1] // 2)
+    return loss
+
+
+def test_context_parallelism_cuts_whole_sequences(host: Any, tiny: Any) -> None:
+    from exaone_bridge.verify.reference import together
+
+    tokens, images = image_prompts(read_config(CONFIG), 4, seed=5)
+    tokens = torch.cat((tokens, torch.full((4, 5 - tokens.shape[1] % 4), 7)), dim=1)  # S a multiple of four
+    (logits,) = run_ranks(_reference, 1, tiny("exaone45"), tokens[:, :-1], images)
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    parts = run_ranks(_whole_sequences, 2, tiny("exaone45"), tokens, together(images))
+    assert (gathered_in_order(parts, 1) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_all_that_verify_can_check(host: Any, tiny: Any, streaming: bool) -> None:
+    """Generation and gradients too; and a layer at a time."""
+    if streaming:
+        report = verify_streaming(tiny("exaone45"), Layout(tp=2))
+    else:
+        report = verify(tiny("exaone45"), Layout(), generation=True, gradients=True)
+    assert report.holds, report.faults()
 
 
 def _refused(folder: Path, cases: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> list[str]:

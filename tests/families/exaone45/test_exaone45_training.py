@@ -40,6 +40,12 @@ def test_gradients_of_every_parameter(host: Any, tiny: Any, reference: Any, layo
     _compare(results, reference, lambda name: True)
 
 
+def test_recomputed(host: Any, tiny: Any, reference: Any) -> None:
+    """Activations of language model and tower computed again in the backward pass."""
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    _compare(run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), batches(), again), reference, lambda name: True)
+
+
 FROZEN = {
     "language model": ("freeze_language_model", lambda name: ".visual." not in name),
     "tower": ("freeze_vision_model", lambda name: ".visual." in name and ".merger." not in name),

@@ -63,11 +63,12 @@ class Exaone45Model(GPTModel):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         **others: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """As GPTModel's; with images and videos, as a Hugging Face processor makes them.
 
         Args:
-            input_ids: [B, S]; with context parallelism, this rank's.
+            input_ids: [B, S]; with context parallelism, this rank's; or all, where `position_ids` are all from 0 on:
+                then they are cut here, labels and loss mask too, and the mask's cut is returned with the output.
             pixel_values, pixel_values_videos: [P, channels x frames x patch x patch], image after image, in the order
                 of their words, sample after sample. Every rank of the first stage has all of them.
             image_grid_thw, video_grid_thw: [images, 3], patches in time, rows and columns.
@@ -76,13 +77,30 @@ class Exaone45Model(GPTModel):
             VisionInputError: more or fewer words for features than features, or pixels that their grids do not explain.
                 Without any pixels such words are words, as in Transformers.
         """
+        whole_mask = others.get("loss_mask")
+        if cut := self._is_whole(position_ids):
+            group = self.pg_collection.cp
+            mine = positions_of(group.rank(), group.size(), input_ids.shape[1], input_ids.device)
+            input_ids, position_ids = input_ids[:, mine], position_ids[:, mine]  # type: ignore[index]
+            labels = None if labels is None else labels[:, mine]
+            if whole_mask is not None:
+                others["loss_mask"] = whole_mask[:, mine]
         if self.pre_process and decoder_input is None:
             kinds = [
                 (self.image_token, "image", pixel_values, image_grid_thw),
                 (self.video_token, "video", pixel_values_videos, video_grid_thw),
             ]
             decoder_input = self._embedded(input_ids, position_ids, kinds)
-        return super().forward(input_ids, position_ids, attention_mask, decoder_input, labels, *args, **others)
+        output = super().forward(input_ids, position_ids, attention_mask, decoder_input, labels, *args, **others)
+        return (output, others["loss_mask"]) if cut and whole_mask is not None else output
+
+    def _is_whole(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether context parallelism has yet to cut these words: Megatron-Bridge's step for models with images
+        (`megatron/bridge/training/vlm_step.py`) leaves that to the model. What a rank holds never counts up from 0."""
+        if self.pg_collection.cp.size() == 1 or position_ids is None:
+            return False
+        first = position_ids[0]
+        return bool((first == torch.arange(len(first), device=first.device)).all())
 
     def _embedded(
         self,
