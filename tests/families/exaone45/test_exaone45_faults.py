@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exaone45_cases import CONFIG, Images
 from planted import build_with
 
+from exaone_bridge.families.exaone45.config import read_config
+from exaone_bridge.families.exaone45.prompts import image_prompts
+from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.verify import verify
 
@@ -83,21 +88,51 @@ FAULTS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def _caught(folder: Any) -> None:
-    report = verify(folder, Layout(), count=2)
-    logits = next(check for check in report.checks if check.name == "logits")
-    assert not logits.holds
-    assert logits.values["max"] > 1e-3  # no fault hides near the tolerance
+def _theirs(folder: Path, tokens: torch.Tensor, images: list[Images]) -> torch.Tensor:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return torch.cat([model.eval()(one[None], **each).logits for one, each in zip(tokens, images, strict=True)])
+
+
+def _ours(folder: Path, tokens: torch.Tensor, images: list[Images], fault: str) -> torch.Tensor:
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.model import build, forward_logits
+
+    model = build(AutoBridge.from_hf_pretrained(folder), Layout())
+    with torch.no_grad():
+        FAULTS.get(fault, lambda visual: None)(model[0].visual)
+    logits, _ = forward_logits(model, tokens, images)
+    assert logits is not None
+    return logits
+
+
+@pytest.fixture(scope="module")
+def compare(host: Any, tiny: Any) -> Callable[[str], float]:
+    """The worst difference of logits with this fault."""
+    folder = tiny("exaone45")
+    tokens, images = image_prompts(read_config(CONFIG), 3, seed=5)
+    (expected,) = run_ranks(_theirs, 1, folder, tokens, images)
+
+    def run(fault: str) -> float:
+        (found,) = run_ranks(_ours, 1, folder, tokens, images, fault)
+        return (found - expected).abs().max().item()
+
+    return run
+
+
+def test_no_fault(compare: Callable[[str], float]) -> None:
+    assert compare("none") <= 1e-4
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_of_the_tower(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    folder = tiny("exaone45")
-    build_with(lambda model: FAULTS[fault](model[0].visual))(monkeypatch)
-    _caught(folder)
+def test_fault_of_the_tower(compare: Callable[[str], float], fault: str) -> None:
+    assert compare(fault) > 1e-3  # no fault hides near the tolerance
 
 
-def test_features_in_the_wrong_places(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_in_the_wrong_places(compare: Callable[[str], float], monkeypatch: pytest.MonkeyPatch) -> None:
     from exaone_bridge.families.exaone45.model import Exaone45Model
 
     right = Exaone45Model._places
@@ -106,6 +141,13 @@ def test_features_in_the_wrong_places(host: Any, tiny: Any, monkeypatch: pytest.
         places, numbers = right(self, *args)
         return places, numbers.flip(0)
 
-    folder = tiny("exaone45")
     monkeypatch.setattr(Exaone45Model, "_places", reversed_places)
-    _caught(folder)
+    assert compare("none") > 1e-3
+
+
+def test_verify_tells(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command line runs has images in its prompts."""
+    folder = tiny("exaone45")
+    build_with(lambda model: _window(model[0].visual))(monkeypatch)
+    report = verify(folder, Layout(), count=2)
+    assert [check.name for check in report.checks if not check.holds] == ["logits"]

@@ -91,6 +91,24 @@ def test_import_and_export(host: Any, tiny: Any, tmp_path: Path) -> None:
     assert (tmp_path / "exported/preprocessor_config.json").is_file()
 
 
+def _exported_from(megatron: Path, source: Path, target: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.host.model import load_megatron
+
+    bridge = AutoBridge.from_hf_pretrained(source)
+    bridge.save_hf_pretrained(load_megatron(bridge, megatron, Layout(tp=2, pp=2)), target, show_progress=False)
+
+
+def test_megatron_core_loads_what_import_wrote(host: Any, tiny: Any, tmp_path: Path) -> None:
+    """At another layout; and AutoBridge exports it bitwise."""
+    source = tiny("exaone45")
+    import_checkpoint(source, tmp_path / "megatron", Layout())
+    run_ranks(_exported_from, 4, tmp_path / "megatron", source, tmp_path / "exported")
+    check = compare_tensors(source, tmp_path / "exported")
+    assert check.holds, check.where
+
+
 def _logits_of_batch(folder: Path, tokens: torch.Tensor, images: dict[str, torch.Tensor], cp: int) -> Any:
     """A whole batch in one forward pass."""
     from megatron.bridge import AutoBridge

@@ -53,8 +53,11 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("which", FROZEN)
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True)], ids=str)
+@pytest.mark.parametrize(
+    ("which", "layout"),
+    [*((which, Layout()) for which in FROZEN), ("language model", Layout(tp=2, sp=True))],
+    ids=str,
+)
 def test_frozen(host: Any, tiny: Any, reference: Any, which: str, layout: Layout) -> None:
     """Gradients flow through what is frozen to what is not, and only there."""
     switch, is_frozen = FROZEN[which]
