@@ -19,6 +19,7 @@ __all__ = [
     "UnmappedTensors",
     "UnsupportedConfig",
     "UnsupportedLayout",
+    "VisionInputError",
 ]
 
 _SHOWN = 5
@@ -94,6 +95,10 @@ class UnmappedTensors(BridgeError):
     def __init__(self, what: str, names: Iterable[str], *, where: str, remedy: str) -> None:
         self.names = tuple(sorted(names))
         super().__init__(f"{where}: {len(self.names)} {what} ({_listed(self.names)}); {remedy}.")
+
+
+class VisionInputError(BridgeError):
+    """Pixels, grids and the words that hold features' places do not belong together."""
 
 
 class CheckpointError(BridgeError):

@@ -218,7 +218,8 @@ def export_checkpoint(
     if drop_carried:
         config = family.write_config(family.without_carried(source.facts), config)
     elif carried_sizes(assets, family, source.facts):
-        carried = read_file_header(assets / CARRIED)[0]
+        beside = read_file_header(assets / CARRIED)[0]
+        carried = {name: info for name, info in beside.items() if name not in source.tensors}  # built since the import
     specs: list[TensorSpec] = [*source.tensors.values(), *carried.values()]
     sizes = {spec.name: spec.nbytes for spec in specs}
     files = _source_shards(assets / INDEX, sizes) if max_shard_bytes is None else None

@@ -212,7 +212,7 @@ def writer(ordinal: int, cutters: int, replicas: int) -> tuple[int, int]:
 
 def is_first(row: Row) -> bool:
     """Whether a parameter outside the layers stands before them, on the first stage; the others stand after."""
-    return row.megatron.startswith("embedding.")
+    return row.megatron.startswith(("embedding.", "visual."))
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -297,7 +297,7 @@ def _cut(
             return Cut(shape, (Copy(0, source, _whole(shape)),))
         case Kind.VOCAB:
             return _vocabulary(first, rank, _even(row, vocab_rows or -(-first[0] // ranks) * ranks, ranks))
-        case Kind.GATED:
+        case Kind.GATED | Kind.COLUMN:
             here = _even(row, first[0], ranks)
             pieces = [(tensor, rank * here, here) for tensor in range(len(shapes))]
         case Kind.QKV:

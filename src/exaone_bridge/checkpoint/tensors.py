@@ -127,9 +127,9 @@ class MegatronSource:
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.folder = iteration_folder(path)
         self.config = config
-        self.family = family_of(config["architectures"], where=str(path))
-        self.facts = self.family.read_config(config)
         self.stored = TorchDist(self.folder)
+        self.family = family_of(config["architectures"], where=str(path)).holding(self.stored.tensors)
+        self.facts = self.family.read_config(config)
         dtype = getattr(torch, self.facts.dtype)
         plan = plan_of(self.family.rows(self.facts), self.facts, Layout())
         self.tensors: dict[str, Spec] = {}

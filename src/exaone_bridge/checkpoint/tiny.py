@@ -16,6 +16,7 @@ import torch
 from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.checkpoint.writer import plan_shards, write_config, write_weights
 from exaone_bridge.families import family_of
+from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.rows import HFTensor, hf_tensors
 
@@ -62,7 +63,7 @@ def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, toke
         write_weights(folder, random_weights(tensors, facts.dims, dtype, seed), plan_shards(sizes))
         write_config(folder, config)
         if tokenizer and facts.vocab_size >= 256 + len(family.special_tokens):
-            _write_tokenizer(folder, family, facts.vocab_size, config)
+            _write_tokenizer(folder, family, facts.vocab_size, {**language_config(dict(config)), **config})
 
 
 def _byte_alphabet() -> list[str]:
@@ -106,6 +107,7 @@ def _write_tokenizer(folder: Path, family: Family, vocab_size: int, config: Mapp
             **{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config},
         },
     }
+    files |= family.processor_files
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     (folder / "chat_template.jinja").write_text(family.chat_template)

@@ -56,8 +56,8 @@ def key_of(row: Row, numbers: tuple[int, ...], *, stacked: bool) -> tuple[str, t
     name, where = row.megatron, numbers
     if row.experts:  # one tensor for all experts of a layer, whichever class holds them
         name = name.removesuffix("*").replace(".mlp.experts.", ".mlp.experts.experts.")
-    if not numbers:
-        return name, ()
+    if not numbers:  # multi-token prediction keeps an older name there (`MultiTokenPredictionLayer.sharded_state_dict`)
+        return name.replace(".mtp_model_layer.", ".transformer_layer."), ()
     if stacked:
         return name.replace(".*", "", 1), where
     return name.replace("*", str(numbers[0]), 1), where[1:]

@@ -34,7 +34,8 @@ from exaone_bridge.errors import CheckpointError
 __all__ = ["Parameter", "Written", "parameters_of", "write_metadata", "write_parameters"]
 
 _COMMON = "common_state"
-# Their classes keep nothing of their own (vocabulary), or are no linear and no norm (router).
+# Their classes keep nothing of their own (vocabulary), or are no linear and no norm (router); nor does Transformers'
+# tower.
 _NO_EXTRA_STATE = ("embedding.word_embeddings.", "output_layer.", ".mlp.router.")
 
 
@@ -56,7 +57,7 @@ class Parameter(NamedTuple):
     @property
     def extra_state(self) -> str | None:
         """The key of its module's extra state, which both backends' linears and norms look for."""
-        if any(name in self.key for name in _NO_EXTRA_STATE):
+        if self.key.startswith("visual.") or any(name in self.key for name in _NO_EXTRA_STATE):
             return None
         at, of = (self.lead, self.outer) if self.lead else ((0,), (1,))
         here, total = (".".join(map(str, numbers)) for numbers in (at, of))

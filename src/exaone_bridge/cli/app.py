@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from exaone_bridge.cli.show import say, stages, table
 from exaone_bridge.cli.verify import verify
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
 from exaone_bridge.families import FAMILIES
+from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.parts.layout import Layout
 
 app = typer.Typer(
@@ -84,6 +86,9 @@ def _fitted(config: Any, layout: Layout) -> tuple[dict[str, Any], Layout]:
     """The configuration with as many layers as the layout needs, its layer pattern repeated or cut; and the layout,
     without expert parallelism where there are no experts, and each expert whole where they are dealt out."""
     stages_ = layout.pp * layout.vpp
+    if (language := language_config(config)) is not config:
+        fitted, layout = _fitted(language, layout)
+        return {**config, "text_config": fitted}, layout
     layers = -(-config["num_hidden_layers"] // stages_) * stages_
     experts = "moe_num_experts" in config and layout.ep > 1
     layout = dataclasses.replace(layout, ep=layout.ep if experts else 1, etp=1 if experts else None)
@@ -108,27 +113,40 @@ def tiny(
     if not 0 <= seed < 2**63:
         raise UnsupportedConfig("--seed", got=seed, wanted="from 0 to 2^63 - 1", where="command line")
     _, config = MINIATURES[family]
-    config = _with_settings(dict(config), set_ or [])
+    config = _with_settings(config, set_ or [])
     from exaone_bridge.checkpoint.tiny import write_random
 
     write_random(folder, config, seed=seed)
-    say(f"{folder}: {config['num_hidden_layers']} layers, {config['dtype']}")
+    say(f"{folder}: {language_config(config)['num_hidden_layers']} layers, {config['dtype']}")
 
 
-def _with_settings(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+def _with_settings(config: Mapping[str, Any], settings: list[str]) -> dict[str, Any]:
+    changed = json.loads(json.dumps(config))  # nested ones too
+    names = set()
     for setting in settings:
-        field, equals, text = setting.partition("=")
+        path, equals, text = setting.partition("=")
+        *outer, field = path.split(".")
         if not equals or not field:
             raise UnsupportedConfig("--set", got=setting, wanted="field=value", where="command line")
+        inside = changed
+        for name in outer:
+            if not isinstance(inside := inside.get(name), dict):
+                wanted = "a field of config.json, dots between it and what it is nested in"
+                raise UnsupportedConfig("--set", got=setting, wanted=wanted, where="command line")
         try:
-            config[field] = json.loads(text)
+            inside[field] = json.loads(text)
         except ValueError:
-            config[field] = text  # a word: dtype=bfloat16
-    layers, types = config.get("num_hidden_layers"), config.get("layer_types")
-    names = {setting.partition("=")[0] for setting in settings}
+            inside[field] = text  # a word: dtype=bfloat16
+        names.add(field)
+    if names == {"dtype"}:  # one type for the whole model
+        for nested in changed.values():
+            if isinstance(nested, dict) and "dtype" in nested:
+                nested["dtype"] = changed["dtype"]
+    language = language_config(changed)
+    layers, types = language.get("num_hidden_layers"), language.get("layer_types")
     if "num_hidden_layers" in names and "layer_types" not in names and isinstance(layers, int) and types:
-        config["layer_types"] = (types * max(1, layers))[: max(0, layers)]  # the pattern goes on, or is cut
-    return config
+        language["layer_types"] = (types * max(1, layers))[: max(0, layers)]  # the pattern goes on, or is cut
+    return changed
 
 
 @app.command(epilog=_example("exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4"))

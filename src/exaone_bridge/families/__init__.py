@@ -5,11 +5,12 @@ from __future__ import annotations
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.families.ernie45 import ERNIE45
 from exaone_bridge.families.exaone4 import EXAONE4
+from exaone_bridge.families.exaone45 import EXAONE45
 from exaone_bridge.parts.family import Family
 
 __all__ = ["FAMILIES", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (EXAONE4, ERNIE45)
+FAMILIES: tuple[Family, ...] = (EXAONE4, ERNIE45, EXAONE45)
 
 
 def family_of(architectures: object, *, where: str) -> Family:

@@ -84,6 +84,8 @@ def _bind(row: Row, megatron: str, vocab_size: int | None) -> MegatronParamMappi
             return GatedMLPMapping(megatron, *names)
         case Kind.VOCAB:
             return VocabularyMapping(megatron, names[0], vocab_size)
+        case Kind.COLUMN:
+            return ColumnParallelMapping(megatron, *names)
         case Kind.ROW:
             return RowParallelMapping(megatron, *names)
         case Kind.REPLICATED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from exaone_bridge.parts.files import iteration_folder
 from exaone_bridge.parts.layout import Layout
 
 __all__ = ["build", "forward_logits", "load_megatron", "model_parallel_of", "over_context", "provider_of"]
+
+
+Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
 
 
 def model_parallel_of(layout: Layout) -> dict[str, Any]:
@@ -154,11 +157,13 @@ def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor if group.size() == 1 else gathered_in_order(_parts(tensor, group), dim)
 
 
-def _run_stage(batches: Iterator[torch.Tensor], model: MegatronModule, vocab_size: int) -> tuple[torch.Tensor, Any]:
-    tokens = next(batches)
+def _run_stage(
+    batches: Iterator[tuple[torch.Tensor, Images]], model: MegatronModule, vocab_size: int
+) -> tuple[torch.Tensor, Any]:
+    tokens, images = next(batches)
     group = parallel_state.get_context_parallel_group()
     mine = positions_of(group.rank(), group.size(), tokens.shape[1], tokens.device)
-    output = model(tokens[:, mine], mine[None], None)
+    output = model(tokens[:, mine], mine[None], None, **images)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         return over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
@@ -168,13 +173,14 @@ def _run_stage(batches: Iterator[torch.Tensor], model: MegatronModule, vocab_siz
 
 @torch.no_grad()
 def forward_logits(
-    model: list[MegatronModule], tokens: torch.Tensor
+    model: list[MegatronModule], tokens: torch.Tensor, images: Sequence[Images] = ()
 ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
     """Run Megatron-Core's own schedule over prompts of one length, one prompt a microbatch.
 
     Args:
         model: this rank's chunks.
         tokens: [N, S] int64, the same on every rank.
+        images: of each prompt, for a model that takes them; empty: none has any.
 
     Returns:
         Logits [N, S, V] fp32 on ranks of the last pipeline stage, None elsewhere; and the output [N, S, H] of each
@@ -188,13 +194,16 @@ def forward_logits(
     rows = -count % config.pipeline_model_parallel_size
     columns = -length % (2 * config.tensor_model_parallel_size * config.context_parallel_size)
     padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(next(model[0].parameters()).device)
+    device = padded.device
+    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [{}] * count
+    batches = list(zip(padded.split(1), inputs + [{}] * rows, strict=True))
     for chunk in model:
         chunk.eval()
     hidden: dict[int, list[torch.Tensor]] = {}
     with _hidden_states(model, hidden):
         outputs = get_forward_backward_func()(
             forward_step_func=functools.partial(_run_stage, vocab_size=config.vocab_size),
-            data_iterator=[iter(padded.split(1)) for _ in model] if len(model) > 1 else iter(padded.split(1)),
+            data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
             model=model if len(model) > 1 else model[0],
             num_microbatches=len(padded),
             seq_length=padded.shape[1],

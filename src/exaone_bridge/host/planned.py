@@ -69,6 +69,8 @@ def why_not(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | N
     config = chunks[0].config
     if getattr(config, "fp8", None) or getattr(config, "fp4", None):
         return "its parameters may be FP8 or FP4"
+    if getattr(config, "mtp_num_layers", None):
+        return "it predicts several words, and its last stage has an embedding too"
     if getattr(bridge, "export_weight_dtype", "bf16") == "fp8":
         return "FP8 weights are asked for"
     if any(hasattr(chunks[0], name) for name in ("hide_teacher_model", "hide_loss_modules")):

@@ -54,6 +54,7 @@ def register() -> None:
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     from megatron.core.models.gpt import GPTModel
 
+    from exaone_bridge.host.mtp import providers_choose_mtp_layers
     from exaone_bridge.host.optimizer import optimizer_places_right
     from exaone_bridge.host.peft import adapters_before_post_norms
     from exaone_bridge.host.planned_save import save_by_plan
@@ -62,6 +63,7 @@ def register() -> None:
     classes = _bridge_classes()
     tolerate_missing_tokenizer(classes.keys())
     adapters_before_post_norms()
+    providers_choose_mtp_layers()
     optimizer_places_right()
     save_by_plan(classes.keys())
     tolerate_listed_fields(FAMILIES)

@@ -11,9 +11,11 @@ from exaone_bridge.errors import UnsupportedConfig
 __all__ = [
     "check_heads",
     "check_types",
+    "language_config",
     "read_count",
     "read_divisor",
     "read_dtype",
+    "read_flag",
     "read_number",
     "rewritten",
     "rope_of",
@@ -45,6 +47,23 @@ def read_number(config: Mapping[str, Any], field: str, default: float | None = N
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
         raise UnsupportedConfig(field, got=value, wanted="a finite number, zero or more")
     return float(value)
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part that describes the language model: of a model with other towers, what is nested for it."""
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
+
+
+def read_flag(config: Mapping[str, Any], field: str, default: bool) -> bool:
+    """A switch.
+
+    Raises:
+        UnsupportedConfig: it is something else than true or false.
+    """
+    value = config.get(field, default)
+    if not isinstance(value, bool):
+        raise UnsupportedConfig(field, got=value, known=(True, False))
+    return value
 
 
 def read_divisor(config: Mapping[str, Any], field: str) -> float:

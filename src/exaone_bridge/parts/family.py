@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,10 +62,15 @@ class Family:
         tiny: name -> configuration of a published topology in miniature.
         special_tokens: text -> id, for the tokenizer of a miniature.
         chat_template: Jinja, for the same.
+        processor_files: name -> JSON, for the same: what its images and videos are prepared with.
         bridge: `module:class`, imported only when Megatron-Bridge has been.
+        image_prompts: `module:function` of a model that takes images: (facts, prompts, seed) -> words [N, S], and the
+            arguments with the images of each prompt.
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
         without_carried: facts -> those of the same model with nothing beside it.
+        built: the same models, built with what else is carried.
+        built_prefix: of the Megatron-Core parameters that tell so.
         listed_fields: Transformers' model type -> fields that may be lists of which its config class wants the first.
     """
 
@@ -78,10 +83,20 @@ class Family:
     special_tokens: Mapping[str, int]
     chat_template: str
     bridge: str
+    processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    image_prompts: str | None = None
     carried: str | None = None
     carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
     without_carried: Callable[[Any], Any] = lambda facts: facts
+    built: Family | None = None
+    built_prefix: str = ""
     listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def holding(self, parameters: Iterable[str]) -> Family:
+        """The family as a Megatron checkpoint with these parameters has it."""
+        if self.built is None or not any(name.startswith(self.built_prefix) for name in parameters):
+            return self
+        return self.built
 
     def is_carried(self, name: str) -> bool:
         """Whether this tensor travels beside the model."""

@@ -12,8 +12,8 @@ Axes are one letter each, and a family's facts give their sizes:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "fp32_names",
     "gqa",
     "hf_nbytes",
+    "hf_renamed",
     "hf_tensors",
     "post_norm",
     "pre_norm",
@@ -41,6 +42,7 @@ __all__ = [
 class Kind(StrEnum):
     """How the Hugging Face tensors lie in the Megatron parameter, and how tensor parallelism cuts it."""
 
+    COLUMN = "column"  # one tensor, cut along its first axis
     ROW = "row"  # one tensor, cut along its last axis
     REPLICATED = "replicated"  # one tensor, whole on every rank
     VOCAB = "vocab"  # one tensor, cut along its first axis after padding it to what the layout needs
@@ -124,6 +126,11 @@ class Row:
                 yield from ((layer, expert) for expert in range(self.experts))
             else:
                 yield (layer,)
+
+
+def hf_renamed(row: Row, name_of: Callable[[str], str]) -> Row:
+    """The row of a model that calls the Hugging Face tensors otherwise."""
+    return replace(row, hf=tuple(replace(tensor, name=name_of(tensor.name)) for tensor in row.hf))
 
 
 def hf_tensors(rows: Iterable[Row]) -> dict[str, HFTensor]:

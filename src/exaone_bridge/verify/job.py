@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from exaone_bridge.verify.gradients import gradients_of_megatron, gradients_of_t
 from exaone_bridge.verify.greedy import Generated, generate
 from exaone_bridge.verify.logits import prompts
 from exaone_bridge.verify.points import Point, points_of
+from exaone_bridge.verify.reference import Images
 from exaone_bridge.verify.traces import Traced
 
 __all__ = [
@@ -81,6 +83,7 @@ class Job:
 
     Attributes:
         batches: prompts [N, S], a batch for each length.
+        images: of each prompt of each batch, for a model that takes them; an empty batch of them: none has any.
         dtype: of the arithmetic of ours, and of a second run of Transformers where it is not fp32.
         generate: also greedy generation.
         gradient_tokens: [N, S + 1], or None.
@@ -90,9 +93,14 @@ class Job:
     points: tuple[Point, ...]
     layout: Layout
     backend: str
+    images: Sequence[Sequence[Images]] = ()
     dtype: str = "float32"
     generate: bool = False
     gradient_tokens: torch.Tensor | None = None
+
+    def runs(self) -> list[tuple[torch.Tensor, Sequence[Images]]]:
+        """Each batch with its images."""
+        return [(tokens, self.images[n] if n < len(self.images) else ()) for n, tokens in enumerate(self.batches)]
 
     @property
     def words(self) -> list[int]:
@@ -117,7 +125,7 @@ def run_theirs(folder: Path, job: Job) -> Theirs:
 
     emit("Transformers' logits")
     model = load(folder, torch.float32)
-    found = Theirs([run_reference(model, job.points, tokens) for tokens in job.batches])
+    found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
     if job.generate:
         emit("Transformers' greedy generation")
         found.generated = generate(model, folder, job.words)
@@ -127,7 +135,7 @@ def run_theirs(folder: Path, job: Job) -> Theirs:
     if job.dtype != "float32":
         emit(f"Transformers' logits in {job.dtype}")
         model = load(folder, DTYPES[job.dtype])
-        found.half = [run_reference(model, job.points, tokens, nudged=False) for tokens in job.batches]
+        found.half = [run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()]
     return found
 
 
@@ -181,7 +189,7 @@ def run_megatron(source: Path, megatron: Path | None, target: Path | None, files
         del model  # its bits are known to be the source's by now, or the check of tensors says otherwise
         model = build(bridge, job.layout, dtype=dtype, backend=job.backend)
     emit("Megatron-Core's logits")
-    found = Ours(source_config, [run_ours(model, job.points, tokens) for tokens in job.batches])
+    found = Ours(source_config, [run_ours(model, job.points, *batch) for batch in job.runs()])
     if job.gradient_tokens is not None:
         emit("Megatron-Core's gradients")
         found.gradients = gradients_of_megatron(source, job.layout, job.backend, job.gradient_tokens)
@@ -222,8 +230,15 @@ def make_job(
         tokens = prompts(source.facts.vocab_size, max(2, layout.pp), positions + 1, seed + 2)
         if isinstance(pad := source.config.get("pad_token_id"), int):
             tokens[tokens == pad] = 1 if pad == 0 else 0  # Transformers gives the padding word's embedding no gradient
+    batches, images = batches_of(source, count, length, seed), []
+    if source.family.image_prompts is not None:
+        module, _, name = source.family.image_prompts.partition(":")
+        tokens_of_images, images = getattr(importlib.import_module(module), name)(source.facts, count, seed + 3)
+        images = [*([] for _ in batches), images]
+        batches.append(tokens_of_images)
     return Job(
-        batches=batches_of(source, count, length, seed),
+        batches=batches,
+        images=images,
         points=points_of(source.rows),
         layout=layout,
         backend=backend,

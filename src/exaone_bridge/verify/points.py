@@ -50,7 +50,7 @@ class Point:
 
 def points_of(rows: Iterable[Row]) -> tuple[Point, ...]:
     """Every place of a model with these rows, in no particular order."""
-    rows = tuple(rows)
+    rows = tuple(row for row in rows if not row.megatron.startswith("visual."))  # a tower knows no prompts, only images
     return tuple({point.hf: point for point in (*_sublayers(rows), *_inside(rows))}.values())
 
 

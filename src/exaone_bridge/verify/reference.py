@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,36 @@ import torch
 from exaone_bridge.verify.points import LOGITS, Point
 from exaone_bridge.verify.traces import Traced, hf_hooks
 
-__all__ = ["load", "run_reference"]
+Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
+
+__all__ = ["load", "model_class", "run_reference"]
 
 NUDGE = 2.0**-16  # of the embeddings, relative: some 250 units of rounding, and still a small change
 
 
+def model_class(folder: Path) -> Any:
+    """Transformers' automatic class for a folder: that of models with images, or that of language models."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+
+
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """Transformers' eager model, on the GPU where there is one."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     return model.cuda() if torch.cuda.is_available() else model
 
 
 @torch.no_grad()
-def run_reference(model: Any, points: Iterable[Point], tokens: torch.Tensor, *, nudged: bool = True) -> Traced:
+def run_reference(
+    model: Any,
+    points: Iterable[Point],
+    tokens: torch.Tensor,
+    images: Sequence[Images] = (),
+    *,
+    nudged: bool = True,
+) -> Traced:
     """Logits and every place, of prompts of one length; and what becomes of a small change.
 
     The prompts run three times in one batch: as they are, and with embeddings changed by plus and minus the same noise.
@@ -35,6 +50,7 @@ def run_reference(model: Any, points: Iterable[Point], tokens: torch.Tensor, *, 
     Args:
         model: of `load`.
         tokens: [N, S].
+        images: of each prompt; empty: none has any.
         nudged: False: logits and places only.
     """
     count, length = tokens.shape
@@ -56,7 +72,8 @@ def run_reference(model: Any, points: Iterable[Point], tokens: torch.Tensor, *, 
     try:
         with hf_hooks(model, points, length, keep):
             batch = tokens.repeat(copies, 1).to(embedding.weight.device)
-            logits = model(batch, use_cache=False).logits.float()
+            pictures = {name: value.to(batch.device) for name, value in together(images, copies).items()}
+            logits = model(batch, use_cache=False, **pictures).logits.float()
     finally:
         if handle is not None:
             handle.remove()
@@ -66,6 +83,12 @@ def run_reference(model: Any, points: Iterable[Point], tokens: torch.Tensor, *, 
         inputs = next(iter(traced.sensitivity.values()))  # the embeddings' own change
         traced.sensitivity = {place: change / inputs for place, change in traced.sensitivity.items()}
     return traced
+
+
+def together(images: Sequence[Images], copies: int = 1) -> Images:
+    """The images of all prompts, as one batch has them; `copies` times, one batch after the other."""
+    names = {name for each in images for name in each}
+    return {name: torch.cat([each[name] for each in images if name in each] * copies) for name in sorted(names)}
 
 
 def _nudge(count: int) -> Any:

@@ -45,11 +45,11 @@ def run_theirs_streaming(folder: Path, job: Job) -> Theirs:
     source = open_source(folder)
     emit("Transformers' logits, layer by layer")
     model = streamed_transformers(source, torch.float32)
-    found = Theirs([run_reference(model, job.points, tokens) for tokens in job.batches])
+    found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
     if job.dtype != "float32":
         del model
         model = streamed_transformers(source, DTYPES[job.dtype])
-        found.half = [run_reference(model, job.points, tokens, nudged=False) for tokens in job.batches]
+        found.half = [run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()]
     return found
 
 
@@ -74,7 +74,7 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
     emit("Megatron-Core's logits, layer by layer")
     streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[job.dtype])
     streamed.stream_layers()
-    runs = [run_ours(streamed.model, job.points, tokens) for tokens in job.batches]
+    runs = [run_ours(streamed.model, job.points, *batch) for batch in job.runs()]
     return Ours(config_mapping(bridge.hf_pretrained.config), runs), digests
 
 

@@ -10,6 +10,7 @@ import torch
 
 from exaone_bridge.checkpoint.headers import TensorInfo
 from exaone_bridge.checkpoint.source import HFSource
+from exaone_bridge.verify.reference import model_class
 
 __all__ = ["Reader", "streamed_transformers"]
 
@@ -41,15 +42,15 @@ class Reader(Mapping[str, torch.Tensor]):
 
 def streamed_transformers(source: HFSource, dtype: torch.dtype) -> Any:
     """Transformers' eager model whose layers are filled when they run; what is outside them stays."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+        model = model_class(source.folder).from_config(config, attn_implementation="eager", dtype=dtype).eval()
     reader = Reader(source.tensors)
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # RoPE's frequencies: no weights
-            model.set_submodule(name, type(module)(config=model.config))
+            model.set_submodule(name, _anew(module, model.config))
     stacks = [name for name, module in model.named_modules() if _are_layers(module, source.facts)]
     layers = {f"{name}.{number}" for name in stacks for number in range(source.facts.num_layers)}
     for name, module in model.named_modules():
@@ -60,6 +61,12 @@ def streamed_transformers(source: HFSource, dtype: torch.dtype) -> Any:
     if source.facts.tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
+
+
+def _anew(rope: Any, config: Any) -> torch.nn.Module:
+    """The same module of RoPE with its frequencies: a language model's takes a configuration, a tower's its width."""
+    is_of_tower = "dim" in vars(rope)
+    return type(rope)(rope.dim) if is_of_tower else type(rope)(config=config.get_text_config())
 
 
 def _are_layers(module: torch.nn.Module, facts: Any) -> bool:

@@ -17,6 +17,7 @@ from exaone_bridge.parts.config_reader import (
     check_types,
     read_count,
     read_dtype,
+    read_flag,
     read_number,
     rewritten,
     rope_of,
@@ -182,10 +183,10 @@ def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
         max_positions=read_count(config, "max_position_embeddings", 131072),
         norm_eps=read_number(config, "rms_norm_eps", 1e-5),
         init_std=read_number(config, "initializer_range", 0.02),
-        tied=_flag(config, "tie_word_embeddings", True),
+        tied=read_flag(config, "tie_word_embeddings", True),
         rope_theta=theta,
-        bias=_flag(config, "use_bias", False),
-        head_bias=is_moe and _flag(config, "use_bias", False),  # Ernie4_5ForCausalLM's lm_head never has one
+        bias=read_flag(config, "use_bias", False),
+        head_bias=is_moe and read_flag(config, "use_bias", False),  # Ernie4_5ForCausalLM's lm_head never has one
         moe=moe,
         mtp_layers=read_count(config, "num_nextn_predict_layers", 0, least=0),
         dtype=read_dtype(config),
@@ -207,13 +208,6 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_shared_experts": read_count(config, "moe_num_shared_experts", 2, least=0),
         "norm_min": read_number(config, "moe_norm_min", 1e-12),
     }
-
-
-def _flag(config: Mapping[str, Any], field: str, default: bool) -> bool:
-    value = config.get(field, default)
-    if not isinstance(value, bool):
-        raise UnsupportedConfig(field, got=value, known=(True, False))
-    return value
 
 
 def _schedule(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:

@@ -1,0 +1,143 @@
+"""What the tests of EXAONE 4.5 share: configurations, layouts, one training step of both sides with images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from training import cross_entropy
+
+from exaone_bridge.families.exaone45.config import read_config
+from exaone_bridge.families.exaone45.prompts import image_prompts
+from exaone_bridge.families.exaone45.tiny import TINY
+from exaone_bridge.parts.layout import Layout
+
+CONFIG = TINY["exaone45"]
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(tp=2, pp=2),
+    Layout(pp=2, vpp=2),
+    Layout(tp=2, sp=True),
+    Layout(tp=2, cp=2, sp=True),
+]
+Images = dict[str, torch.Tensor]
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    """Fields of config.json for the `tiny` fixture; `text_config__x=1` changes one of a nested object."""
+    result: dict[str, Any] = {}
+    for path, value in fields.items():
+        outer, _, inner = path.partition("__")
+        if inner:
+            result.setdefault(outer, copy.deepcopy(CONFIG[outer]))[inner] = value
+        else:
+            result[outer] = value
+    return result
+
+
+def batches(count: int = 4, seed: int = 7) -> list[tuple[torch.Tensor, Images]]:
+    """Prompts [1, S + 1] that no padding word is in, with one image, several, a video, none; S is even."""
+    tokens, images = image_prompts(read_config(CONFIG), count, seed)
+    tokens = torch.where(tokens == 0, 1, tokens)  # Transformers gives the padding word's embedding no gradient
+    words = torch.full((len(tokens), 2 if tokens.shape[1] % 2 else 1), 5)
+    tokens = torch.cat((tokens, words), dim=1)
+    return list(zip(tokens.split(1), images, strict=True))
+
+
+def step_of_transformers(folder: Path, data: list[tuple[torch.Tensor, Images]]) -> tuple[float, dict[str, Any]]:
+    """Mean loss, and gradients by name."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    total = 0.0
+    for tokens, images in data:
+        loss = cross_entropy(model.train()(tokens[:, :-1], use_cache=False, **images).logits, tokens[:, 1:])
+        (loss / len(data)).backward()
+        total += loss.item() / len(data)
+    return total, {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+    tokens, images = next(batches)
+    length = tokens.shape[1] - 1
+    output = model(tokens[:, :-1], torch.arange(length)[None], None, labels=tokens[:, 1:], **images)
+    return output, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
+
+
+def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole vocabulary of what tensor parallelism cuts along the last axis."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def step_of_megatron(
+    folder: Path, layout: Layout, data: list[tuple[torch.Tensor, Images]], overrides: dict[str, Any]
+) -> tuple[float | None, dict[str, Any], set[str]]:
+    """On a rank: mean loss (last stage), gradients by Hugging Face name everywhere, and this rank's frozen names."""
+    loss, gradients, frozen = forward_backward(folder, layout, data, overrides)
+    return loss, {name: value for name, value in gradients.items() if not name.startswith("mtp.")}, frozen
+
+
+def forward_backward(
+    folder: Path,
+    layout: Layout,
+    data: list[tuple[torch.Tensor, Images]],
+    overrides: dict[str, Any],
+    look: Callable[[list[Any]], None] = lambda model: None,
+) -> tuple[float | None, dict[str, Any], set[str]]:
+    """As `step_of_megatron`, with all that the export has; `look` is shown the model before it runs.
+
+    Megatron-Core's own schedule, data-parallel wrapper with overlapped reduction, and `finalize_model_grads`.
+    """
+    from megatron.bridge import AutoBridge
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    from exaone_bridge.host.model import model_parallel_of
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider()
+    provider.apply_overrides_and_finalize(torch.float32, model_parallel_of(layout) | overrides)
+    model = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=layout.pp == 1),
+        use_cpu_initialization=True,
+    )
+    get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
+    if layout.pp == 1:
+        get_model_config(model[0]).no_sync_func = model[0].no_sync
+    look(model)
+    for chunk in model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    done = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(data) for _ in model] if len(model) > 1 else iter(data),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(data),
+        seq_length=data[0][0].shape[1] - 1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    frozen = set()
+    with torch.no_grad():
+        for chunk in model:
+            for name, parameter in chunk.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(parameter.main_grad)
+                else:
+                    assert parameter.grad is None and not hasattr(parameter, "main_grad")
+                    frozen.add(name.removeprefix("module."))
+                    parameter.data.zero_()
+        weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
+        gradients = {name: weight.clone() for name, weight in weights}
+    return torch.stack([item["loss"] for item in done]).mean().item() if done else None, gradients, frozen
