@@ -85,7 +85,7 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("ernie45-300b", "--gradients", f"{SMALL} The published widths (5.7e9 parameters a layer) were not run."),
         ("ernie45-300b", "--tp 2 --pp 2 --vpp 2", SMALL),
         ("ernie45-300b", "--ep 4", SMALL),
-        ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --gradients", SMALL),
+        ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --sp --gradients", SMALL),
         ("ernie45-300b", "--dtype bfloat16", SMALL),
     ],
 }  # fmt: skip

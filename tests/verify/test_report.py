@@ -151,5 +151,5 @@ def test_every_published_configuration_has_a_card_that_holds() -> None:
     assert cards.keys() == set(names)
     for name, text in cards.items():
         assert text.startswith("<!-- Written by `exaone-bridge verify --card`") and f"\n# {name}\n" in text
-        assert text.count("\n## ") >= 4 and text.count("`exaone-bridge verify ") == text.count("\n## ")
+        assert text.count("\n## ") >= 4 and text.count(" s: `exaone-bridge verify ") == text.count("\n## ")
         assert "| differs |" not in text and "bfloat16, backend" in text and ("TP2" in text or "EP4" in text)
