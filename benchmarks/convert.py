@@ -11,6 +11,7 @@ them. Page caches are warm. Every measure runs in a process of its own, forked a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -230,9 +231,10 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
 
     def planned(flush: bool) -> None:
         path = fresh("planned")
-        nothing = {} if flush else {"fsync": lambda handle: None}
-        no_hint = {} if flush else {"_sync_file_range": None}
-        with mock.patch.multiple(os, **nothing), mock.patch.multiple(shards, **no_hint):
+        with contextlib.ExitStack() as stack:
+            if not flush:
+                stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
+                stack.enter_context(mock.patch.object(shards, "_sync_file_range", None))
             started = time.perf_counter()
             bridge.save_hf_weights(model, path, show_progress=False)
             seconds["planned + fsync" if flush else "planned"].append(time.perf_counter() - started)
@@ -293,9 +295,7 @@ def measure_linear(run: Run) -> None:
     from exaone_bridge.checkpoint.prove import prove
 
     sizes = [(4, 8), (8, 16)] if run.small else [(10, 31), (20, 165), (40, 248), (60, 331)]
-    print(
-        "| tensors | plan and proof, TP8 x EP... | inspect | import | export | microseconds a tensor: import, export |"
-    )
+    print("| tensors | plan and proof, TP2 x PP2 | inspect | import | export | microseconds a tensor: import, export |")
     print("|---|---|---|---|---|---|")
     for layers, experts in sizes:
         folder = checkpoint(run.work / f"many-{layers}-{experts}", many(layers, experts))

@@ -8,6 +8,7 @@ layer's by its number, or all layers' together along a first axis; an expert's a
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ class TorchDist:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(path, f"cannot be read ({text})", remedy="restore the checkpoint") from error
         self._held: tuple[object, dict[_Chunk, torch.Tensor]] = (None, {})
-        self._whole: set[str] = set()  # those whose chunks are known to cover them, each element once
+        # of those whose chunks are known to cover them, each element once: the chunks of each parameter
+        self._by_lead: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
 
     def read_into(self, target: torch.Tensor, key: str, lead: tuple[int, ...], box: Box) -> None:
         """Copy a rectangle of a parameter, converted to the target's type.
@@ -155,10 +157,10 @@ class TorchDist:
         stored = self.tensors[key]
         if self._held[0] != (key, lead):
             self._held = ((key, lead), {})  # first let go of the last one
-        if key not in self._whole:
+        if key not in self._by_lead:
             prove_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
-            self._whole.add(key)
-        for chunk in stored.chunks:
+            self._by_lead[key] = {}
+        for chunk in self._near(key, lead):
             meet = [(max(b, cb), min(e, ce)) for (b, e), (cb, ce) in zip(box, chunk.box, strict=True)]
             if any(b >= e for b, e in meet):
                 continue
@@ -166,6 +168,15 @@ class TorchDist:
             there = source[tuple(slice(b - cb, e - cb) for (b, e), (cb, _) in zip(meet, chunk.box, strict=True))]
             here = target[tuple(slice(b - tb, e - tb) for (b, e), (tb, _) in zip(meet, box, strict=True))]
             here.copy_(there)
+
+    def _near(self, key: str, lead: tuple[int, ...]) -> list[_Chunk]:
+        """The chunks that a parameter lies in: of hundreds, where a tensor holds all experts."""
+        found = self._by_lead[key]
+        if not found:
+            for chunk in self.tensors[key].chunks:
+                for place in itertools.product(*(range(begin, end) for begin, end in chunk.box[: len(lead)])):
+                    found.setdefault(place, []).append(chunk)
+        return found[lead]
 
     def _fault(self, key: str) -> Callable[[Box, str], CheckpointError]:
         return lambda box, fault: CheckpointError(self.folder, f"in {key} {box} {fault}", remedy=_RESTORE)
