@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _SHOWN = 5
+_LONGEST = 800  # characters of a value in a sentence
 
 
 def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
@@ -30,6 +31,12 @@ def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
     items = [text if (text := str(value)).isprintable() else repr(text) for value in values]  # names come from files
     rest = len(items) - shown
     return ", ".join(items[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _short(value: object) -> str:
+    """Its repr, and of a long one both ends: values come from files."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
 
 
 def _rebuild(cls: type[BridgeError], message: str, state: dict[str, object]) -> BridgeError:
@@ -71,7 +78,7 @@ class UnsupportedConfig(BridgeError):
         if wanted is None:
             wanted = "one of " + _listed((repr(value) for value in known or ()), shown=40)
         tail = f"; {remedy}" if remedy else ""
-        super().__init__(f"{where}: {field} is {got!r}, and must be {wanted}{tail}.")
+        super().__init__(f"{where}: {field} is {_short(got)}, and must be {wanted}{tail}.")
         self.field, self.got = field, got
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
+import pickle
 import shutil
 import traceback
 from collections.abc import Callable
@@ -12,8 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from exaone_bridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.checkpoint.headers import read_json
+from exaone_bridge.checkpoint.source import open_source
+from exaone_bridge.checkpoint.tensors import open_tensors
+from exaone_bridge.checkpoint.tiny import write_random
+from exaone_bridge.families.exaone4 import EXAONE4
 from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors
@@ -168,3 +176,94 @@ def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path
     assert json.loads(json.dumps(model["hf_config"])) == {
         key: value for key, value in read_json(source / "config.json").items() if key != "transformers_version"
     }
+
+
+def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> None:
+    """Four times its bound's size goes through either way; benchmarks/convert.py shows the same at 2.6 and 16 GB."""
+    layers = 12
+    config = {**EXAONE4.tiny["exaone4-1.2b"], "dtype": "bfloat16", "hidden_size": 512, "intermediate_size": 4096}
+    write_random(
+        tmp_path / "model", {**config, "num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+    )
+    source = open_source(tmp_path / "model")
+    largest = max(tensor.nbytes for tensor in source.tensors.values())
+    imported = import_checkpoint(tmp_path / "model", tmp_path / "megatron", Layout())
+    exported = export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
+    _assert_same(tmp_path / "model", tmp_path / "exported")
+    bound = 16 * 2**20 + 4 * largest  # the published bound's 512 MiB would hide anything here
+    assert source.nbytes > 4 * bound
+    for done in (imported, exported):
+        assert 0 < done.peak_bytes - done.base_bytes < bound
+
+
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"])
+def test_streamed_keys_are_the_hosts(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
+    """Names, shapes, types and objects of what is written without a model, against what the host writes of one."""
+    source = tiny(name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {}))
+    import_checkpoint(source, tmp_path / "ours", Layout(), workers=2)
+    run_ranks(_save, 1, source, tmp_path / "host", Layout())
+    ours, hosts = (
+        pickle.loads((tmp_path / who / "iter_0000000" / ".metadata").read_bytes()) for who in ("ours", "host")
+    )
+    assert ours.state_dict_metadata.keys() == hosts.state_dict_metadata.keys()
+    for key, entry in hosts.state_dict_metadata.items():
+        if hasattr(entry, "size"):
+            assert (ours.state_dict_metadata[key].size, ours.state_dict_metadata[key].properties) == (
+                entry.size,
+                entry.properties,
+            )
+    tops = [{path.name for path in (tmp_path / who).iterdir()} - {"hf"} for who in ("ours", "host")]
+    assert tops[0] == tops[1]
+    inner = [{path.name for path in (tmp_path / who / "iter_0000000").iterdir()} for who in ("ours", "host")]
+    assert {file for file in inner[1] if not file.endswith(".distcp")} <= inner[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("exaone4", Layout(tp=2, pp=2, vpp=2)),
+        ("exaone4-1.2b", Layout(tp=4)),
+        ("ernie45", Layout(tp=2, ep=2, etp=1)),
+        ("ernie45-300b", Layout(pp=2, ep=2)),
+    ],
+    ids=str,
+)
+def test_what_is_streamed_loads_in_the_hosts_loader(
+    host: Any, tiny: Any, tmp_path: Path, name: str, layout: Layout
+) -> None:
+    source = tiny(name, dtype="bfloat16")
+    import_checkpoint(source, tmp_path / "megatron", Layout(tp=2))
+    run_ranks(_load, layout.ranks, source, tmp_path / "megatron", tmp_path / "exported", layout)
+    assert compare_tensors(source, tmp_path / "exported").holds
+
+
+def test_a_checkpoint_with_optimizer_states_is_read_without_them(host: Any, tiny: Any, tmp_path: Path) -> None:
+    """As training writes it: optimizer states of the same names, cut as the optimizer cuts them."""
+    source = tiny("exaone4")
+    import_checkpoint(source, tmp_path / "megatron", Layout())
+    path = tmp_path / "megatron" / "iter_0000000" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for key, entry in list(metadata.state_dict_metadata.items()):
+        if hasattr(entry, "size"):
+            other = f"optimizer.state.exp_avg.{key}"
+            metadata.state_dict_metadata[other] = entry
+            for chunk in entry.chunks:  # in a file that is not there
+                info = copy.copy(metadata.storage_data[MetadataIndex(key, chunk.offsets)])
+                info.relative_path = "__9_0.distcp"
+                metadata.storage_data[MetadataIndex(other, chunk.offsets)] = info
+    path.write_bytes(pickle.dumps(metadata))
+    export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
+    _assert_same(source, tmp_path / "exported")
+
+
+def test_a_source_reads_one_tensor_at_a_time_from_either_side(host: Any, tiny: Any, tmp_path: Path) -> None:
+    folder = tiny("ernie45", dtype="bfloat16")
+    import_checkpoint(folder, tmp_path / "megatron", Layout())
+    left, right = open_tensors(folder), open_tensors(tmp_path / "megatron")
+    assert left.family is right.family and left.facts == right.facts
+    assert {name for name in left.tensors if name not in right.tensors} == set(open_source(folder).carried)
+    for name, spec in right.tensors.items():
+        other = left.tensors[name]
+        assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == (name, other.dtype, other.shape, other.nbytes)
+        assert torch.equal(left.read(name), right.read(name)) and right.read(name).is_contiguous()
+    assert sorted(name for group in right.groups() for name in group) == sorted(right.tensors)

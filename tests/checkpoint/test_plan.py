@@ -229,7 +229,14 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "is used twice",
     ),
     "a part is missing": (lambda p: with_part(p, p.parts[3], None), "is used by no parameter"),
-    "a part is there twice": (lambda p: dataclasses.replace(p, parts=(*p.parts, p.parts[3])), "is used by"),
+    "a part is there twice": (lambda p: dataclasses.replace(p, parts=(*p.parts, p.parts[3])), "is filled twice"),
+    "two parts use one tensor": (
+        lambda p: dataclasses.replace(
+            p,
+            parts=(*p.parts, dataclasses.replace(p.parts[3], row=dataclasses.replace(p.parts[3].row, megatron="a.*"))),
+        ),
+        "is used by",
+    ),
     "a shape of another model": (
         lambda p: with_part(
             p,

@@ -215,20 +215,23 @@ def test_the_reference_is_transformers_eager_model(tiny: Any, run: Any) -> None:
     torch.testing.assert_close(values["model.norm"], output.hidden_states[8], atol=1e-5, rtol=1e-5)
 
 
-def test_a_tie_is_where_a_nudge_changes_the_experts(tiny: Any) -> None:
-    """Two experts with the same router row: which of them comes first is rounding's."""
+def test_a_tie_is_where_a_nudge_changes_the_experts(host: Any, tiny: Any) -> None:
+    """At one token the third and the fourth expert of a layer are made to score the same, as far as fp32 can tell."""
     folder = tiny("ernie45")
     source, model = open_source(folder), load(folder, torch.float32)
-    points, tokens = points_of(source.rows), prompts(387, 2, 30)
+    points, tokens = points_of(source.rows), prompts(387, 1, 30)
+    gate, seen = model.model.layers[2].mlp.gate, []
+    handle = gate.register_forward_hook(lambda _, __, output: seen.append(output[0]))
     decided = run_reference(model, points, tokens).decided
+    handle.remove()
     assert decided is not None and decided.all()
+    bias = gate.moe_statics.e_score_correction_bias[0]
+    scores = seen[0][10].softmax(-1) + bias
+    order = scores.argsort(descending=True)
     with torch.no_grad():
-        gate = model.model.layers[2].mlp.gate
-        gate.weight[5].copy_(gate.weight[3] + 1e-7 * torch.randn(64))
-        gate.moe_statics.e_score_correction_bias[0, 5] = gate.moe_statics.e_score_correction_bias[0, 3]
+        bias[order[3]] += scores[order[2]] - scores[order[3]]
     tied = run_reference(model, points, tokens).decided
-    assert tied is not None and not tied.all()
-    assert torch.equal(tied, tied.cumprod(-1).bool())  # attention carries a tie to every later position
+    assert tied is not None and tied[0, :10].all() and not tied[0, 10:].any()  # attention carries it to later positions
 
 
 @pytest.mark.parametrize("topk", [1, 3, 8])

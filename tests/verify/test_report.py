@@ -142,3 +142,14 @@ def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:
     text = path.read_text()
     assert text.count("\n## ") == 2 and "1 of 2 keys differ" in text and "In miniature." not in text
     assert "**1 of 2 verifications differ.**" in text
+
+
+def test_every_published_configuration_has_a_card_that_holds() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "cards"
+    cards = {path.stem: path.read_text() for path in folder.glob("*.md")}
+    names = ("EXAONE-4.0-1.2B", "EXAONE-4.0-32B", "ERNIE-4.5-0.3B", "ERNIE-4.5-21B-A3B", "ERNIE-4.5-300B-A47B")
+    assert cards.keys() == set(names)
+    for name, text in cards.items():
+        assert text.startswith("<!-- Written by `exaone-bridge verify --card`") and f"\n# {name}\n" in text
+        assert text.count("\n## ") >= 4 and text.count(" s: `exaone-bridge verify ") == text.count("\n## ")
+        assert "| differs |" not in text and "bfloat16, backend" in text and ("TP2" in text or "EP4" in text)

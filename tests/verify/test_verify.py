@@ -106,7 +106,7 @@ def test_gradients_that_are_not_summed_differ(host: Any, tiny: Any, monkeypatch:
 
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b"])
 @pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_streamed_transformers_is_transformers(name: str, dtype: str, tiny: Any) -> None:
+def test_streamed_transformers_is_transformers(name: str, dtype: str, host: Any, tiny: Any) -> None:
     source = open_source(tiny(name, dtype=dtype))
     points, tokens = points_of(source.rows), prompts(387, 2, 30)
     expected = run_reference(load(source.folder, torch.float32), points, tokens)

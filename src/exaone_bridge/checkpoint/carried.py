@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def keep_carried(source: HFSource, folder: Path) -> None:
     logger.info("carried past the model unchanged: %d tensors, in %s", len(source.carried), folder / CARRIED)
 
 
-def _read(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Any]]:
+def _read(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any]]:
     by_file = defaultdict(list)
     for name, tensor in tensors.items():
         by_file[tensor.file].append(name)

@@ -110,7 +110,7 @@ def import_checkpoint(
     refuse_existing(megatron_folder)
     source = open_source(hf_folder)
     check_layout(source.facts, layout)
-    ours = {name: tensor for name, tensor in source.tensors.items() if not source.family.is_carried(name)}
+    ours = source.of_the_model
     plan = source.plan(Layout())
     prove(plan, {name: tensor.shape for name, tensor in ours.items()})
     check_space(megatron_folder, source.nbytes)

@@ -136,18 +136,19 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
         CheckpointError: files that are damaged, or tensors of another shape than the configuration says.
         UnsupportedLayout, PlanError: the model cannot be cut so.
     """
+    plan = plan_here(rows, facts, placed)
+    if placed.even and plan.stages[placed.pp] != placed.layers:
+        raise CheckpointError(
+            "Megatron-Core model",
+            f"stage {placed.pp} has the layers {placed.layers}, and should have {plan.stages[placed.pp]}",
+            remedy=_ADVICE,
+        )
+    parameters = matched(plan, placed)
     tensors = {name: info for name, info in read_headers(folder).items() if not family.is_carried(name)}
     check_tensors(rows, facts, tensors)
-    plan = plan_here(rows, facts, placed)
     if placed.even:
         prove(plan, {name: info.shape for name, info in tensors.items()})
-        if plan.stages[placed.pp] != placed.layers:
-            raise CheckpointError(
-                "Megatron-Core model",
-                f"stage {placed.pp} has the layers {placed.layers}, and should have {plan.stages[placed.pp]}",
-                remedy=_ADVICE,
-            )
-    return fill(matched(plan, placed), tensors)
+    return fill(parameters, tensors)
 
 
 def check_tensors(rows: tuple[Row, ...], facts: Any, tensors: Mapping[str, TensorInfo]) -> None:

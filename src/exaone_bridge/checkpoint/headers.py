@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import operator
 import os
-import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -36,9 +35,8 @@ _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _MAX_JSON_BYTES: Final = 100_000_000  # MAX_HEADER_SIZE of safetensors; no index or config comes near
 _MAX_INT: Final = 2**63 - 1  # a header's numbers are 64-bit, and so are their products
-_INTEGERS: Final = {int}  # and no bool, which is a type of its own
 _MAX_SIDE: Final = 2**29  # so that no product of two and a dtype leaves 63 bits
-_KEYS: Final = re.compile(r'"[ \t\n\r]*:')
+_UNUSUAL: Final = ("\\", '" ', '"\n', '"\t', '"\r')  # an escape, or space that may stand before a colon
 _PLACE: Final = operator.attrgetter("offset", "nbytes")
 
 # Names and values come from files that are not trusted: on one line, and never long.
@@ -93,7 +91,8 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
         raise _damaged(path, f"its __metadata__ is {_quote(metadata)}, and must map text to text")
 
     tensors = [
-        _plain_tensor(path, name, entry, data_at, file_bytes) or _tensor(path, name, entry, data_at, file_bytes)
+        _plain_tensor(path, name, entry, data_at, file_bytes - data_at)
+        or _tensor(path, name, entry, data_at, file_bytes)
         for name, entry in header.items()
     ]
     tensors.sort(key=_PLACE)
@@ -181,24 +180,24 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _plain_tensor(path: Path, name: str, entry: Any, data_at: int, file_bytes: int) -> TensorInfo | None:
+def _plain_tensor(path: Path, name: str, entry: Any, data_at: int, buffer_bytes: int) -> TensorInfo | None:
     """What `_tensor` makes of an entry, if that has one or two axes and nothing wrong with it: a checkpoint may have
-    60,000 of them, and says so four times faster here."""
+    60,000 of them, and says so in a third of the time here."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        length, width = shape if len(shape) == 2 else (*shape, 1)
+        length, width = shape if len(shape) == 2 else (shape[0], 1)
         if (
-            len(entry) == 3
-            and type(shape) is list
-            and {type(length), type(width), type(begin), type(end)} == _INTEGERS
+            type(length) is type(width) is type(begin) is type(end) is int
             and 0 <= length <= _MAX_SIDE
             and 0 <= width <= _MAX_SIDE
             and length * width * DTYPE_BYTES[dtype] == end - begin
-            and 0 <= begin <= end <= file_bytes - data_at
-            and type(entry["data_offsets"]) is list
+            and 0 <= begin <= end <= buffer_bytes
+            and len(entry) == 3
+            and len(shape) <= 2
+            and type(shape) is type(entry["data_offsets"]) is list
         ):
             return TensorInfo(name, dtype, tuple(shape), path, data_at + begin, end - begin)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError):
         pass  # `_tensor` finds the words for it
     return None
 
@@ -268,8 +267,9 @@ def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
         parse_int = _integer if "-0" in text else None
         value = json.loads(text, parse_int=parse_int)
         # A key that came twice is gone from the value: there are more keys in the text. The hook would be called for
-        # each of 60,000 tensors; a text with escapes, or with a colon that begins a word, goes the slow way.
-        if "\\" in text or len(_KEYS.findall(text)) != _count_keys(value):
+        # each of 60,000 tensors; a text with escapes, with space after a quote or with a name that begins with a colon
+        # goes the slow way.
+        if any(mark in text for mark in _UNUSUAL) or text.count('":') != _count_keys(value):
             value = json.loads(text, object_pairs_hook=_unique, parse_int=parse_int)
         if "\\u" in text:  # may spell half a surrogate pair, which is no text: encode raises a ValueError
             json.dumps(value, ensure_ascii=False).encode()
@@ -294,12 +294,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _count_keys(value: Any) -> int:
-    """Of all objects in a JSON value."""
-    if isinstance(value, dict):
-        return len(value) + sum(_count_keys(inner) for inner in value.values() if type(inner) in (dict, list))
-    if isinstance(value, list):
-        return sum(_count_keys(inner) for inner in value if type(inner) in (dict, list))
-    return 0
+    """Of a JSON object and the objects right in it; those that lie deeper make their text go the slow way."""
+    if type(value) is not dict:
+        return -1
+    return len(value) + sum([len(inner) for inner in value.values() if type(inner) is dict])
 
 
 def _integer(text: str) -> float:

@@ -39,19 +39,18 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     """
     layers = _dealt("layer", [chunk for stage in plan.stages for chunk in stage])
     experts = _dealt("expert", plan.experts)
-    used: dict[str, str] = {}
+    used: list[str] = []
     parameters = 0
     total = padding = 0
     for part in plan.parts:
         _prove_part(part)
-        count = 0
-        for name, *tensors in part.row.names():
-            count += 1
-            for tensor, shape in zip(tensors, part.shapes, strict=True):
-                if used.setdefault(tensor, name) is not name:
-                    raise PlanError(tensor, f"is used by {used[tensor]} and by {name}")
-                if shapes.get(tensor) != shape:
-                    raise PlanError(tensor, f"has shape {shapes.get(tensor)}, and the plan says {shape}")
+        columns = list(zip(*part.row.names(), strict=True))  # the parameters' names, then each tensor's
+        count = len(columns[0])
+        for names, shape in zip(columns[1:], part.shapes, strict=True):
+            if (found := list(map(shapes.get, names))).count(shape) != count:
+                name, other = next(pair for pair in zip(names, found, strict=True) if pair[1] != shape)
+                raise PlanError(name, f"has shape {other}, and the plan says {shape}")
+            used += names
         if missing := set(part.row.layers) - layers:
             raise PlanError(part.row.megatron, f"is in layer {min(missing)}, which no rank holds")
         if part.row.experts and len(experts) != part.row.experts:
@@ -59,13 +58,27 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
         parameters += count
         total += count * sum(math.prod(shape) for shape in part.shapes)
         padding += count * sum(elements(box) for cut in part.cuts for box in cut.padding)
-    names = [name for part in plan.parts for name in (part.row.megatron, part.row.alias) if name]
-    if twice := {name for name in names if names.count(name) > 1}:
+    table = [name for part in plan.parts for name in (part.row.megatron, part.row.alias) if name]
+    if twice := {name for name in table if table.count(name) > 1}:
         raise PlanError(min(twice), "is filled twice")
-    if unused := shapes.keys() - used.keys():
+    once = set(used)
+    if len(once) != len(used):
+        raise PlanError(*_used_twice(plan))
+    if unused := shapes.keys() - once:
         raise PlanError(min(unused), "is used by no parameter")
     _prove_places(plan)
-    return Proof(len(used), parameters, total, padding)
+    return Proof(len(once), parameters, total, padding)
+
+
+def _used_twice(plan: Plan) -> tuple[str, str]:
+    users: dict[str, str] = {}
+    for part in plan.parts:
+        for parameter, *names in part.row.names():
+            for name in names:
+                if name in users:
+                    return name, f"is used by {users[name]} and by {parameter}"
+                users[name] = parameter
+    raise AssertionError("no tensor is used twice")
 
 
 def _dealt(what: str, hands: Iterable[Sequence[int]]) -> set[int]:

@@ -23,7 +23,11 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True, slots=True)
 class HFSource:
-    """A checked Hugging Face folder: its configuration, its family's facts and rows, and where each tensor lies."""
+    """A checked Hugging Face folder: its configuration, its family's facts and rows, and where each tensor lies.
+
+    Attributes:
+        carried: those of `tensors` that are no part of the model, and travel beside it.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -31,11 +35,12 @@ class HFSource:
     facts: Any
     rows: tuple[Row, ...]
     tensors: Mapping[str, TensorInfo]
+    carried: Mapping[str, TensorInfo]
 
     @property
-    def carried(self) -> dict[str, TensorInfo]:
-        """The tensors that are no part of the model, and travel beside it."""
-        return {name: tensor for name, tensor in self.tensors.items() if self.family.is_carried(name)}
+    def of_the_model(self) -> dict[str, TensorInfo]:
+        """Those that are."""
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.carried}
 
     def plan(self, layout: Layout) -> Plan:
         """Which rectangles go where at this layout.
@@ -74,9 +79,11 @@ def open_source(folder: Path) -> HFSource:
     rows = family.rows(facts)
     tensors = read_headers(folder)
     _check_nothing_else(folder, {tensor.file.name for tensor in tensors.values()})
-    ours = {name: tensor for name, tensor in tensors.items() if not family.is_carried(name)}
-    _check_tensors(folder, expected_hf(rows, facts.dims), _DTYPES[facts.dtype], fp32_names(rows), ours)
-    return HFSource(folder, config, family, facts, rows, tensors)
+    expected = expected_hf(rows, facts.dims)
+    carried = {name: tensors[name] for name in tensors.keys() - expected.keys() if family.is_carried(name)}
+    ours = {name: tensor for name, tensor in tensors.items() if name not in carried} if carried else tensors
+    _check_tensors(folder, expected, _DTYPES[facts.dtype], fp32_names(rows), ours)
+    return HFSource(folder, config, family, facts, rows, tensors, dict(sorted(carried.items())))
 
 
 def _family(config: Mapping[str, Any], path: Path) -> Family:

@@ -180,7 +180,7 @@ class MegatronSource:
             if copy.tensor == place.tensor:
                 target = tensor[tuple(slice(begin, end) for begin, end in copy.hf)]
                 shaped = target.view((1,) * len(before) + tuple(end - begin for begin, end in copy.megatron))
-                self.stored.read_into(shaped, place.key, (*before, *copy.megatron))
+                self.stored.read_into(shaped, place.key, place.lead, (*before, *copy.megatron))
         return tensor
 
 

@@ -119,7 +119,7 @@ class _Slice(io.RawIOBase):
 class TorchDist:
     """A checkpoint's tensors, read a chunk at a time; what else is in it (optimizer, extra states) is left alone.
 
-    The chunks of the tensor read last stay in memory, because queries, keys and values lie in one.
+    The chunks of the parameter read last stay in memory, because queries, keys and values lie in one.
 
     Raises:
         CheckpointError: no checkpoint there, or one whose metadata cannot be read.
@@ -139,18 +139,22 @@ class TorchDist:
         except Exception as error:  # of pickle, or of objects that are not what their class says: a damaged file
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(path, f"cannot be read ({text})", remedy="restore the checkpoint") from error
-        self._held: tuple[str, dict[_Chunk, torch.Tensor]] = ("", {})
+        self._held: tuple[object, dict[_Chunk, torch.Tensor]] = (None, {})
         self._whole: set[str] = set()  # those whose chunks are known to cover them, each element once
 
-    def read_into(self, target: torch.Tensor, key: str, box: Box) -> None:
-        """Copy a rectangle of a tensor, converted to the target's type.
+    def read_into(self, target: torch.Tensor, key: str, lead: tuple[int, ...], box: Box) -> None:
+        """Copy a rectangle of a parameter, converted to the target's type.
+
+        Args:
+            lead: where the parameter lies along the leading axes of `key`, which may hold those of all layers.
+            box: in all axes of `key`.
 
         Raises:
             CheckpointError: a chunk that is missing or damaged, or a rectangle that the chunks do not cover.
         """
         stored = self.tensors[key]
-        if self._held[0] != key:
-            self._held = (key, {})  # first let go of the last one
+        if self._held[0] != (key, lead):
+            self._held = ((key, lead), {})  # first let go of the last one
         if key not in self._whole:
             prove_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
             self._whole.add(key)

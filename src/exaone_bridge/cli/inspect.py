@@ -33,8 +33,7 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
     source = open_source(folder)
     check_layout(source.facts, layout)
     plan = source.plan(layout)
-    carried = source.carried
-    prove(plan, {name: info.shape for name, info in source.tensors.items() if name not in carried})
+    prove(plan, {name: info.shape for name, info in source.of_the_model.items()})
     refused = dict(_refused(source))
     if as_json:
         print(json.dumps(_summary(source, plan, refused), indent=2))

@@ -105,9 +105,11 @@ class Row:
     def names(self) -> Iterator[tuple[str, ...]]:
         """The Megatron-Core name of each parameter and the names of its tensors, in the order of `expand`: just those,
         because a checkpoint may have 60,000."""
-        patterns = [name.replace("*", "%d") for name in (self.megatron, *(tensor.name for tensor in self.hf))]
+        # one pattern for all of them: a name has no newline
+        pattern = "\n".join((self.megatron, *(tensor.name for tensor in self.hf))).replace("*", "%d")
+        times = 1 + len(self.hf)
         for numbers in self.numbers():
-            yield tuple([pattern % numbers for pattern in patterns])
+            yield tuple((pattern % (numbers * times)).split("\n"))
 
     def aliases(self) -> Iterator[tuple[str, str]]:
         """Each concrete name by which another module class calls a parameter of this row, and ours for it."""
@@ -140,9 +142,9 @@ def expected_hf(rows: Iterable[Row], dims: Mapping[str, int]) -> dict[str, tuple
     """Name -> shape of every Hugging Face tensor that the rows claim."""
     found: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        shapes = [tensor.shape(dims) for tensor in row.hf]
-        for _, *names in row.names():
-            found.update(zip(names, shapes, strict=True))
+        _, *columns = zip(*row.names(), strict=True) if row.layers or "*" not in row.megatron else ((),)
+        for tensor, names in zip(row.hf, columns, strict=False):
+            found.update(dict.fromkeys(names, tensor.shape(dims)))
     return found
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from exaone_bridge.checkpoint.headers import read_json
 from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
-from exaone_bridge.errors import BridgeError, CheckpointError
+from exaone_bridge.errors import BridgeError, CheckpointError, UnsupportedLayout
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.digests import digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.greedy import compare_generated
 from exaone_bridge.verify.job import Job, OnEvent, Theirs, check_backend, make_job, run_generation, run_megatron
-from exaone_bridge.verify.launch import run_alone, run_world, work_folder
+from exaone_bridge.verify.launch import run_alone, run_world, under_torchrun, work_folder
 from exaone_bridge.verify.report import Check, Report, versions
 from exaone_bridge.verify.summary import model_summary
 from exaone_bridge.verify.verify import arithmetic, verify
@@ -42,7 +42,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def side(path: Path, layout: Layout, backend: str, on_event: OnEvent = None) -> Iterator[Side]:
+def side(path: Path, on_event: OnEvent = None) -> Iterator[Side]:
     """The model at this path; a Megatron checkpoint is exported to a temporary folder.
 
     Raises:
@@ -56,31 +56,32 @@ def side(path: Path, layout: Layout, backend: str, on_event: OnEvent = None) -> 
     if not is_megatron(path):
         yield Side(path.name, path, None)
         return
-    from exaone_bridge.checkpoint.convert import export_checkpoint
-
     with work_folder() as work:
         folder = work / path.name
-        run_alone_here(export_checkpoint, path, folder, layout, backend=backend, on_event=on_event)
+        _export(path, folder, on_event)
         yield Side(path.name, folder, path)
 
 
-def run_alone_here(work: Any, *args: Any, **kwargs: Any) -> None:
-    """In this process, which forks ranks of its own; under torchrun that is not possible."""
-    from exaone_bridge.errors import UnsupportedLayout
-    from exaone_bridge.verify.launch import under_torchrun
+def _export(path: Path, folder: Path, on_event: OnEvent) -> None:
+    """By the conversion engine, tensor by tensor, without a model.
+
+    Raises:
+        UnsupportedLayout: under torchrun, whose ranks can fork none of their own.
+    """
+    from exaone_bridge.checkpoint.convert import export_checkpoint
 
     if under_torchrun():
         raise UnsupportedLayout(
             "ranks", got="torchrun's", wanted="this command's own", remedy="run it without torchrun, or export first"
         )
-    work(*args, **kwargs)
+    export_checkpoint(path, folder, on_event=on_event)
 
 
 def verify_megatron(
     path: Path, layout: Layout, *, backend: str = "auto", on_event: OnEvent = None, **options: Any
 ) -> Report:
     """`verify` of a Megatron checkpoint: what it exports to, computed from its own weights at this layout."""
-    with side(path, layout, backend, on_event) as exported:
+    with side(path, on_event) as exported:
         return verify(
             exported.folder, layout, megatron=exported.megatron, backend=backend, on_event=on_event, **options
         )
@@ -122,7 +123,7 @@ def compare(
     from exaone_bridge.host.registration import supported
 
     started = time.perf_counter()
-    with side(source, layout, backend, on_event) as left, side(other, layout, backend, on_event) as right:
+    with side(source, on_event) as left, side(other, on_event) as right:
         first = open_source(left.folder)
         check_layout(first.facts, layout)
         before = digest_folder(left.folder)

@@ -64,9 +64,8 @@ def batches_of(source: HFSource, count: int, length: int | None, seed: int) -> l
     facts = source.facts
     if length is not None:
         return [prompts(facts.vocab_size, count, length, seed)]
-    longest = _LONGEST if source.parameters < _LARGE else 64
-    if torch.cuda.is_available():
-        longest = 16 * _LONGEST + 64
+    # device_count, unlike is_available, leaves CUDA to the ranks that are forked.
+    longest = _LONGEST if source.parameters < _LARGE or torch.cuda.device_count() else 64
     long = prompt_length(facts.windows, _original_positions(source.config), min(longest, facts.max_positions))
     short = min([7, *(window for window in facts.windows if window is not None)])
     return [prompts(facts.vocab_size, count, long, seed), prompts(facts.vocab_size, 2, short, seed + 1)]
@@ -205,7 +204,8 @@ def check_backend(name: str) -> None:
     """
     from exaone_bridge.parts.backend import resolve_backend
 
-    resolve_backend(name)
+    if name != "auto":  # which asks CUDA, and that is for the ranks
+        resolve_backend(name)
 
 
 def make_job(

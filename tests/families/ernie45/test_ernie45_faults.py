@@ -147,4 +147,4 @@ def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.Mo
     rows_with(BRIDGE, lambda row: None if "experts.linear_fc2.weight*" in row.megatron else row)(monkeypatch)
     with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
         verify(tiny("ernie45"), layout)
-    assert len(caught.value.names) == 3 * 8
+    assert len(caught.value.names) in (8, 12, 16)  # a rank's own layers and experts, of 3 x 8: no rank asks another

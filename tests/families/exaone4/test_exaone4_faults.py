@@ -136,7 +136,8 @@ def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.Mo
     _rows(lambda row: None if "down_proj" in row.hf[0].name else row)(monkeypatch)
     with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
         verify(tiny("exaone4"), Layout(pp=2))
-    assert caught.value.names == tuple(sorted(f"decoder.layers.{n}.mlp.linear_fc2.weight" for n in range(8)))
+    names = [f"decoder.layers.{n}.mlp.linear_fc2.weight" for n in range(8)]
+    assert list(caught.value.names) in (names[:4], names[4:])  # a stage's own: no rank asks another
 
 
 def test_row_without_its_parameter_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,14 @@ class Outcome:
         return None if self.location is None else (self.location.layer, self.location.sublayer)
 
     @property
+    def excess(self) -> float | None:
+        """The logits' difference by its bound; None where they were not computed, or are the same by design."""
+        if self.begins is None:
+            return None
+        figures = next(check.values for check in self.checks if check.name == "logits")
+        return float(figures["relative"] / figures["bound"])
+
+    @property
     def right(self) -> bool:
         """Whether every check that must catch it does, and it is located where it is."""
         return bool(self.caught) and set(self.wanted) <= set(self.caught) and self.found == self.begins
@@ -108,6 +116,7 @@ class Result:
                 "begins": one.begins,
                 "found": one.found,
                 "right": one.right,
+                "excess": one.excess,
                 "host": dataclasses.asdict(one.host) | {"caught": one.host.caught},
             }
             for one in self.outcomes

@@ -1,0 +1,117 @@
+"""Writes the cards in this folder: random weights of each shape, then `exaone-bridge verify --card` on them.
+
+    python docs/cards/write.py WORK [NAME ...]    # WORK: an empty folder with room for 15 GB; NAME: some cards only
+
+Memory: 12 GiB for the 32B's widths, 8 for the 21B's, 4 for the rest. Half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.checkpoint.tiny import write_random
+from exaone_bridge.cli import main
+from exaone_bridge.families.ernie45.tiny import TINY as ERNIE
+from exaone_bridge.families.exaone4.tiny import TINY as EXAONE
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EXAONE_WIDE = EXAONE["exaone4"] | {
+    "vocab_size": 102400,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192},
+}
+ERNIE_WIDE = {"vocab_size": 103424, "head_dim": 128, "rms_norm_eps": 1e-5, "dtype": "bfloat16"} | {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "EXAONE-4.0-1.2B": EXAONE_WIDE
+    | {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    | {"head_dim": 64, "num_hidden_layers": 30, "layer_types": ["full_attention"] * 30, "sliding_window": None}
+    | {"sliding_window_pattern": 0, "tie_word_embeddings": True, "max_position_embeddings": 65536},
+    "EXAONE-4.0-32B-4-layers": EXAONE_WIDE
+    | {"hidden_size": 5120, "intermediate_size": 27392, "num_attention_heads": 40, "num_key_value_heads": 8}
+    | {"head_dim": 128, "num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
+    | {"sliding_window": 4096, "max_position_embeddings": 131072},
+    "ERNIE-4.5-0.3B": ERNIE["ernie45-dense"]
+    | ERNIE_WIDE
+    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18}
+    | {"num_attention_heads": 16, "num_key_value_heads": 2},
+    "ERNIE-4.5-21B-A3B-3-layers": ERNIE["ernie45"]
+    | ERNIE_WIDE
+    | {"hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 3}
+    | {"num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6}
+    | {"moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+}
+MINIATURES = EXAONE | ERNIE
+
+WHOLE = "Random weights of the whole published shape."
+WIDE = "Random weights of the published widths, fewer layers."
+SMALL = "The published topology in miniature: every branch of the model, widths of no resemblance."
+# card -> (shape or miniature, options, what it stands for)
+RUNS: dict[str, list[tuple[str, str, str]]] = {
+    "EXAONE-4.0-1.2B": [
+        ("EXAONE-4.0-1.2B", "", WHOLE),
+        ("EXAONE-4.0-1.2B", "--dtype bfloat16", WHOLE),
+        ("EXAONE-4.0-1.2B", "--tp 2", WHOLE),
+        ("exaone4-1.2b", "--gradients", SMALL),
+        ("exaone4-1.2b", "--tp 2 --pp 2 --sp --gradients", SMALL),
+    ],
+    "EXAONE-4.0-32B": [
+        ("EXAONE-4.0-32B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG); prompts do not reach the window of 4096."),
+        ("exaone4", "--gradients", f"{SMALL} Prompts are eight windows long."),
+        ("exaone4", "--tp 2 --pp 2 --vpp 2 --sp --gradients", SMALL),
+        ("exaone4", "--tp 4 --pp 2", SMALL),
+        ("exaone4", "--dtype bfloat16", SMALL),
+    ],
+    "ERNIE-4.5-0.3B": [
+        ("ERNIE-4.5-0.3B", "", WHOLE),
+        ("ERNIE-4.5-0.3B", "--dtype bfloat16 --quick", WHOLE),
+        ("ERNIE-4.5-0.3B", "--tp 2 --quick", WHOLE),
+        ("ernie45-dense", "--tp 2 --pp 2 --gradients", SMALL),
+    ],
+    "ERNIE-4.5-21B-A3B": [
+        ("ERNIE-4.5-21B-A3B-3-layers", "", f"{WIDE} One dense layer, and two of 27 with all 64 experts."),
+        ("ernie45", "--gradients", SMALL),
+        ("ernie45", "--tp 2 --ep 2 --sp", SMALL),
+        ("ernie45", "--pp 2 --ep 2 --gradients", SMALL),
+        ("ernie45", "--dtype bfloat16", SMALL),
+    ],
+    "ERNIE-4.5-300B-A47B": [
+        ("ernie45-300b", "--gradients", f"{SMALL} The published widths (5.7e9 parameters a layer) were not run."),
+        ("ernie45-300b", "--tp 2 --pp 2 --vpp 2", SMALL),
+        ("ernie45-300b", "--ep 4", SMALL),
+        ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --sp --gradients", SMALL),
+        ("ernie45-300b", "--dtype bfloat16", SMALL),
+    ],
+}  # fmt: skip
+
+
+def write(work: Path, card: str) -> bool:
+    """Run everything of one card; whether all of it holds."""
+    path, holds = Path(__file__).with_name(f"{card}.md"), True
+    path.unlink(missing_ok=True)
+    for name, options, note in RUNS[card]:
+        folder = work / name
+        if not folder.exists():
+            write_random(folder, SHAPES.get(name) or MINIATURES[name])
+        sys.argv = ["exaone-bridge", "verify", str(folder), *options.split()]
+        sys.argv += ["--card", str(path), "--name", card, "--note", note]
+        try:
+            main()
+        except SystemExit as ended:
+            holds = holds and not ended.code
+    for name in SHAPES.keys() & {run[0] for run in RUNS[card]}:
+        shutil.rmtree(work / name)
+    return holds
+
+
+if __name__ == "__main__":
+    cards = sys.argv[2:] or list(RUNS)
+    work = Path(sys.argv[1])
+    results = {card: write(work, card) for card in cards}
+    sys.exit(not all(results.values()))
