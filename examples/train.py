@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
     bridge.save_hf_pretrained(model, options.output, show_progress=False)
 
 
-def start(options: argparse.Namespace) -> None:
+def start(options: argparse.Namespace, main: Callable[[argparse.Namespace], None] = main) -> None:
     """Where there is no GPU: one rank on gloo, inside the runtime that lets Megatron-Core run without CUDA."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -17,6 +17,7 @@ from exaone_bridge.errors import (
     UnmappedTensors,
     UnsupportedConfig,
     UnsupportedLayout,
+    VisionInputError,
 )
 
 # Error -> its message, and its attributes.
@@ -62,6 +63,7 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         "/a: is no folder; give one.",
         {"path": Path("/a")},
     ),
+    (VisionInputError("images: 3 words and 4 features."), "images: 3 words and 4 features.", {}),
     (RegistrationError("theirs, not ours."), "theirs, not ours.", {}),
     (ParityFailure("3 of 5 differ."), "3 of 5 differ.", {}),
 ]

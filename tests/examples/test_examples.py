@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from exaone_bridge.verify.folders import compare_tensors
 
@@ -43,6 +47,20 @@ def test_train(tiny: Any, tmp_path: Path) -> None:
     check = compare_tensors(folder, tmp_path / "out")
     assert not check.holds
     assert check.figure == "68 of 68 tensors differ"
+
+
+def test_images(tiny: Any, tmp_path: Path) -> None:
+    """It looks: the loss falls below that of knowing all but which side; the frozen tower stays, its merger learns."""
+    folder = tiny("exaone45")
+    printed = _run("examples/images.py", folder, tmp_path / "out", "--steps", 20)
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 20
+    assert losses[-1] < 0.8 * math.log(4) / 5  # four sides, of which the first of five letters tells
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    same = {name for name, value in before.items() if torch.equal(after[name], value)}
+    tower = {name for name in before if ".visual." in name and ".merger." not in name}
+    assert same == tower | {name for name in before if name.startswith("mtp.")}
 
 
 def test_readme_python(tiny: Any, tmp_path: Path) -> None:

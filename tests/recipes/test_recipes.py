@@ -13,6 +13,7 @@ import torch
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.families import family_of
 from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import hf_tensors
 from exaone_bridge.recipes import RECIPES, recipe
@@ -27,6 +28,7 @@ CASES = [(name, memory) for name, key in RECIPES.items() for memory in PLANS[key
 BILLIONS = {
     "exaone4_1p2b": 1.28,
     "exaone4_32b": 32.0,
+    "exaone45_33b": 33.8,  # the card says 33
     "ernie45_0p3b": 0.36,
     "ernie45_21b_a3b": 21.8,
     "ernie45_300b_a47b": 300.5,
@@ -69,11 +71,13 @@ def test_recipe(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     assert config.ddp.overlap_grad_reduce and config.ddp.overlap_param_gather
     assert provider.sequence_parallel == (provider.tensor_model_parallel_size > 1)
     assert (config.peft is not None) == (stage == "peft")
-    assert provider.vocab_size == CONFIGS[model]["vocab_size"] == config.tokenizer.vocab_size
+    assert provider.vocab_size == language_config(CONFIGS[model])["vocab_size"] == config.tokenizer.vocab_size
     assert not config.tokenizer.use_tokenizer_vocab_size
     assert provider.calculate_per_token_loss == (stage in ("sft", "peft"))
+    if model.startswith("exaone45"):
+        assert provider.freeze_vision_model and provider.freeze_vision_projection and not provider.freeze_language_model
     wished = provider.to_cfg_dict()  # what this machine's backend had to switch off is on again on a GPU
-    assert wished["cross_entropy_loss_fusion"] and wished["bias_dropout_fusion"]
+    assert wished["cross_entropy_loss_fusion"] and wished["bias_activation_fusion"]
     if provider.num_moe_experts:
         assert wished["moe_grouped_gemm"] and wished["moe_permute_fusion"]
         assert wished["moe_token_dispatcher_type"] == "alltoall"

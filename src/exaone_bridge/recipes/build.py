@@ -114,6 +114,8 @@ def _fine_tune(
     provider: Any, plan: Plan, hf_path: str | Path | None, root: str | Path | None, packed: bool, rate: float
 ) -> ConfigContainer:
     _spread(provider, plan)
+    if hasattr(provider, "freeze_vision_model"):  # questions and answers are words: nothing there could train a tower
+        provider.freeze_vision_model = provider.freeze_vision_projection = True
     dataset = questions_and_answers(plan, root, packed)
     config = container(provider, plan, dataset, iterations=1000, rate=rate, warmup=50)
     _start_from(config, hf_path)

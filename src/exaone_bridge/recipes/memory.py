@@ -78,6 +78,8 @@ def _count(rows: Iterable[Row], facts: Any, plan: Plan, stage: int) -> _Held:
         elif row.megatron.startswith("embedding"):
             # A tied model's last stage has a copy of it.
             dense += cut * ((stage == 0) or (facts.tied and stage == last))
+        elif row.megatron.startswith("visual."):
+            dense += cut * (stage == 0)
         else:
             dense += cut * (stage == last)
     return _Held(dense, expert)

@@ -47,6 +47,14 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         80: Plan(gpus=4, layout=Layout(tp=4, sp=True), seq_length=4096, global_batch=32),
         141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
     },
+    ("exaone45_33b", "sft"): {
+        80: Plan(gpus=16, layout=Layout(tp=8, pp=2, sp=True), seq_length=4096, global_batch=64),
+        141: Plan(gpus=8, layout=Layout(tp=8, sp=True), seq_length=8192, global_batch=64),
+    },
+    ("exaone45_33b", "peft"): {
+        80: Plan(gpus=4, layout=Layout(tp=4, sp=True), seq_length=4096, global_batch=32),
+        141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
+    },
     ("ernie45_0p3b", "pretrain"): {
         80: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=4, global_batch=256),
         141: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=8, global_batch=256),

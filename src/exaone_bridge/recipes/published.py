@@ -35,6 +35,19 @@ _EXAONE4: dict[str, Any] = {
         "original_max_position_embeddings": 8192,
     },
 }
+_EXAONE4_32B: dict[str, Any] = {
+    "hidden_size": 5120,
+    "intermediate_size": 27392,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
+    "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 16,
+}
 _ERNIE45: dict[str, Any] = {
     "architectures": ["Ernie4_5_MoeForCausalLM"],
     "model_type": "ernie4_5_moe",
@@ -84,19 +97,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 0,  # what Transformers makes of null
         "layer_types": [FULL] * 30,
     },
-    "exaone4_32b": _EXAONE4
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 27392,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
+    "exaone4_32b": _EXAONE4 | _EXAONE4_32B,
+    # Less the multi-token prediction that the published folder ships: a recipe that starts from random weights has none
+    # to carry.
+    "exaone45_33b": {
+        "architectures": ["Exaone4_5_ForConditionalGeneration"],
+        "model_type": "exaone4_5",
+        "image_token_id": 67,
+        "video_token_id": 68,
         "tie_word_embeddings": False,
-        "sliding_window": 4096,
-        "sliding_window_pattern": "LLLG",
-        "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 16,
+        "dtype": "bfloat16",
+        "text_config": {field: value for field, value in _EXAONE4.items() if field != "architectures"}
+        | _EXAONE4_32B
+        | {"vocab_size": 153600, "max_position_embeddings": 262144},
+        "vision_config": {
+            "model_type": "exaone4_5_vision",
+            "depth": 28,
+            "hidden_size": 2048,
+            "intermediate_size": 5120,
+            "hidden_act": "silu",
+            "num_heads": 32,
+            "num_key_value_heads": 8,
+            "in_channels": 3,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "out_hidden_size": 5120,
+            "fullatt_block_indexes": [6, 13, 20, 27],
+            "dtype": "bfloat16",
+        },
     },
     "ernie45_0p3b": _ERNIE45
     | {
