@@ -12,7 +12,9 @@ from exaone_bridge import errors
 from exaone_bridge.errors import (
     BridgeError,
     CheckpointError,
+    OutputError,
     ParityFailure,
+    PlanError,
     RegistrationError,
     UnmappedTensors,
     UnsupportedConfig,
@@ -62,6 +64,16 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         CheckpointError(Path("/a"), "is no folder", remedy="give one"),
         "/a: is no folder; give one.",
         {"path": Path("/a")},
+    ),
+    (
+        OutputError("/a", "the disk refuses to take more", remedy="free some space"),
+        "/a: the disk refuses to take more; free some space.",
+        {"path": Path("/a")},
+    ),
+    (
+        PlanError("lm_head.weight", "is filled twice"),
+        "plan of copies: lm_head.weight is filled twice; nothing was copied, please report this.",
+        {"place": "lm_head.weight"},
     ),
     (VisionInputError("images: 3 words and 4 features."), "images: 3 words and 4 features.", {}),
     (RegistrationError("theirs, not ours."), "theirs, not ours.", {}),

@@ -73,3 +73,26 @@ def test_text_alone_trains_with_overlapped_reduction(host: Any, tiny: Any) -> No
     ((_, found, _),) = run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), data, {})
     assert not any(gradient.any() for name, gradient in found.items() if ".visual." in name)
     assert all(relative_difference(found[name], gradient) <= 1e-4 for name, gradient in expected.items())
+
+
+def _gradients_differ(results: list[Any], reference: tuple[float, dict[str, Any]]) -> bool:
+    expected = {name: value for name, value in reference[1].items() if ".visual." in name}
+    return any(relative_difference(found[name], expected[name]) > 1e-3 for _, found, _ in results for name in expected)
+
+
+def test_fault_gradients_of_cuts_not_summed(
+    host: Any, tiny: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exaone_bridge.families.exaone45 import provider
+
+    right = provider.build_tower
+
+    def unmarked(*args: Any) -> Any:
+        tower = right(*args)
+        for parameter in tower.parameters():
+            parameter.sequence_parallel = False
+        return tower
+
+    monkeypatch.setattr(provider, "build_tower", unmarked)
+    results = run_ranks(step_of_megatron, 2, tiny("exaone45"), Layout(tp=2, sp=True), batches(), {})
+    assert _gradients_differ(results, reference)
