@@ -169,7 +169,7 @@ def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path
     spec = {"_target_": "exaone_bridge.families.exaone4.layer_spec.exaone4_block_spec", "_call_": False}
     assert model["transformer_layer_spec"] == spec
     assert model["bias_activation_fusion"] is True
-    assert model["bias_dropout_fusion"] is True
+    assert model["apply_rope_fusion"] is True
     assert model["backend"] == "auto"
     assert model["window_size"] == [7, 0]
     assert model["no_rope_freq"] == [0, 0, 0, 1] * 2
@@ -180,7 +180,7 @@ def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path
 
 def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> None:
     """Four times its bound's size goes through either way; benchmarks/convert.py shows the same at 2.6 and 16 GB."""
-    layers = 12
+    layers = 24
     config = {**EXAONE4.tiny["exaone4-1.2b"], "dtype": "bfloat16", "hidden_size": 512, "intermediate_size": 4096}
     write_random(
         tmp_path / "model", {**config, "num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
@@ -190,7 +190,7 @@ def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> N
     imported = import_checkpoint(tmp_path / "model", tmp_path / "megatron", Layout())
     exported = export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     _assert_same(tmp_path / "model", tmp_path / "exported")
-    bound = 16 * 2**20 + 4 * largest  # the published bound's 512 MiB would hide anything here
+    bound = 32 * 2**20 + 4 * largest  # the published bound's 512 MiB would hide anything here
     assert source.nbytes > 4 * bound
     for done in (imported, exported):
         assert 0 < done.peak_bytes - done.base_bytes < bound
