@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
-__all__ = ["initial_values_renewed"]
+__all__ = ["initial_values_renewed", "remembers"]
 
 
 _VALUES = "_high_precision_init_val"  # transformer_engine/pytorch/module/base.py
 
 
-def _remembers(parameter: torch.Tensor) -> bool:
+def remembers(parameter: torch.Tensor) -> bool:
+    """Whether Transformer Engine keeps, beside this parameter, the values that it was initialised with."""
     return getattr(parameter, _VALUES, None) is not None
 
 
@@ -38,7 +39,7 @@ def initial_values_renewed(bridge: Any, model: list[Any]) -> Iterator[None]:
         (chunk, name, parameter)
         for chunk, module in enumerate(unwrap_model(model))
         for name, parameter in module.named_parameters()
-        if _remembers(parameter)
+        if remembers(parameter)
     ]
     if not remembering:
         yield

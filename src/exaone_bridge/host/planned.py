@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
+from exaone_bridge.host.fp8 import remembers
 from exaone_bridge.parts.layout import Layout
 
 __all__ = ["engine", "folder_of", "place_of", "say_once", "why_not"]
@@ -80,6 +81,8 @@ def why_not(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | N
             return "it has adapters"
         if "_quantizer." in name:
             return "it is quantized"
+        if remembers(tensor):
+            return "its parameters remember what was rounded to FP8"
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"it has parameters of the type {type(tensor).__name__}"
     return None
