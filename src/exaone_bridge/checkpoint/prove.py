@@ -44,7 +44,7 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     total = padding = 0
     for part in plan.parts:
         _prove_part(part)
-        columns = list(zip(*part.row.names(), strict=True))  # the parameters' names, then each tensor's
+        columns = part.row.columns()
         count = len(columns[0])
         for names, shape in zip(columns[1:], part.shapes, strict=True):
             if (found := list(map(shapes.get, names))).count(shape) != count:

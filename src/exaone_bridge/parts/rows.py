@@ -11,6 +11,7 @@ Axes are one letter each, and a family's facts give their sizes:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -103,13 +104,12 @@ class Row:
             yield _numbered(self.megatron, *numbers), tuple(tensor.numbered(*numbers) for tensor in self.hf)
 
     def names(self) -> Iterator[tuple[str, ...]]:
-        """The Megatron-Core name of each parameter and the names of its tensors, in the order of `expand`: just those,
-        because a checkpoint may have 60,000."""
-        # one pattern for all of them: a name has no newline
-        pattern = "\n".join((self.megatron, *(tensor.name for tensor in self.hf))).replace("*", "%d")
-        times = 1 + len(self.hf)
-        for numbers in self.numbers():
-            yield tuple((pattern % (numbers * times)).split("\n"))
+        """The Megatron-Core name of each parameter and the names of its tensors, in the order of `expand`."""
+        yield from zip(*self.columns(), strict=True)
+
+    def columns(self) -> tuple[list[str], ...]:
+        """The same, name by name: all parameters' names, then for each tensor of a parameter all of its names."""
+        return _columns(self)
 
     def aliases(self) -> Iterator[tuple[str, str]]:
         """Each concrete name by which another module class calls a parameter of this row, and ours for it."""
@@ -128,6 +128,13 @@ class Row:
                 yield (layer,)
 
 
+@functools.lru_cache(maxsize=128)  # a checkpoint may have 60,000 names, which are asked for several times
+def _columns(row: Row) -> tuple[list[str], ...]:
+    numbers = list(row.numbers())
+    patterns = [name.replace("*", "%d") for name in (row.megatron, *(tensor.name for tensor in row.hf))]
+    return tuple([pattern % each for each in numbers] for pattern in patterns)
+
+
 def hf_renamed(row: Row, name_of: Callable[[str], str]) -> Row:
     """The row of a model that calls the Hugging Face tensors otherwise."""
     return replace(row, hf=tuple(replace(tensor, name=name_of(tensor.name)) for tensor in row.hf))
@@ -142,8 +149,7 @@ def expected_hf(rows: Iterable[Row], dims: Mapping[str, int]) -> dict[str, tuple
     """Name -> shape of every Hugging Face tensor that the rows claim."""
     found: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        _, *columns = zip(*row.names(), strict=True) if row.layers or "*" not in row.megatron else ((),)
-        for tensor, names in zip(row.hf, columns, strict=False):
+        for tensor, names in zip(row.hf, row.columns()[1:], strict=True):
             found.update(dict.fromkeys(names, tensor.shape(dims)))
     return found
 
