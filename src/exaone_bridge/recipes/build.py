@@ -71,12 +71,9 @@ def _spread(provider: Any, plan: Plan) -> None:
     """Layout, lengths and kernels, on the provider."""
     for name, value in model_parallel_of(plan.layout).items():
         setattr(provider, name, value)
-    provider.context_parallel_size = plan.cp
     provider.seq_length = plan.seq_length
     provider.pipeline_dtype = torch.bfloat16
     provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "te"
-    if provider.num_moe_experts:
-        provider.moe_permute_fusion = True
     if plan.recompute:
         provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = "full", "uniform", 1
 

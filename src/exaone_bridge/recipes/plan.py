@@ -18,8 +18,7 @@ class Plan:
 
     Attributes:
         gpus: processes, one a GPU.
-        layout: how the model is cut.
-        cp: ranks that cut the sequence.
+        layout: how the model and its sequences are cut.
         seq_length: tokens of a sequence.
         micro_batch, global_batch: sequences that pass a stage at once, and that make a step.
         recompute: keep a layer's input only, and run the layer again in the backward pass.
@@ -27,11 +26,15 @@ class Plan:
 
     gpus: int
     layout: Layout
-    cp: int = 1
     seq_length: int
     micro_batch: int = 1
     global_batch: int
     recompute: bool = False
+
+    @property
+    def cp(self) -> int:
+        """Ranks that cut the sequence."""
+        return self.layout.cp
 
     @property
     def dp(self) -> int:
@@ -69,7 +72,7 @@ class Plan:
             UnsupportedLayout: GPUs, batch or sequence that the layout does not divide, or what `Layout.check` refuses.
         """
         layout, cp = self.layout, self.cp
-        for name in ("gpus", "cp", "seq_length", "micro_batch", "global_batch"):
+        for name in ("gpus", "seq_length", "micro_batch", "global_batch"):
             if (size := getattr(self, name)) < 1:
                 raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"give {name} a size")
         experts = int(getattr(facts, "num_experts", 0))

@@ -20,8 +20,8 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         141: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=8, global_batch=256),
     },
     ("exaone4_1p2b", "64k_pretrain"): {
-        80: Plan(gpus=8, layout=Layout(), cp=4, seq_length=65536, global_batch=32),
-        141: Plan(gpus=8, layout=Layout(), cp=2, seq_length=65536, global_batch=32),
+        80: Plan(gpus=8, layout=Layout(cp=4), seq_length=65536, global_batch=32),
+        141: Plan(gpus=8, layout=Layout(cp=2), seq_length=65536, global_batch=32),
     },
     ("exaone4_1p2b", "sft"): {
         80: Plan(gpus=8, layout=Layout(), seq_length=4096, global_batch=64),
@@ -36,8 +36,8 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         141: Plan(gpus=64, layout=Layout(tp=4, pp=2, vpp=4, sp=True), seq_length=8192, global_batch=256),
     },
     ("exaone4_32b", "128k_pretrain"): {
-        80: Plan(gpus=64, layout=Layout(tp=8, pp=2, sp=True), cp=4, seq_length=131072, global_batch=16, recompute=True),
-        141: Plan(gpus=64, layout=Layout(tp=8, pp=2, sp=True), cp=4, seq_length=131072, global_batch=16),
+        80: Plan(gpus=64, layout=Layout(tp=8, pp=2, sp=True, cp=4), seq_length=131072, global_batch=16, recompute=True),
+        141: Plan(gpus=64, layout=Layout(tp=8, pp=2, sp=True, cp=4), seq_length=131072, global_batch=16),
     },
     ("exaone4_32b", "sft"): {
         80: Plan(gpus=16, layout=Layout(tp=8, pp=2, sp=True), seq_length=4096, global_batch=64),
