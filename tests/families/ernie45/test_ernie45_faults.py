@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import assert_caught, build_with, rows_with
+from planted import assert_caught, build_with, provider_with, rows_with
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.world import RankFailure
@@ -59,13 +59,7 @@ def _drop_shared(patch: pytest.MonkeyPatch) -> None:
 
 
 def _provider(**changes: Any) -> Plant:
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        import exaone_bridge.families.ernie45.bridge as module
-
-        right = module.ernie45_provider
-        patch.setattr(module, "ernie45_provider", lambda *args: dataclasses.replace(right(*args), **changes))
-
-    return plant
+    return provider_with(BRIDGE, lambda right, *args: dataclasses.replace(right(*args), **changes))
 
 
 def _swap_gate_and_up(row: Row) -> Row:
