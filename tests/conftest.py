@@ -5,6 +5,7 @@ Megatron-Bridge's import takes half a minute, so ranks are forked from this proc
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Callable
@@ -22,11 +23,13 @@ TinyFactory = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def host() -> Any:
-    """Megatron-Bridge, imported with our bridges registered."""
+    """Megatron-Bridge, imported with our bridges registered, and what every forked rank would import for itself."""
     import exaone_bridge
 
     logging.disable(logging.WARNING)
-    return exaone_bridge.supported()
+    supported = exaone_bridge.supported()
+    importlib.import_module("exaone_bridge.host.model")
+    return supported
 
 
 @pytest.fixture(scope="session")
