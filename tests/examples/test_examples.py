@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
-import multiprocessing
 import os
 import re
-import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripts import fork_script, free_port
 
 from exaone_bridge.verify.folders import compare_tensors
 
 ROOT = Path(__file__).parents[2]
-
-
-def _free_port() -> str:
-    """Where the host's own for a single rank, 12355, may be taken: other tests run beside these."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def _run(script: object, *arguments: object) -> str:
@@ -38,33 +29,10 @@ def _run(script: object, *arguments: object) -> str:
         text=True,
         check=False,
         cwd=ROOT,
-        env=os.environ | {"MASTER_PORT": _free_port()},
+        env=os.environ | {"MASTER_PORT": free_port()},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
-
-
-def _as_main(script: Path, arguments: list[str], port: str, printed: Path) -> None:
-    sys.stdout = sys.stderr = printed.open("w", buffering=1)
-    torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
-    os.environ["MASTER_PORT"] = port
-    os.chdir(ROOT)
-    sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def _fork(work: Path, script: Path, *arguments: object) -> str:
-    """As `_run`, in a fork of this process, which has imported Megatron already: half a minute less.
-
-    That a script's own imports come in an order that works is not shown by it, but by `test_order_of_imports`.
-    """
-    printed = work / "printed.txt"
-    started = [str(argument) for argument in arguments], _free_port(), printed
-    process = multiprocessing.get_context("fork").Process(target=_as_main, args=(script, *started))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, printed.read_text()[-4000:]
-    return printed.read_text()
 
 
 def _imports(script: str) -> list[str]:
@@ -89,7 +57,7 @@ def test_order_of_imports(script: Path) -> None:
 
 def test_round_trip(host: Any, tiny: Any, tmp_path: Path) -> None:
     folder = tiny("exaone4")
-    printed = _fork(tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2)
+    printed = fork_script(tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2)
     assert "91 tensors bitwise equal" in printed
     assert compare_tensors(folder, tmp_path / "out" / "exported").holds
 
@@ -109,7 +77,7 @@ def test_train(tiny: Any, tmp_path: Path) -> None:
 def test_images(host: Any, tiny: Any, tmp_path: Path) -> None:
     """It looks: the loss falls below that of knowing all but which side; the frozen tower stays, its merger learns."""
     folder = tiny("exaone45")
-    printed = _fork(tmp_path, ROOT / "examples/images.py", folder, tmp_path / "out", "--steps", 20)
+    printed = fork_script(tmp_path, ROOT / "examples/images.py", folder, tmp_path / "out", "--steps", 20)
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) == 20
     assert losses[-1] < 0.8 * math.log(4) / 5  # four sides, of which the first of five letters tells
@@ -129,7 +97,7 @@ def test_readme_python(host: Any, tiny: Any, tmp_path: Path) -> None:
     script.write_text(body + "\nprint(type(provider).__name__, provider.tensor_model_parallel_size)\n")
     modules = _imports(block)
     assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
-    assert _fork(tmp_path, script).splitlines()[-1] == "Exaone4ModelProvider 2"
+    assert fork_script(tmp_path, script).splitlines()[-1] == "Exaone4ModelProvider 2"
 
 
 def test_readme_commands() -> None:

@@ -18,6 +18,8 @@ from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row
 from exaone_bridge.verify.verify import verify
 
+pytestmark = pytest.mark.usefixtures("references")
+
 Plant = Callable[[pytest.MonkeyPatch], None]
 BRIDGE = "exaone_bridge.families.exaone4.bridge:Exaone4Bridge"
 
