@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import exaone_bridge.recipes
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.families import family_of
 from exaone_bridge.host.world import run_ranks
@@ -192,6 +195,19 @@ def test_wrong_sizes_are_refused(host: Any, name: str, changes: dict[str, Any], 
     with pytest.raises(UnsupportedLayout) as caught:
         recipe(name)(**changes)
     assert said in str(caught.value)
+
+
+def test_a_recipe_is_a_function_of_the_package(host: Any) -> None:
+    """By its name, with its arguments and what it says of itself; by reference where it is sent to another process."""
+    for name, (model, stage) in RECIPES.items():
+        found = getattr(exaone_bridge.recipes, name)
+        assert pickle.loads(pickle.dumps(found)) is found is recipe(name) and found.__name__ == name
+        parameters = inspect.signature(found).parameters
+        assert ("peft_scheme" in parameters) == (stage == "peft") and ("packed" in parameters) == (
+            stage in ("sft", "peft")
+        )
+        assert "packed" not in parameters or parameters["packed"].default == ("tiny" not in model)
+        assert found.__doc__ and ("positions" in found.__doc__) == ("k_" in stage)
 
 
 def test_wrong_arguments_are_refused(host: Any, tmp_path: Path) -> None:

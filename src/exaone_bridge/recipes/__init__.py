@@ -10,7 +10,7 @@ asked for.
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = ["RECIPES", "recipe"]
 RECIPES: dict[str, tuple[str, str]] = {f"{model}_{stage}_config": (model, stage) for model, stage in PLANS}
 
 
+@functools.cache
 def recipe(name: str) -> Callable[..., Any]:
     """The recipe of that name.
 
@@ -32,9 +33,9 @@ def recipe(name: str) -> Callable[..., Any]:
 
     if name not in RECIPES:
         raise UnsupportedConfig("recipe", got=name, known=sorted(RECIPES), where="recipes")
-    family = name.partition("_")[0]
-    found: Callable[..., Any] = getattr(importlib.import_module(f"exaone_bridge.recipes.{family}"), name)
-    return found
+    from exaone_bridge.recipes.functions import function_of
+
+    return function_of(name, *RECIPES[name])
 
 
 def __getattr__(name: str) -> Any:
