@@ -34,7 +34,7 @@ def held():
 
 def watch():
     while True:
-        peaks.append(max(peaks.pop(), held()))
+        peaks[0] = max(peaks[0], held())
         time.sleep(0.1)
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,7 @@ def save_by_host(source: Path, target: Path, layout: Any) -> None:
 
     from exaone_bridge.host.model import build
 
+    tempfile.tempdir = None  # the host makes a socket there, whose path may have 107 characters
     bridge = AutoBridge.from_hf_pretrained(source)
     bridge.save_megatron_model(build(bridge, layout), target)
 
