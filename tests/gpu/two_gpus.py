@@ -32,7 +32,7 @@ BACKEND = "transformer_engine" if GPU else "torch"
 Prompts = list[tuple[torch.Tensor, list[dict[str, torch.Tensor]]]]
 
 
-def start_world(store: Path, rank: int) -> None:
+def start_world(store: Path, rank: int, seconds: int = 60) -> None:
     """A new world for a new layout; the old one's NCCL communicators would keep gigabytes."""
     from megatron.core import parallel_state
 
@@ -46,7 +46,7 @@ def start_world(store: Path, rank: int) -> None:
         rank=rank,
         world_size=2,
         device_id=torch.device("cuda", rank) if GPU else None,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=seconds),
     )
 
 

@@ -72,9 +72,9 @@ def verify(
         raise UnsupportedConfig("SOURCE", got=None, wanted="a folder (or --self-test)", where="command line")
     _check_outputs(json_, html, card)
     from exaone_bridge.verify import verify_model
-    from exaone_bridge.verify.launch import is_first
+    from exaone_bridge.verify.launch import is_first, leave
 
-    with stages("verify") as on_event:
+    with stages("verify", shown=is_first()) as on_event:
         on_event(0, "importing Megatron-Core (half a minute)")
         report = verify_model(
             source,
@@ -103,6 +103,7 @@ def verify(
 
             write_card(report, card, name=name or report.source, note=note)
         print_report(report)
+    leave()
     if not report.holds:
         raise ParityFailure(report.faults() if is_first() else "")
 

@@ -17,6 +17,7 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.gradients import gradients_of_megatron, gradients_of_transformers
 from exaone_bridge.verify.greedy import Generated, generate
+from exaone_bridge.verify.launch import check_ranks
 from exaone_bridge.verify.logits import prompts
 from exaone_bridge.verify.points import Point, points_of
 from exaone_bridge.verify.reference import Images
@@ -220,7 +221,13 @@ def make_job(
     generation: bool,
     gradients: bool,
 ) -> Job:
-    """A job whose prompts fit the model."""
+    """A job whose prompts fit the model.
+
+    Raises:
+        UnsupportedConfig: an unknown type.
+        UnsupportedLayout: see `check_ranks`.
+    """
+    check_ranks(layout.ranks)
     if dtype not in DTYPES:
         raise UnsupportedConfig("--dtype", got=dtype, known=tuple(DTYPES), where="verify")
     tokens = None
