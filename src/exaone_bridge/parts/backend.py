@@ -19,15 +19,21 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
+from megatron.core.utils import is_te_min_version
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.attention import TorchDotProductAttention
+from exaone_bridge.parts.grouped_experts import (
+    ColumnParallelGroupedLinear,
+    GroupedExperts,
+    RowParallelGroupedLinear,
+)
 from exaone_bridge.parts.norm import FusedRMSNorm, TorchRMSNorm
 from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
 from exaone_bridge.parts.pre_norm import TorchLayerNormColumnParallelLinear
 
-__all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "resolve_backend"]
+__all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "cross_entropy", "resolve_backend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,12 @@ def _sequential_experts() -> Any:
 
 
 def _grouped_experts() -> Any:
-    return TESpecProvider().grouped_mlp_modules(moe_use_grouped_gemm=True)
+    submodules = GroupedMLPSubmodules(
+        linear_fc1=ColumnParallelGroupedLinear,
+        linear_fc2=RowParallelGroupedLinear,
+        activation_func=TESpecProvider().activation_func(),
+    )
+    return functools.partial(GroupedExperts, submodules=submodules)
 
 
 TORCH = Backend(
@@ -104,6 +115,16 @@ def cannot_run(backend: Backend) -> tuple[str, ...]:
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         return ("gradient_accumulation_fusion",)
     return ()
+
+
+def cross_entropy(backend: Backend, dtype: torch.dtype) -> str:
+    """The exact one of Megatron-Core's fused cross entropies for logits of this type: `te` or `native`.
+
+    Transformer Engine's rounded gradients to bf16 between its passes before 2.20, which is why Megatron-Core 0.19 still
+    warns of it (TransformerEngine pull requests 3193 and 3273); it takes no fp16.
+    """
+    exact = backend is not TORCH and is_te_min_version("2.20.0") and dtype is not torch.float16
+    return "te" if exact else "native"
 
 
 def resolve_backend(name: str = "auto") -> Backend:
