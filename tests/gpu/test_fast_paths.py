@@ -1,10 +1,11 @@
-"""What is faster than the host's own way is as exact: grouped products of experts, cross entropy."""
+"""What is faster than the host's own way is as exact: kernels, grouped products of experts, cross entropy."""
 
 from __future__ import annotations
 
 import gc
 from typing import Any
 
+import kernel_formulas
 import pytest
 import torch
 from test_transformer_engine import wide
@@ -25,6 +26,41 @@ def _experts(model: Any) -> list[Any]:
     from exaone_bridge.parts.grouped_experts import GroupedExperts
 
     return [module for module in model.modules() if isinstance(module, GroupedExperts)]
+
+
+def test_kernels_are_their_formulas(nccl: None) -> None:
+    with torch.device("cuda"):
+        kernel_formulas.check_all()
+
+
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
+def test_fused_attention_is_the_host_s(nccl: None, tiny: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient, with and without the kernel for QK norm and RoPE; NoPE layers and Llama 3's RoPE too."""
+    from exaone_bridge.parts import fused_attention
+
+    model = _model(tiny(name, **wide(name), dtype="bfloat16")).train()
+    tokens = torch.randint(512, (2, 301), device="cuda", generator=torch.Generator("cuda").manual_seed(6))
+    positions = torch.arange(300, device="cuda").expand(2, -1)
+
+    def gradients() -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad(set_to_none=True)
+        loss = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
+        loss.backward()
+        return loss.item(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+
+    calls = []
+    kernel = fused_attention.qk_norm_rope
+    monkeypatch.setattr(fused_attention, "qk_norm_rope", lambda *args: (calls.append(args), kernel(*args))[1])
+    loss, ours = gradients()
+    layers = model.module.config.num_layers
+    assert len(calls) == layers
+    assert sum(args[3] is None for args in calls) == (layers // 4 if name == "exaone4" else 0)
+    monkeypatch.setattr(fused_attention.QKNormRopeSelfAttention, "_fits", lambda *_: False)
+    expected, theirs = gradients()
+    assert len(calls) == layers
+    assert abs(loss - expected) <= 1e-3 * expected
+    for name_, one in ours.items():
+        assert (one - theirs[name_]).norm() <= 0.03 * theirs[name_].norm(), name_
 
 
 @pytest.mark.parametrize("counts", [[64, 0, 200, 8], [0, 0, 272, 0], [0, 1, 3, 0]])

@@ -16,8 +16,8 @@ from megatron.core.extensions.transformer_engine import (
     TELayerNormColumnParallelLinear,
     TERowParallelLinear,
 )
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
 from megatron.core.utils import is_te_min_version
@@ -33,6 +33,10 @@ from exaone_bridge.parts.norm import FusedRMSNorm, TorchRMSNorm
 from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
 from exaone_bridge.parts.pre_norm import TorchLayerNormColumnParallelLinear
 
+if HAVE_TE:  # which brings Triton
+    from exaone_bridge.parts.fused_attention import QKNormRopeSelfAttention
+    from exaone_bridge.parts.swiglu import SwiGLU
+
 __all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "cross_entropy", "resolve_backend"]
 
 
@@ -42,6 +46,8 @@ class Backend:
 
     Attributes:
         column_linear_pre_norm, row_linear_post_norm: linears with the norm on their input, or on their output.
+        normed_attention: self-attention whose queries and keys have norms.
+        activation: what computes SwiGLU where `use_te_activation_func` is set; None: the linears' own torch code.
         experts: () -> the builder of a MoE layer's routed experts.
     """
 
@@ -51,7 +57,9 @@ class Backend:
     row_linear: type
     row_linear_post_norm: type
     core_attention: type
+    normed_attention: type
     norm: type
+    activation: type | None
     experts: Callable[[], Any]
 
 
@@ -61,12 +69,8 @@ def _sequential_experts() -> Any:
 
 
 def _grouped_experts() -> Any:
-    submodules = GroupedMLPSubmodules(
-        linear_fc1=ColumnParallelGroupedLinear,
-        linear_fc2=RowParallelGroupedLinear,
-        activation_func=TESpecProvider().activation_func(),
-    )
-    return functools.partial(GroupedExperts, submodules=submodules)
+    linears = GroupedMLPSubmodules(linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear)
+    return functools.partial(GroupedExperts, submodules=linears)
 
 
 TORCH = Backend(
@@ -76,7 +80,9 @@ TORCH = Backend(
     row_linear=RowParallelLinear,
     row_linear_post_norm=RowParallelLinearLayerNorm,
     core_attention=TorchDotProductAttention,
+    normed_attention=SelfAttention,
     norm=TorchRMSNorm,
+    activation=None,
     experts=_sequential_experts,
 )
 TRANSFORMER_ENGINE = (
@@ -87,7 +93,9 @@ TRANSFORMER_ENGINE = (
         row_linear=TERowParallelLinear,
         row_linear_post_norm=TERowParallelLinearLayerNorm,
         core_attention=TEDotProductAttention,
+        normed_attention=QKNormRopeSelfAttention,
         norm=FusedRMSNorm,
+        activation=SwiGLU,
         experts=_grouped_experts,
     )
     if HAVE_TE

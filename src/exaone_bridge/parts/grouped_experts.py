@@ -8,6 +8,7 @@ stay Transformer Engine's; what `grouped_mm` does not do (FP8, fp32, biases, ada
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.core.extensions.transformer_engine import (
 )
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 __all__ = [
     "AlltoAllTokenDispatcher",
@@ -123,7 +125,8 @@ class _Grouped:
         return super().forward(x, splits)  # type: ignore[misc]
 
 
-if HAVE_TE:
+if HAVE_TE:  # which brings Triton
+    from exaone_bridge.parts.swiglu import swiglu
 
     class ColumnParallelGroupedLinear(_Grouped, TEColumnParallelGroupedLinear):
         """Experts' first linears."""
@@ -138,6 +141,12 @@ else:
 class GroupedExperts(TEGroupedMLP):
     """TEGroupedMLP that leaves the token counts on the GPU where its linears can use them there."""
 
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        if config.use_te_activation_func:
+            config = copy.copy(config)  # the parent's fused activation has the probabilities in it, the other has not
+            config.bias_activation_fusion, config.use_te_activation_func = True, False
+        super().__init__(num_local_experts, config, *args, **kwargs)
+
     def forward(
         self,
         permuted_local_hidden_states: torch.Tensor,
@@ -146,18 +155,32 @@ class GroupedExperts(TEGroupedMLP):
         **buffers: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[T, H] sorted by local expert, [E] counts, [T] probabilities -> [T, H], None."""
-        counts: Any = tokens_per_expert
-        if self._grouped(permuted_local_hidden_states) and tokens_per_expert.is_cuda:
-            counts = _Ends(tokens_per_expert.cumsum(0, dtype=torch.int32))
-        result: tuple[torch.Tensor, torch.Tensor | None]
-        result = super().forward(permuted_local_hidden_states, counts, permuted_probs, **buffers)
-        return result
+        hidden, counts = permuted_local_hidden_states, tokens_per_expert
+        if not (self._grouped(hidden) and counts.is_cuda):
+            result: tuple[torch.Tensor, torch.Tensor | None]
+            result = super().forward(hidden, counts, permuted_probs, **buffers)
+            return result
+        ends: Any = _Ends(counts.cumsum(0, dtype=torch.int32))
+        if not self._plain():
+            result = super().forward(hidden, ends, permuted_probs, **buffers)
+            return result
+        hidden, _ = self.linear_fc1(hidden, ends)
+        hidden, _ = self.linear_fc2(swiglu(hidden, permuted_probs), ends)
+        return hidden, None
 
     def _grouped(self, hidden: torch.Tensor) -> bool:
         plain = hidden.dtype is torch.bfloat16 and hidden.shape[0] > 0 and not (self.config.fp8 or self.config.fp4)
         # An adapter around a linear asks for a list.
         linears = (self.linear_fc1, self.linear_fc2)
         return plain and all(isinstance(linear, _Grouped) and linear.takes_ends for linear in linears)
+
+    def _plain(self) -> bool:
+        """Whether there is nothing between the linears but SwiGLU: no offloading, no recompute."""
+        config = self.config
+        between = self.activation_recompute or self.offload_expert_fc1 or self.offload_moe_act
+        other = config.activation_func_clamp_value or config.glu_linear_offset or config.moe_mlp_glu_interleave_size
+        silu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+        return silu and not (between or other or config.moe_apply_probs_on_input)
 
 
 class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):

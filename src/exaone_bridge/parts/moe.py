@@ -77,7 +77,7 @@ def moe_builder(backend: Backend, router: type, *, shared_bias: bool) -> Any:
 
     Whether there are shared experts is the config's `moe_shared_expert_intermediate_size`: None for none.
     """
-    linears = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
+    linears = MLPSubmodules(backend.column_linear, backend.row_linear, backend.activation)
     shared = functools.partial(BiasedSharedExpertMLP if shared_bias else SharedExpertMLP, submodules=linears)
     submodules = MoESubmodules(experts=backend.experts(), shared_experts=shared, router=router)
     return functools.partial(UnbiasedMoELayer, submodules=submodules)

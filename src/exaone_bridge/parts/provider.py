@@ -116,11 +116,22 @@ class ExactGPTModelProvider(GPTModelProvider):
         self._switch_off(**dict.fromkeys(cannot_run(backend), False))
         if self.cross_entropy_fusion_impl == "te":
             self._switch_off(cross_entropy_fusion_impl=cross_entropy(backend, self.params_dtype))
+        if backend.activation is not None and self._plain_swiglu():
+            self._switch_off(bias_activation_fusion=False, use_te_activation_func=True)
+        elif backend.activation is None:
+            self._switch_off(use_te_activation_func=False)
         if self.context_parallel_size > 1:
             self._switch_off(cp_comm_type=self._exchanges())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Transformer Engine cross entropy loss fusion has known stability issues")
             super().finalize()
+
+    def _plain_swiglu(self) -> bool:
+        """Whether a fused SwiGLU is wished for that our kernel can be (`parts/swiglu.py`)."""
+        silu = self.gated_linear_unit and self.activation_func is torch.nn.functional.silu
+        other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
+        clamped = self.activation_func_clamp_value or self.glu_linear_offset
+        return bool(self.bias_activation_fusion and silu and not (other or clamped))
 
     def _exchanges(self) -> list[str]:
         """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
@@ -139,7 +150,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         wished = self.__dict__.setdefault("_switched_off", {})
         for name, value in instead.items():
             if getattr(self, name) != value:
-                wished[name] = getattr(self, name)
+                wished.setdefault(name, getattr(self, name))
                 setattr(self, name, value)
 
     def provide(

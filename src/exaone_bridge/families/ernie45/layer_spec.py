@@ -36,7 +36,7 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
         if moe
         else functools.partial(
             MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(linear_fc1=backend.column_linear_pre_norm, linear_fc2=backend.row_linear),
+            submodules=MLPSubmodules(backend.column_linear_pre_norm, backend.row_linear, backend.activation),
         )
     )
     return ModuleSpec(
