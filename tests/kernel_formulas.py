@@ -34,12 +34,16 @@ def check_swiglu(rows: int, width: int, dtype: torch.dtype, weighted: bool) -> N
         torch.testing.assert_close(weights.grad, exact_weights.grad, rtol=1e-4, atol=1e-4)
 
 
-def check_qk_norm_rope(length: int, batch: int, groups: int, queries: int, dim: int, rotate: bool) -> None:
+def check_qk_norm_rope(
+    shape: tuple[int, int, int, int, int], rotate: bool, normed: bool = True, pairs: bool = False
+) -> None:
+    length, batch, groups, queries, dim = shape
     mixed = torch.randn(length, batch, groups, (queries + 2) * dim).requires_grad_()
-    weights = [torch.randn(dim).requires_grad_() for _ in range(2)]
+    weights = [torch.randn(dim).requires_grad_() for _ in range(2)] if normed else []
     half = torch.outer(torch.arange(length) + 7.0, 1.0 / 10000 ** (torch.arange(0, dim, 2) / dim))
-    angles = torch.cat([half, half], dim=-1)[:, None, None] if rotate else None
-    found = qk_norm_rope(mixed, *weights, angles, 1e-5)
+    whole = half.repeat_interleave(2, dim=-1) if pairs else torch.cat([half, half], dim=-1)
+    angles = whole[:, None, None] if rotate else None
+    found = qk_norm_rope(mixed, dim, tuple(weights) or None, 1e-5, angles, pairs)
     upstream = [torch.randn_like(tensor) for tensor in found]
     torch.autograd.backward(found, upstream)
 
@@ -47,15 +51,17 @@ def check_qk_norm_rope(length: int, batch: int, groups: int, queries: int, dim: 
     exact_weights = [weight.detach().clone().requires_grad_() for weight in weights]
     query, key, value = exact.view(length, batch, groups, queries + 2, dim).split([queries, 1, 1], dim=3)
 
-    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def turned(x: torch.Tensor, which: int) -> torch.Tensor:
         x = x.reshape(length, batch, -1, dim)
-        x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        if normed:
+            x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * exact_weights[which]
         if angles is None:
             return x
-        low, high = x.chunk(2, dim=-1)
-        return x * angles.cos() + torch.cat([-high, low], dim=-1) * angles.sin()
+        low, high = (x[..., ::2], x[..., 1::2]) if pairs else x.chunk(2, dim=-1)
+        across = torch.stack([-high, low], dim=-1).flatten(-2) if pairs else torch.cat([-high, low], dim=-1)
+        return x * angles.cos() + across * angles.sin()
 
-    truth = normed(query, exact_weights[0]), normed(key, exact_weights[1]), value.reshape(length, batch, groups, dim)
+    truth = turned(query, 0), turned(key, 1), value.reshape(length, batch, groups, dim)
     torch.autograd.backward(truth, upstream)
     for one, other in zip(found, truth, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -71,8 +77,13 @@ def check_all() -> None:
     ):
         check_swiglu(rows, width, dtype, weighted)
     for shape in ((21, 2, 2, 3, 32), (16, 1, 1, 1, 64), (5, 3, 2, 5, 128)):
-        for rotate in (True, False):
-            check_qk_norm_rope(*shape, rotate)
+        for rotate, normed, pairs in (
+            (True, True, False),
+            (False, True, False),
+            (True, False, True),
+            (True, True, True),
+        ):
+            check_qk_norm_rope(shape, rotate, normed, pairs)
 
 
 if __name__ == "__main__":

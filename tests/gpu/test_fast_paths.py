@@ -13,12 +13,12 @@ from test_transformer_engine import wide
 from exaone_bridge.parts.layout import Layout
 
 
-def _model(folder: Any, **overrides: Any) -> Any:
+def _model(folder: Any, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.host.model import build
 
-    (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=torch.bfloat16, **overrides)
+    (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype, **overrides)
     return model
 
 
@@ -33,34 +33,41 @@ def test_kernels_are_their_formulas(nccl: None) -> None:
         kernel_formulas.check_all()
 
 
-@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
-def test_fused_attention_is_the_host_s(nccl: None, tiny: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and every gradient, with and without the kernel for QK norm and RoPE; NoPE layers and Llama 3's RoPE too."""
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45-dense"])
+def test_fused_attention_is_as_exact_as_the_host_s(
+    nccl: None, tiny: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bf16 gradient as near to that of fp32 without the kernel as bf16's without it; NoPE, and both RoPEs."""
     from exaone_bridge.parts import fused_attention
-
-    model = _model(tiny(name, **wide(name), dtype="bfloat16")).train()
-    tokens = torch.randint(512, (2, 301), device="cuda", generator=torch.Generator("cuda").manual_seed(6))
-    positions = torch.arange(300, device="cuda").expand(2, -1)
-
-    def gradients() -> tuple[float, dict[str, torch.Tensor]]:
-        model.zero_grad(set_to_none=True)
-        loss = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
-        loss.backward()
-        return loss.item(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 
     calls = []
     kernel = fused_attention.qk_norm_rope
     monkeypatch.setattr(fused_attention, "qk_norm_rope", lambda *args: (calls.append(args), kernel(*args))[1])
-    loss, ours = gradients()
-    layers = model.module.config.num_layers
+    tokens = torch.randint(512, (2, 301), device="cuda", generator=torch.Generator("cuda").manual_seed(6))
+    positions = torch.arange(300, device="cuda").expand(2, -1)
+    folder = tiny(name, **wide(name), dtype="bfloat16")
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = _model(folder, dtype=dtype).train()
+        loss = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
+        loss.backward()
+        found = {name.removeprefix("module."): each.grad.float() for name, each in model.named_parameters()}
+        return found | {"layers": (model if dtype is torch.float32 else model.module).config.num_layers}
+
+    ours = gradients(torch.bfloat16)
+    layers = ours.pop("layers")
     assert len(calls) == layers
-    assert sum(args[3] is None for args in calls) == (layers // 4 if name == "exaone4" else 0)
-    monkeypatch.setattr(fused_attention.QKNormRopeSelfAttention, "_fits", lambda *_: False)
-    expected, theirs = gradients()
+    assert sum(args[4] is None for args in calls) == (layers // 4 if name == "exaone4" else 0)
+    monkeypatch.setattr(fused_attention.FusedSelfAttention, "_fits", lambda *_: False)
+    theirs, truth = gradients(torch.bfloat16), gradients(torch.float32)
     assert len(calls) == layers
-    assert abs(loss - expected) <= 1e-3 * expected
-    for name_, one in ours.items():
-        assert (one - theirs[name_]).norm() <= 0.03 * theirs[name_].norm(), name_
+    apart = {key: ((one - truth[key]).norm(), (theirs[key] - truth[key]).norm()) for key, one in ours.items()}
+    for key, (one, other) in apart.items():  # a norm's weight has 64 gradients, few to tell noise from noise by
+        assert one <= max(2 * other, 1e-3 * truth[key].norm()), (key, one, other)
+        if "layernorm" not in key:
+            assert one <= 1.2 * other, (key, one, other)
+    norms = [pair for key, pair in apart.items() if "layernorm" in key]
+    assert sum(one**2 for one, _ in norms) <= 1.2**2 * sum(other**2 for _, other in norms)
 
 
 @pytest.mark.parametrize("counts", [[64, 0, 200, 8], [0, 0, 272, 0], [0, 1, 3, 0]])

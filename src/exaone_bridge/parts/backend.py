@@ -17,7 +17,6 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
 from megatron.core.utils import is_te_min_version
@@ -34,7 +33,7 @@ from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParal
 from exaone_bridge.parts.pre_norm import TorchLayerNormColumnParallelLinear
 
 if HAVE_TE:  # which brings Triton
-    from exaone_bridge.parts.fused_attention import QKNormRopeSelfAttention
+    from exaone_bridge.parts.fused_attention import FusedSelfAttention
     from exaone_bridge.parts.swiglu import SwiGLU
 
 __all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "cross_entropy", "resolve_backend"]
@@ -46,7 +45,7 @@ class Backend:
 
     Attributes:
         column_linear_pre_norm, row_linear_post_norm: linears with the norm on their input, or on their output.
-        normed_attention: self-attention whose queries and keys have norms.
+        fused_attention: self-attention that splits, normalises and rotates at once; None: the family's own.
         activation: what computes SwiGLU where `use_te_activation_func` is set; None: the linears' own torch code.
         experts: () -> the builder of a MoE layer's routed experts.
     """
@@ -57,7 +56,7 @@ class Backend:
     row_linear: type
     row_linear_post_norm: type
     core_attention: type
-    normed_attention: type
+    fused_attention: type | None
     norm: type
     activation: type | None
     experts: Callable[[], Any]
@@ -80,7 +79,7 @@ TORCH = Backend(
     row_linear=RowParallelLinear,
     row_linear_post_norm=RowParallelLinearLayerNorm,
     core_attention=TorchDotProductAttention,
-    normed_attention=SelfAttention,
+    fused_attention=None,
     norm=TorchRMSNorm,
     activation=None,
     experts=_sequential_experts,
@@ -93,7 +92,7 @@ TRANSFORMER_ENGINE = (
         row_linear=TERowParallelLinear,
         row_linear_post_norm=TERowParallelLinearLayerNorm,
         core_attention=TEDotProductAttention,
-        normed_attention=QKNormRopeSelfAttention,
+        fused_attention=FusedSelfAttention,
         norm=FusedRMSNorm,
         activation=SwiGLU,
         experts=_grouped_experts,

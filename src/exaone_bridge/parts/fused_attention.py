@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 
 from exaone_bridge.parts.norm import FusedRMSNorm
 from exaone_bridge.parts.qk_norm_rope import qk_norm_rope
+from exaone_bridge.parts.rotary_attention import Fp32RotarySelfAttention
 
-__all__ = ["QKNormRopeSelfAttention"]
+__all__ = ["FusedSelfAttention"]
 
 
-class QKNormRopeSelfAttention(SelfAttention):
-    """SelfAttention with QK norm, for training and evaluation on a GPU; what the kernel cannot do is the parent's.
+class FusedSelfAttention(Fp32RotarySelfAttention):
+    """SelfAttention with or without QK norm, for training and evaluation on a GPU.
 
-    That is inference with a cache, packed documents, more tensor-parallel ranks than key-value heads, and RoPE of
-    part of a head, interleaved, or without `apply_rope_fusion`.
+    What the kernel cannot do is the parents' work: inference with a cache, packed documents, more tensor-parallel ranks
+    than key-value heads, and RoPE of part of a head or without `apply_rope_fusion`.
     """
 
-    _rotation: tuple[torch.Tensor | None] | None = None  # of the forward pass under way, where the kernel does it
+    _by_kernel: tuple[torch.Tensor | None] | None = None  # the angles of a forward pass that the kernel rotates
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
@@ -31,25 +32,32 @@ class QKNormRopeSelfAttention(SelfAttention):
             angles = None
         if args or not self._fits(hidden_states, angles, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        self._rotation = (angles[0] if isinstance(angles, tuple) else angles,)
+        self._by_kernel = (angles[0] if isinstance(angles, tuple) else angles,)
         try:
             return super().forward(hidden_states, attention_mask, **kwargs | {"rotary_pos_emb": None})
         finally:
-            self._rotation = None
+            self._by_kernel = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Query [S, B, N, D], key and value [S, B, G, D], the first two normalised and rotated."""
-        if self._rotation is None:
+        if self._by_kernel is None:
             return super().get_query_key_value_tensors(*args, **kwargs)
         mixed, _ = super().get_query_key_value_tensors(*args, **kwargs | {"split_qkv": False})
-        (angles,) = self._rotation
-        norms: tuple[Any, Any] = self.q_layernorm, self.k_layernorm
-        for norm in norms:
-            for hook in norm._forward_pre_hooks.values():
-                hook(norm, ())  # overlap_param_gather waits there for the norm's weight
+        (angles,) = self._by_kernel
         if angles is not None:
             angles = angles[: mixed.shape[0]]
-        return qk_norm_rope(mixed, norms[0].weight, norms[1].weight, angles, norms[0].eps)
+        weights, eps = None, 0.0
+        if self._normed():
+            norms: tuple[Any, Any] = self.q_layernorm, self.k_layernorm
+            for norm in norms:
+                for hook in norm._forward_pre_hooks.values():
+                    hook(norm, ())  # overlap_param_gather waits there for the norm's weight
+            weights, eps = (norms[0].weight, norms[1].weight), norms[0].eps
+        size, pairs = self.hidden_size_per_attention_head, self.config.rotary_interleaved
+        return qk_norm_rope(mixed, size, weights, eps, angles, pairs)
+
+    def _normed(self) -> bool:
+        return isinstance(self.q_layernorm, FusedRMSNorm) and isinstance(self.k_layernorm, FusedRMSNorm)
 
     def _fits(self, hidden: torch.Tensor, angles: Any, options: dict[str, Any]) -> bool:
         config, size = self.config, self.hidden_size_per_attention_head
@@ -58,12 +66,10 @@ class QKNormRopeSelfAttention(SelfAttention):
             return False
         if config.num_query_groups < self.world_size or config.attention_output_gate or size < 32 or size & (size - 1):
             return False
-        if not all(isinstance(norm, FusedRMSNorm) for norm in (self.q_layernorm, self.k_layernorm)):
-            return False
-        if isinstance(angles, tuple) and angles[0] is not angles[1]:
+        bare = all(norm is None or isinstance(norm, IdentityOp) for norm in (self.q_layernorm, self.k_layernorm))
+        if not (bare or self._normed()) or (isinstance(angles, tuple) and angles[0] is not angles[1]):
             return False
         angles = angles[0] if isinstance(angles, tuple) else angles
         if angles is None:
-            return True
-        whole = angles.shape[-1] == size and angles.numel() == angles.shape[0] * size
-        return whole and config.apply_rope_fusion and not config.rotary_interleaved
+            return not bare  # else there is nothing to do
+        return config.apply_rope_fusion and angles.shape[-1] == size and angles.numel() == angles.shape[0] * size

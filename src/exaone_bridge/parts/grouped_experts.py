@@ -35,14 +35,11 @@ __all__ = [
 
 def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """E weights [O, I] as one [E, O, I]: a view where they lie one behind the other in one storage, else a copy."""
-    first = weights[0]
-    size, storage = first.numel() * first.element_size(), first.untyped_storage().data_ptr()
-    start = first.data_ptr()
-    if all(
-        weight.data_ptr() == start + index * size and weight.untyped_storage().data_ptr() == storage
-        for index, weight in enumerate(weights)
-    ):
-        rows, columns = first.shape
+    first, (rows, columns) = weights[0], weights[0].shape
+    size, start = first.numel() * first.element_size(), first.data_ptr()
+    storage = first.untyped_storage()
+    fits = start - storage.data_ptr() + len(weights) * size <= storage.nbytes()
+    if fits and all(weight.data_ptr() == start + index * size for index, weight in enumerate(weights)):
         return first.as_strided((len(weights), rows, columns), (rows * columns, columns, 1))
     return torch.stack(tuple(weights))
 
@@ -113,7 +110,7 @@ class _Grouped:
         """Whether `grouped_mm` can do it: plain bf16 weights on Hopper or later, no bias, wgrad not delayed."""
         if self.use_bias or self.delay_wgrad_compute or getattr(self, "single_grouped_weight", False):  # type: ignore[attr-defined]
             return False
-        weight = self._weights()[0]
+        weight = self.weight0  # type: ignore[attr-defined]
         plain = type(weight.data) is torch.Tensor and weight.is_cuda and weight.dtype is torch.bfloat16
         return (
             plain and weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and torch.cuda.get_device_capability() >= (9, 0)

@@ -43,7 +43,7 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=Fp32RotarySelfAttention,
+                module=backend.fused_attention or Fp32RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_linear_pre_norm,
