@@ -118,9 +118,10 @@ def ours(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], N
     model.train()
     words, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
     positions = torch.arange(words.shape[1], device=words.device)[None]
+    parameters = list(model.parameters())
 
     def step() -> None:
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
         model(words, positions, None, labels=labels, **batch.arguments).float().mean().backward()
 
@@ -135,9 +136,11 @@ def transformers(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callab
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).train()
     words, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
+    parameters = list(model.parameters())
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         model(words, labels=words, shift_labels=labels, use_cache=False, **batch.arguments).loss.backward()
 
     return step

@@ -103,9 +103,10 @@ def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callab
         if name.endswith("router.weight"):
             torch.nn.init.normal_(parameter, std=config.initializer_range)
     positions = torch.arange(tokens.shape[1] - 1, device="cuda")[None]
+    parameters = list(model.parameters())
 
     def step() -> None:
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
         model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean().backward()
 
@@ -144,8 +145,11 @@ def transformers(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -
         if name.endswith("mlp.gate.weight"):  # zeros, which would send every token to the same experts
             torch.nn.init.normal_(parameter, std=config.initializer_range)
 
+    parameters = list(model.parameters())
+
     def step() -> None:
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         model(tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss.backward()
 
     return step

@@ -73,7 +73,6 @@ def _spread(provider: Any, plan: Plan) -> None:
         setattr(provider, name, value)
     provider.seq_length = plan.seq_length
     provider.pipeline_dtype = torch.bfloat16
-    provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "te"
     if plan.recompute:
         provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = "full", "uniform", 1
 
