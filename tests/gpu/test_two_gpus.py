@@ -86,7 +86,7 @@ def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
             [*command, str(script), str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=300,
+            timeout=450,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
     log_tail = (folder / "log.txt").read_text(errors="replace")[-6000:]

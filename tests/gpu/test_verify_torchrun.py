@@ -83,7 +83,7 @@ def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     started = {}
     for name, command in commands(folder, source).items():
         with (folder / f"{name}.out").open("w") as out, (folder / f"{name}.err").open("w") as err:
-            started[name] = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder)
+            started[name] = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
     for name, process in started.items():
         try:
             code: int | str = process.wait(timeout=400)
