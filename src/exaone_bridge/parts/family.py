@@ -64,8 +64,8 @@ class Family:
         chat_template: Jinja, for the same.
         processor_files: name -> JSON, for the same: what its images and videos are prepared with.
         bridge: `module:class`, imported only when Megatron-Bridge has been.
-        image_prompts: `module:function` of a model that takes images: (facts, prompts, seed) -> words [N, S], and the
-            arguments with the images of each prompt.
+        image_prompts: `module:function` of a model that takes images: (facts, prompts, seed, positions) -> words
+            [N, S], S at least the positions, and the arguments with the images of each prompt.
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
         without_carried: facts -> those of the same model with nothing beside it.
