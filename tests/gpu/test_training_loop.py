@@ -65,6 +65,7 @@ class Runs:
             "packed": _started(work, "packed", "sft", "--iters", 4, "--rate", 1e-3, "--packed", "--micro-batch", 1),
             "lora": _started(work, "lora", "lora", "--iters", 8, "--rate", 1e-2),
             "dora": _started(work, "dora", "lora", "--scheme", "dora", "--iters", 8, "--rate", 1e-2),
+            "images": _started(work, "images", "sft_images", "--iters", 12, "--rate", 1e-3),
             "ernie": _started(
                 work, "ernie", "pretrain", "--recipe", "ernie45_tiny_pretrain_config", "--iters", 8, "--rate", 1e-3
             ),
@@ -184,6 +185,20 @@ def test_sft_example(runs: Runs, name: str, steps: int) -> None:
     tokens = prompts(2048, 1, 64)
     first, last = (_transformers(folder / which, tokens, torch.float32) for which in ("model", "exported"))
     assert (first - last).abs().max() > 1e-2
+
+
+def test_images_example(runs: Runs) -> None:
+    """Pictures that it draws: the merger and the language model learn, the tower stays bit by bit."""
+    from safetensors.torch import load_file
+
+    _learns(runs.losses("images"), 12)
+    folder = runs.folder("images")
+    first, last = (load_file(folder / which / "model.safetensors") for which in ("model", "exported"))
+    assert first.keys() == last.keys()
+    same = {name for name, value in first.items() if torch.equal(value, last[name])}
+    tower = {name for name in first if ".visual." in name and ".merger." not in name}
+    assert tower <= same
+    assert len(same - tower) < 0.1 * len(first)  # a norm near one may round to what it was
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])

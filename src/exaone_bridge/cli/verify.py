@@ -50,6 +50,9 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
     gradients: Annotated[bool, typer.Option("--gradients", help="Also the gradients of one step.")] = False,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Build multi-token prediction too; else its tensors travel beside the model.")
+    ] = False,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="A layer at a time on both sides; default: above 2 GiB in fp32."),
@@ -87,6 +90,7 @@ def verify(
             length=length,
             seed=seed,
             gradients=gradients,
+            mtp=mtp,
             stream=stream,
             command=_command(),
             on_event=on_event,

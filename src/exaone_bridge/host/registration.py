@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from exaone_bridge.errors import RegistrationError
 from exaone_bridge.families import FAMILIES
 from exaone_bridge.host.artifacts import tolerate_missing_tokenizer
+from exaone_bridge.host.conversations import conversations_when_imported
 from exaone_bridge.host.import_hook import around_import
 from exaone_bridge.host.listed_fields import tolerate_listed_fields
 
@@ -67,6 +68,7 @@ def register() -> None:
     optimizer_places_right()
     save_by_plan(classes.keys())
     tolerate_listed_fields(FAMILIES)
+    conversations_when_imported()
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)

@@ -1,8 +1,9 @@
-"""Recipes for EXAONE 4.5: 33B. Arguments are those of `recipes/exaone4.py`.
+"""Recipes for EXAONE 4.5: 33B, and a miniature for one GPU. Arguments are those of `recipes/exaone4.py`.
 
-Their data are questions and answers in words, and the tower and its merger are frozen. For images set `config.dataset`
-to one of the host's for models with images, take its `vlm_step`, and let the merger learn
-(`config.model.freeze_vision_projection = False`); `examples/images.py` is such a run, written out.
+`exaone45_vl_*` train on conversations with images (`common.conversations` says what their files hold), with
+`megatron.bridge.training.vlm_step.forward_step` in the place of `gpt_step`'s; their names are the host's. The language
+model learns, and the merger after the tower; to train the tower too, `config.model.freeze_vision_model = False`.
+`exaone45_33b_*` train the language model on questions and answers in words; tower and merger are frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from megatron.bridge.training.config import ConfigContainer
 
 from exaone_bridge.recipes.build import peft, sft
 
-__all__ = ["exaone45_33b_peft_config", "exaone45_33b_sft_config"]
+__all__ = [
+    "exaone45_33b_peft_config",
+    "exaone45_33b_sft_config",
+    "exaone45_vl_33b_peft_config",
+    "exaone45_vl_33b_sft_config",
+    "exaone45_vl_tiny_peft_config",
+    "exaone45_vl_tiny_sft_config",
+]
 
 HFPath = str | Path | None
 
@@ -27,7 +35,7 @@ def exaone45_33b_sft_config(
     packed: bool = True,
     **changes: Any,
 ) -> ConfigContainer:
-    """Fine-tuning of the language model of EXAONE-4.5-33B."""
+    """Fine-tuning of the language model of EXAONE-4.5-33B, on words."""
     return sft("exaone45_33b", gpu_memory_gb, hf_path, dataset_root, packed, **changes)
 
 
@@ -39,5 +47,51 @@ def exaone45_33b_peft_config(
     packed: bool = True,
     **changes: Any,
 ) -> ConfigContainer:
-    """LoRA or DoRA on the language model of EXAONE-4.5-33B."""
+    """LoRA or DoRA on the language model of EXAONE-4.5-33B, on words."""
     return peft("exaone45_33b", peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, **changes)
+
+
+def exaone45_vl_33b_sft_config(
+    gpu_memory_gb: int = 80,
+    hf_path: HFPath = None,
+    dataset_root: HFPath = None,
+    packed: bool = False,
+    **changes: Any,
+) -> ConfigContainer:
+    """Fine-tuning of EXAONE-4.5-33B on conversations with images; without a folder its processor is downloaded."""
+    return sft("exaone45_vl_33b", gpu_memory_gb, hf_path, dataset_root, packed, **changes)
+
+
+def exaone45_vl_33b_peft_config(
+    peft_scheme: str | PEFT = "lora",
+    gpu_memory_gb: int = 80,
+    hf_path: HFPath = None,
+    dataset_root: HFPath = None,
+    packed: bool = False,
+    **changes: Any,
+) -> ConfigContainer:
+    """LoRA or DoRA on the language model of EXAONE-4.5-33B, on conversations with images."""
+    return peft("exaone45_vl_33b", peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, **changes)
+
+
+def exaone45_vl_tiny_sft_config(
+    gpu_memory_gb: int = 80,
+    hf_path: HFPath = None,
+    dataset_root: HFPath = None,
+    packed: bool = False,
+    **changes: Any,
+) -> ConfigContainer:
+    """Fine-tuning of a miniature EXAONE 4.5 on conversations with images; only a folder has its processor."""
+    return sft("exaone45_vl_tiny", gpu_memory_gb, hf_path, dataset_root, packed, **changes)
+
+
+def exaone45_vl_tiny_peft_config(
+    peft_scheme: str | PEFT = "lora",
+    gpu_memory_gb: int = 80,
+    hf_path: HFPath = None,
+    dataset_root: HFPath = None,
+    packed: bool = False,
+    **changes: Any,
+) -> ConfigContainer:
+    """LoRA or DoRA on a miniature EXAONE 4.5, on conversations with images; only a folder has its processor."""
+    return peft("exaone45_vl_tiny", peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, **changes)

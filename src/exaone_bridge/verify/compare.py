@@ -94,7 +94,7 @@ def run_other(folder: Path, job: Job) -> Theirs:
     from exaone_bridge.verify.reference import load, run_reference
 
     model = load(folder, torch.float32)
-    return Theirs([run_reference(model, job.points, tokens, nudged=False) for tokens in job.batches])
+    return Theirs([run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()])
 
 
 def compare(
@@ -163,7 +163,7 @@ def compare(
         places=found["places"],
         location=found["location"],
         tensors={name: digest.as_json() for name, digest in before.items()},
-        setup={"prompts": [list(tokens.shape) for tokens in job.batches], "seed": seed},
+        setup=job.setup(seed),
         versions=versions(),
         seconds=time.perf_counter() - started,
     )

@@ -67,6 +67,7 @@ def verify(
     seed: int = 0,
     generation: bool = False,
     gradients: bool = False,
+    mtp: bool = False,
     on_event: OnEvent = None,
 ) -> Report:
     """Check that a model survives Megatron-Core: what lies on disk after a round trip, and what it computes there.
@@ -79,6 +80,7 @@ def verify(
         count, length, seed: of the prompts; length None: past the window and RoPE's own length where affordable.
         generation: also compare greedy generation before and after.
         gradients: also compare the gradients of one step, in fp32.
+        mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
         on_event: called with (rank, stage) while it works.
 
     Raises:
@@ -100,6 +102,7 @@ def verify(
         seed=seed,
         generation=generation,
         gradients=gradients,
+        mtp=mtp,
     )
     supported()
     check_backend(backend)
@@ -134,7 +137,7 @@ def verify(
         places=found["places"],
         location=found["location"],
         tensors={name: digest.as_json() for name, digest in before.items()},
-        setup={"prompts": [list(tokens.shape) for tokens in job.batches], "seed": seed},
+        setup=job.setup(seed),
         versions=versions(),
         seconds=time.perf_counter() - started,
     )
