@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
-from train_step import measure, show
+from train_step import compared, measure
 from train_step import operations as operations_of_words
 
 import exaone_bridge
@@ -186,7 +186,7 @@ def main() -> None:
         turns = [[name] for name in names] if options.apart else [names]
         settings = {"variants": VARIANTS, "batch": batch, "needs": needs}
         sizes = options.seq, options.mbs, options.profile
-        show([row for turn in turns for row in measure(turn, config, *sizes, **settings)])
+        compared([row for turn in turns for row in measure(turn, config, *sizes, **settings)])
         torch.distributed.destroy_process_group()
 
 

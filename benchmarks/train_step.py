@@ -231,6 +231,8 @@ def measure(
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
                 steps[row["variant"]]()
             print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=60))
+    for row in rows:  # now, not with the ratios: of a run that is cut off, what was measured stays
+        print(json.dumps(row), flush=True)
     return rows
 
 
@@ -240,10 +242,8 @@ def config_with_global_layers(config: Any) -> Any:
     return config
 
 
-def show(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Print what was measured, and the ratios to Transformers; variant -> its row, of those that ran."""
-    for row in rows:
-        print(json.dumps(row))
+def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Print the ratios to Transformers; variant -> its row, of those that ran."""
     by_name = {row["variant"]: row for row in rows if row["ms"]}
     theirs = by_name.get("transformers")
     for row in by_name.values():
@@ -273,7 +273,7 @@ def main() -> None:
         names = options.variants.split(",")
         turns = [[name] for name in names] if options.apart else [names]
         rows = [row for turn in turns for row in measure(turn, config, options.seq, options.mbs, options.profile)]
-        by_name = show(rows)
+        by_name = compared(rows)
         if "ours" in by_name and "ours-all-global" in by_name:
             share = operations(config, options.seq) / operations(config_with_global_layers(config), options.seq)
             taken = by_name["ours"]["ms"] / by_name["ours-all-global"]["ms"]
