@@ -337,6 +337,29 @@ def test_wrong_conversations_are_refused(processor: Any) -> None:
         exaone45_collate([_asked({"type": "text", "text": "word " * 9}, here)], processor, sequence_length=40)
 
 
-def test_packed_rows_are_not_cut(host: Any, folder: Path, data: Path) -> None:
+def test_packed_rows_are_not_cut(folder: Path, data: Path, found_processor: None) -> None:
+    config = _config(folder, data, packed=True)
+    config.dataset.in_batch_packing_pad_to_multiple_of = 4
+    with pytest.raises(VisionInputError, match="words on each of the 2 ranks that share it"):
+        run_ranks(_ours, 2, folder, Layout(cp=2), config, _batches(config))
     with pytest.raises(UnsupportedLayout, match="cp is 2, and must be 1 where conversations with images are packed"):
         recipe("exaone45_vl_33b_sft_config")(packed=True, gpus=32, cp=2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="Transformers' videos need torchvision")
+def test_videos(processor: Any) -> None:
+    """Words, pixels and grids are the processor's own."""
+    from PIL import Image
+
+    from exaone_bridge.families.exaone45.collate import exaone45_collate
+
+    frames = torch.randint(0, 255, (4, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen = _asked({"type": "video", "video": frames}, {"type": "image", "image": Image.new("RGB", (32, 32))})
+    batch = exaone45_collate([seen], processor, sequence_length=256)
+    text = processor.apply_chat_template(seen["conversation"], tokenize=False)
+    expected = processor(text=[text], videos=[frames], images=[Image.new("RGB", (32, 32))], return_tensors="pt")
+    words = expected["input_ids"][0]
+    assert torch.equal(batch["input_ids"][0, : len(words)], words)
+    assert int((words == processor.video_token_id).sum()) * 4 == int(expected["video_grid_thw"].prod()) > 0
+    for name in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw"):
+        assert torch.equal(getattr(batch["visual_inputs"], name), expected[name]), name
