@@ -69,8 +69,8 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def written(value: Any) -> bytes:
-    """As JSON; what is to be deep is so deep that Python's own writer could not write it."""
-    text = json.dumps(value).replace(json.dumps(DEEP), "[" * 5000 + "]" * 5000)
+    """As JSON without spaces, as safetensors writes it; what is to be deep is deeper than Python's own writer goes."""
+    text = json.dumps(value, separators=(",", ":")).replace(json.dumps(DEEP), "[" * 5000 + "]" * 5000)
     return text.encode("utf-8", "surrogatepass")
 
 

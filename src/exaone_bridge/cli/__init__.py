@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from exaone_bridge.cli.plain import inspect_arguments
 from exaone_bridge.errors import BridgeError, ParityFailure
 
 __all__ = ["main"]
@@ -14,10 +15,8 @@ HOLDS, DIFFERS, BAD_INPUT, BROKEN = 0, 1, 2, 3
 
 def main() -> None:
     """Run the command; exit code 0: it holds, 1: it differs, 2: bad input, 3: something of ours broke."""
-    from exaone_bridge.cli.app import app
-
     try:
-        app()
+        _run(sys.argv[1:])
     except ParityFailure as error:
         print(error, file=sys.stderr)
         sys.exit(DIFFERS)
@@ -32,3 +31,23 @@ def main() -> None:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).", file=sys.stderr)
         sys.exit(BROKEN)
+
+
+def _run(arguments: list[str]) -> None:
+    asked = inspect_arguments(arguments)
+    if asked is None:
+        from exaone_bridge.cli.app import app
+
+        app()
+        return
+    from exaone_bridge.cli.inspect import inspect
+
+    try:
+        inspect(asked.folder, asked.layout, as_json=asked.as_json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has seen enough; this and the next as typer does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(HOLDS)
