@@ -20,7 +20,7 @@ __all__ = ["HFSource", "check_layout", "open_source", "plan_of", "survey"]
 
 # Configuration's spelling -> safetensors'.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
+_SHAPE = operator.attrgetter("shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,16 @@ class HFSource:
     missing: Mapping[str, tuple[int, ...]]
 
     @property
-    def of_the_model(self) -> dict[str, TensorInfo]:
+    def of_the_model(self) -> Mapping[str, TensorInfo]:
         """Those of `tensors` that are neither carried nor unclaimed."""
         others = self.carried.keys() | self.unclaimed.keys()
-        return {name: tensor for name, tensor in self.tensors.items() if name not in others}
+        return {name: info for name, info in self.tensors.items() if name not in others} if others else self.tensors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of those."""
+        ours = self.of_the_model
+        return dict(zip(ours, map(_SHAPE, ours.values()), strict=True))
 
     def check_names(self) -> None:
         """Refuse a folder whose tensors are not those of the model.
@@ -154,12 +160,13 @@ def _few(names: set[str]) -> str:
 def _check_shapes(
     expected: Mapping[str, tuple[int, ...]], model_dtype: str, fp32: set[str], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    dtypes = dict.fromkeys(expected, model_dtype) | dict.fromkeys(fp32, "F32")
-    found = list(map(tensors.__getitem__, expected))
-    if list(map(_SHAPE, found)) == list(expected.values()) and list(map(_DTYPE, found)) == list(dtypes.values()):
-        return
+    found = [tensors[name] for name in expected]
+    others = {info.name for info in found if info.dtype != model_dtype}
+    types_hold = others <= fp32 and all(tensors[name].dtype == "F32" for name in fp32)
+    if types_hold and list(map(_SHAPE, found)) == list(expected.values()):
+        return  # the words for 60,000 tensors that hold would take long
     for name, shape in expected.items():
-        tensor, dtype = tensors[name], dtypes[name]
+        tensor, dtype = tensors[name], "F32" if name in fp32 else model_dtype
         if tensor.shape != shape:
             raise CheckpointError(
                 tensor.file,

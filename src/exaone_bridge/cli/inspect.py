@@ -39,7 +39,7 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
     check_layout(source.facts, layout)
     plan = source.plan(layout)
     if not source.missing:
-        prove(plan, {name: info.shape for name, info in source.of_the_model.items()})
+        prove(plan, source.shapes)
     text = _json(source, plan) if as_json else "\n".join(_lines(source, plan))
     sys.stdout.write(text + "\n")
     source.check_names()
@@ -105,10 +105,10 @@ def _json_tensors(source: HFSource) -> Iterator[str]:
         parameters, *columns = row.columns()
         for names in columns:
             destinations.update(zip(names, parameters, strict=True))
-    known: dict[tuple[object, ...], str] = {}  # few shapes, types and files
+    known: dict[tuple[object, ...], str] = {}  # few shapes, types and files; a path's own hash takes long
     goes_to = map(destinations.get, source.tensors)  # null: carried beside the model, or unclaimed
     for info, name, to in zip(source.tensors.values(), _quoted(source.tensors), _quoted(goes_to), strict=True):
-        kind = info.shape, info.dtype, info.file
+        kind = info.shape, info.dtype, id(info.file)
         if (text := known.get(kind)) is None:
             described = {"shape": info.shape, "dtype": info.dtype, "file": info.file.name}
             text = known[kind] = json.dumps(described)[1:-1]
