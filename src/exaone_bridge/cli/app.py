@@ -162,7 +162,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, where each tensor goes, and whether a layout fits. Reads no tensor.
 
-    Tensors that the model has no place for, or lacks, are listed; then the exit code is 2, as `import` would refuse them.
+    Tensors that the model lacks or has no place for are listed; the exit code is then 2, as `import` would refuse them.
     """
     from exaone_bridge.cli.inspect import inspect as run
 
