@@ -115,9 +115,7 @@ def survey(folder: Path) -> HFSource:
     facts = family.read_config(config)
     rows = family.rows(facts)
     tensors = read_headers(folder)
-    _check_nothing_else(
-        folder, {file.name for file in {id(info.file): info.file for info in tensors.values()}.values()}
-    )
+    _check_nothing_else(folder, {file.name for file in {info.file for info in tensors.values()}})
     expected = expected_hf(rows, facts.dims)
     others = sorted(tensors.keys() - expected.keys())
     carried = {name: tensors[name] for name in others if family.is_carried(name)}

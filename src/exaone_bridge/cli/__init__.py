@@ -44,7 +44,6 @@ def _run(arguments: list[str]) -> None:
 
     try:
         inspect(asked.folder, asked.layout, as_json=asked.as_json)
-        sys.stdout.flush()
     except BrokenPipeError:  # whoever read it has seen enough; this and the next as typer does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

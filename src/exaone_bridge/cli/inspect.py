@@ -42,6 +42,7 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
         prove(plan, source.shapes)
     text = _json(source, plan) if as_json else "\n".join(_lines(source, plan))
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
     source.check_names()
 
 
