@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+from exaone_bridge.cli.plain import inspect_arguments
 from exaone_bridge.errors import BridgeError, ParityFailure
 
 __all__ = ["main"]
@@ -19,10 +20,8 @@ def main() -> None:
 
     torchrun's own exit code is 1 whichever of its ranks' is not 0.
     """
-    from exaone_bridge.cli.app import app
-
     try:
-        app()
+        _run(sys.argv[1:])
     except ParityFailure as error:
         _say(str(error))
         sys.exit(DIFFERS)
@@ -47,3 +46,22 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
     else:
         time.sleep(_GRACE)
+
+
+def _run(arguments: list[str]) -> None:
+    asked = inspect_arguments(arguments)
+    if asked is None:
+        from exaone_bridge.cli.app import app
+
+        app()
+        return
+    from exaone_bridge.cli.inspect import inspect
+
+    try:
+        inspect(asked.folder, asked.layout, as_json=asked.as_json)
+    except BrokenPipeError:  # whoever read it has seen enough; this and the next as typer does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(HOLDS)
