@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 UV ?= $(shell command -v uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen
+# Processes that share the test files; each imports Megatron and forks up to eight ranks of its own.
+WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE =
 export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
 
@@ -11,7 +13,7 @@ demo: setup
 	$(RUN) exaone-bridge demo
 
 test: setup
-	$(RUN) pytest
+	$(RUN) pytest -n $(WORKERS) --dist loadfile
 
 check: setup
 	$(RUN) ruff check

@@ -19,12 +19,8 @@ from typing import Any
 import exaone_bridge  # registers EXAONE with Megatron-Bridge
 import torch
 from megatron.bridge import AutoBridge
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
 from PIL import Image, ImageDraw
-from train import start
+from train import device, start, train
 
 SIDES = {"north": (12, 2), "east": (22, 12), "south": (12, 22), "west": (2, 12)}
 
@@ -72,38 +68,12 @@ def main(options: argparse.Namespace) -> None:
     provider.freeze_vision_model = True  # the merger has a switch of its own
     provider.finalize()
 
-    gpu = torch.cuda.is_available()
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=gpu)
-    model = provider.provide_distributed_model(ddp_config=ddp, use_cpu_initialization=not gpu)
-    config = get_model_config(model[0])
-    config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=options.rate, weight_decay=0.0, bf16=provider.bf16, use_distributed_optimizer=gpu
-        ),
-        model,
-    )
     processor = Qwen2VLImageProcessorPil.from_pretrained(options.hf_folder)
     tokenizer = AutoTokenizer.from_pretrained(options.hf_folder)
-    device = "cuda" if gpu else "cpu"
     data = [sample(processor, tokenizer, side) for side in SIDES]
-    data = [{name: value.to(device) for name, value in each.items()} for each in data]
-    for step in range(options.steps):
-        optimizer.zero_grad()
-        for chunk in model:
-            chunk.zero_grad_buffer()
-        done = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(data),
-            model=model[0],
-            num_microbatches=len(data),
-            seq_length=data[0]["tokens"].shape[1],
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        optimizer.step()
-        if done:
-            print(f"step {step + 1}: loss {torch.stack([item['loss'] for item in done]).mean():.4f}", flush=True)
+    data = [{name: value.to(device()) for name, value in each.items()} for each in data]
+    length = data[0]["tokens"].shape[1]
+    model = train(provider, forward_step, data, length, options.steps, lr=options.rate, weight_decay=0.0)
     bridge.save_hf_pretrained(model, options.output, show_progress=False)
 
 

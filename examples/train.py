@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 examples/train.py HF_FOLDER OUTPUT_FOLDER --tp 2 --pp 2     # GPUs
     python examples/train.py HF_FOLDER OUTPUT_FOLDER --steps 2                               # a laptop
 
-The loop is written out to show where the plugin ends: at the first four lines of `main`. Megatron-Bridge's own
-`pretrain` and `finetune` take the same provider.
+The loop is written out to show where the plugin ends: at the first four lines of `main` and its last. Megatron-Bridge's
+own `pretrain` and `finetune` take the same provider.
 """
 
 # ruff: noqa: I001  (without Transformer Engine, exaone_bridge has to be imported before megatron.bridge)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,35 +40,45 @@ def main(options: argparse.Namespace) -> None:
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = options.tp, options.pp
     provider.finalize()
 
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(provider.vocab_size, (4, options.length + 1), generator=generator).to(device())
+    model = train(provider, forward_step, tokens.split(1), options.length, options.steps, lr=1e-4, weight_decay=0.1)
+    bridge.save_hf_pretrained(model, options.output, show_progress=False)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(
+    provider: Any, forward_step: Callable[..., Any], data: Sequence[Any], length: int, steps: int, **adam: float
+) -> list[Any]:
+    """The provider's model after `steps` steps, each on all of `data`, one micro-batch of `length` words an item."""
     gpu = torch.cuda.is_available()
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=gpu)
     model = provider.provide_distributed_model(ddp_config=ddp, use_cpu_initialization=not gpu)
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-4, weight_decay=0.1, bf16=provider.bf16, use_distributed_optimizer=gpu),
-        model,
+        OptimizerConfig(optimizer="adam", bf16=provider.bf16, use_distributed_optimizer=gpu, **adam), model
     )
-    device = "cuda" if gpu else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(provider.vocab_size, (4, options.length + 1), generator=generator).to(device)
-    for step in range(options.steps):
+    for step in range(steps):
         optimizer.zero_grad()
         for chunk in model:
             chunk.zero_grad_buffer()
         done = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(tokens.split(1)),
+            data_iterator=iter(data),
             model=model[0],
-            num_microbatches=len(tokens),
-            seq_length=options.length,
+            num_microbatches=len(data),
+            seq_length=length,
             micro_batch_size=1,
             forward_only=False,
         )
         optimizer.step()
         if done:
-            print(f"step {step}: loss {torch.stack([item['loss'] for item in done]).mean():.4f}", flush=True)
-    bridge.save_hf_pretrained(model, options.output, show_progress=False)
+            print(f"step {step + 1}: loss {torch.stack([item['loss'] for item in done]).mean():.4f}", flush=True)
+    return model
 
 
 def start(options: argparse.Namespace, main: Callable[[argparse.Namespace], None] = main) -> None:

@@ -5,8 +5,11 @@ Megatron-Bridge's import takes half a minute, so ranks are forked from this proc
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 
 from exaone_bridge.checkpoint.tiny import write_random
 from exaone_bridge.families import FAMILIES
+from exaone_bridge.parts.layout import Layout
 
 MINIATURES = {name: config for family in FAMILIES for name, config in family.tiny.items()}
 TinyFactory = Callable[..., Path]
@@ -22,11 +26,13 @@ TinyFactory = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def host() -> Any:
-    """Megatron-Bridge, imported with our bridges registered."""
+    """Megatron-Bridge, imported with our bridges registered, and what every forked rank would import for itself."""
     import exaone_bridge
 
     logging.disable(logging.WARNING)
-    return exaone_bridge.supported()
+    supported = exaone_bridge.supported()
+    importlib.import_module("exaone_bridge.host.model")
+    return supported
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +49,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _seen() -> dict[bytes, bytes]:
+    return {}
+
+
+@pytest.fixture
+def references(_seen: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify` runs Transformers once for a folder and its prompts, however many layouts or faults it is held against.
+
+    Not for tests that plant something on Transformers' side. Every test has a copy of its own.
+    """
+    from exaone_bridge.verify import verify as module
+
+    run = module.run_alone
+
+    def once(target: Any, folder: Path, job: Any, **options: Any) -> Any:
+        if target is not module.run_theirs:
+            return run(target, folder, job, **options)
+        key = pickle.dumps((folder, dataclasses.replace(job, layout=Layout(), backend="")))
+        if key not in _seen:
+            _seen[key] = pickle.dumps(run(target, folder, job, **options))
+        return pickle.loads(_seen[key])
+
+    monkeypatch.setattr(module, "run_alone", once)

@@ -6,6 +6,7 @@ Ranks are forked from the test's process and inherit what is planted there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,17 @@ def rows_with(bridge: str, change: Callable[[Row], Row | None]) -> Plant:
             family, rows=lambda facts: tuple(row for row in map(change, family.rows(facts)) if row is not None)
         )
         patch.setattr(found, "FAMILY", faulty)
+
+    return plant
+
+
+def provider_with(bridge: str, change: Callable[..., Any]) -> Plant:
+    """This bridge's provider, made by `change(right, facts, hf_config)`, where `right` makes what it should be."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        module, _, name = bridge.partition(":")
+        found = getattr(importlib.import_module(module), name)
+        patch.setattr(found, "provider_of", staticmethod(functools.partial(change, found.provider_of)))
 
     return plant
 

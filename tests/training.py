@@ -6,6 +6,7 @@ because that is where gradients that several ranks share are summed (q/k norms, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,15 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / (expected.norm() if expected.any() else 1.0)).item()
 
 
+_TOKENS = torch.randint(387, (4, 41), generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def _five_steps(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Of Transformers; the same for every layout."""
+    return run_ranks(train_transformers, 1, folder, _TOKENS, 5)[0]
+
+
 def assert_trains_alike(folder: Path, layout: Layout, untrained: tuple[str, ...] = ()) -> None:
     """Five AdamW steps at this layout: every loss within 1e-4, every parameter's first gradient within 1e-4 (relative).
 
@@ -147,9 +157,8 @@ def assert_trains_alike(folder: Path, layout: Layout, untrained: tuple[str, ...]
         layout: of Megatron-Core's side.
         untrained: parts of the names of tensors that are exported and have no gradient.
     """
-    tokens = torch.randint(387, (4, 41), generator=torch.Generator().manual_seed(1))
-    ((losses, gradients),) = run_ranks(train_transformers, 1, folder, tokens, 5)
-    results = run_ranks(train_megatron, layout.ranks, folder, layout, tokens, 5)
+    losses, gradients = _five_steps(folder)
+    results = run_ranks(train_megatron, layout.ranks, folder, layout, _TOKENS, 5)
     last_stage = [result[0] for result in results if result[0][0] == result[0][0]]
     assert last_stage
     for ours in last_stage:

@@ -749,7 +749,11 @@ def test_demo_prints_one_table(host: Any, cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("layer_2_sees_everything")
-def test_demo_ends_with_one_where_a_model_differs(host: Any, cli: Cli, tmp_path: Path) -> None:
+def test_demo_ends_with_one_where_a_model_differs(
+    host: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = {name: (EXAONE4, config) for name, config in EXAONE4.tiny.items()}
+    monkeypatch.setattr("exaone_bridge.cli.app.MINIATURES", two)
     run = cli("demo", "--tp", 1, "--pp", 1, "--backend", "torch")
     assert run.code == 1
     rows = {row[0]: row for row in rows_of(run.out)}
@@ -760,7 +764,7 @@ def test_demo_ends_with_one_where_a_model_differs(host: Any, cli: Cli, tmp_path:
 
 
 def test_demo_repeats_the_pattern_for_a_deeper_layout(host: Any, cli: Cli) -> None:
-    run = cli("demo", "--tp", 1, "--pp", 3, "--vpp", 3)
+    run = cli("demo", "--tp", 1, "--pp", 3, "--vpp", 3, "--ep", 1)
     assert run.code == 0
     rows = {row[0]: row for row in rows_of(run.out)}
     assert [rows[name][2] for name in EXAONE4.tiny] == ["TP1 x PP3 x VPP3"] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -44,8 +45,36 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
 
     FAMILY: ClassVar[Family]
 
+    @staticmethod
+    @abstractmethod
+    def provider_of(facts: Any, hf_config: Mapping[str, Any]) -> Any:
+        """The family's: the provider of these facts; it carries the configuration for the export."""
+
+    @staticmethod
+    @abstractmethod
+    def facts_of(provider: Any) -> Any:
+        """The family's: the facts of the model that this provider builds."""
+
     def _facts(self) -> Any:
         return self.FAMILY.read_config(config_mapping(self.hf_config))
+
+    def provider_bridge(self, hf_pretrained: Any) -> Any:
+        """The provider, a PROVIDER_CLASS, of a Hugging Face model (anything with `.config`).
+
+        Raises:
+            UnsupportedConfig: the configuration is not modelled.
+        """
+        config = config_mapping(hf_pretrained.config)
+        return self.provider_of(self.FAMILY.read_config(config), config)
+
+    @classmethod
+    def megatron_to_hf_config(cls, provider: Any) -> dict[str, Any]:
+        """`config.json` of the model that this provider builds, as `save_pretrained` writes it, less the version.
+
+        Raises:
+            UnsupportedConfig: a model that the family's configuration has no words for.
+        """
+        return cls.FAMILY.write_config(cls.facts_of(provider), provider.hf_config)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The rows of the model at hand, bound to the host's mapping objects.

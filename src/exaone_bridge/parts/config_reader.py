@@ -99,10 +99,18 @@ def read_dtype(config: Mapping[str, Any]) -> str:
     Raises:
         UnsupportedConfig: a type that no checkpoint of ours has.
     """
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    field, given = _first(config, "dtype", "torch_dtype")
+    if given is None:
+        return "float32"
+    dtype = str(given).removeprefix("torch.")  # "bfloat16", or torch.bfloat16 itself
     if dtype not in DTYPES:
-        raise UnsupportedConfig("dtype", got=dtype, known=DTYPES)
+        raise UnsupportedConfig(field, got=given, known=DTYPES)
     return dtype
+
+
+def _first(config: Mapping[str, Any], *fields: str) -> tuple[str, Any]:
+    """The first of these fields that the file has, and its value; null is as good as absent."""
+    return next(((field, config[field]) for field in fields if config.get(field) is not None), (fields[0], None))
 
 
 def check_heads(config: Mapping[str, Any], *, hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> int:
@@ -137,12 +145,13 @@ def rope_of(
     Raises:
         UnsupportedConfig: a type outside `kinds`, or RoPE on a part of the head only.
     """
-    found = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
-    rope = found[0] if found else {}
-    if found[1:] and found[1] != rope:  # Transformers would take this one
-        raise UnsupportedConfig("rope_scaling", got=found[1], wanted=f"absent, or equal to rope_parameters={rope!r}")
+    field, rope = _first(config, "rope_parameters", "rope_scaling")
+    other = config.get("rope_scaling")
+    if other is not None and other != rope:  # Transformers would take this one
+        raise UnsupportedConfig("rope_scaling", got=other, wanted=f"absent, or equal to rope_parameters={rope!r}")
+    rope = {} if rope is None else rope
     if not isinstance(rope, Mapping):
-        raise UnsupportedConfig("rope_parameters", got=rope, wanted="an object")
+        raise UnsupportedConfig(field, got=rope, wanted="an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
         raise UnsupportedConfig("rope_type", got=kind, known=kinds)

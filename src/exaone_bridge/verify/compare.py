@@ -18,9 +18,8 @@ from exaone_bridge.verify.folders import compare_configs, compare_digests, compa
 from exaone_bridge.verify.greedy import compare_generated
 from exaone_bridge.verify.job import Job, OnEvent, Theirs, check_backend, make_job, run_generation, run_megatron
 from exaone_bridge.verify.launch import run_alone, run_world, under_torchrun, work_folder
-from exaone_bridge.verify.report import Check, Report, versions
-from exaone_bridge.verify.summary import model_summary
-from exaone_bridge.verify.verify import arithmetic, verify
+from exaone_bridge.verify.report import Check, Report
+from exaone_bridge.verify.verify import arithmetic, make_report, verify
 
 __all__ = ["compare", "is_megatron", "verify_megatron"]
 
@@ -152,21 +151,8 @@ def compare(
         else:
             found, generated = _run(left, right, first, job, on_event)
             checks += generated
-    return Report(
-        source=left.name,
-        other=right.name,
-        layout=str(layout),
-        checks=(*checks, *found["checks"]),
-        backend=backend,
-        dtype=dtype,
-        model=model_summary(first),
-        places=found["places"],
-        location=found["location"],
-        tensors={name: digest.as_json() for name, digest in before.items()},
-        setup=job.setup(seed),
-        versions=versions(),
-        seconds=time.perf_counter() - started,
-    )
+    seconds = time.perf_counter() - started
+    return make_report(first, job, before, checks, found, seed=seed, seconds=seconds, other=right.name)
 
 
 def _cannot_run(first: HFSource, folder: Path) -> str:

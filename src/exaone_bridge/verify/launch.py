@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -137,6 +138,7 @@ def run_world[T](target: Callable[..., T], ranks: int, *args: Any, on_event: OnE
     from exaone_bridge.host.world import run_ranks
 
     if not under_torchrun():
+        importlib.import_module("exaone_bridge.host.model")  # half of Megatron-Bridge: once here, not on every rank
         with full_fp32():
             return run_ranks(target, ranks, *args, on_event=on_event)
     import torch.distributed as dist

@@ -21,11 +21,10 @@ from exaone_bridge.verify.digests import Digest, digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.job import DTYPES, Job, OnEvent, Ours, Theirs, check_backend, make_job
 from exaone_bridge.verify.launch import is_first, run_alone, run_world, work_folder
-from exaone_bridge.verify.report import Check, Report, versions
+from exaone_bridge.verify.report import Check, Report
 from exaone_bridge.verify.stream_ours import StreamedMegatron
 from exaone_bridge.verify.stream_theirs import streamed_transformers
-from exaone_bridge.verify.summary import model_summary
-from exaone_bridge.verify.verify import arithmetic
+from exaone_bridge.verify.verify import arithmetic, make_report
 
 __all__ = ["streams", "verify_streaming"]
 
@@ -132,18 +131,6 @@ def verify_streaming(
     found = arithmetic(theirs, ours, None, source, job)
     why = "it needs the whole model in memory (--no-stream)"
     asked = {"generation": generation, "gradients": gradients}
-    skipped = [Check.not_run(name, why) for name, wanted in asked.items() if wanted]
-    return Report(
-        source=source_folder.name,
-        layout=str(layout),
-        checks=(*checks, *found["checks"], *skipped),
-        backend=backend,
-        dtype=dtype,
-        model=model_summary(source),
-        places=found["places"],
-        location=found["location"],
-        tensors={name: digest.as_json() for name, digest in before.items()},
-        setup=job.setup(seed) | {"streaming": True},
-        versions=versions(),
-        seconds=time.perf_counter() - started,
-    )
+    found["checks"] += [Check.not_run(name, why) for name, wanted in asked.items() if wanted]
+    seconds = time.perf_counter() - started
+    return make_report(source, job, before, checks, found, seed=seed, seconds=seconds, streaming=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from exaone_bridge.checkpoint.convert import shards_like
 from exaone_bridge.checkpoint.headers import read_json
 from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
 from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.digests import digest_folder
+from exaone_bridge.verify.digests import Digest, digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.gradients import compare_gradients
 from exaone_bridge.verify.greedy import compare_generated
@@ -29,11 +29,11 @@ from exaone_bridge.verify.job import (
 from exaone_bridge.verify.launch import run_alone, run_world, work_folder
 from exaone_bridge.verify.locate import locate
 from exaone_bridge.verify.logits import compare_half_precision, compare_logits, places_of
-from exaone_bridge.verify.report import Report, versions
+from exaone_bridge.verify.report import Check, Report, versions
 from exaone_bridge.verify.summary import model_summary
 from exaone_bridge.verify.traces import Traced
 
-__all__ = ["arithmetic", "verify"]
+__all__ = ["arithmetic", "make_report", "verify"]
 
 
 def arithmetic(theirs: Theirs, ours: Sequence[Traced], gradients: Any, source: HFSource, job: Job) -> dict[str, Any]:
@@ -53,6 +53,45 @@ def arithmetic(theirs: Theirs, ours: Sequence[Traced], gradients: Any, source: H
         positions = job.gradient_tokens.shape[0] * (job.gradient_tokens.shape[1] - 1)
         checks.append(compare_gradients(theirs.gradients, gradients, source.facts, positions))
     return {"checks": checks, "places": places, "location": location}
+
+
+def make_report(
+    source: HFSource,
+    job: Job,
+    tensors: Mapping[str, Digest],
+    checks: Sequence[Check],
+    found: Mapping[str, Any],
+    *,
+    seed: int,
+    seconds: float,
+    other: str | None = None,
+    **setup: Any,
+) -> Report:
+    """The report of what was found of a job.
+
+    Args:
+        source: the model; its folder's name is the report's.
+        tensors: the digests of its tensors.
+        checks: of what lies on disk, and of generation.
+        found: what `arithmetic` gave.
+        other: what it was held against, if not its own round trip.
+        setup: settings beside the job's own.
+    """
+    return Report(
+        source=source.folder.name,
+        other=other,
+        layout=str(job.layout),
+        checks=(*checks, *found["checks"]),
+        backend=job.backend,
+        dtype=job.dtype,
+        model=model_summary(source),
+        places=found["places"],
+        location=found["location"],
+        tensors={name: digest.as_json() for name, digest in tensors.items()},
+        setup=job.setup(seed) | setup,
+        versions=versions(),
+        seconds=seconds,
+    )
 
 
 def verify(
@@ -127,17 +166,4 @@ def verify(
 
     ours = [merge([result.runs[number] for result in results]) for number in range(len(job.batches))]
     found = arithmetic(theirs, ours, results[0].gradients, source, job)
-    return Report(
-        source=source_folder.name,
-        layout=str(layout),
-        checks=(*checks, *found["checks"]),
-        backend=backend,
-        dtype=dtype,
-        model=model_summary(source),
-        places=found["places"],
-        location=found["location"],
-        tensors={name: digest.as_json() for name, digest in before.items()},
-        setup=job.setup(seed),
-        versions=versions(),
-        seconds=time.perf_counter() - started,
-    )
+    return make_report(source, job, before, checks, found, seed=seed, seconds=time.perf_counter() - started)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from planted import assert_caught, build_with, rows_with
+from planted import assert_caught, build_with, provider_with, rows_with
 
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.host.world import RankFailure
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row
 from exaone_bridge.verify.verify import verify
+
+pytestmark = pytest.mark.usefixtures("references")
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 BRIDGE = "exaone_bridge.families.ernie45.bridge:Ernie45Bridge"
@@ -59,13 +61,7 @@ def _drop_shared(patch: pytest.MonkeyPatch) -> None:
 
 
 def _provider(**changes: Any) -> Plant:
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        import exaone_bridge.families.ernie45.bridge as module
-
-        right = module.ernie45_provider
-        patch.setattr(module, "ernie45_provider", lambda *args: dataclasses.replace(right(*args), **changes))
-
-    return plant
+    return provider_with(BRIDGE, lambda right, *args: dataclasses.replace(right(*args), **changes))
 
 
 def _swap_gate_and_up(row: Row) -> Row:

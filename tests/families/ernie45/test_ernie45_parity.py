@@ -10,6 +10,8 @@ from ernie45_cases import CONFIGURATIONS, EXPERT_LAYOUTS, LAYOUTS, MOE_NAMES, NA
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.verify import verify
 
+pytestmark = pytest.mark.usefixtures("references")
+
 
 def _assert_holds(folder: Any, layout: Layout) -> None:
     report = verify(folder, layout)

@@ -11,35 +11,31 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from planted import assert_caught, build_with, rows_with
+from planted import assert_caught, build_with, provider_with, rows_with
 
 from exaone_bridge.errors import UnmappedTensors, UnsupportedConfig
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row
 from exaone_bridge.verify.verify import verify
 
+pytestmark = pytest.mark.usefixtures("references")
+
 Plant = Callable[[pytest.MonkeyPatch], None]
+BRIDGE = "exaone_bridge.families.exaone4.bridge:Exaone4Bridge"
 
 
 def _rows(change: Callable[[Row], Row | None]) -> Plant:
-    return rows_with("exaone_bridge.families.exaone4.bridge:Exaone4Bridge", change)
+    return rows_with(BRIDGE, change)
 
 
 def _facts(**changes: Callable[[Any], Any]) -> Plant:
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        import exaone_bridge.families.exaone4.bridge as module
+    """Facts misread on their way to the provider."""
 
-        read = module.read_config
+    def misread(right: Any, facts: Any, hf_config: Any) -> Any:
+        wrong = {name: change(getattr(facts, name)) for name, change in changes.items()}
+        return right(dataclasses.replace(facts, **wrong), hf_config)
 
-        def faulty(config: Any) -> Any:
-            facts = read(config)
-            return dataclasses.replace(
-                facts, **{name: change(getattr(facts, name)) for name, change in changes.items()}
-            )
-
-        patch.setattr(module, "read_config", faulty)
-
-    return plant
+    return provider_with(BRIDGE, misread)
 
 
 def _reorder(megatron: str, *order: int) -> Plant:
@@ -141,11 +137,7 @@ def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.Mo
 
 
 def test_row_without_its_parameter_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exaone_bridge.families.exaone4.bridge as module
-
-    right = module.exaone4_provider
-
-    def without_qk_norm(*args: Any) -> Any:
+    def without_qk_norm(right: Any, *args: Any) -> Any:
         provider = right(*args)
         spec = provider.transformer_layer_spec
 
@@ -159,7 +151,7 @@ def test_row_without_its_parameter_stops_the_load(host: Any, tiny: Any, monkeypa
         provider.qk_layernorm, provider.transformer_layer_spec = False, bare
         return provider
 
-    monkeypatch.setattr(module, "exaone4_provider", without_qk_norm)
+    provider_with(BRIDGE, without_qk_norm)(monkeypatch)
     with pytest.raises(UnmappedTensors, match="parameters that the rows of this family fill are missing"):
         verify(tiny("exaone4"), Layout())
 

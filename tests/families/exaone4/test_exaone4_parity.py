@@ -10,6 +10,8 @@ from exaone_bridge.families.exaone4.tiny import TINY
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.verify import verify
 
+pytestmark = pytest.mark.usefixtures("references")
+
 S, F = "sliding_attention", "full_attention"
 ROPE = TINY["exaone4"]["rope_parameters"]
 

@@ -109,6 +109,8 @@ def test_defaults_are_transformers() -> None:
         ("text_config.model_type", "llama", "exaone4"),
         ("text_config", 3, "an object"),
         ("text_config.layer_types", ["full"], "layer_types"),
+        ("text_config.dtype", 0, "dtype is 0"),
+        ("vision_config.dtype", ["float32"], "dtype is \\['float32'\\]"),
         ("text_config.mtp_share_layers", 1, "mtp_share_layers"),
         ("image_token_id", 387, "vocab_size"),
         ("image_token_id", 68, "another word"),

@@ -26,6 +26,8 @@ from exaone_bridge.verify.folders import compare_configs, compare_files, compare
 from exaone_bridge.verify.stream import verify_streaming
 from exaone_bridge.verify.verify import verify
 
+pytestmark = pytest.mark.usefixtures("references")
+
 F = "full_attention"
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

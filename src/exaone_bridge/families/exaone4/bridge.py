@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from exaone_bridge.families.exaone4 import EXAONE4
-from exaone_bridge.families.exaone4.config import ARCHITECTURE, MODEL_TYPE, read_config, write_config
+from exaone_bridge.families.exaone4.config import ARCHITECTURE, MODEL_TYPE
 from exaone_bridge.families.exaone4.provider import Exaone4ModelProvider, exaone4_provider, facts_of
-from exaone_bridge.host.bridge_base import ExactBridge, config_mapping
+from exaone_bridge.host.bridge_base import ExactBridge
 
 __all__ = ["Exaone4Bridge"]
 
@@ -26,17 +24,5 @@ class Exaone4Bridge(ExactBridge):
     SOURCE_NAME = ARCHITECTURE
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone4ModelProvider
-
-    def provider_bridge(self, hf_pretrained: Any) -> Exaone4ModelProvider:
-        """The provider of a Hugging Face model (anything with `.config`).
-
-        Raises:
-            UnsupportedConfig: the configuration is not modelled.
-        """
-        config = config_mapping(hf_pretrained.config)
-        return exaone4_provider(read_config(config), config)
-
-    @classmethod
-    def megatron_to_hf_config(cls, provider: Exaone4ModelProvider) -> dict[str, Any]:
-        """`config.json` of the model that this provider builds, as `save_pretrained` writes it, less the version."""
-        return write_config(facts_of(provider), provider.hf_config)
+    provider_of = staticmethod(exaone4_provider)
+    facts_of = staticmethod(facts_of)

@@ -7,9 +7,9 @@ from typing import Any
 from megatron.core.utils import get_model_config
 
 from exaone_bridge.families.exaone45 import EXAONE45, EXAONE45_WITH_MTP
-from exaone_bridge.families.exaone45.config import ARCHITECTURE, MODEL_TYPE, read_config, write_config
+from exaone_bridge.families.exaone45.config import ARCHITECTURE, MODEL_TYPE
 from exaone_bridge.families.exaone45.provider import Exaone45ModelProvider, exaone45_provider, facts_of
-from exaone_bridge.host.bridge_base import ExactBridge, config_mapping
+from exaone_bridge.host.bridge_base import ExactBridge
 
 __all__ = ["Exaone45Bridge"]
 
@@ -28,6 +28,8 @@ class Exaone45Bridge(ExactBridge):
     SOURCE_NAME = ARCHITECTURE
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone45ModelProvider
+    provider_of = staticmethod(exaone45_provider)
+    facts_of = staticmethod(facts_of)
 
     def build_conversion_tasks(self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
@@ -51,17 +53,3 @@ class Exaone45Bridge(ExactBridge):
             self.FAMILY = EXAONE45_WITH_MTP  # type: ignore[misc]
         else:
             self.FAMILY = EXAONE45  # type: ignore[misc]
-
-    def provider_bridge(self, hf_pretrained: Any) -> Exaone45ModelProvider:
-        """The provider of a Hugging Face model (anything with `.config`).
-
-        Raises:
-            UnsupportedConfig: the configuration is not modelled.
-        """
-        config = config_mapping(hf_pretrained.config)
-        return exaone45_provider(read_config(config), config)
-
-    @classmethod
-    def megatron_to_hf_config(cls, provider: Exaone45ModelProvider) -> dict[str, Any]:
-        """`config.json` of the model that this provider builds, as `save_pretrained` writes it, less the version."""
-        return write_config(facts_of(provider), provider.hf_config)

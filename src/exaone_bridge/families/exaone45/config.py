@@ -160,7 +160,7 @@ def _nested(config: Mapping[str, Any], field: str, model_types: tuple[str, ...])
 
 def _dtype(config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
     """One type for the whole model: Transformers writes it in each of the three."""
-    said = [each for each in (config, *nested) if each.get("dtype") or each.get("torch_dtype")]
+    said = [each for each in (config, *nested) if any(each.get(name) is not None for name in ("dtype", "torch_dtype"))]
     found = [read_dtype(each) for each in said or [config]]
     if len(set(found)) > 1:
         raise UnsupportedConfig("dtype", got=found, wanted="one type for the whole model, its towers included")
