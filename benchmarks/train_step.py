@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
@@ -103,9 +103,10 @@ def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callab
         if name.endswith("router.weight"):
             torch.nn.init.normal_(parameter, std=config.initializer_range)
     positions = torch.arange(tokens.shape[1] - 1, device="cuda")[None]
+    parameters = list(model.parameters())
 
     def step() -> None:
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
         model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean().backward()
 
@@ -144,8 +145,11 @@ def transformers(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -
         if name.endswith("mlp.gate.weight"):  # zeros, which would send every token to the same experts
             torch.nn.init.normal_(parameter, std=config.initializer_range)
 
+    parameters = list(model.parameters())
+
     def step() -> None:
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         model(tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss.backward()
 
     return step
@@ -163,14 +167,30 @@ VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = 
 }
 
 
-def measure(names: list[str], config: Any, seq: int, mbs: int, profile: bool) -> list[dict[str, Any]]:
-    """Each variant's step, in turns: what the machine does meanwhile meets all of them alike."""
-    tokens = torch.randint(config.vocab_size, (mbs, seq + 1), device="cuda")
+def measure(
+    names: list[str],
+    config: Any,
+    seq: int,
+    mbs: int,
+    profile: bool,
+    *,
+    variants: Mapping[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = VARIANTS,
+    batch: Any = None,
+    needs: Callable[[Any, int], float] = operations,
+) -> list[dict[str, Any]]:
+    """Each variant's step, in turns: what the machine does meanwhile meets all of them alike.
+
+    Args:
+        variants: name -> (what makes a step of configuration, batch and overrides; the overrides).
+        batch: what steps are made of; None: random tokens.
+        needs: floating-point operations of one sequence.
+    """
+    tokens = torch.randint(config.vocab_size, (mbs, seq + 1), device="cuda") if batch is None else batch
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     steps: dict[str, Callable[[], None]] = {}
     rows = []
     for name in names:
-        build, overrides = VARIANTS[name]
+        build, overrides = variants[name]
         row: dict[str, Any] = {"variant": name, "ms": None}
         rows.append(row)
         step: Callable[[], None] | None = None
@@ -201,7 +221,7 @@ def measure(names: list[str], config: Any, seq: int, mbs: int, profile: bool) ->
             continue
         taken = statistics.median(times[row["variant"]])
         measured = config_with_global_layers(config) if row["variant"] == "ours-all-global" else config
-        needed = mbs * operations(measured, seq)
+        needed = mbs * needs(measured, seq)
         row |= {
             "ms": round(taken, 1),
             "tokens_per_s": round(mbs * seq / taken * 1e3),
@@ -211,6 +231,8 @@ def measure(names: list[str], config: Any, seq: int, mbs: int, profile: bool) ->
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
                 steps[row["variant"]]()
             print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=60))
+    for row in rows:  # now, not with the ratios: of a run that is cut off, what was measured stays
+        print(json.dumps(row), flush=True)
     return rows
 
 
@@ -218,6 +240,17 @@ def config_with_global_layers(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
     return config
+
+
+def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Print the ratios to Transformers; variant -> its row, of those that ran."""
+    by_name = {row["variant"]: row for row in rows if row["ms"]}
+    theirs = by_name.get("transformers")
+    for row in by_name.values():
+        if theirs and row is not theirs:
+            ratio = theirs["ms"] / row["ms"]
+            print(f"{row['variant']}: {ratio:.2f} x tokens/s, {row['peak_gib'] / theirs['peak_gib']:.2f} x memory")
+    return by_name
 
 
 def main() -> None:
@@ -240,14 +273,7 @@ def main() -> None:
         names = options.variants.split(",")
         turns = [[name] for name in names] if options.apart else [names]
         rows = [row for turn in turns for row in measure(turn, config, options.seq, options.mbs, options.profile)]
-        for row in rows:
-            print(json.dumps(row))
-        by_name = {row["variant"]: row for row in rows if row["ms"]}
-        theirs = by_name.get("transformers")
-        for row in by_name.values():
-            if theirs and row is not theirs:
-                ratio = theirs["ms"] / row["ms"]
-                print(f"{row['variant']}: {ratio:.2f} x tokens/s, {row['peak_gib'] / theirs['peak_gib']:.2f} x memory")
+        by_name = compared(rows)
         if "ours" in by_name and "ours-all-global" in by_name:
             share = operations(config, options.seq) / operations(config_with_global_layers(config), options.seq)
             taken = by_name["ours"]["ms"] / by_name["ours-all-global"]["ms"]

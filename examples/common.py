@@ -18,6 +18,7 @@ import torch  # before transformer_engine: the two bring different versions of c
 # before megatron.bridge: registers the models
 from exaone_bridge.checkpoint.tiny import write_random
 from exaone_bridge.families import family_of
+from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.recipes import RECIPES, recipe
 from exaone_bridge.recipes.published import CONFIGS
 
@@ -176,6 +177,7 @@ def train_tokenizer(folder: Path, texts: Iterator[str], config: dict[str, Any]) 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     family = family_of(config["architectures"], where=str(folder))
+    config = language_config(config)
     special = sorted(family.special_tokens.items(), key=lambda item: item[1])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -211,13 +213,19 @@ def write_model(folder: Path, name: str) -> None:
     config = dict(CONFIGS[RECIPES[name][0]])
     write_random(folder, config, tokenizer=False)
     train_tokenizer(folder, (text for example in docstrings() for text in example.values()), config)
+    for file, content in family_of(config["architectures"], where=str(folder)).processor_files.items():
+        (folder / file).write_text(json.dumps(content, indent=2))
 
 
-def start(config: Any, callback: Any, *, fine_tune: bool) -> None:
-    """Megatron-Bridge's own training loop."""
+def start(config: Any, callback: Any, *, fine_tune: bool, images: bool = False) -> None:
+    """Megatron-Bridge's own training loop, with its step for words, or for words and images."""
     from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
+
+    if images:
+        from megatron.bridge.training.vlm_step import forward_step
+    else:
+        from megatron.bridge.training.gpt_step import forward_step
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     (finetune if fine_tune else pretrain)(config, forward_step, callbacks=[callback])

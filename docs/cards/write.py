@@ -2,7 +2,7 @@
 
     python docs/cards/write.py WORK [NAME ...]    # WORK: an empty folder with room for 15 GB; NAME: some cards only
 
-Memory: 12 GiB for the 32B's widths, 8 for the 21B's, 4 for the rest. Half an hour on two cores.
+Memory: 12 GiB for the widths of the 32B and the 33B, 8 for the 21B's, 4 for the rest. Forty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from exaone_bridge.checkpoint.tiny import write_random
 from exaone_bridge.cli import main
 from exaone_bridge.families.ernie45.tiny import TINY as ERNIE
 from exaone_bridge.families.exaone4.tiny import TINY as EXAONE
+from exaone_bridge.families.exaone45.tiny import TINY as EXAONE45
+from exaone_bridge.recipes.published import CONFIGS
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXAONE_WIDE = EXAONE["exaone4"] | {
@@ -28,6 +30,7 @@ ERNIE_WIDE = {"vocab_size": 103424, "head_dim": 128, "rms_norm_eps": 1e-5, "dtyp
     "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+EXAONE45_WIDE = CONFIGS["exaone45_33b"]
 SHAPES: dict[str, dict[str, Any]] = {
     "EXAONE-4.0-1.2B": EXAONE_WIDE
     | {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -37,6 +40,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 5120, "intermediate_size": 27392, "num_attention_heads": 40, "num_key_value_heads": 8}
     | {"head_dim": 128, "num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
     | {"sliding_window": 4096, "max_position_embeddings": 131072},
+    "EXAONE-4.5-33B-4-layers": EXAONE45_WIDE
+    | {
+        "text_config": EXAONE45_WIDE["text_config"]
+        | {"num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
+        | {"num_nextn_predict_layers": 1, "mtp_share_layers": True, "mtp_loss_scaling_factor": 0.1},
+        "vision_config": EXAONE45_WIDE["vision_config"] | {"depth": 7, "fullatt_block_indexes": [6]},
+    },
     "ERNIE-4.5-0.3B": ERNIE["ernie45-dense"]
     | ERNIE_WIDE
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18}
@@ -47,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6}
     | {"moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
 }
-MINIATURES = EXAONE | ERNIE
+MINIATURES = EXAONE | EXAONE45 | ERNIE
 
 WHOLE = "Random weights of the whole published shape."
 WIDE = "Random weights of the published widths, fewer layers."
@@ -67,6 +77,15 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("exaone4", "--tp 2 --pp 2 --vpp 2 --sp --gradients", SMALL),
         ("exaone4", "--tp 4 --pp 2", SMALL),
         ("exaone4", "--dtype bfloat16", SMALL),
+    ],
+    "EXAONE-4.5-33B": [
+        ("EXAONE-4.5-33B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG), 7 of 28 blocks of the tower (the last of them "
+         "sees whole images), one layer of multi-token prediction; prompts do not reach the window of 4096."),
+        ("exaone45", "--gradients", f"{SMALL} Prompts are eight windows long; images larger than the tower's window."),
+        ("exaone45", "--tp 2 --pp 2 --vpp 2 --sp --gradients", SMALL),
+        ("exaone45", "--tp 2 --cp 2 --sp --gradients", SMALL),
+        ("exaone45", "--tp 2 --pp 2 --mtp", f"{SMALL} Multi-token prediction is built, not carried."),
+        ("exaone45", "--dtype bfloat16", SMALL),
     ],
     "ERNIE-4.5-0.3B": [
         ("ERNIE-4.5-0.3B", "", WHOLE),

@@ -460,6 +460,7 @@ SOUND = {
     "empty": entry(24, 24, [0, 3], "I8"),
     "scalar": entry(24, 32, [], "F64"),
 }
+AS_WRITTEN = file_bytes(json.dumps(SOUND, separators=(",", ":"), ensure_ascii=False).encode(), 32)
 TOKENS = [
     *("-0", "0", "8", "-1", "1e2", "1.0", "NaN", "Infinity", "true", "null", "{}", "[]", '"F32"', '"a.weight":1,'),
     *(
@@ -517,7 +518,8 @@ def changed_values(draw: st.DrawFn) -> bytes:
                 case _:
                     at[draw(st.sampled_from(keys))] = json.loads(json.dumps(at[key]))
             break
-    return file_bytes(json.dumps(header, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass"), 32)
+    text = json.dumps(header, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([None, (",", ":")])))
+    return file_bytes(text.encode(errors="surrogatepass"), 32)
 
 
 @st.composite
@@ -533,7 +535,7 @@ def changed_text(draw: st.DrawFn) -> bytes:
 @st.composite
 def changed_bytes(draw: st.DrawFn) -> bytes:
     """The file of SOUND with bytes overwritten, put in or left out anywhere, the header's size among them."""
-    content = bytearray(file_bytes(SOUND, 32))
+    content = bytearray(draw(st.sampled_from([file_bytes(SOUND, 32), AS_WRITTEN])))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.one_of(st.integers(0, 9), st.integers(0, len(content))))
         content[at : at + draw(st.integers(0, 2))] = draw(st.binary(max_size=2))
@@ -547,6 +549,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(content=st.one_of(changed_values(), changed_text(), changed_bytes()))
 @example(content=file_bytes(SOUND, 32))
+@example(content=AS_WRITTEN)
 @settings(max_examples=1500, deadline=None)
 def test_random_damage_is_refused_or_safetensors_agrees(scratch: Path, content: bytes) -> None:
     scratch.write_bytes(content)
@@ -554,7 +557,7 @@ def test_random_damage_is_refused_or_safetensors_agrees(scratch: Path, content: 
         tensors, metadata = read_file_header(scratch)
     except CheckpointError as error:
         assert len(str(error).splitlines()) == 1
-        assert content != file_bytes(SOUND, 32), "the sound file was refused"
+        assert content not in (file_bytes(SOUND, 32), AS_WRITTEN), "the sound file was refused"
         return
     try:
         assert by_us(tensors) == by_safetensors(scratch)
@@ -562,6 +565,98 @@ def test_random_damage_is_refused_or_safetensors_agrees(scratch: Path, content: 
             assert metadata == (file.metadata() or {})
     except SafetensorError as error:
         pytest.fail(f"accepted what safetensors refuses: {error}")
+
+
+def outcome(path: Path) -> object:
+    try:
+        tensors, metadata = read_file_header(path)
+    except CheckpointError as error:
+        return str(error)
+    assert {type(info) for info in tensors.values()} <= {TensorInfo}
+    return list(tensors.items()), metadata
+
+
+def entry_text(name: str, dtype: str, shape: str, begin: int, end: int) -> str:
+    return f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'
+
+
+A8 = entry_text("a", "F32", "[2]", 0, 8)
+BIG = "9" * 5000
+LIKE_WRITTEN = [
+    A8,
+    f"{A8} ",
+    f" {A8}",
+    f"{A8},",
+    f",{A8}",
+    f"{A8},{A8}",
+    f"{A8}{A8}",
+    f"{A8}x",
+    f"{A8}}}{{",
+    f'"__metadata__":{{}},{A8}',
+    f'"__metadata__":{{"a":"b"}},{A8}',
+    f'"__metadata__":{{"a":1}},{A8}',
+    f'"__metadata__":{{"a":"b","a":"c"}},{A8}',
+    f'"__metadata__":{{"a":"b",}},{A8}',
+    f'"__metadata__":{{[[}},{A8}',
+    f'"__metadata__":{{"\\ud800":"b"}},{A8}',
+    f'"__metadata__":{{"{{":"}}"}},{A8}',
+    f'"__metadata__":[],{A8}',
+    f'{A8},"__metadata__":{{}}',
+    A8.replace('"a"', '"\\u0061"'),
+    A8.replace('"a"', '"__metadata__"'),
+    A8.replace('"a"', '"a\nb"'),
+    A8.replace('"a"', '"a\x7f"'),
+    A8.replace('"a"', '""'),
+    entry_text("a", "F32", "[02]", 0, 8),
+    entry_text("a", "F32", "[2,]", 0, 8),
+    entry_text("a", "F32", "[,]", 0, 8),
+    entry_text("a", "F32", "[-0]", 0, 0),
+    entry_text("a", "f32", "[2]", 0, 8),
+    entry_text("a", "C64", "[1]", 0, 8),
+    entry_text("a", "F32", f"[{BIG}]", 0, 8),
+    entry_text("a", "F32", f"[0,{2**63}]", 0, 0) + "," + A8.replace('"a"', '"b"'),
+    entry_text("a", "F32", f"[{2**40},{2**40},0]", 0, 0) + "," + A8.replace('"a"', '"b"'),
+    entry_text("a", "F64", "[]", 0, 8),
+    entry_text("a", "F32", "[1]", 4, 8) + "," + entry_text("b", "F32", "[1]", 0, 4),
+    entry_text("a", "F32", "[1]", 4, 8),
+    entry_text("a", "F32", "[1]", 0, 4),
+    entry_text("a", "F32", "[3]", 0, 12),
+    entry_text("a", "F32", "[2]", 0, 4),
+    A8.replace('"dtype":"F32","shape":[2]', '"shape":[2],"dtype":"F32"'),
+    A8.replace("[0,8]", "[00,8]"),
+    A8.replace("[0,8]", "[-0,8]"),
+    A8.replace("[0,8]", "[0,8,8]"),
+    A8.replace("[0,8]}", '[0,8],"x":1}'),
+    A8.replace(":", ": "),
+    entry_text("a", "F32", "[1]", 0, 4) + "," + entry_text("a", "F32", "[1]", 4, 8),
+    f'"__metadata__":{{"a":{"[" * 100_000}}},{A8}',
+]
+
+
+@given(content=st.one_of(changed_values(), changed_text(), changed_bytes()))
+@settings(max_examples=500, deadline=None)
+def test_both_readers_of_a_header_say_the_same(scratch: Path, content: bytes) -> None:
+    """One reads what is to the letter as safetensors writes it, and leaves all else to the other."""
+    scratch.write_bytes(content)
+    first = outcome(scratch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(headers, "_as_safetensors_writes", lambda *_: None)
+        assert outcome(scratch) == first
+
+
+@pytest.mark.parametrize("text", LIKE_WRITTEN)
+def test_both_say_the_same_of_what_is_almost_as_written(scratch: Path, text: str) -> None:
+    test_both_readers_of_a_header_say_the_same.hypothesis.inner_test(scratch, file_bytes(f"{{{text}}}".encode()))
+
+
+def test_what_safetensors_writes_is_read_the_short_way(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the file with a name that has a newline, which JSON spells with an escape."""
+    monkeypatch.setattr(headers, "_in_any_order", None)
+    by_file = {path: path.read_bytes().count(b"\\n") for path in saved.rglob("*.safetensors")}
+    assert sorted(by_file.values()) == [0, 1, 1]
+    for path, escapes in by_file.items():
+        if not escapes:
+            assert read_file_header(path)[1] == {"format": "pt"}
 
 
 def test_no_heavy_package_is_imported() -> None:

@@ -69,8 +69,8 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def written(value: Any) -> bytes:
-    """As JSON; what is to be deep is so deep that Python's own writer could not write it."""
-    text = json.dumps(value).replace(json.dumps(DEEP), "[" * 5000 + "]" * 5000)
+    """As JSON without spaces, as safetensors writes it; what is to be deep is deeper than Python's own writer goes."""
+    text = json.dumps(value, separators=(",", ":")).replace(json.dumps(DEEP), "[" * 5000 + "]" * 5000)
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -180,7 +180,7 @@ def correct(folder: Path) -> None:
     """What was accepted is what safetensors itself reads, bit for bit, and the plan of it is a bijection."""
     source = open_source(folder)
     reader = FolderSource(source)
-    prove(source.plan(Layout(tp=2)), {name: info.shape for name, info in source.of_the_model.items()})
+    prove(source.plan(Layout(tp=2)), source.shapes)
     for name, info in source.tensors.items():
         with safe_open(info.file, framework="pt") as file:
             expected = file.get_tensor(name)

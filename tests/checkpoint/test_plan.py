@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exaone_bridge.checkpoint.plan import Copy, Cut, Part, Plan, Rank, elements
+from exaone_bridge.checkpoint.plan import Copy, Cut, Part, Plan, Rank, elements, ordinal_of, writer
 from exaone_bridge.checkpoint.prove import prove, prove_cover
 from exaone_bridge.checkpoint.source import check_layout, plan_of
 from exaone_bridge.errors import PlanError, UnsupportedLayout
@@ -114,6 +114,29 @@ def test_every_element_arrives_once_and_comes_back(case: tuple[str, Layout, dict
         for _ in part.row.numbers()
         for shape, size in zip(part.shapes, part.itemsizes, strict=True)
     )
+    assert plan.written_bytes() == written_one_by_one(plan)
+
+
+def written_one_by_one(plan: Plan) -> list[int]:
+    """By rank, as an export goes: each parameter that it holds, if it is the one to write it."""
+    per_stage = plan.layout.ranks // plan.layout.pp
+    orders = {id(part): order for order, part in enumerate(plan.parts)}
+    written = []
+    for number, rank in enumerate(plan.ranks()):
+        written.append(0)
+        for held in plan.held(rank):
+            part = held.part
+            cutters, dealt = (plan.layout.expert_tp, plan.layout.ep) if part.per_expert else (plan.layout.tp, 1)
+            group = cutters * dealt
+            here = (rank.etp if part.per_expert else rank.tp, number % per_stage // group)
+            if (
+                not held.replica
+                and writer(ordinal_of(orders[id(part)], held.numbers), cutters, per_stage // group) == here
+            ):
+                written[-1] += sum(
+                    int(np.prod(shape)) * size for shape, size in zip(part.shapes, part.itemsizes, strict=True)
+                )
+    return written
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])

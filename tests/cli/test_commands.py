@@ -19,7 +19,7 @@ import pytest
 import torch
 import typer.main
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from exaone_bridge.checkpoint.tiny import write_random
 from exaone_bridge.cli.app import app
@@ -232,10 +232,16 @@ def test_a_name_with_brackets_is_printed(cli: Cli, tmp_path: Path) -> None:
 # --- inspect --------------------------------------------------------------------------------------------------------
 
 
+def facts_of(out: str) -> dict[str, str]:
+    """What stands before the ranks: a name and a value each, in two columns."""
+    _, *lines = out.partition("\nRanks\n")[0].splitlines()
+    return dict(re.split(" {2,}", line.strip(), maxsplit=1) for line in lines)
+
+
 def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"))
     assert (run.code, run.err) == (0, "")
-    facts = dict(row for row in rows_of(run.out) if len(row) == 2)
+    facts = facts_of(run.out)
     assert facts["family"] == "exaone4" and facts["window"] == "8" and facts["heads"] == "4 / 2 x 24"
     assert facts["layers (L windowed, G global)"] == "LLLGLLLG"
     assert facts["RoPE (R yes, - none)"] == "RRR-RRR-"
@@ -249,7 +255,7 @@ def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
 
 
 def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
-    facts = dict(row for row in rows_of(cli("inspect", tiny("exaone4-1.2b")).out) if len(row) == 2)
+    facts = facts_of(cli("inspect", tiny("exaone4-1.2b")).out)
     assert facts["layers (L windowed, G global)"] == "GGGGGG" and facts["RoPE (R yes, - none)"] == "RRRRRR"
     assert facts["window"] == "-" and facts["embeddings"] == "tied"
 
@@ -257,7 +263,21 @@ def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
 def test_inspect_says_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 2, "--vpp", 4, "--sp")
     assert run.code == 0
-    assert dict(row for row in rows_of(run.out) if len(row) == 2)["layout"] == "TP4 x PP2 x VPP4 + SP fits: 8 ranks"
+    assert facts_of(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP fits: 8 ranks"
+
+
+def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
+    lines = cli("inspect", tiny("exaone4"), "--tp", 2, "--pp", 2).out.partition("\nRanks\n")[2].splitlines()
+    head, *ranks = (re.split(" {2,}", line.strip()) for line in lines[:5])
+    assert head == ["rank", "place", "layers", "import reads", "parameters", "export writes"]
+    assert [rank[:3] for rank in ranks] == [
+        [str(tp + 2 * pp), f"tp{tp} pp{pp} ep0 etp{tp}", f"{4 * pp}-{4 * pp + 3}"] for pp in (0, 1) for tp in (0, 1)
+    ]
+    assert (
+        all(re.fullmatch(r"0\.\d MB", size) for rank in ranks for size in rank[3:]) and len({*map(len, lines[:5])}) == 1
+    )
+    many = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 8).out
+    assert "\n  ... and 16 more (--json has all)\n" in many and len(re.findall(r"^ +\d+  tp", many, re.MULTILINE)) == 16
 
 
 def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
@@ -292,6 +312,8 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
         "layout": "TP2 x PP1",
         "padding": 128,
         "carried": [],
+        "unclaimed": [],
+        "missing": {},
     }
     layer = "decoder.layers.7"
     known = {
@@ -318,8 +340,74 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
     assert destinations == every_layer
 
 
-def test_inspect_imports_no_torch(tiny: Any) -> None:
+def add_tensors(folder: Path, **more: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+STRANGE = {f"model.layers.{layer}.mlp.strange": torch.ones(3, layer + 1, dtype=torch.int64) for layer in range(9)}
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_inspect_lists_what_it_refuses(carried: bool, cli: Cli, tiny: Any, tmp_path: Path) -> None:
+    """Exit code 2, because an import would refuse it; but first the whole listing, where the sentence names five."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("ernie45" if carried else "exaone4"), folder)
+    mtp = {name for name in tensors_of(folder) if name.startswith("model.mtp_")}
+    assert bool(mtp) == carried
+    add_tensors(folder, **STRANGE, **{"two\nlines": torch.ones(1)})
+    run = cli("inspect", folder)
+    assert run.code == 2 and "10 tensors that the model has no place for" in run.err and "and 5 more" in run.err
+    lines = run.out.splitlines()
+    assert [line for line in lines if " -> unclaimed" in line] == [
+        f"  {what}, model.safetensors -> unclaimed: the model has no place for it"
+        for what in [f"model.layers.{layer}.mlp.strange [3, {layer + 1}] I64" for layer in range(9)]
+        + [r"'two\nlines' [1] F32"]
+    ]
+    assert {line.split()[0] for line in lines if " -> carried" in line} == mtp
+    run = cli("inspect", folder, "--json", "--tp", 2)
+    assert run.code == 2 and "10 tensors that the model has no place for" in run.err
+    summary = json.loads(run.out)
+    assert summary["unclaimed"] == sorted([*STRANGE, "two\nlines"]) and set(summary["carried"]) == mtp
+    assert summary["missing"] == {} and summary["ranks"][1]["read"] > 0
+    assert {name for name, entry in summary["tensors"].items() if entry["megatron"] is None} == {
+        *STRANGE, *mtp, "two\nlines",
+    }  # fmt: skip
+    assert summary["parameters"] == sum(tensor.numel() for tensor in tensors_of(folder).values())
+
+
+def test_inspect_lists_what_is_missing(cli: Cli, tiny: Any, tmp_path: Path) -> None:
+    folder, name = tmp_path / "model", "model.layers.2.mlp.up_proj.weight"
+    shutil.copytree(tiny("exaone4"), folder)
+    shape = list(tensors_of(folder)[name].shape)
+    drop_tensor(folder, name)
+    run = cli("inspect", folder)
+    assert run.code == 2 and f"1 tensors that the model needs are missing ({name})" in run.err
+    assert f"  {name} {shape} -> missing: the model needs it" in run.out.splitlines()
+    run = cli("inspect", folder, "--json")
+    assert run.code == 2 and json.loads(run.out)["missing"] == {name: shape}
+
+
+def test_inspect_of_a_carried_tensor_of_another_type(cli: Cli, tiny: Any, tmp_path: Path) -> None:
+    """What travels beside the model may be of any type."""
+    folder, name = tmp_path / "model", "model.mtp_block.0.steps"
+    shutil.copytree(tiny("ernie45"), folder)
+    add_tensors(folder, **{name: torch.ones(2, 3, dtype=torch.int64)})
+    run = cli("inspect", folder)
+    assert (run.code, run.err) == (0, "")
+    assert f"  {name} [2, 3] I64, model.safetensors -> carried beside the model, unchanged" in run.out.splitlines()
+
+
+def test_inspect_imports_nothing_heavy(tiny: Any) -> None:
+    """Neither torch and what comes with it, nor what reads arguments and draws tables, which takes longer than all."""
     code = "import sys; from exaone_bridge.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    heavy = {"torch", "transformers", "megatron", "safetensors", "numpy", "typer", "click", "rich", "pydantic"}
     for options in ([], ["--json"]):
         done = subprocess.run(
             [sys.executable, "-c", code, "inspect", tiny("exaone4"), *options],
@@ -328,8 +416,28 @@ def test_inspect_imports_no_torch(tiny: Any) -> None:
             timeout=120,
         )
         assert done.returncode == 0 and "LLLGLLLG" in done.stdout
-        modules = {name.partition(".")[0] for name in done.stderr.split()}
-        assert "typer" in modules and not modules & {"torch", "transformers", "megatron", "safetensors", "numpy"}
+        names = set(done.stderr.split())
+        assert "exaone_bridge.checkpoint.prove" in names
+        assert not {name.partition(".")[0] for name in names} & heavy
+        # What each costs more than a hundredth of a second.
+        assert not names & {
+            "importlib.abc",
+            "importlib.resources",
+            "importlib.metadata",
+            "tempfile",
+            "asyncio",
+            "logging",
+        }
+
+
+def test_inspect_ends_quietly_where_nobody_reads(tiny: Any) -> None:
+    program = Path(sys.executable).with_name("exaone-bridge")
+    for command in ([program, "inspect", tiny("exaone4"), "--json"], [program, "inspect", "--help"]):
+        reader, writer = os.pipe()
+        os.close(reader)  # before it writes
+        with os.fdopen(writer, "w") as nobody:
+            done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
 
 
 # --- import and export ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from exaone_bridge.host.world import run_ranks
+from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.logits import prompts
 
@@ -26,7 +27,7 @@ def examples(host: Any) -> Iterator[Any]:
 
     yield common
     sys.path.remove(EXAMPLES)
-    for name in ("common", "pretrain", "sft", "lora"):
+    for name in ("common", "pretrain", "sft", "lora", "sft_images"):
         sys.modules.pop(name, None)
 
 
@@ -55,22 +56,24 @@ def test_data_is_text(made: Path) -> None:
     assert known["output"].startswith("Remove any common leading whitespace")
 
 
-@pytest.mark.parametrize("name", ["exaone4_tiny_sft_config", "ernie45_tiny_sft_config"])
+@pytest.mark.parametrize("name", ["exaone4_tiny_sft_config", "ernie45_tiny_sft_config", "exaone45_vl_tiny_sft_config"])
 def test_tokenizer_is_trained_on_it(examples: Any, made: Path, tmp_path: Path, name: str) -> None:
     """Every text comes back; words are longer than bytes; special tokens have the family's ids; no id is too high."""
     from transformers import AutoTokenizer
 
     folder = made / "model"
-    if name.startswith("ernie45"):
+    if not name.startswith("exaone4_"):
         folder = tmp_path / "model"
         examples.write_model(folder, name)
-    config = json.loads((folder / "config.json").read_text())
+    whole = json.loads((folder / "config.json").read_text())
+    config = language_config(whole)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "What does the function dedent of Python's module textwrap do? \u00e9\u4e2d \t\n x"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(ids) < 0.6 * len(text.encode())
-    family = examples.family_of(config["architectures"], where=name)
+    family = examples.family_of(whole["architectures"], where=name)
+    assert all(json.loads((folder / file).read_text()) == content for file, content in family.processor_files.items())
     assert {word: tokenizer.convert_tokens_to_ids(word) for word in family.special_tokens} == family.special_tokens
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
     assert 1000 < len(tokenizer) <= config["vocab_size"]
@@ -98,9 +101,14 @@ def test_host_reads_the_data(examples: Any, made: Path) -> None:
     assert sample["input_ids"][-1] == tokenizer.eod == 361 or len(sample["input_ids"]) == 256
 
 
-@pytest.mark.parametrize("script", ["pretrain", "sft", "lora"])
+@pytest.mark.parametrize("script", ["pretrain", "sft", "lora", "sft_images"])
 def test_configured(
-    examples: Any, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str
+    examples: Any,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
 ) -> None:
     """Arguments reach the configuration, which the host finds valid for the ranks that torchrun has started."""
     import importlib
@@ -109,6 +117,7 @@ def test_configured(
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
+    made = tmp_path if script == "sft_images" else made  # its data and its model are others: it makes them
     found: list[Any] = []
     sizes = {"tp": 2, "pp": 2, "iters": 20, "rate": 1e-3, "micro-batch": 1, "global-batch": 8, "save-every": 5}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
@@ -124,7 +133,11 @@ def test_configured(
     assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-3, 1e-4)
     assert (config.checkpoint.save_interval, config.checkpoint.save) == (5, str(made / "checkpoints"))
     assert config.scheduler.lr_warmup_iters == 2 and config.scheduler.lr_decay_iters == 20
-    if script != "pretrain":
+    if script == "sft_images":
+        assert config.dataset.hf_processor_path == config.checkpoint.pretrained_checkpoint == str(made / "model")
+        assert config.dataset.source.adapter_kwargs == {"root": str(made / "data")}
+        assert config.dataset.pad_to_max_length  # stages of a pipeline exchange what has one size
+    elif script != "pretrain":
         assert config.checkpoint.pretrained_checkpoint == str(made / "model")
         assert config.dataset.dataset_root == str(made / "data")
 

@@ -1,4 +1,4 @@
-"""Both families over two GPUs on NCCL: logits at every kind of layout, bitwise exports, packed documents."""
+"""All families over two GPUs on NCCL: logits at every kind of layout, images too, exports, packed documents."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ LAYOUTS: list[dict[str, Any]] = [
     {"ep": 2},
 ]
 BF16 = "bfloat16"
+# EXAONE 4.5: words past the window, one image, several, videos.
+IMAGES: list[tuple[dict[str, Any], str]] = [
+    ({"tp": 2}, "float32"),
+    ({"tp": 2}, BF16),
+    ({"tp": 2, "sp": True}, "float32"),
+    ({"tp": 2, "sp": True}, BF16),
+    ({"pp": 2}, "float32"),
+    ({"pp": 2, "vpp": 2}, "float32"),
+    ({"cp": 2}, BF16),
+]
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -39,6 +49,9 @@ def _cases() -> list[dict[str, Any]]:
     )
     for name in ("exaone4", "ernie45"):
         cases.append({"kind": "packed", "name": name, "layout": {"cp": 2}})
+    for layout, dtype in IMAGES:
+        cases.append({"kind": "logits", "name": "exaone45", "layout": layout, "dtype": dtype})
+    cases.append({"kind": "prediction", "name": "exaone45", "layout": {"tp": 2, "sp": True}, "dtype": "float32"})
     for case in cases:
         words = [case["kind"], case["name"], *(f"{key}{value}" for key, value in case["layout"].items())]
         case["id"] = " ".join([*words, case.get("dtype", ""), *case.get("fields", {}).values()]).strip()
@@ -53,13 +66,15 @@ def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
     """Every selected case's figures, from one run of torchrun."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    from test_exaone45 import wide45
     from test_transformer_engine import wide
 
     folder = tmp_path_factory.mktemp("two_gpus")
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     cases = [call.params["case"] for call in calls if call and call.params.get("case") in CASES]
     for case in cases:
-        fields = wide(case["name"]) | {"dtype": case.get("dtype", BF16)}
+        dtype = case.get("dtype", BF16)
+        fields = wide45(dtype) if case["name"] == "exaone45" else wide(case["name"]) | {"dtype": dtype}
         if case["name"] == "exaone4-1.2b":  # as many layers as two stages of two chunks divide
             fields |= {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
         case["folder"] = str(tiny(case["name"], **fields))
@@ -71,7 +86,7 @@ def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
             [*command, str(script), str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=300,
+            timeout=450,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
     log_tail = (folder / "log.txt").read_text(errors="replace")[-6000:]
@@ -101,3 +116,16 @@ def test_packed_documents_equal_the_same_alone(results: dict[str, Any], case: di
     assert "error" not in result, result["error"]
     print(case["id"], result)
     assert result["packed"][0] <= 2e-2
+
+
+PREDICTIONS = [case for case in CASES if case["kind"] == "prediction"]
+
+
+@pytest.mark.parametrize("case", PREDICTIONS, ids=lambda case: case["id"])
+def test_multi_token_prediction(results: dict[str, Any], case: dict[str, Any]) -> None:
+    """In fp32 logits within 1e-3 and loss within 1e-4 of the formula's, every gradient within 1e-3 of its size."""
+    result = results[case["id"]]
+    assert "error" not in result, result["error"]
+    print(case["id"], result)
+    assert result["logits"] <= 1e-3 and result["loss"] <= 1e-4 and result["gradient"][1] <= 1e-3
+    assert not result["differing"]

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ BILLIONS = {
     "exaone4_1p2b": 1.28,
     "exaone4_32b": 32.0,
     "exaone45_33b": 33.8,  # the card says 33
+    "exaone45_vl_33b": 33.8,
     "ernie45_0p3b": 0.36,
     "ernie45_21b_a3b": 21.8,
     "ernie45_300b_a47b": 300.5,
@@ -78,7 +80,8 @@ def test_recipe(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     assert not config.tokenizer.use_tokenizer_vocab_size
     assert provider.calculate_per_token_loss == (stage in ("sft", "peft"))
     if model.startswith("exaone45"):
-        assert provider.freeze_vision_model and provider.freeze_vision_projection and not provider.freeze_language_model
+        assert provider.freeze_vision_model and not provider.freeze_language_model
+        assert provider.freeze_vision_projection == ("_vl_" not in model)
     wished = provider.to_cfg_dict()  # what this machine's backend had to switch off is on again on a GPU
     assert wished["cross_entropy_loss_fusion"] and wished["bias_activation_fusion"]
     if provider.num_moe_experts:
@@ -206,7 +209,7 @@ def test_a_recipe_is_a_function_of_the_package(host: Any) -> None:
         assert ("peft_scheme" in parameters) == (stage == "peft") and ("packed" in parameters) == (
             stage in ("sft", "peft")
         )
-        assert "packed" not in parameters or parameters["packed"].default == ("tiny" not in model)
+        assert "packed" not in parameters or parameters["packed"].default == (not re.search("_tiny|_vl_", model))
         assert found.__doc__ and ("positions" in found.__doc__) == ("k_" in stage)
 
 

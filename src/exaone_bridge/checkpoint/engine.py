@@ -172,7 +172,7 @@ def check_tensors(rows: tuple[Row, ...], facts: Any, tensors: Mapping[str, Tenso
 
 @torch.no_grad()
 def fill(parameters: list[tuple[Held, torch.Tensor]], tensors: Mapping[str, TensorInfo]) -> Moved:
-    """Copy every slice of every parameter from memory-mapped files, in the parameter's own type; padding is zero.
+    """Copy every slice of every parameter from its file, in the parameter's own type; padding is zero.
 
     Copies run on this rank's share of the machine's cores, the largest parameters first.
     """
@@ -200,8 +200,11 @@ def _fill_one(
         for copy in held.cut.copies:
             source = views[copy.tensor][tuple(slice(begin, end) for begin, end in copy.hf)]
             target = parameter[tuple(slice(begin, end) for begin, end in copy.megatron)]
-            _copy(target, source.view(target.shape) if source.dim() != target.dim() else source)
             nbytes += source.nbytes
+            if source.is_contiguous() and target.is_contiguous() and _same_bits(target, source):
+                maps.read(infos[copy.tensor], source.storage_offset() * source.itemsize, target)
+            else:
+                _copy(target, source.view(target.shape) if source.dim() != target.dim() else source)
         for box in held.cut.padding:
             parameter[tuple(slice(begin, end) for begin, end in box)].zero_()
     del views
@@ -210,8 +213,12 @@ def _fill_one(
     return nbytes, len(held.part.cuts) > 1
 
 
+def _same_bits(target: torch.Tensor, source: torch.Tensor) -> bool:
+    return target.device.type == "cpu" and target.dtype == source.dtype and target.numel() > 0 and target.dim() > 0
+
+
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if target.device.type == "cpu" and target.dtype == source.dtype and target.numel() and target.dim():
+    if _same_bits(target, source):
         bits = _BITS[target.element_size()]  # NumPy has no bfloat16
         # NumPy copies on the thread that asks; torch would share each copy out among its own, which are all busy.
         np.copyto(target.detach().view(bits).numpy(), source.view(bits).numpy())

@@ -8,7 +8,9 @@ follow it. `prove.py` checks it, and shares no arithmetic with it.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -178,20 +180,21 @@ class Plan:
         written = [0] * self.layout.ranks
         for order, part in enumerate(self.parts):
             nbytes = sum(math.prod(shape) * size for shape, size in zip(part.shapes, part.itemsizes, strict=True))
-            per_expert = part.per_expert
-            cutters = self.layout.expert_tp if per_expert else self.layout.tp
-            dealt = self.layout.ep if per_expert else 1
+            experts = part.row.experts or 1
+            cutters = self.layout.expert_tp if part.per_expert else self.layout.tp
+            dealt = self.layout.ep if part.per_expert else 1
+            replicas = per_stage // (cutters * dealt)
+            period = cutters * replicas  # of `writer`
+            seconds = Counter((expert * dealt // experts, expert % period) for expert in range(experts))
             layers = frozenset(part.row.layers)
             for stage, chunks in enumerate(self.stages):
                 here = [layer for chunk in chunks for layer in chunk if layer in layers]
                 if "*" not in part.row.megatron:
                     here = [0] if stage == (0 if is_first(part.row) else len(self.stages) - 1) else []
-                for layer in here:
-                    for expert in range(part.row.experts or 1):
-                        ordinal = ordinal_of(order, (layer, expert))
-                        cutter, replica = writer(ordinal, cutters, per_stage // (cutters * dealt))
-                        owner = expert * dealt // (part.row.experts or 1)
-                        written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += nbytes
+                firsts = Counter(ordinal_of(order, (layer,)) % period for layer in here)
+                for (first, times), ((owner, second), each) in itertools.product(firsts.items(), seconds.items()):
+                    cutter, replica = writer(first + second, cutters, replicas)
+                    written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += times * each * nbytes
         return written
 
     @property

@@ -64,8 +64,8 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     once = set(used)
     if len(once) != len(used):
         raise PlanError(*_used_twice(plan))
-    if unused := shapes.keys() - once:
-        raise PlanError(min(unused), "is used by no parameter")
+    if len(once) < len(shapes):  # each that is used is one of these, by its shape
+        raise PlanError(min(shapes.keys() - once), "is used by no parameter")
     _prove_places(plan)
     return Proof(len(once), parameters, total, padding)
 

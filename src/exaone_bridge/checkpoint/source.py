@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from exaone_bridge.parts.family import Facts, Family
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row, expected_hf, fp32_names
 
-__all__ = ["HFSource", "check_layout", "open_source", "plan_of"]
+__all__ = ["HFSource", "check_layout", "open_source", "plan_of", "survey"]
 
 # Configuration's spelling -> safetensors'.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_SHAPE = operator.attrgetter("shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class HFSource:
 
     Attributes:
         carried: those of `tensors` that are no part of the model, and travel beside it.
+        unclaimed: those that are neither; no source that `open_source` returns has any.
+        missing: name -> shape of tensors that the model needs and the folder lacks; nor these.
     """
 
     folder: Path
@@ -36,11 +40,34 @@ class HFSource:
     rows: tuple[Row, ...]
     tensors: Mapping[str, TensorInfo]
     carried: Mapping[str, TensorInfo]
+    unclaimed: Mapping[str, TensorInfo]
+    missing: Mapping[str, tuple[int, ...]]
 
     @property
-    def of_the_model(self) -> dict[str, TensorInfo]:
-        """Those that are."""
-        return {name: tensor for name, tensor in self.tensors.items() if name not in self.carried}
+    def of_the_model(self) -> Mapping[str, TensorInfo]:
+        """Those of `tensors` that are neither carried nor unclaimed."""
+        others = self.carried.keys() | self.unclaimed.keys()
+        return {name: info for name, info in self.tensors.items() if name not in others} if others else self.tensors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of those."""
+        ours = self.of_the_model
+        return dict(zip(ours, map(_SHAPE, ours.values()), strict=True))
+
+    def check_names(self) -> None:
+        """Refuse a folder whose tensors are not those of the model.
+
+        Raises:
+            UnmappedTensors: tensors that the model needs and the folder lacks, or the other way round.
+        """
+        where = str(self.folder)
+        if self.missing:
+            what, remedy = "tensors that the model needs are missing", "download or copy it again"
+            raise UnmappedTensors(what, self.missing, where=where, remedy=remedy)
+        if self.unclaimed:
+            what, remedy = "tensors that the model has no place for", "check that config.json belongs to these weights"
+            raise UnmappedTensors(what, self.unclaimed, where=where, remedy=remedy)
 
     def plan(self, layout: Layout) -> Plan:
         """Which rectangles go where at this layout.
@@ -53,8 +80,7 @@ class HFSource:
     @property
     def parameters(self) -> int:
         """Elements of all tensors."""
-        sizes = {"F32": 4, "BF16": 2, "F16": 2}
-        return sum(tensor.nbytes // sizes[tensor.dtype] for tensor in self.tensors.values())
+        return sum(tensor.nbytes // DTYPE_BYTES[tensor.dtype] for tensor in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +92,20 @@ def open_source(folder: Path) -> HFSource:
     """Read and check a Hugging Face folder: after this, a load finds every tensor, in the right shape and type.
 
     Raises:
+        CheckpointError, UnsupportedConfig: see `survey`.
+        UnmappedTensors: see `HFSource.check_names`.
+    """
+    source = survey(folder)
+    source.check_names()
+    return source
+
+
+def survey(folder: Path) -> HFSource:
+    """The same, but that the folder may lack tensors of the model, or have others; then shapes are not looked at.
+
+    Raises:
         CheckpointError: a missing, damaged or unsafe file, or a tensor of another shape or type than config.json says.
         UnsupportedConfig: a configuration that is not modelled, or an architecture that nobody claims.
-        UnmappedTensors: tensors that the model needs and the folder lacks, or the other way round.
     """
     if not folder.is_dir():
         raise CheckpointError(folder, "this folder does not exist", remedy="name a Hugging Face model folder")
@@ -78,12 +115,15 @@ def open_source(folder: Path) -> HFSource:
     facts = family.read_config(config)
     rows = family.rows(facts)
     tensors = read_headers(folder)
-    _check_nothing_else(folder, {tensor.file.name for tensor in tensors.values()})
+    _check_nothing_else(folder, {file.name for file in {info.file for info in tensors.values()}})
     expected = expected_hf(rows, facts.dims)
-    carried = {name: tensors[name] for name in tensors.keys() - expected.keys() if family.is_carried(name)}
-    ours = {name: tensor for name, tensor in tensors.items() if name not in carried} if carried else tensors
-    _check_tensors(folder, expected, _DTYPES[facts.dtype], fp32_names(rows), ours)
-    return HFSource(folder, config, family, facts, rows, tensors, dict(sorted(carried.items())))
+    others = sorted(tensors.keys() - expected.keys())
+    carried = {name: tensors[name] for name in others if family.is_carried(name)}
+    unclaimed = {name: tensors[name] for name in others if name not in carried}
+    missing = {name: expected[name] for name in sorted(expected.keys() - tensors.keys())}
+    if not missing and not unclaimed:
+        _check_shapes(expected, _DTYPES[facts.dtype], fp32_names(rows), tensors)
+    return HFSource(folder, config, family, facts, rows, tensors, carried, unclaimed, missing)
 
 
 def _family(config: Mapping[str, Any], path: Path) -> Family:
@@ -115,35 +155,22 @@ def _few(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _check_tensors(
-    folder: Path,
-    expected: Mapping[str, tuple[int, ...]],
-    model_dtype: str,
-    fp32: set[str],
-    found: Mapping[str, TensorInfo],
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], model_dtype: str, fp32: set[str], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    if missing := expected.keys() - found.keys():
-        raise UnmappedTensors(
-            "tensors that the model needs are missing", missing, where=str(folder), remedy="download or copy it again"
-        )
-    if strange := found.keys() - expected.keys():
-        raise UnmappedTensors(
-            "tensors that the model has no place for",
-            strange,
-            where=str(folder),
-            remedy="check that config.json belongs to these weights",
-        )
+    found = [tensors[name] for name in expected]
+    others = {info.name for info in found if info.dtype != model_dtype}
+    types_hold = others <= fp32 and all(tensors[name].dtype == "F32" for name in fp32)
+    if types_hold and list(map(_SHAPE, found)) == list(expected.values()):
+        return  # the words for 60,000 tensors that hold would take long
     for name, shape in expected.items():
-        tensor = found[name]
-        if tensor.shape == shape and tensor.dtype == model_dtype and name not in fp32:
-            continue
+        tensor, dtype = tensors[name], "F32" if name in fp32 else model_dtype
         if tensor.shape != shape:
             raise CheckpointError(
                 tensor.file,
                 f"tensor {name} has shape {list(tensor.shape)}, and config.json makes it {list(shape)}",
                 remedy="check that config.json belongs to these weights",
             )
-        dtype = "F32" if name in fp32 else model_dtype
         if tensor.dtype != dtype:
             why = "Transformers keeps it in" if name in fp32 else "config.json's dtype makes it"
             raise CheckpointError(

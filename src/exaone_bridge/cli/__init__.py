@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
+from exaone_bridge.cli.plain import inspect_arguments
 from exaone_bridge.errors import BridgeError, ParityFailure
 
 __all__ = ["main"]
 
 HOLDS, DIFFERS, BAD_INPUT, BROKEN = 0, 1, 2, 3
+_GRACE = 5  # seconds
 
 
 def main() -> None:
-    """Run the command; exit code 0: it holds, 1: it differs, 2: bad input, 3: something of ours broke."""
-    from exaone_bridge.cli.app import app
+    """Run the command; exit code 0: it holds, 1: it differs, 2: bad input, 3: something of ours broke.
 
+    torchrun's own exit code is 1 whichever of its ranks' is not 0.
+    """
     try:
-        app()
+        _run(sys.argv[1:])
     except ParityFailure as error:
-        print(error, file=sys.stderr)
+        _say(str(error))
         sys.exit(DIFFERS)
     except BridgeError as error:
-        print(f"exaone-bridge: {error}", file=sys.stderr)
+        _say(f"exaone-bridge: {error}")
         from exaone_bridge.host.world import RankFailure
 
         sys.exit(BROKEN if isinstance(error, RankFailure) else BAD_INPUT)
@@ -30,5 +34,34 @@ def main() -> None:
         if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).", file=sys.stderr)
+        _say(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).")
         sys.exit(BROKEN)
+
+
+def _say(text: str) -> None:
+    """What all ranks of torchrun's have met, the first says; the others let it, for their end would be its end too."""
+    from exaone_bridge.verify.launch import speaks
+
+    if speaks():
+        print(text, file=sys.stderr)
+    else:
+        time.sleep(_GRACE)
+
+
+def _run(arguments: list[str]) -> None:
+    asked = inspect_arguments(arguments)
+    if asked is None:
+        from exaone_bridge.cli.app import app
+
+        app()
+        return
+    from exaone_bridge.cli.inspect import inspect
+
+    try:
+        inspect(asked.folder, asked.layout, as_json=asked.as_json)
+    except BrokenPipeError:  # whoever read it has seen enough; this and the next as typer does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(HOLDS)

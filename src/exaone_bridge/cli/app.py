@@ -160,7 +160,10 @@ def inspect(
     etp: Etp = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is, where each tensor goes, and whether a layout fits. Reads no tensor."""
+    """Say what a checkpoint is, where each tensor goes, and whether a layout fits. Reads no tensor.
+
+    Tensors that the model lacks or has no place for are listed; the exit code is then 2, as `import` would refuse them.
+    """
     from exaone_bridge.cli.inspect import inspect as run
 
     run(folder, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp), as_json=json_)

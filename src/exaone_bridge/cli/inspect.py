@@ -1,17 +1,21 @@
-"""`inspect`: what a checkpoint is, where each tensor goes, what each rank would read, hold and write. No torch."""
+"""`inspect`: what a checkpoint is, where each tensor goes, what each rank would read, hold and write.
+
+Neither torch nor what draws tables is imported: it answers before they would be there, of 60,000 tensors too.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from exaone_bridge.checkpoint.headers import TensorInfo
 from exaone_bridge.checkpoint.plan import Plan
 from exaone_bridge.checkpoint.prove import prove
-from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source, plan_of
-from exaone_bridge.cli.show import say, table
+from exaone_bridge.checkpoint.source import HFSource, check_layout, plan_of, survey
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.schedule import mlp_pattern, pattern
@@ -23,22 +27,23 @@ _RANKS_SHOWN = 16
 
 
 def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
-    """Print it.
+    """Print it; of a folder that does not fit its config.json also which tensors do not, before it is refused.
 
     Raises:
-        CheckpointError, UnsupportedConfig, UnmappedTensors: see `open_source`.
+        CheckpointError, UnsupportedConfig: see `survey`.
+        UnmappedTensors: see `HFSource.check_names`; by then all is printed.
         UnsupportedLayout: the model cannot be cut so.
     """
     gc.disable()  # 60,000 tensors are a million objects, and none of them is garbage before the end
-    source = open_source(folder)
+    source = survey(folder)
     check_layout(source.facts, layout)
     plan = source.plan(layout)
-    prove(plan, {name: info.shape for name, info in source.of_the_model.items()})
-    refused = dict(_refused(source))
-    if as_json:
-        print(json.dumps(_summary(source, plan, refused), indent=2))
-        return
-    _print(source, plan, refused)
+    if not source.missing:
+        prove(plan, source.shapes)
+    text = _json(source, plan) if as_json else "\n".join(_lines(source, plan))
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    source.check_names()
 
 
 def _refused(source: HFSource) -> Iterator[tuple[str, str]]:
@@ -70,84 +75,105 @@ def _ranks(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _summary(source: HFSource, plan: Plan, refused: dict[str, str]) -> dict[str, Any]:
+def _json(source: HFSource, plan: Plan) -> str:
     facts = source.facts
-    destinations = {tensor: name for row in source.rows for name, *tensors in row.names() for tensor in tensors}
-    moe = getattr(facts, "moe", (False,) * facts.num_layers)
-    return {
+    summary = {
         "folder": str(source.folder),
         "family": source.family.name,
         "parameters": source.parameters,
         "bytes": source.nbytes,
         "dtype": facts.dtype,
         "layers": pattern(facts.windows),
-        "feed_forward": mlp_pattern(moe),
+        "feed_forward": mlp_pattern(_moe(facts)),
         "rope": list(facts.rope),
         "tied": facts.tied,
         "layout": str(plan.layout),
         "padding": plan.padding,
         "ranks": _ranks(plan),
-        "refused_layouts": refused,
-        "carried": sorted(source.carried),
-        "tensors": {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": tensor.dtype,
-                "file": tensor.file.name,
-                "megatron": destinations.get(name),  # null: carried beside the model
-            }
-            for name, tensor in source.tensors.items()
-        },
+        "refused_layouts": dict(_refused(source)),
+        "carried": list(source.carried),
+        "unclaimed": list(source.unclaimed),
+        "missing": {name: list(shape) for name, shape in source.missing.items()},
     }
+    # A line each, and by hand: the encoder that indents is written in Python, and takes a second for 60,000 tensors.
+    tensors = ",\n".join(_json_tensors(source))
+    return f'{json.dumps(summary, indent=2)[:-2]},\n  "tensors": {{\n{tensors}\n  }}\n}}'
 
 
-def _print(source: HFSource, plan: Plan, refused: dict[str, str]) -> None:
+def _json_tensors(source: HFSource) -> Iterator[str]:
+    destinations: dict[str, str] = {}
+    for row in source.rows:
+        parameters, *columns = row.columns()
+        for names in columns:
+            destinations.update(zip(names, parameters, strict=True))
+    known: dict[tuple[object, ...], str] = {}  # few shapes, types and files; a path's own hash takes long
+    goes_to = map(destinations.get, source.tensors)  # null: carried beside the model, or unclaimed
+    for info, name, to in zip(source.tensors.values(), _quoted(source.tensors), _quoted(goes_to), strict=True):
+        kind = info.shape, info.dtype, id(info.file)
+        if (text := known.get(kind)) is None:
+            described = {"shape": info.shape, "dtype": info.dtype, "file": info.file.name}
+            text = known[kind] = json.dumps(described)[1:-1]
+        yield f'    {name}: {{{text}, "megatron": {to}}}'
+
+
+def _quoted(values: Iterable[str | None]) -> list[str]:
+    """Each as JSON; an encoded text has no line of its own, so that all can be encoded at once."""
+    return json.dumps(list(values), separators=("\n", ":"))[1:-1].split("\n")
+
+
+def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     facts, layout = source.facts, plan.layout
-    moe = getattr(facts, "moe", (False,) * facts.num_layers)
     size = f"{source.parameters:,} in {len(source.tensors)} tensors, {facts.dtype}, {source.nbytes / 1e9:.2f} GB"
-    rope = "".join("R" if has else "-" for has in facts.rope)
-    table(
-        str(source.folder),
-        ["what", "value"],
-        [
-            ["family", source.family.name],
-            ["parameters", size],
-            ["layers (L windowed, G global)", pattern(facts.windows)],
-            *([["feed-forward (D dense, E experts)", mlp_pattern(moe)], _experts_line(facts)] if any(moe) else []),
-            ["RoPE (R yes, - none)", rope],
-            ["window", str(next((window for window in facts.windows if window), "-"))],
-            ["heads", f"{facts.num_heads} / {facts.num_kv_heads} x {facts.head_dim}"],
-            ["embeddings", "tied" if facts.tied else "untied"],
-            ["layout", f"{layout} fits: {layout.ranks} ranks"],
-            ["padding of the vocabulary", f"{plan.padding:,} elements"],
-        ],
-    )
-    _print_ranks(_ranks(plan))
-    for name, reason in refused.items():
-        say(f"  {name} cannot work: {reason}")
-    say("Where each tensor goes (* is the layer, then the expert; the letters are the axes of parts/rows.py)")
+    what = {
+        "family": source.family.name,
+        "parameters": size,
+        "layers (L windowed, G global)": pattern(facts.windows),
+    }
+    if any(_moe(facts)):
+        what["feed-forward (D dense, E experts)"] = mlp_pattern(_moe(facts))
+        what["experts"] = f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"
+    what |= {
+        "RoPE (R yes, - none)": "".join("R" if has else "-" for has in facts.rope),
+        "window": str(next((window for window in facts.windows if window), "-")),
+        "heads": f"{facts.num_heads} / {facts.num_kv_heads} x {facts.head_dim}",
+        "embeddings": "tied" if facts.tied else "untied",
+        "layout": f"{layout} fits: {layout.ranks} ranks",
+        "padding of the vocabulary": f"{plan.padding:,} elements",
+    }
+    yield str(source.folder)
+    yield from (f"  {name:<36}{value}" for name, value in what.items())
+    yield "Ranks"
+    yield from _rank_lines(_ranks(plan))
+    yield from (f"  {name} cannot work: {reason}" for name, reason in _refused(source))
+    yield "Where each tensor goes (* is the layer, then the expert; the letters are the axes of parts/rows.py)"
     for row in source.rows:
         for tensor in row.hf:
-            say(f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})")
-    for name, info in source.carried.items():
-        say(f"  {name} {list(info.shape)} -> carried beside the model, unchanged")
+            yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"
+    yield from (f"{_one(info)} -> carried beside the model, unchanged" for info in source.carried.values())
+    yield from (f"{_one(info)} -> unclaimed: the model has no place for it" for info in source.unclaimed.values())
+    for name, shape in source.missing.items():
+        yield f"  {name} {list(shape)} -> missing: the model needs it"
 
 
-def _print_ranks(ranks: list[dict[str, Any]]) -> None:
-    lines = [
-        [
-            str(number),
-            " ".join(f"{axis}{rank[axis]}" for axis in ("tp", "pp", "ep", "etp")),
-            ", ".join(f"{chunk[0]}-{chunk[-1]}" for chunk in rank["layers"] if chunk),
-            *(f"{rank[what] / 1e6:,.1f} MB" for what in ("read", "held", "written")),
-        ]
-        for number, rank in enumerate(ranks)
-    ]
-    hidden = len(lines) - _RANKS_SHOWN
-    more = [["...", f"{hidden} more", "(--json has all)", "", "", ""]] if hidden > 0 else []
-    columns = ["rank", "place", "layers", "import reads", "parameters", "export writes"]
-    table("Ranks", columns, lines[:_RANKS_SHOWN] + more)
+def _one(info: TensorInfo) -> str:
+    name = info.name if info.name.isprintable() else repr(info.name)  # it comes from a file
+    return f"  {name} {list(info.shape)} {info.dtype}, {info.file.name}"
 
 
-def _experts_line(facts: Any) -> list[str]:
-    return ["experts", f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"]
+def _rank_lines(ranks: list[dict[str, Any]]) -> Iterator[str]:
+    """A line a rank, in columns."""
+    lines = [["rank", "place", "layers", "import reads", "parameters", "export writes"]]
+    for number, rank in enumerate(ranks[:_RANKS_SHOWN]):
+        place = " ".join(f"{axis}{rank[axis]}" for axis in ("tp", "pp", "ep", "etp"))
+        layers = ", ".join(f"{chunk[0]}-{chunk[-1]}" for chunk in rank["layers"] if chunk)
+        sizes = (f"{rank[what] / 1e6:,.1f} MB" for what in ("read", "held", "written"))
+        lines.append([str(number), place, layers, *sizes])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+    if len(ranks) > _RANKS_SHOWN:
+        yield f"  ... and {len(ranks) - _RANKS_SHOWN} more (--json has all)"
+
+
+def _moe(facts: Any) -> tuple[bool, ...]:
+    return getattr(facts, "moe", (False,) * facts.num_layers)

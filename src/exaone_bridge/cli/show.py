@@ -27,10 +27,16 @@ def quiet() -> None:
 
 
 @contextlib.contextmanager
-def stages(what: str, *, quiet_libraries: bool = True) -> Iterator[Callable[[int, Any], None]]:
-    """Show what is being done: a spinner on a terminal, a line a stage elsewhere. Yields `on_event`."""
+def stages(what: str, *, quiet_libraries: bool = True, shown: bool = True) -> Iterator[Callable[[int, Any], None]]:
+    """Show what is being done: a spinner on a terminal, a line a stage elsewhere; nothing unless `shown`.
+
+    Yields `on_event`.
+    """
     if quiet_libraries:
         quiet()
+    if not shown:
+        yield lambda rank, stage: None
+        return
     last = ""
     started = time.perf_counter()
 

@@ -50,6 +50,9 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
     gradients: Annotated[bool, typer.Option("--gradients", help="Also the gradients of one step.")] = False,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Build multi-token prediction too; else its tensors travel beside the model.")
+    ] = False,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="A layer at a time on both sides; default: above 2 GiB in fp32."),
@@ -72,9 +75,9 @@ def verify(
         raise UnsupportedConfig("SOURCE", got=None, wanted="a folder (or --self-test)", where="command line")
     _check_outputs(json_, html, card)
     from exaone_bridge.verify import verify_model
-    from exaone_bridge.verify.launch import is_first
+    from exaone_bridge.verify.launch import is_first, leave
 
-    with stages("verify") as on_event:
+    with stages("verify", shown=is_first()) as on_event:
         on_event(0, "importing Megatron-Core (half a minute)")
         report = verify_model(
             source,
@@ -87,6 +90,7 @@ def verify(
             length=length,
             seed=seed,
             gradients=gradients,
+            mtp=mtp,
             stream=stream,
             command=_command(),
             on_event=on_event,
@@ -103,6 +107,7 @@ def verify(
 
             write_card(report, card, name=name or report.source, note=note)
         print_report(report)
+    leave()
     if not report.holds:
         raise ParityFailure(report.faults() if is_first() else "")
 

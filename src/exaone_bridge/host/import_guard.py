@@ -8,7 +8,6 @@ while that module executes, and neither before nor after, so that everything els
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -33,9 +32,11 @@ class _Placeholder(ModuleType):
 
 @contextlib.contextmanager
 def _transformer_engine_placeholder() -> Iterator[None]:
+    from importlib.util import find_spec  # when it is needed: it delays a command that needs nothing else
+
     names = ("transformer_engine", "transformer_engine.pytorch")
     # What is loaded already need not have a spec, and find_spec then raises.
-    if names[0] in sys.modules or importlib.util.find_spec(names[0]) is not None:
+    if names[0] in sys.modules or find_spec(names[0]) is not None:
         yield  # where it is present nothing is touched
         return
     package, pytorch = (_Placeholder(name) for name in names)

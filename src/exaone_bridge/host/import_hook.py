@@ -9,16 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing it takes longer than importing all of this package
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
 
 __all__ = ["around_import"]
 
 _hooks: dict[str, Callable[[], AbstractContextManager[object]]] = {}
 
 
-class _Loader(Loader):
+class _Loader:
     """The module's own loader, with the hook around `exec_module`."""
 
     def __init__(self, inner: Loader, around: Callable[[], AbstractContextManager[object]]) -> None:
@@ -37,7 +40,7 @@ class _Loader(Loader):
         return getattr(self._inner, name)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """First in line, for hooked modules only: asks the other finders, and wraps the loader they found."""
 
     def find_spec(
@@ -52,7 +55,7 @@ class _Finder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, around)
+                    spec.loader = _Loader(spec.loader, around)  # type: ignore[assignment]
                 return spec
         return None
 

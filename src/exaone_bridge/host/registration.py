@@ -3,6 +3,8 @@
 Megatron-Bridge registers bridges of its own for the same architectures, some under the name and some under the class,
 and looks up by whichever it has (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`).
 A later registration of the same key wins; so ours comes after its own have run, under both keys.
+
+What registering needs is imported when it registers: `import exaone_bridge` only leaves a note.
 """
 
 from __future__ import annotations
@@ -14,10 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
-from exaone_bridge.families import FAMILIES
-from exaone_bridge.host.artifacts import tolerate_missing_tokenizer
 from exaone_bridge.host.import_hook import around_import
-from exaone_bridge.host.listed_fields import tolerate_listed_fields
 
 if TYPE_CHECKING:
     from exaone_bridge.host.bridge_base import ExactBridge
@@ -28,6 +27,8 @@ _HOST = "megatron.bridge"
 
 
 def _bridge_classes() -> dict[str, type[ExactBridge]]:
+    from exaone_bridge.families import FAMILIES
+
     classes = {}
     for family in FAMILIES:
         module, _, name = family.bridge.partition(":")
@@ -54,6 +55,10 @@ def register() -> None:
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     from megatron.core.models.gpt import GPTModel
 
+    from exaone_bridge.families import FAMILIES
+    from exaone_bridge.host.artifacts import tolerate_missing_tokenizer
+    from exaone_bridge.host.conversations import conversations_when_imported
+    from exaone_bridge.host.listed_fields import tolerate_listed_fields
     from exaone_bridge.host.mtp import providers_choose_mtp_layers
     from exaone_bridge.host.optimizer import optimizer_places_right
     from exaone_bridge.host.peft import adapters_before_post_norms
@@ -67,6 +72,7 @@ def register() -> None:
     optimizer_places_right()
     save_by_plan(classes.keys())
     tolerate_listed_fields(FAMILIES)
+    conversations_when_imported()
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)

@@ -16,18 +16,27 @@ from megatron.core.extensions.transformer_engine import (
     TELayerNormColumnParallelLinear,
     TERowParallelLinear,
 )
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
+from megatron.core.utils import is_te_min_version
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.attention import TorchDotProductAttention
+from exaone_bridge.parts.grouped_experts import (
+    ColumnParallelGroupedLinear,
+    GroupedExperts,
+    RowParallelGroupedLinear,
+)
 from exaone_bridge.parts.norm import FusedRMSNorm, TorchRMSNorm
 from exaone_bridge.parts.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
 from exaone_bridge.parts.pre_norm import TorchLayerNormColumnParallelLinear
 
-__all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "resolve_backend"]
+if HAVE_TE:  # which brings Triton
+    from exaone_bridge.parts.fused_attention import FusedSelfAttention
+    from exaone_bridge.parts.swiglu import SwiGLU
+
+__all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "cross_entropy", "resolve_backend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,8 @@ class Backend:
 
     Attributes:
         column_linear_pre_norm, row_linear_post_norm: linears with the norm on their input, or on their output.
+        fused_attention: self-attention that splits, normalises and rotates at once; None: the family's own.
+        activation: what computes SwiGLU where `use_te_activation_func` is set; None: the linears' own torch code.
         experts: () -> the builder of a MoE layer's routed experts.
     """
 
@@ -45,7 +56,9 @@ class Backend:
     row_linear: type
     row_linear_post_norm: type
     core_attention: type
+    fused_attention: type | None
     norm: type
+    activation: type | None
     experts: Callable[[], Any]
 
 
@@ -55,7 +68,8 @@ def _sequential_experts() -> Any:
 
 
 def _grouped_experts() -> Any:
-    return TESpecProvider().grouped_mlp_modules(moe_use_grouped_gemm=True)
+    linears = GroupedMLPSubmodules(linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear)
+    return functools.partial(GroupedExperts, submodules=linears)
 
 
 TORCH = Backend(
@@ -65,7 +79,9 @@ TORCH = Backend(
     row_linear=RowParallelLinear,
     row_linear_post_norm=RowParallelLinearLayerNorm,
     core_attention=TorchDotProductAttention,
+    fused_attention=None,
     norm=TorchRMSNorm,
+    activation=None,
     experts=_sequential_experts,
 )
 TRANSFORMER_ENGINE = (
@@ -76,7 +92,9 @@ TRANSFORMER_ENGINE = (
         row_linear=TERowParallelLinear,
         row_linear_post_norm=TERowParallelLinearLayerNorm,
         core_attention=TEDotProductAttention,
+        fused_attention=FusedSelfAttention,
         norm=FusedRMSNorm,
+        activation=SwiGLU,
         experts=_grouped_experts,
     )
     if HAVE_TE
@@ -104,6 +122,16 @@ def cannot_run(backend: Backend) -> tuple[str, ...]:
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         return ("gradient_accumulation_fusion",)
     return ()
+
+
+def cross_entropy(backend: Backend, dtype: torch.dtype) -> str:
+    """The exact one of Megatron-Core's fused cross entropies for logits of this type: `te` or `native`.
+
+    Transformer Engine's rounded gradients to bf16 between its passes before 2.20, which is why Megatron-Core 0.19 still
+    warns of it (TransformerEngine pull requests 3193 and 3273); it takes no fp16.
+    """
+    exact = backend is not TORCH and is_te_min_version("2.20.0") and dtype is not torch.float16
+    return "te" if exact else "native"
 
 
 def resolve_backend(name: str = "auto") -> Backend:

@@ -64,8 +64,9 @@ class Family:
         chat_template: Jinja, for the same.
         processor_files: name -> JSON, for the same: what its images and videos are prepared with.
         bridge: `module:class`, imported only when Megatron-Bridge has been.
-        image_prompts: `module:function` of a model that takes images: (facts, prompts, seed) -> words [N, S], and the
-            arguments with the images of each prompt.
+        image_prompts: `module:function` of a model that takes images: (facts, prompts, seed, positions) -> words
+            [N, S], S at least the positions, and the arguments with the images of each prompt.
+        collators: Transformers' processor class -> `module:function` that makes a batch of conversations with images.
         carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
         carried_tensors: facts -> those that a random checkpoint has.
         without_carried: facts -> those of the same model with nothing beside it.
@@ -85,6 +86,7 @@ class Family:
     bridge: str
     processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     image_prompts: str | None = None
+    collators: Mapping[str, str] = field(default_factory=dict)
     carried: str | None = None
     carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
     without_carried: Callable[[Any], Any] = lambda facts: facts

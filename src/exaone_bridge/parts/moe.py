@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.backend import Backend
+from exaone_bridge.parts.grouped_experts import AlltoAllTokenDispatcher, GroupedExperts
 
 __all__ = ["BiasedSharedExpertMLP", "UnbiasedMoELayer", "moe_builder"]
 
@@ -26,11 +28,22 @@ __all__ = ["BiasedSharedExpertMLP", "UnbiasedMoELayer", "moe_builder"]
 class UnbiasedMoELayer(MoELayer):
     """A MoELayer whose router, dispatcher and routed experts see a config without linear biases."""
 
+    token_dispatcher: Any
+
     def __init__(self, config: TransformerConfig, submodules: MoESubmodules, **kwargs: Any) -> None:
         if config.add_bias_linear:
             config = copy.copy(config)
             config.add_bias_linear = False
         super().__init__(config, submodules=submodules, **kwargs)
+        if isinstance(self.experts, GroupedExperts) and AlltoAllTokenDispatcher.suits(self.token_dispatcher):
+            self.token_dispatcher = AlltoAllTokenDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=self.config,
+                pg_collection=kwargs.get("pg_collection") or get_default_pg_collection(),
+            )
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
 
 
 def _biased(linear: type) -> Any:
@@ -64,7 +77,7 @@ def moe_builder(backend: Backend, router: type, *, shared_bias: bool) -> Any:
 
     Whether there are shared experts is the config's `moe_shared_expert_intermediate_size`: None for none.
     """
-    linears = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
+    linears = MLPSubmodules(backend.column_linear, backend.row_linear, backend.activation)
     shared = functools.partial(BiasedSharedExpertMLP if shared_bias else SharedExpertMLP, submodules=linears)
     submodules = MoESubmodules(experts=backend.experts(), shared_experts=shared, router=router)
     return functools.partial(UnbiasedMoELayer, submodules=submodules)

@@ -6,6 +6,7 @@ the Hugging Face configuration it came from.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.parts.backend import cannot_run, resolve_backend
+from exaone_bridge.parts.backend import cannot_run, cross_entropy, resolve_backend
 from exaone_bridge.parts.context_parallel import exchanges
 from exaone_bridge.parts.family import Facts
 from exaone_bridge.parts.layout import Layout
@@ -59,6 +60,7 @@ class ExactGPTModelProvider(GPTModelProvider):
 
     Attributes:
         backend: `auto`, `transformer_engine` or `torch` (`parts/backend.py`).
+        cross_entropy_fusion_impl: `te` where that is exact (`parts/backend.py`), `native` elsewhere or if set.
         rope_scaling_low_freq_factor, rope_scaling_high_freq_factor, rope_scaling_original_max_positions:
             with `rope_scaling` and `rope_scaling_factor`, Llama 3's scaling (`parts/rotary.py`).
         hf_config: the Hugging Face configuration this provider was made from, for what Megatron-Core has no
@@ -66,6 +68,7 @@ class ExactGPTModelProvider(GPTModelProvider):
     """
 
     backend: str = "auto"
+    cross_entropy_fusion_impl: str = "te"  # 6 ms of 210 and 5 GiB of 23 less than native (docs/benchmarks.md)
     rope_scaling_low_freq_factor: float = 1.0
     rope_scaling_high_freq_factor: float = 4.0
     rope_scaling_original_max_positions: int = 8192
@@ -109,10 +112,26 @@ class ExactGPTModelProvider(GPTModelProvider):
                     where="provider",
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
-        self._switch_off(**dict.fromkeys(cannot_run(resolve_backend(self.backend)), False))
+        backend = resolve_backend(self.backend)
+        self._switch_off(**dict.fromkeys(cannot_run(backend), False))
+        if self.cross_entropy_fusion_impl == "te":
+            self._switch_off(cross_entropy_fusion_impl=cross_entropy(backend, self.params_dtype))
+        if backend.activation is not None and self._plain_swiglu():
+            self._switch_off(bias_activation_fusion=False, use_te_activation_func=True)
+        elif backend.activation is None:
+            self._switch_off(use_te_activation_func=False)
         if self.context_parallel_size > 1:
             self._switch_off(cp_comm_type=self._exchanges())
-        super().finalize()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Transformer Engine cross entropy loss fusion has known stability issues")
+            super().finalize()
+
+    def _plain_swiglu(self) -> bool:
+        """Whether a fused SwiGLU is wished for that our kernel can be (`parts/swiglu.py`)."""
+        silu = self.gated_linear_unit and self.activation_func is torch.nn.functional.silu
+        other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
+        clamped = self.activation_func_clamp_value or self.glu_linear_offset
+        return bool(self.bias_activation_fusion and silu and not (other or clamped))
 
     def _exchanges(self) -> list[str]:
         """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
@@ -131,7 +150,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         wished = self.__dict__.setdefault("_switched_off", {})
         for name, value in instead.items():
             if getattr(self, name) != value:
-                wished[name] = getattr(self, name)
+                wished.setdefault(name, getattr(self, name))
                 setattr(self, name, value)
 
     def provide(

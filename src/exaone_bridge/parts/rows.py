@@ -130,9 +130,19 @@ class Row:
 
 @functools.lru_cache(maxsize=128)  # a checkpoint may have 60,000 names, which are asked for several times
 def _columns(row: Row) -> tuple[list[str], ...]:
-    numbers = list(row.numbers())
-    patterns = [name.replace("*", "%d") for name in (row.megatron, *(tensor.name for tensor in row.hf))]
-    return tuple([pattern % each for each in numbers] for pattern in patterns)
+    return tuple(_column(name, row) for name in (row.megatron, *(tensor.name for tensor in row.hf)))
+
+
+def _column(name: str, row: Row) -> list[str]:
+    """The name with all of the row's numbers, in the order of `Row.numbers`."""
+    before, star, rest = name.partition("*")
+    if not star:
+        return [name]
+    if not row.experts:
+        return [f"{before}{layer}{rest}" for layer in row.layers]
+    between, _, after = rest.partition("*")
+    ends = [f"{expert}{after}" for expert in range(row.experts)]
+    return [start + end for start in [f"{before}{layer}{between}" for layer in row.layers] for end in ends]
 
 
 def hf_renamed(row: Row, name_of: Callable[[str], str]) -> Row:

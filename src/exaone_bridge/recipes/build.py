@@ -19,7 +19,7 @@ from exaone_bridge.errors import CheckpointError, UnsupportedConfig, Unsupported
 from exaone_bridge.families import family_of
 from exaone_bridge.host.model import model_parallel_of
 from exaone_bridge.host.registration import supported
-from exaone_bridge.recipes.common import container, questions_and_answers, text
+from exaone_bridge.recipes.common import container, conversations, questions_and_answers, text
 from exaone_bridge.recipes.memory import GB, estimate
 from exaone_bridge.recipes.plan import Plan
 from exaone_bridge.recipes.plans import ADAPTER_RANK, plan_of
@@ -27,6 +27,7 @@ from exaone_bridge.recipes.published import CONFIGS
 
 __all__ = ["peft", "pretrain", "sft"]
 
+_PROCESSORS = {"exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"}  # where no folder is named; the run downloads it
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BIAS_UPDATE_RATE = 1e-3  # of the bias that selects experts; DeepSeek-V3 (2024), section 4.2
 _ADAPTED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -73,7 +74,6 @@ def _spread(provider: Any, plan: Plan) -> None:
         setattr(provider, name, value)
     provider.seq_length = plan.seq_length
     provider.pipeline_dtype = torch.bfloat16
-    provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "te"
     if plan.recompute:
         provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = "full", "uniform", 1
 
@@ -108,12 +108,31 @@ def pretrain(model: str, stage: str, gpu_memory_gb: int, hf_path: str | Path | N
 
 
 def _fine_tune(
-    provider: Any, plan: Plan, hf_path: str | Path | None, root: str | Path | None, packed: bool, rate: float
+    model: str,
+    provider: Any,
+    plan: Plan,
+    hf_path: str | Path | None,
+    root: str | Path | None,
+    packed: bool,
+    rate: float,
 ) -> ConfigContainer:
     _spread(provider, plan)
-    if hasattr(provider, "freeze_vision_model"):  # questions and answers are words: nothing there could train a tower
-        provider.freeze_vision_model = provider.freeze_vision_projection = True
-    dataset = questions_and_answers(plan, root, packed)
+    images = "_vl_" in model
+    dataset: Any
+    if images:
+        if packed and plan.cp > 1:
+            raise UnsupportedLayout(
+                "cp",
+                got=plan.cp,
+                wanted="1 where conversations with images are packed",
+                remedy="leave packed out: the model cuts whole rows only",
+            )
+        dataset = conversations(plan, root, hf_path or _PROCESSORS.get(model), packed)
+    else:
+        dataset = questions_and_answers(plan, root, packed)
+    if hasattr(provider, "freeze_vision_model"):
+        # Questions and answers are words, which cannot train a tower. Of images its merger learns, and it stays.
+        provider.freeze_vision_model, provider.freeze_vision_projection = True, not images
     config = container(provider, plan, dataset, iterations=1000, rate=rate, warmup=50)
     _start_from(config, hf_path)
     # Answers differ in length: the loss is that of a mean token, whatever copy of the model or part of a sequence
@@ -133,7 +152,7 @@ def sft(
     """Training of every parameter on questions and answers; raises what `pretrain` does."""
     provider = _provider(model, hf_path)
     plan = _planned(model, "sft", gpu_memory_gb, provider, changes)
-    return _fine_tune(provider, plan, hf_path, dataset_root, packed, rate=5e-6)
+    return _fine_tune(model, provider, plan, hf_path, dataset_root, packed, rate=5e-6)
 
 
 def peft(
@@ -151,7 +170,7 @@ def peft(
         raise UnsupportedConfig("peft_scheme", got=scheme, known=known, where=f"recipe {model}_peft_config")
     provider = _provider(model, hf_path)
     plan = _planned(model, "peft", gpu_memory_gb, provider, changes)
-    config = _fine_tune(provider, plan, hf_path, dataset_root, packed, rate=1e-4)
+    config = _fine_tune(model, provider, plan, hf_path, dataset_root, packed, rate=1e-4)
     if isinstance(scheme, PEFT):
         config.peft = scheme
     else:

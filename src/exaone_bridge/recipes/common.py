@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.bridge.data.builders import (
+    ChatSFTPreprocessingConfig,
+    DirectHFSFTDatasetConfig,
     GPTSFTDatasetConfig,
     HFDatasetSourceConfig,
     PromptCompletionSFTPreprocessingConfig,
@@ -29,9 +31,10 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 
+from exaone_bridge.host.conversations import IN_FOLDER
 from exaone_bridge.recipes.plan import Plan
 
-__all__ = ["ENVIRONMENT", "container", "questions_and_answers", "text"]
+__all__ = ["ENVIRONMENT", "container", "conversations", "questions_and_answers", "text"]
 
 # Process defaults; what the shell has set wins. NVLink multicast needs buffers that most launchers do not grant.
 ENVIRONMENT: dict[str, str | int | float | bool] = {
@@ -145,5 +148,40 @@ def questions_and_answers(plan: Plan, root: str | Path | None, packed: bool) -> 
         dataset_kwargs={"pad_to_max_length": True} if packed else None,
         seed=5678,
         dataloader_type="batch",
+        num_workers=2,
+    )
+
+
+def conversations(
+    plan: Plan, root: str | Path | None, processor: str | Path | None, packed: bool
+) -> DirectHFSFTDatasetConfig:
+    """`training.jsonl` and `validation.jsonl` of conversations with images, a micro batch in one row if `packed`.
+
+    A line has `messages`, turns of `role` and `content`, always a list of parts: text, image, video. A part names its
+    file from the folder on (`path`), or takes the next of the line's `images`. Without a folder it is CORD v2, the
+    host's default, which the training run, not the recipe, would download.
+
+    Args:
+        processor: the Hugging Face folder (or name) of the processor that makes words and pixels of them.
+    """
+    if root is None:
+        source = HFDatasetSourceConfig(dataset_name="cord_v2")
+    else:
+        folder = Path(root).absolute()
+        files = {"train": str(folder / "training.jsonl"), "validation": str(folder / "validation.jsonl")}
+        source = HFDatasetSourceConfig(
+            path_or_dataset="json",
+            load_kwargs={"data_files": files},
+            schema_adapter=IN_FOLDER,
+            adapter_kwargs={"root": str(folder)},
+        )
+    return DirectHFSFTDatasetConfig(
+        seq_length=plan.seq_length,
+        source=source,
+        preprocessing=ChatSFTPreprocessingConfig(),
+        hf_processor_path=None if processor is None else str(processor),
+        do_test=False,
+        enable_in_batch_packing=packed,
+        dataloader_type="cyclic",
         num_workers=2,
     )

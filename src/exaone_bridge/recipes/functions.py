@@ -11,9 +11,11 @@ All raise UnsupportedConfig, UnsupportedLayout or CheckpointError for what canno
 
 ERNIE 4.5: pretraining balances experts by updating the selection bias, fine-tuning leaves it alone; adapters go on
 attention only where there are experts.
-EXAONE 4.5: the data are questions and answers in words, and the tower and its merger are frozen. For images set
-`config.dataset` to one of the host's for models with images, take its `vlm_step`, and let the merger learn
-(`config.model.freeze_vision_projection = False`); `examples/images.py` is such a run, written out.
+EXAONE 4.5: `exaone45_vl_*` train on conversations with images (`common.conversations` says what their files hold), with
+`megatron.bridge.training.vlm_step.forward_step` in the place of `gpt_step`'s; their names are the host's, and without
+a folder the published processor is downloaded, which a miniature has none of. The language model learns, and the
+merger after the tower; to train the tower too, `config.model.freeze_vision_model = False`. `exaone45_33b_*` train the
+language model on questions and answers in words; tower and merger are frozen.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ _TITLES = {
     "exaone4_1p2b": "EXAONE-4.0-1.2B",
     "exaone4_32b": "EXAONE-4.0-32B",
     "exaone4_tiny": "a miniature EXAONE 4.0 hybrid",
-    "exaone45_33b": "the language model of EXAONE-4.5-33B",
+    "exaone45_33b": "the language model of EXAONE-4.5-33B, on words",
+    "exaone45_vl_33b": "EXAONE-4.5-33B, on conversations with images",
+    "exaone45_vl_tiny": "a miniature EXAONE 4.5, on conversations with images",
     "ernie45_0p3b": "ERNIE-4.5-0.3B",
     "ernie45_21b_a3b": "ERNIE-4.5-21B-A3B",
     "ernie45_300b_a47b": "ERNIE-4.5-300B-A47B",
@@ -83,8 +87,9 @@ def _peft(model: str, several: bool) -> Recipe:
 
 
 def function_of(name: str, model: str, stage: str) -> Recipe:
-    """The recipe of this name: (model, stage) is a key of `PLANS`. A miniature's documents are not packed unasked."""
-    several = not model.endswith("_tiny")
+    """The recipe of this name: (model, stage) is a key of `PLANS`. A miniature's samples are not packed unasked, nor
+    are conversations with images."""
+    several = not ("_tiny" in model or "_vl_" in model)
     fine_tuning = {"sft": _sft, "peft": _peft}
     recipe = fine_tuning[stage](model, several) if stage in fine_tuning else _pretrain(model, stage)
     recipe.__name__ = recipe.__qualname__ = name

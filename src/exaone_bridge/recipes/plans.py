@@ -14,6 +14,20 @@ __all__ = ["ADAPTER_RANK", "PLANS", "plan_of"]
 
 ADAPTER_RANK = 32
 
+# On words and on images alike.
+_EXAONE45 = {
+    "sft": {
+        80: Plan(gpus=16, layout=Layout(tp=8, pp=2, sp=True), seq_length=4096, global_batch=64),
+        141: Plan(gpus=8, layout=Layout(tp=8, sp=True), seq_length=8192, global_batch=64),
+    },
+    "peft": {
+        80: Plan(gpus=4, layout=Layout(tp=4, sp=True), seq_length=4096, global_batch=32),
+        141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
+    },
+}
+_MINIATURES = dict.fromkeys(("exaone4_tiny", "ernie45_tiny"), ("pretrain", "sft", "peft")) | {
+    "exaone45_vl_tiny": ("sft", "peft")
+}
 PLANS: dict[tuple[str, str], dict[int, Plan]] = {
     ("exaone4_1p2b", "pretrain"): {
         80: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=4, global_batch=256),
@@ -47,14 +61,7 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         80: Plan(gpus=4, layout=Layout(tp=4, sp=True), seq_length=4096, global_batch=32),
         141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
     },
-    ("exaone45_33b", "sft"): {
-        80: Plan(gpus=16, layout=Layout(tp=8, pp=2, sp=True), seq_length=4096, global_batch=64),
-        141: Plan(gpus=8, layout=Layout(tp=8, sp=True), seq_length=8192, global_batch=64),
-    },
-    ("exaone45_33b", "peft"): {
-        80: Plan(gpus=4, layout=Layout(tp=4, sp=True), seq_length=4096, global_batch=32),
-        141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
-    },
+    **{(f"exaone45_{kind}33b", stage): plans for kind in ("", "vl_") for stage, plans in _EXAONE45.items()},
     ("ernie45_0p3b", "pretrain"): {
         80: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=4, global_batch=256),
         141: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=8, global_batch=256),
@@ -97,8 +104,8 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
     (model, stage): dict.fromkeys(
         (80, 141), Plan(gpus=1, layout=Layout(), seq_length=256, micro_batch=2, global_batch=4)
     )
-    for model in ("exaone4_tiny", "ernie45_tiny")
-    for stage in ("pretrain", "sft", "peft")
+    for model, stages in _MINIATURES.items()
+    for stage in stages
 }
 
 

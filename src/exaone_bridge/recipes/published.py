@@ -9,6 +9,7 @@ from typing import Any
 
 from exaone_bridge.families.ernie45.tiny import TINY as ERNIE45_TINY
 from exaone_bridge.families.exaone4.tiny import TINY as EXAONE4_TINY
+from exaone_bridge.families.exaone45.tiny import TINY as EXAONE45_TINY
 from exaone_bridge.parts.schedule import FULL, SLIDING
 
 __all__ = ["CONFIGS"]
@@ -171,6 +172,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": 53,
         "tie_word_embeddings": False,
     },
+    # The tower's patches are those of its family's miniature: so are the processor's that goes with it.
+    "exaone45_vl_tiny": EXAONE45_TINY["exaone45"]
+    | {
+        "dtype": "bfloat16",
+        "text_config": EXAONE45_TINY["exaone45"]["text_config"]
+        | _TINY
+        | {"sliding_window": 64, "num_nextn_predict_layers": 0},
+        "vision_config": EXAONE45_TINY["exaone45"]["vision_config"]
+        | {"hidden_size": 64, "out_hidden_size": _TINY["hidden_size"], "dtype": "bfloat16"},
+    },
     "exaone4_tiny": EXAONE4_TINY["exaone4"] | _TINY | {"sliding_window": 64},
     "ernie45_tiny": ERNIE45_TINY["ernie45"] | _TINY | {"moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
 }
+# The same model, on images (`recipes/functions.py`).
+CONFIGS["exaone45_vl_33b"] = CONFIGS["exaone45_33b"]

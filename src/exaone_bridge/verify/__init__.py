@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.layout import Layout
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def verify_model(
     seed: int = 0,
     generation: bool | None = None,
     gradients: bool = False,
+    mtp: bool = False,
     stream: bool | None = None,
     command: str = "",
     on_event: Callable[[int, Any], None] | None = None,
@@ -49,6 +51,7 @@ def verify_model(
         count, length, seed: of the prompts; length None: past the window and RoPE's own length where affordable.
         generation: greedy generation before and after; None: unless quick.
         gradients: also those of one step, in fp32.
+        mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
         stream: a layer at a time on both sides; None: where the weights would take more than 2 GiB in fp32.
         command: what the report says it came from.
         on_event: called with (rank, stage) while it works.
@@ -80,14 +83,16 @@ def verify_model(
         "gradients": gradients,
         "on_event": on_event,
     }
+    if mtp and (other is not None or is_megatron(source)):
+        raise UnsupportedConfig("--mtp", got=True, wanted="off but for one Hugging Face folder", where="verify")
     if other is not None:
         report = compare(source, Path(other), layout, **options)
     elif is_megatron(source):
         report = verify_megatron(source, layout, **options)
     elif streams(source, stream):
-        report = verify_streaming(source, layout, **options)
+        report = verify_streaming(source, layout, mtp=mtp, **options)
     else:
-        report = verify(source, layout, **options)
+        report = verify(source, layout, mtp=mtp, **options)
     return dataclasses.replace(report, command=command)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from exaone_bridge.verify.report import Report
 
@@ -49,6 +51,8 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
     """Title and Markdown of one report."""
     subject = report.source if report.other is None else f"{report.source} against {report.other}"
     title = f"{subject}, {report.layout}, {report.dtype}, backend {report.backend}"
+    if report.setup.get("built"):
+        title += ", with multi-token prediction"
     model = report.model
     shape = (
         f"{model.get('parameters', 0):,} parameters in {model.get('dtype')}, {model.get('num_layers')} layers "
@@ -61,6 +65,7 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
             f"; experts {model['experts']}, {model['experts_per_token']} a token, {model['shared_experts']} shared, "
             f"each {model['expert_ffn_size']} wide, on `{model['feed_forward']}`"
         )
+    shape += "".join(f"; {_WORDS[name](model[name])}" for name in _WORDS if name in model)
     lines = [f"## {title}", ""]
     if note:
         lines += [note, ""]
@@ -74,10 +79,38 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
     return title, "\n".join(lines) + "\n"
 
 
+def _tower(vision: Mapping[str, Any]) -> str:
+    return (
+        f"vision tower of {vision['depth']} blocks, hidden {vision['hidden_size']}, heads {vision['num_heads']}/"
+        f"{vision['num_kv_heads']} x {vision['head_dim']}, feed-forward {vision['ffn_size']}, patches of "
+        f"{vision['patch_size']} pixels, windows of {vision['window_size']}, full attention at "
+        f"{', '.join(map(str, vision['full_attention']))}"
+    )
+
+
+def _mtp(mtp: Mapping[str, Any]) -> str:
+    return f"multi-token prediction {mtp['depth']} further, {mtp['layers']} layer{'s' * (mtp['layers'] > 1)} on disk"
+
+
+_WORDS = {"vision": _tower, "mtp": _mtp}
+
+
 def _prompts(report: Report) -> str:
     shapes = report.setup.get("prompts", [])
-    text = ", ".join(f"{count} of {length} positions" for count, length in shapes)
+    counts = [[report.setup.get(kind, [0] * len(shapes))[number] for kind in _KINDS] for number in range(len(shapes))]
+    text = ", ".join(
+        f"{count} of {length} positions{_with(pictures)}"
+        for (count, length), pictures in zip(shapes, counts, strict=True)
+    )
     return text + (", a layer at a time on both sides" if report.setup.get("streaming") else "")
+
+
+_KINDS = ("images", "videos")
+
+
+def _with(counts: Sequence[int]) -> str:
+    said = [f"{count} {kind[: None if count > 1 else -1]}" for count, kind in zip(counts, _KINDS, strict=True) if count]
+    return f" with {' and '.join(said)}" if said else ""
 
 
 def _versions(report: Report) -> str:

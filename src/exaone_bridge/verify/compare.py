@@ -93,7 +93,7 @@ def run_other(folder: Path, job: Job) -> Theirs:
     from exaone_bridge.verify.reference import load, run_reference
 
     model = load(folder, torch.float32)
-    return Theirs([run_reference(model, job.points, tokens, nudged=False) for tokens in job.batches])
+    return Theirs([run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()])
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.precision import Rounding
-from exaone_bridge.verify.reference import NUDGE
+from exaone_bridge.verify.reference import NUDGE, Images, embeddings_of, together
 from exaone_bridge.verify.report import Check
 
 __all__ = ["compare_gradients", "gradients_of_megatron", "gradients_of_transformers"]
@@ -18,30 +18,34 @@ __all__ = ["compare_gradients", "gradients_of_megatron", "gradients_of_transform
 Gradients = dict[str, torch.Tensor]
 
 
-def gradients_of_transformers(model: Any, tokens: torch.Tensor) -> tuple[Gradients, float]:
+def gradients_of_transformers(
+    model: Any, tokens: torch.Tensor, images: Sequence[Images] = ()
+) -> tuple[Gradients, float]:
     """Gradients by the names on disk, and how much they change, relative, for a relative change of one in the
     embeddings.
 
     Args:
         tokens: [N, S + 1].
+        images: of each prompt; empty: none has any.
     """
-    clean = _backward(model, tokens, 0.0)
-    nudged = _backward(model, tokens, NUDGE)
+    clean = _backward(model, tokens, images, 0.0)
+    nudged = _backward(model, tokens, images, NUDGE)
     change = max(_relative(nudged[name], clean[name]) for name in clean)
     return clean, change / NUDGE
 
 
-def _backward(model: Any, tokens: torch.Tensor, nudge: float) -> Gradients:
+def _backward(model: Any, tokens: torch.Tensor, images: Sequence[Images], nudge: float) -> Gradients:
     def add_noise(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         return output + nudge * noise * output.detach().square().mean(-1, keepdim=True).sqrt()
 
     model.zero_grad()
-    handle = model.get_input_embeddings().register_forward_hook(add_noise) if nudge else None
+    handles = [each.register_forward_hook(add_noise) for each in embeddings_of(model)] if nudge else []
     tokens = tokens.to(model.device)
-    logits = model(tokens[:, :-1], use_cache=False).logits
+    pictures = {name: value.to(model.device) for name, value in together(images).items()}
+    logits = model(tokens[:, :-1], use_cache=False, **pictures).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    if handle is not None:
+    for handle in handles:
         handle.remove()
     found: Gradients = {}
     for name, parameter in model.named_parameters():
@@ -62,24 +66,27 @@ def _on_disk(name: str, gradient: torch.Tensor) -> Gradients:
     return found
 
 
-def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward_step(batches: Iterator[tuple[torch.Tensor, Images]], model: Any) -> tuple[torch.Tensor, Any]:
     from megatron.core import parallel_state
 
     from exaone_bridge.parts.context_parallel import positions_of
 
-    batch = next(batches)
+    batch, images = next(batches)
     group = parallel_state.get_context_parallel_group()
     mine = positions_of(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
-    output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine])
+    output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine], **images)
     # Megatron-Core sums over the ranks that share a sequence.
     return output, lambda loss: (loss.mean() / group.size(), {"loss": loss.mean().detach()})
 
 
-def gradients_of_megatron(folder: Path, layout: Layout, backend: str, tokens: torch.Tensor) -> Gradients:
+def gradients_of_megatron(
+    folder: Path, layout: Layout, backend: str, tokens: torch.Tensor, images: Sequence[Images] = ()
+) -> Gradients:
     """The same on a rank, by Megatron-Core's own schedule, data-parallel wrapper and `finalize_model_grads`.
 
     Args:
         tokens: [N, S + 1]; N a multiple of pp, S of 2 x tp x cp.
+        images: of each prompt; empty: none has any.
     """
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -98,13 +105,15 @@ def gradients_of_megatron(folder: Path, layout: Layout, backend: str, tokens: to
     )
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
-    tokens = tokens.to(next(model[0].parameters()).device)
+    device = next(model[0].parameters()).device
+    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [{}] * len(tokens)
+    data = list(zip(tokens.to(device).split(1), inputs, strict=True))
     for chunk in model:
         chunk.train()
         chunk.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=[iter(tokens.split(1)) for _ in model] if len(model) > 1 else iter(tokens.split(1)),
+        data_iterator=[iter(data) for _ in model] if len(model) > 1 else iter(data),
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(tokens),
         seq_length=tokens.shape[1] - 1,

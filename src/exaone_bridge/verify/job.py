@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from exaone_bridge.checkpoint.convert import drain
 from exaone_bridge.checkpoint.source import HFSource
 from exaone_bridge.checkpoint.writer import write_hf_folder
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.gradients import gradients_of_megatron, gradients_of_transformers
 from exaone_bridge.verify.greedy import Generated, generate
+from exaone_bridge.verify.launch import check_ranks
 from exaone_bridge.verify.logits import prompts
 from exaone_bridge.verify.points import Point, points_of
-from exaone_bridge.verify.reference import Images
+from exaone_bridge.verify.reference import Images, together
 from exaone_bridge.verify.traces import Traced
 
 __all__ = [
@@ -66,7 +68,9 @@ def batches_of(source: HFSource, count: int, length: int | None, seed: int) -> l
         return [prompts(facts.vocab_size, count, length, seed)]
     # device_count, unlike is_available, leaves CUDA to the ranks that are forked.
     longest = _LONGEST if source.parameters < _LARGE or torch.cuda.device_count() else 64
-    long = prompt_length(facts.windows, _original_positions(source.config), min(longest, facts.max_positions))
+    long = prompt_length(
+        facts.windows, _original_positions(language_config(dict(source.config))), min(longest, facts.max_positions)
+    )
     short = min([7, *(window for window in facts.windows if window is not None)])
     return [prompts(facts.vocab_size, count, long, seed), prompts(facts.vocab_size, 2, short, seed + 1)]
 
@@ -87,6 +91,8 @@ class Job:
         dtype: of the arithmetic of ours, and of a second run of Transformers where it is not fp32.
         generate: also greedy generation.
         gradient_tokens: [N, S + 1], or None.
+        gradient_images: as `images`, of these prompts.
+        overrides: further fields of the provider.
     """
 
     batches: Sequence[torch.Tensor]
@@ -97,10 +103,21 @@ class Job:
     dtype: str = "float32"
     generate: bool = False
     gradient_tokens: torch.Tensor | None = None
+    gradient_images: Sequence[Images] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def runs(self) -> list[tuple[torch.Tensor, Sequence[Images]]]:
         """Each batch with its images."""
         return [(tokens, self.images[n] if n < len(self.images) else ()) for n, tokens in enumerate(self.batches)]
+
+    def setup(self, seed: int) -> dict[str, Any]:
+        """What the report says of it: prompts, and the images and videos of each batch of them."""
+        found: dict[str, Any] = {"prompts": [list(tokens.shape) for tokens in self.batches], "seed": seed}
+        if any(self.images):
+            pictures = [together(images) for _, images in self.runs()]
+            for kind in ("image", "video"):
+                found[f"{kind}s"] = [len(each.get(f"{kind}_grid_thw", ())) for each in pictures]
+        return found | ({"built": sorted(self.overrides)} if self.overrides else {})
 
     @property
     def words(self) -> list[int]:
@@ -131,7 +148,7 @@ def run_theirs(folder: Path, job: Job) -> Theirs:
         found.generated = generate(model, folder, job.words)
     if job.gradient_tokens is not None:
         emit("Transformers' gradients")
-        found.gradients = gradients_of_transformers(model, job.gradient_tokens)
+        found.gradients = gradients_of_transformers(model, job.gradient_tokens, job.gradient_images)
     if job.dtype != "float32":
         emit(f"Transformers' logits in {job.dtype}")
         model = load(folder, DTYPES[job.dtype])
@@ -176,7 +193,7 @@ def run_megatron(source: Path, megatron: Path | None, target: Path | None, files
     dtype = DTYPES[job.dtype]
     if megatron is None:
         emit("HF -> Megatron-Core")
-        model = build(bridge, job.layout, backend=job.backend)
+        model = build(bridge, job.layout, backend=job.backend, **job.overrides)
     else:
         emit("loading the Megatron checkpoint")
         model = load_megatron(bridge, megatron, job.layout, backend=job.backend)
@@ -187,12 +204,13 @@ def run_megatron(source: Path, megatron: Path | None, target: Path | None, files
         drain(weights, lambda stream: write_hf_folder(target, stream, files, config, source))
     if next(model[0].parameters()).dtype != dtype:
         del model  # its bits are known to be the source's by now, or the check of tensors says otherwise
-        model = build(bridge, job.layout, dtype=dtype, backend=job.backend)
+        model = build(bridge, job.layout, dtype=dtype, backend=job.backend, **job.overrides)
     emit("Megatron-Core's logits")
     found = Ours(source_config, [run_ours(model, job.points, *batch) for batch in job.runs()])
     if job.gradient_tokens is not None:
         emit("Megatron-Core's gradients")
-        found.gradients = gradients_of_megatron(source, job.layout, job.backend, job.gradient_tokens)
+        tokens, images = job.gradient_tokens, job.gradient_images
+        found.gradients = gradients_of_megatron(source, job.layout, job.backend, tokens, images)
     return found
 
 
@@ -219,22 +237,28 @@ def make_job(
     seed: int,
     generation: bool,
     gradients: bool,
+    mtp: bool = False,
 ) -> Job:
-    """A job whose prompts fit the model."""
+    """A job whose prompts fit the model.
+
+    Raises:
+        UnsupportedConfig: a type of numbers that there is none of, or multi-token prediction that the model has not.
+        UnsupportedLayout: see `check_ranks`.
+    """
+    check_ranks(layout.ranks)
     if dtype not in DTYPES:
         raise UnsupportedConfig("--dtype", got=dtype, known=tuple(DTYPES), where="verify")
-    tokens = None
-    if gradients:
-        even = 2 * layout.tp * layout.cp
-        positions = min(24 * even, source.facts.max_positions // even * even)
-        tokens = prompts(source.facts.vocab_size, max(2, layout.pp), positions + 1, seed + 2)
-        if isinstance(pad := source.config.get("pad_token_id"), int):
-            tokens[tokens == pad] = 1 if pad == 0 else 0  # Transformers gives the padding word's embedding no gradient
-    batches, images = batches_of(source, count, length, seed), []
+    depth = int(getattr(source.facts, "mtp_depth", 0))
+    if mtp and not (depth and source.family.built):
+        raise UnsupportedConfig(
+            "--mtp", got=True, wanted="off for a model without multi-token prediction that can be built", where="verify"
+        )
+    tokens, of_tokens = _gradient_prompts(source, layout, seed + 2) if gradients else (None, [])
+    batches = batches_of(source, count, length, seed)
+    images: list[Sequence[Images]] = []
     if source.family.image_prompts is not None:
-        module, _, name = source.family.image_prompts.partition(":")
-        tokens_of_images, images = getattr(importlib.import_module(module), name)(source.facts, count, seed + 3)
-        images = [*([] for _ in batches), images]
+        tokens_of_images, last = _with_images(source, count, seed + 3, batches[0].shape[1])
+        images = [*((),) * len(batches), last]
         batches.append(tokens_of_images)
     return Job(
         batches=batches,
@@ -245,4 +269,34 @@ def make_job(
         dtype=dtype,
         generate=generation,
         gradient_tokens=tokens,
+        gradient_images=of_tokens,
+        overrides={"mtp_num_layers": depth} if mtp else {},
     )
+
+
+def _with_images(source: HFSource, count: int, seed: int, length: int) -> tuple[torch.Tensor, list[Images]]:
+    """Prompts of at least this length, and the images of each, as the family makes them."""
+    assert source.family.image_prompts is not None
+    module, _, name = source.family.image_prompts.partition(":")
+    found: tuple[torch.Tensor, list[Images]] = getattr(importlib.import_module(module), name)(
+        source.facts, count, seed, length
+    )
+    return found
+
+
+def _gradient_prompts(source: HFSource, layout: Layout, seed: int) -> tuple[torch.Tensor, list[Images]]:
+    """[N, S + 1], N a multiple of pp and S of 2 x tp x cp; of a model that takes images, with one, several, a video,
+    and none."""
+    facts, even = source.facts, 2 * layout.tp * layout.cp
+    positions = min(24 * even, facts.max_positions // even * even)
+    images: list[Images] = []
+    if source.family.image_prompts is None:
+        tokens = prompts(facts.vocab_size, max(2, layout.pp), positions + 1, seed)
+    else:
+        count = -(-4 // layout.pp) * layout.pp
+        tokens, images = _with_images(source, count, seed, positions + 1)
+        if over := (tokens.shape[1] - 1) % even:
+            tokens, images = _with_images(source, count, seed, tokens.shape[1] + even - over)
+    if isinstance(pad := language_config(dict(source.config)).get("pad_token_id"), int):
+        tokens[tokens == pad] = 1 if pad == 0 else 0  # Transformers gives the padding word's embedding no gradient
+    return tokens, images

@@ -5,16 +5,33 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedLayout
 
-__all__ = ["is_first", "run_alone", "run_world", "under_torchrun", "work_folder"]
+__all__ = [
+    "check_ranks",
+    "full_fp32",
+    "is_first",
+    "leave",
+    "run_alone",
+    "run_world",
+    "speaks",
+    "under_torchrun",
+    "work_folder",
+]
 
 OnEvent = Callable[[int, Any], None] | None
+
+_PATIENCE = timedelta(hours=1)  # while the first rank runs Transformers, the others wait
+
+_joined = False  # this process entered torchrun's world here, and leaves it here
+_working = False  # what this rank raises now, others may not have met
 
 
 def under_torchrun() -> bool:
@@ -27,16 +44,88 @@ def is_first() -> bool:
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
+def speaks() -> bool:
+    """Whether this process says what went wrong: the first, or any in the midst of what others may do without fault."""
+    return is_first() or _working
+
+
 def _join() -> int:
-    """Enter torchrun's world if nobody has; ranks in it."""
+    """Enter torchrun's world if nobody has; ranks in it.
+
+    Raises:
+        UnsupportedLayout: more ranks on this machine than GPUs.
+    """
     import torch
     import torch.distributed as dist
 
+    global _joined
     if not dist.is_initialized():
+        device = None
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= gpus:
+                found = os.environ.get("LOCAL_WORLD_SIZE", str(local + 1))
+                remedy = f"run torchrun with --nproc_per_node {gpus}"
+                raise UnsupportedLayout("ranks of this machine", got=found, wanted=f"one a GPU, {gpus}", remedy=remedy)
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device else "gloo", timeout=_PATIENCE, device_id=device)
+        _joined = True
     return dist.get_world_size()
+
+
+def leave() -> None:
+    """Wait until the first rank has written what is to be written, and end the world if it was entered here.
+
+    torchrun ends every rank as soon as one has ended with an error: none may before that.
+    """
+    global _joined
+    if not under_torchrun():
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    if _joined:
+        dist.destroy_process_group()
+        _joined = False
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Products of fp32 in fp32, on GPUs too. The bound of rounding knows no TF32, which keeps ten bits of 23.
+
+    Torch convolves in TF32 unless told otherwise, and Transformer Engine multiplies in it whatever torch is told
+    (`transformer_engine/common/gemm/cublaslt_gemm.cu`); NVIDIA's libraries look at the variable when they first run.
+    """
+    import torch
+
+    variable = "NVIDIA_TF32_OVERRIDE"
+    before = os.environ.get(variable)
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    os.environ[variable] = "0"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def check_ranks(ranks: int) -> None:
+    """Refuse a layout of another number of ranks than torchrun has started, before anything is computed.
+
+    Raises:
+        UnsupportedLayout: they are no multiple of it.
+    """
+    if under_torchrun() and (found := int(os.environ["WORLD_SIZE"])) % ranks:
+        raise UnsupportedLayout(
+            "ranks", got=found, wanted=f"a multiple of {ranks}", remedy=f"run torchrun with --nproc_per_node {ranks}"
+        )
 
 
 def run_world[T](target: Callable[..., T], ranks: int, *args: Any, on_event: OnEvent = None) -> list[T]:
@@ -50,19 +139,22 @@ def run_world[T](target: Callable[..., T], ranks: int, *args: Any, on_event: OnE
 
     if not under_torchrun():
         importlib.import_module("exaone_bridge.host.model")  # half of Megatron-Bridge: once here, not on every rank
-        return run_ranks(target, ranks, *args, on_event=on_event)
+        with full_fp32():
+            return run_ranks(target, ranks, *args, on_event=on_event)
     import torch.distributed as dist
 
     from exaone_bridge.host.cpu_runtime import cpu_runtime
 
-    if (found := _join()) % ranks:
-        raise UnsupportedLayout(
-            "ranks", got=found, wanted=f"a multiple of {ranks}", remedy=f"run torchrun with --nproc_per_node {ranks}"
-        )
-    with cpu_runtime():
+    global _working
+    check_ranks(ranks)
+    found = _join()
+    _working = True
+    # What Megatron prints as it builds a model is not the report.
+    with full_fp32(), cpu_runtime(), contextlib.redirect_stdout(sys.stderr):
         result = target(*args)
     results: list[Any] = [None] * found
     dist.all_gather_object(results, result)
+    _working = False
     return results
 
 
@@ -71,14 +163,16 @@ def run_alone[T](target: Callable[..., T], *args: Any, on_event: OnEvent = None)
     from exaone_bridge.host.world import run_ranks
 
     if not under_torchrun():
-        return run_ranks(target, 1, *args, on_event=on_event)[0]
+        with full_fp32():
+            return run_ranks(target, 1, *args, on_event=on_event)[0]
     import torch.distributed as dist
 
     _join()
     box: list[Any] = [None]
     if is_first():
         try:
-            box = [(True, target(*args))]
+            with full_fp32():
+                box = [(True, target(*args))]
         except Exception as error:  # the others wait for an answer: they fail with the same
             box = [(False, error)]
     dist.broadcast_object_list(box, src=0)

@@ -13,6 +13,7 @@ __all__ = ["BF16_RATIO", "UNIT_ROUNDOFF", "Rounding"]
 
 UNIT_ROUNDOFF = 2.0**-24  # of fp32, to nearest
 CEILING = 2.0**-9  # a model that amplifies rounding beyond this cannot be verified in fp32, and does not hold
+_TOWER_THETA = 1e4  # Transformers' `Exaone4_5_VisionRotaryEmbedding`
 BF16_RATIO = 1.1  # of distances from fp32: two runs of one precision are that far from each other
 
 
@@ -44,13 +45,28 @@ class Rounding:
     def _mlp(self) -> float:
         return 2 * self.hidden + 2 * self.hidden + self.wide + self.experts
 
+    def _tower(self) -> float:
+        """Of a vision tower, whose features take the place of words: patches, each block, and the merger after them."""
+        vision = getattr(self.facts, "vision", None)
+        if vision is None:
+            return 0.0
+        patches = self.length * vision.merge_size**2  # of one image in all places, at most
+        window = min((vision.window_size // vision.patch_size) ** 2, patches)
+        total = vision.patch_elements + vision.hidden_size * (1 + 2 * vision.merge_size**2)
+        for block in range(vision.depth):
+            keys = patches if block in vision.full_attention else window
+            # Rows and columns are rotated, and a square has as many as the root of its patches.
+            angles = patches / (2 * math.log(_TOWER_THETA))
+            total += 5 * vision.hidden_size + 2 * vision.head_dim + 2 * keys + vision.ffn_size + angles
+        return float(total)
+
     def terms(self, layer: int | None, sublayer: str, is_last: bool = False) -> float:
         """Terms summed on the way to this place; outside the layers, `is_last` tells the end from the embedding."""
         if layer is None:
             if not is_last:
                 return 1.0
             return self.terms(self.facts.num_layers - 1, "layer") + 2 * self.hidden
-        before = sum(self._attention(each) + self._mlp() for each in range(layer))
+        before = self._tower() + sum(self._attention(each) + self._mlp() for each in range(layer))
         here = self._attention(layer) + (0 if sublayer == "attention" else self._mlp())
         return before + here
 

@@ -13,7 +13,7 @@ from exaone_bridge.verify.traces import Traced, hf_hooks
 
 Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
 
-__all__ = ["load", "model_class", "run_reference"]
+__all__ = ["embeddings_of", "load", "model_class", "run_reference", "together"]
 
 NUDGE = 2.0**-16  # of the embeddings, relative: some 250 units of rounding, and still a small change
 
@@ -67,15 +67,15 @@ def run_reference(
             traced.decided &= (same[0] & same[1]).cpu().cumprod(-1).bool()
         traced.sensitivity[point.hf] = _change(value, count, traced.decided)
 
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(_nudge(count)) if nudged else None
+    embeddings = embeddings_of(model)
+    handles = [each.register_forward_hook(_nudge) for each in embeddings] if nudged else []
     try:
         with hf_hooks(model, points, length, keep):
-            batch = tokens.repeat(copies, 1).to(embedding.weight.device)
+            batch = tokens.repeat(copies, 1).to(embeddings[0].weight.device)
             pictures = {name: value.to(batch.device) for name, value in together(images, copies).items()}
             logits = model(batch, use_cache=False, **pictures).logits.float()
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
     traced.logits = logits[:count].cpu().clone()
     if nudged:
@@ -91,15 +91,19 @@ def together(images: Sequence[Images], copies: int = 1) -> Images:
     return {name: torch.cat([each[name] for each in images if name in each] * copies) for name in sorted(names)}
 
 
-def _nudge(count: int) -> Any:
-    def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        clean = output[:count]
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        noise *= NUDGE * clean.square().mean(-1, keepdim=True).sqrt()
-        return torch.cat((clean, clean + noise, clean - noise))
+def embeddings_of(model: Any) -> list[torch.nn.Module]:
+    """What makes vectors of words, and of a vision tower's patches: where a small change is put in."""
+    patches = [module for name, module in model.named_modules() if name.endswith("patch_embed")]
+    return [model.get_input_embeddings(), *patches]
 
-    return hook
+
+def _nudge(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook, for three copies of one batch: the first as it is, the others changed in opposite directions."""
+    clean = output[: len(output) // 3]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    noise *= NUDGE * clean.square().mean(-1, keepdim=True).sqrt()
+    return torch.cat((clean, clean + noise, clean - noise))
 
 
 def _change(value: torch.Tensor, count: int, decided: Any) -> float:

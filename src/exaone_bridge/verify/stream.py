@@ -63,7 +63,7 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
     source = open_source(folder)
     bridge = AutoBridge.from_hf_pretrained(folder)
     emit("HF -> Megatron-Core -> HF, layer by layer")
-    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[source.facts.dtype])
+    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[source.facts.dtype], job.overrides)
     digests = streamed.round_trip()
     if is_first():
         write_config(target, bridge._model_bridge.megatron_to_hf_config(streamed.model[0].config))
@@ -71,7 +71,7 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
     del streamed
     gc.collect()
     emit("Megatron-Core's logits, layer by layer")
-    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[job.dtype])
+    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[job.dtype], job.overrides)
     streamed.stream_layers()
     runs = [run_ours(streamed.model, job.points, *batch) for batch in job.runs()]
     return Ours(config_mapping(bridge.hf_pretrained.config), runs), digests
@@ -88,6 +88,7 @@ def verify_streaming(
     seed: int = 0,
     generation: bool = False,
     gradients: bool = False,
+    mtp: bool = False,
     on_event: OnEvent = None,
 ) -> Report:
     """`verify`, holding one layer's weights at a time on either side.
@@ -111,6 +112,7 @@ def verify_streaming(
         seed=seed,
         generation=False,
         gradients=False,
+        mtp=mtp,
     )
     supported()
     check_backend(backend)

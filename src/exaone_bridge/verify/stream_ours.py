@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,18 @@ class StreamedMegatron:
     Args:
         bridge: an AutoBridge of the Hugging Face folder.
         dtype: of the parameters.
+        overrides: further fields of the provider.
     """
 
-    def __init__(self, bridge: Any, source: HFSource, layout: Layout, backend: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        bridge: Any,
+        source: HFSource,
+        layout: Layout,
+        backend: str,
+        dtype: torch.dtype,
+        overrides: Mapping[str, Any],
+    ) -> None:
         from exaone_bridge.host.model import model_parallel_of
 
         provider = bridge.to_megatron_provider(load_weights=False)
@@ -36,7 +45,7 @@ class StreamedMegatron:
             "autocast_dtype": dtype,
             "perform_initialization": False,
         }
-        provider.apply_overrides_and_finalize(dtype, fields)
+        provider.apply_overrides_and_finalize(dtype, fields | dict(overrides))
         cpu = not torch.cuda.is_available()
         self.model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=cpu)
         self.converter = bridge._model_bridge

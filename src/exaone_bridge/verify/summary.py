@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from exaone_bridge.checkpoint.source import HFSource
@@ -32,6 +33,10 @@ def model_summary(source: HFSource) -> dict[str, Any]:
         "vocab_size": facts.vocab_size,
         "tied": facts.tied,
     }
+    if (vision := getattr(facts, "vision", None)) is not None:
+        summary["vision"] = dataclasses.asdict(vision) | {"head_dim": vision.head_dim}
+    if depth := getattr(facts, "mtp_depth", 0):
+        summary["mtp"] = {"depth": depth, "layers": facts.mtp_layers}
     if any(moe):
         summary |= {
             "feed_forward": mlp_pattern(moe),

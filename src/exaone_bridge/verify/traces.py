@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,7 @@ def megatron_hooks(model: list[Any], points: Iterable[Point], into: dict[str, li
     """Append each microbatch's value [B, S, features] at every point that this rank holds.
 
     With tensor parallelism a rank holds some heads only: what lies between the projections of attention is left out.
+    Multi-token prediction embeds words too, after the decoder and on the last stage: that is not looked at.
     """
     from megatron.core.utils import get_model_config, unwrap_model
 
@@ -83,8 +85,11 @@ def megatron_hooks(model: list[Any], points: Iterable[Point], into: dict[str, li
     for chunk in unwrap_model(model):
         modules = _by_global_number(chunk)
         for point in table:
+            if point.sublayer == "embedding" and not chunk.pre_process:
+                continue
+            again = config.mtp_num_layers or 0 if point.sublayer == "embedding" and chunk.post_process else 0
             if (module := modules.get(point.megatron)) is not None:
-                handles.append(_watch(module, point, config, into))
+                handles.append(_watch(module, point, config, into, again))
     try:
         yield
     finally:
@@ -103,7 +108,10 @@ def _by_global_number(chunk: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return found
 
 
-def _watch(module: torch.nn.Module, point: Point, config: Any, into: dict[str, list[torch.Tensor]]) -> Any:
+def _watch(
+    module: torch.nn.Module, point: Point, config: Any, into: dict[str, list[torch.Tensor]], again: int = 0
+) -> Any:
+    """Keep what this module puts out, less the `again` calls that follow each one for something else."""
     from exaone_bridge.host.model import over_context
 
     def keep(value: torch.Tensor) -> None:
@@ -111,7 +119,11 @@ def _watch(module: torch.nn.Module, point: Point, config: Any, into: dict[str, l
         value = over_context(value, dim=0)
         into.setdefault(point.hf, []).append(value.detach().flatten(2).transpose(0, 1).float().cpu().clone())
 
+    calls = itertools.cycle((True, *(False,) * again))
+
     def after(linear: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        if not next(calls):
+            return
         value = output[0] if isinstance(output, tuple) else output
         match point.take:
             case Take.INPUT:

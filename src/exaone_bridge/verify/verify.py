@@ -75,7 +75,7 @@ def make_report(
         checks: of what lies on disk, and of generation.
         found: what `arithmetic` gave.
         other: what it was held against, if not its own round trip.
-        setup: settings beside prompts and seed.
+        setup: settings beside the job's own.
     """
     return Report(
         source=source.folder.name,
@@ -88,7 +88,7 @@ def make_report(
         places=found["places"],
         location=found["location"],
         tensors={name: digest.as_json() for name, digest in tensors.items()},
-        setup={"prompts": [list(tokens.shape) for tokens in job.batches], "seed": seed, **setup},
+        setup=job.setup(seed) | setup,
         versions=versions(),
         seconds=seconds,
     )
@@ -106,6 +106,7 @@ def verify(
     seed: int = 0,
     generation: bool = False,
     gradients: bool = False,
+    mtp: bool = False,
     on_event: OnEvent = None,
 ) -> Report:
     """Check that a model survives Megatron-Core: what lies on disk after a round trip, and what it computes there.
@@ -118,6 +119,7 @@ def verify(
         count, length, seed: of the prompts; length None: past the window and RoPE's own length where affordable.
         generation: also compare greedy generation before and after.
         gradients: also compare the gradients of one step, in fp32.
+        mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
         on_event: called with (rank, stage) while it works.
 
     Raises:
@@ -139,6 +141,7 @@ def verify(
         seed=seed,
         generation=generation,
         gradients=gradients,
+        mtp=mtp,
     )
     supported()
     check_backend(backend)

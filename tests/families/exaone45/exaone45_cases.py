@@ -40,13 +40,24 @@ def changed(**fields: Any) -> dict[str, Any]:
     return result
 
 
-def batches(count: int = 4, seed: int = 7) -> list[tuple[torch.Tensor, Images]]:
+def batches(count: int = 4, seed: int = 7, config: dict[str, Any] = CONFIG) -> list[tuple[torch.Tensor, Images]]:
     """Prompts [1, S + 1] that no padding word is in, with one image, several, a video, none; S is even."""
-    tokens, images = image_prompts(read_config(CONFIG), count, seed)
+    tokens, images = image_prompts(read_config(config), count, seed)
     tokens = torch.where(tokens == 0, 1, tokens)  # Transformers gives the padding word's embedding no gradient
     words = torch.full((len(tokens), 2 if tokens.shape[1] % 2 else 1), 5)
     tokens = torch.cat((tokens, words), dim=1)
     return list(zip(tokens.split(1), images, strict=True))
+
+
+def device() -> str:
+    """Where both sides run. Asked on a rank: CUDA is not to be woken before ranks are forked."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def moved(data: list[tuple[torch.Tensor, Images]]) -> list[tuple[torch.Tensor, Images]]:
+    """The same, there."""
+    where = device()
+    return [(tokens.to(where), {name: value.to(where) for name, value in images.items()}) for tokens, images in data]
 
 
 def step_of_transformers(folder: Path, data: list[tuple[torch.Tensor, Images]]) -> tuple[float, dict[str, Any]]:
@@ -54,18 +65,20 @@ def step_of_transformers(folder: Path, data: list[tuple[torch.Tensor, Images]]) 
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.to(device())
     total = 0.0
-    for tokens, images in data:
+    for tokens, images in moved(data):
         loss = cross_entropy(model.train()(tokens[:, :-1], use_cache=False, **images).logits, tokens[:, 1:])
         (loss / len(data)).backward()
         total += loss.item() / len(data)
-    return total, {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return total, {name: value.grad.cpu() for name, value in model.named_parameters() if value.grad is not None}
 
 
 def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
     tokens, images = next(batches)
     length = tokens.shape[1] - 1
-    output = model(tokens[:, :-1], torch.arange(length)[None], None, labels=tokens[:, 1:], **images)
+    positions = torch.arange(length, device=tokens.device)[None]
+    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:], **images)
     return output, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
 
 
@@ -93,8 +106,9 @@ def forward_backward(
     data: list[tuple[torch.Tensor, Images]],
     overrides: dict[str, Any],
     look: Callable[[list[Any]], None] = lambda model: None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float | None, dict[str, Any], set[str]]:
-    """As `step_of_megatron`, with all that the export has; `look` is shown the model before it runs.
+    """As `step_of_megatron`, with all that the export has, in this type; `look` is shown the model before it runs.
 
     Megatron-Core's own schedule, data-parallel wrapper with overlapped reduction, and `finalize_model_grads`.
     """
@@ -107,11 +121,13 @@ def forward_backward(
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
-    provider.apply_overrides_and_finalize(torch.float32, model_parallel_of(layout) | overrides)
+    fields = model_parallel_of(layout) | {"pipeline_dtype": dtype, "autocast_dtype": dtype} | overrides
+    provider.apply_overrides_and_finalize(dtype, fields)
     model = provider.provide_distributed_model(
         ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=layout.pp == 1),
-        use_cpu_initialization=True,
+        use_cpu_initialization=device() == "cpu",
     )
+    data = moved(data)
     get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
     if layout.pp == 1:
         get_model_config(model[0]).no_sync_func = model[0].no_sync

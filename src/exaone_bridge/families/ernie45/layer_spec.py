@@ -36,14 +36,14 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
         if moe
         else functools.partial(
             MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(linear_fc1=backend.column_linear_pre_norm, linear_fc2=backend.row_linear),
+            submodules=MLPSubmodules(backend.column_linear_pre_norm, backend.row_linear, backend.activation),
         )
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=Fp32RotarySelfAttention,
+                module=backend.fused_attention or Fp32RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_linear_pre_norm,

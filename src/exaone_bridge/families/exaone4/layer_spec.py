@@ -26,7 +26,7 @@ def exaone4_layer_spec(backend: Backend) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=backend.fused_attention or SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_linear,
@@ -39,7 +39,7 @@ def exaone4_layer_spec(backend: Backend) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear_post_norm),
+                submodules=MLPSubmodules(backend.column_linear, backend.row_linear_post_norm, backend.activation),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -29,6 +29,7 @@ _CARRYING = Family(
     processor_files=PROCESSOR_FILES,
     bridge="exaone_bridge.families.exaone45.bridge:Exaone45Bridge",
     image_prompts="exaone_bridge.families.exaone45.prompts:image_prompts",
+    collators={"Exaone4_5_Processor": "exaone_bridge.families.exaone45.collate:exaone45_collate"},
     carried=CARRIED,
     carried_tensors=carried_tensors,
     without_carried=without_carried,

@@ -75,9 +75,11 @@ class Exaone45Model(GPTModel):
 
         Raises:
             VisionInputError: more or fewer words for features than features, or pixels that their grids do not explain.
-                Without any pixels such words are words, as in Transformers.
+                Without any pixels such words are words, as in Transformers. Or packed rows that context parallelism has
+                yet to cut.
         """
         whole_mask = others.get("loss_mask")
+        self._refuse_whole_packed(input_ids, others.get("packed_seq_params"))
         if cut := self._is_whole(position_ids):
             group = self.pg_collection.cp
             mine = positions_of(group.rank(), group.size(), input_ids.shape[1], input_ids.device)
@@ -101,6 +103,18 @@ class Exaone45Model(GPTModel):
             return False
         first = position_ids[0]
         return bool((first == torch.arange(len(first), device=first.device)).all())
+
+    def _refuse_whole_packed(self, input_ids: torch.Tensor, packed: Any) -> None:
+        """Megatron-Bridge's step leaves packed rows whole too, and their cut goes through each document."""
+        ranks = self.pg_collection.cp.size()
+        if ranks == 1 or packed is None or packed.cu_seqlens_q is None:
+            return
+        ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        if int(ends[-1]) == input_ids.shape[1]:
+            raise VisionInputError(
+                f"a packed row has all its {input_ids.shape[1]} words on each of the {ranks} ranks that share it; "
+                "leave packing out with context parallelism (dataset.enable_in_batch_packing=False)."
+            )
 
     def _embedded(
         self,

@@ -50,10 +50,16 @@ def _text(facts: Exaone45Facts, count: int, generator: torch.Generator) -> torch
     return words
 
 
-def image_prompts(facts: Exaone45Facts, count: int, seed: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-    """Prompts of one length [N, S], and the images of each: one; several of different sizes, at both ends; a video.
+def image_prompts(
+    facts: Exaone45Facts, count: int, seed: int, length: int | None = None
+) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """Prompts of one length [N, S], and the images of each: one; several of different sizes, at both ends; a video;
+    none; and so on.
 
     Images are larger than one window of the tower, and not a multiple of it.
+
+    Args:
+        length: positions S; None: past the language model's window. Images make it longer where they need to.
     """
     generator = torch.Generator().manual_seed(seed)
     side = facts.vision.merge_size
@@ -66,7 +72,8 @@ def image_prompts(facts: Exaone45Facts, count: int, seed: int) -> tuple[torch.Te
         [("text", 9)],
     ]
     made = [prompt_of(facts, kinds[number % len(kinds)], generator) for number in range(count)]
-    length = max(max((window or 0) for window in facts.windows) * 2 + 9, max(len(words) for words, _ in made))
-    length = min(length, facts.max_positions)
+    if length is None:
+        length = max((window or 0) for window in facts.windows) * 2 + 9
+    length = max(min(length, facts.max_positions), max(len(words) for words, _ in made))
     tokens = [torch.cat([words, _text(facts, length - len(words), generator)]) for words, _ in made]
     return torch.stack(tokens), [arguments for _, arguments in made]

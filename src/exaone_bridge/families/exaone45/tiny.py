@@ -59,7 +59,14 @@ TINY: dict[str, dict[str, Any]] = {
 # The tokenizer's names of what holds an image's place, and of its borders (`processing_exaone4_5.py`).
 SPECIAL_TOKENS = TEXT_TOKENS | {"<|image_pad|>": 67, "<|video_pad|>": 68, "<vision>": 73, "</vision>": 74}
 
-CHAT_TEMPLATE = TEXT_TEMPLATE
+# A turn is words, or a list of parts; each image and video leaves one word, which the processor multiplies.
+CHAT_TEMPLATE = TEXT_TEMPLATE.replace(
+    "{{ message.content }}",
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<vision><|image_pad|></vision>"
+    "{% elif part.type == 'video' %}<vision><|video_pad|></vision>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}",
+)
 
 _PROCESSOR: dict[str, Any] = {
     "patch_size": _PATCH,

@@ -1,0 +1,194 @@
+"""`train_step.py` for EXAONE 4.5: words and images, a few layers of each tower, published widths, beside Transformers.
+
+    python benchmarks/train_images.py --model exaone45-33b-4-layers --seq 8192 --images 2 --side 64
+
+Every parameter is trained, the vision tower's too; multi-token prediction, which Transformers does not build, is off on
+both sides. Tokens a second count all words of a sequence, those that hold images' places included. Floating-point
+operations count the tower: 2 a parameter and patch in its linears, and for its attention the keys of a patch's window,
+or of its image in blocks that see all; three times that, but twice for patches' embedding: pixels have no gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # before transformer_engine: the two bring different versions of cuDNN
+from train_step import compared, measure
+from train_step import operations as operations_of_words
+
+import exaone_bridge
+from exaone_bridge.families.exaone45.config import VisionFacts, read_config
+from exaone_bridge.recipes.published import CONFIGS
+
+
+def _cut(layers: int, blocks: int) -> dict[str, Any]:
+    """The first layers of the published language model, and the first blocks of its tower."""
+    config = CONFIGS["exaone45_33b"]
+    language, vision = config["text_config"], config["vision_config"]
+    return config | {
+        "text_config": language | {"num_hidden_layers": layers, "layer_types": language["layer_types"][:layers]},
+        "vision_config": vision
+        | {"depth": blocks, "fullatt_block_indexes": [at for at in vision["fullatt_block_indexes"] if at < blocks]},
+    }
+
+
+# As many blocks as have one that sees the whole image; 33B has four times as many, for sixteen times the layers.
+MODELS: dict[str, dict[str, Any]] = {"exaone45-33b-4-layers": _cut(4, 7), "exaone45-33b-8-layers": _cut(8, 7)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens [B, S + 1], pixels of all images, their grids [images, 3]; images of one sequence."""
+
+    tokens: torch.Tensor
+    pixels: torch.Tensor
+    grids: torch.Tensor
+    images: int
+
+    @property
+    def arguments(self) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels, "image_grid_thw": self.grids}
+
+
+def config_of(fields: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+    config.architectures = list(fields["architectures"])
+    return config
+
+
+def batch_of(config: Any, seq: int, mbs: int, images: int, side: int, device: str = "cuda") -> Batch:
+    """Random words, and in each sequence square images of noise, as many patches a side, evenly spread over it.
+
+    Raises:
+        SystemExit: images that leave no room for words.
+    """
+    facts = read_config(config.to_dict())
+    places = side * side // facts.vision.merge_size**2
+    if side % facts.vision.merge_size or images * places > seq:
+        raise SystemExit(
+            f"{images} images of {side} x {side} patches are {images * places} words; a sequence has {seq}, and a side "
+            f"is a multiple of {facts.vision.merge_size}"
+        )
+    tokens = torch.randint(facts.vocab_size, (mbs, seq + 1), device=device)
+    for taken in (facts.image_token, facts.video_token):
+        tokens[tokens == taken] = facts.video_token + 1
+    for number in range(images):
+        start = number * (seq // images)
+        tokens[:, start : start + places] = facts.image_token
+    pixels = torch.randn(mbs * images * side * side, facts.vision.patch_elements, device=device, dtype=torch.bfloat16)
+    grids = torch.tensor([[1, side, side]] * (mbs * images), device=device)
+    return Batch(tokens, pixels, grids, images)
+
+
+def operations_of_image(vision: VisionFacts, side: int) -> float:
+    """Floating-point operations of the tower, forward and backward, for one square image."""
+    patches = side * side
+    across = vision.window_size // vision.patch_size  # patches along a window's side
+    cuts = [min(across, side - start) for start in range(0, side, across)]
+    in_window = sum((rows * columns) ** 2 for rows in cuts for columns in cuts)  # queries x keys, of all windows
+    per_patch = vision.depth * vision.hidden_size * (vision.qkv_size + vision.hidden_size + 3 * vision.ffn_size)
+    joined = vision.hidden_size * vision.merge_size**2
+    merger = patches // vision.merge_size**2 * (joined * joined + joined * vision.out_size)
+    full = len(vision.full_attention)
+    attention = 4 * vision.hidden_size * (full * patches**2 + (vision.depth - full) * in_window)
+    embedding = 2 * patches * vision.patch_elements * vision.hidden_size
+    return 3 * (2 * (per_patch * patches + merger) + attention) + 2 * embedding
+
+
+def operations(config: Any, seq: int, images: int, side: int) -> float:
+    """Of one forward and backward of one sequence with its images."""
+    facts = read_config(config.to_dict())
+    return operations_of_words(config.get_text_config(), seq) + images * operations_of_image(facts.vision, side)
+
+
+def ours(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], None]:
+    from megatron.bridge import AutoBridge
+
+    provider = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    provider.apply_overrides_and_finalize(torch.bfloat16, overrides)
+    cpu = batch.tokens.device.type == "cpu"
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=cpu)
+    model.train()
+    words, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
+    positions = torch.arange(words.shape[1], device=words.device)[None]
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        model(words, positions, None, labels=labels, **batch.arguments).float().mean().backward()
+
+    return step
+
+
+def transformers(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], None]:
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device(batch.tokens.device):
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).train()
+    words, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        model(words, labels=words, shift_labels=labels, use_cache=False, **batch.arguments).loss.backward()
+
+    return step
+
+
+VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = {
+    "ours": (ours, {}),
+    "ours-frozen-tower": (ours, {"freeze_vision_model": True}),
+    "transformers": (transformers, {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="exaone45-33b-4-layers")
+    parser.add_argument("--seq", type=int, default=8192)
+    parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
+    parser.add_argument("--images", type=int, default=2, help="of each sequence")
+    parser.add_argument("--side", type=int, default=64, help="of an image, in patches; four patches are a word")
+    parser.add_argument("--variants", default="ours,transformers")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="one variant after the other: no room for two")
+    options = parser.parse_args()
+
+    exaone_bridge.supported()
+    torch.cuda.set_device(0)
+    os.environ.setdefault("RANK", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        config = config_of(MODELS[options.model])
+        batch = batch_of(config, options.seq, options.mbs, options.images, options.side)
+
+        def needs(config: Any, seq: int) -> float:
+            return operations(config, seq, options.images, options.side)
+
+        share = 1 - operations_of_words(config.get_text_config(), options.seq) / needs(config, options.seq)
+        places = int((batch.tokens == config.image_token_id).sum())
+        print(
+            f"{options.model}, {options.mbs} x {options.seq} tokens, {places} of them for {len(batch.grids)} images; "
+            f"the tower has {share:.0%} of the operations"
+        )
+        names = options.variants.split(",")
+        turns = [[name] for name in names] if options.apart else [names]
+        settings = {"variants": VARIANTS, "batch": batch, "needs": needs}
+        sizes = options.seq, options.mbs, options.profile
+        compared([row for turn in turns for row in measure(turn, config, *sizes, **settings)])
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
