@@ -10,18 +10,14 @@ or of its image in blocks that see all; three times that, but twice for patches'
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
-from train_step import compared, measure
+from train_step import alone, arguments, config_of, measure_asked
 from train_step import operations as operations_of_words
 
-import exaone_bridge
 from exaone_bridge.families.exaone45.config import VisionFacts, read_config
 from exaone_bridge.recipes.published import CONFIGS
 
@@ -53,14 +49,6 @@ class Batch:
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.pixels, "image_grid_thw": self.grids}
-
-
-def config_of(fields: dict[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
-    config.architectures = list(fields["architectures"])
-    return config
 
 
 def batch_of(config: Any, seq: int, mbs: int, images: int, side: int, device: str = "cuda") -> Batch:
@@ -154,22 +142,12 @@ VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="exaone45-33b-4-layers")
-    parser.add_argument("--seq", type=int, default=8192)
-    parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
+    parser = arguments(__doc__, MODELS, "exaone45-33b-4-layers")
     parser.add_argument("--images", type=int, default=2, help="of each sequence")
     parser.add_argument("--side", type=int, default=64, help="of an image, in patches; four patches are a word")
-    parser.add_argument("--variants", default="ours,transformers")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--apart", action="store_true", help="one variant after the other: no room for two")
     options = parser.parse_args()
 
-    exaone_bridge.supported()
-    torch.cuda.set_device(0)
-    os.environ.setdefault("RANK", "0")
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    with alone():
         config = config_of(MODELS[options.model])
         batch = batch_of(config, options.seq, options.mbs, options.images, options.side)
 
@@ -182,12 +160,7 @@ def main() -> None:
             f"{options.model}, {options.mbs} x {options.seq} tokens, {places} of them for {len(batch.grids)} images; "
             f"the tower has {share:.0%} of the operations"
         )
-        names = options.variants.split(",")
-        turns = [[name] for name in names] if options.apart else [names]
-        settings = {"variants": VARIANTS, "batch": batch, "needs": needs}
-        sizes = options.seq, options.mbs, options.profile
-        compared([row for turn in turns for row in measure(turn, config, *sizes, **settings)])
-        torch.distributed.destroy_process_group()
+        measure_asked(options, config, variants=VARIANTS, batch=batch, needs=needs)
 
 
 if __name__ == "__main__":

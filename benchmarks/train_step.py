@@ -11,13 +11,14 @@ three times that for forward and backward. Variants take turns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
@@ -46,10 +47,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str, **changes: Any) -> Any:
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """Transformers' configuration of these fields."""
     from transformers import CONFIG_MAPPING
 
-    fields = MODELS[name] | changes
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
     config.architectures = list(fields["architectures"])
     return config
@@ -253,32 +254,48 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return by_name
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="exaone4-1.2b")
+def arguments(description: str | None, models: Iterable[str], model: str) -> argparse.ArgumentParser:
+    """What is asked of every benchmark of a training step."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=models, default=model)
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
     parser.add_argument("--variants", default="ours,transformers")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--apart", action="store_true", help="one variant after the other: no room for two")
-    options = parser.parse_args()
+    return parser
 
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A world of one rank on the first GPU, with our bridges registered."""
     exaone_bridge.supported()
     torch.cuda.set_device(0)
     os.environ.setdefault("RANK", "0")
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def measure_asked(options: argparse.Namespace, config: Any, **settings: Any) -> dict[str, dict[str, Any]]:
+    """`measure` of the variants that the arguments name, in turns or one by one, and what `compared` makes of them."""
+    names = options.variants.split(",")
+    turns = [[name] for name in names] if options.apart else [names]
+    sizes = options.seq, options.mbs, options.profile
+    return compared([row for turn in turns for row in measure(turn, config, *sizes, **settings)])
+
+
+def main() -> None:
+    options = arguments(__doc__, MODELS, "exaone4-1.2b").parse_args()
+    with alone():
         print(f"{options.model}, {options.mbs} x {options.seq} tokens")
-        config = config_of(options.model)
-        names = options.variants.split(",")
-        turns = [[name] for name in names] if options.apart else [names]
-        rows = [row for turn in turns for row in measure(turn, config, options.seq, options.mbs, options.profile)]
-        by_name = compared(rows)
+        config = config_of(MODELS[options.model])
+        by_name = measure_asked(options, config)
         if "ours" in by_name and "ours-all-global" in by_name:
             share = operations(config, options.seq) / operations(config_with_global_layers(config), options.seq)
             taken = by_name["ours"]["ms"] / by_name["ours-all-global"]["ms"]
             print(f"hybrid: {taken:.3f} of the time of all global layers, {share:.3f} of the operations")
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
