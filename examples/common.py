@@ -75,6 +75,15 @@ def configured(options: argparse.Namespace, **more: Any) -> Any:
     return config
 
 
+def to_fine_tune(options: argparse.Namespace, make: Callable[[Path], None], **more: Any) -> Any:
+    """`configured`, with the data that `make` writes and a model of random weights where the arguments name none."""
+    data = options.data or once(options.save / "data", make)
+    options.hf_path = options.hf_path or once(
+        options.save / "model", lambda folder: write_model(folder, options.recipe)
+    )
+    return configured(options, dataset_root=data, packed=options.packed, **more)
+
+
 def steps(options: argparse.Namespace, at_end: Callable[[list[Any]], None] | None = None) -> Any:
     """A callback of the host's: losses into `losses.jsonl`, and `at_end` with the trained model."""
     from megatron.bridge.training.callbacks import Callback

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import arguments, bridge_of, configured, once, show, start, steps, write_dataset, write_model
+from common import arguments, bridge_of, show, start, steps, to_fine_tune, write_dataset
 
 
 def export(bridge: Any, model: list[Any], peft: Any, base: Path, output: Path) -> None:
@@ -28,11 +28,7 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
     parser.add_argument("--packed", action="store_true", help="several examples to a sequence")
     parser.add_argument("--scheme", choices=("lora", "dora"), default="lora")
     options = parser.parse_args(argv)
-    data = options.data or once(options.save / "data", write_dataset)
-    options.hf_path = options.hf_path or once(
-        options.save / "model", lambda folder: write_model(folder, options.recipe)
-    )
-    config = configured(options, peft_scheme=options.scheme, dataset_root=data, packed=options.packed)
+    config = to_fine_tune(options, write_dataset, peft_scheme=options.scheme)
     if adjust is not None:
         adjust(config)
     show(config)

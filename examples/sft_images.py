@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import arguments, bridge_of, configured, once, show, start, steps, write_model
+from common import arguments, bridge_of, show, start, steps, to_fine_tune
 from PIL import Image, ImageDraw
 
 PLACES = {"north": (12, 2), "east": (22, 12), "south": (12, 22), "west": (2, 12)}
@@ -65,11 +65,7 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
     parser.add_argument("--data", type=Path)
     parser.add_argument("--packed", action="store_true", help="a micro batch in one row")
     options = parser.parse_args(argv)
-    data = options.data or once(options.save / "data", write_pictures)
-    options.hf_path = options.hf_path or once(
-        options.save / "model", lambda folder: write_model(folder, options.recipe)
-    )
-    config = configured(options, dataset_root=data, packed=options.packed)
+    config = to_fine_tune(options, write_pictures)
     if adjust is not None:
         adjust(config)
     show(config)
