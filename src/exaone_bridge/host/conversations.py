@@ -8,14 +8,13 @@ set lies. Ours are entered at the end of these modules' import: who trains on wo
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.families import FAMILIES
-from exaone_bridge.host.import_hook import around_import
+from exaone_bridge.host.import_hook import after_import
 
 __all__ = ["IN_FOLDER", "conversations_when_imported", "in_folder"]
 
@@ -27,22 +26,12 @@ _MEDIA = ("image", "path", "video")
 
 def conversations_when_imported() -> None:
     """Enter ours as soon as the host's tables are there; doing it again is harmless."""
-    for module, enter in ((_COLLATORS, _enter_collators), (_ADAPTERS, _enter_adapter)):
-        around_import(module, _after(module, enter))
-        if module in sys.modules:
-            enter(sys.modules[module])
+    after_import(_COLLATORS, _enter_collators)
+    after_import(_ADAPTERS, _enter_adapter)
 
 
-def _after(module: str, enter: Callable[[Any], None]) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
-        yield
-        enter(sys.modules[module])
-
-    return around
-
-
-def _enter_collators(registry: Any) -> None:
+def _enter_collators() -> None:
+    registry: Any = sys.modules[_COLLATORS]
     for family in FAMILIES:
         for processor, place in family.collators.items():
             module, _, name = place.partition(":")
@@ -52,7 +41,8 @@ def _enter_collators(registry: Any) -> None:
     registry.resolve_model_collate.cache_clear()
 
 
-def _enter_adapter(adapters: Any) -> None:
+def _enter_adapter() -> None:
+    adapters: Any = sys.modules[_ADAPTERS]
     adapters._ADAPTERS[IN_FOLDER] = in_folder
 
 

@@ -6,8 +6,9 @@ Two seams of the host need it: one module of Megatron-Bridge that cannot be impo
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # importing it takes longer than importing all of this packag
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
 
-__all__ = ["around_import"]
+__all__ = ["after_import", "around_import"]
 
 _hooks: dict[str, Callable[[], AbstractContextManager[object]]] = {}
 
@@ -68,3 +69,16 @@ def around_import(module: str, around: Callable[[], AbstractContextManager[objec
     _hooks[module] = around
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def after_import(name: str, call: Callable[[], object]) -> None:
+    """Call at the end of the module's import; now too, if it is imported already."""
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        yield
+        call()
+
+    around_import(name, around)
+    if name in sys.modules:
+        call()

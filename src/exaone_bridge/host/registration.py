@@ -9,14 +9,11 @@ What registering needs is imported when it registers: `import exaone_bridge` onl
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
-from exaone_bridge.host.import_hook import around_import
+from exaone_bridge.host.import_hook import after_import
 
 if TYPE_CHECKING:
     from exaone_bridge.host.bridge_base import ExactBridge
@@ -27,14 +24,11 @@ _HOST = "megatron.bridge"
 
 
 def _bridge_classes() -> dict[str, type[ExactBridge]]:
+    from pkgutil import resolve_name
+
     from exaone_bridge.families import FAMILIES
 
-    classes = {}
-    for family in FAMILIES:
-        module, _, name = family.bridge.partition(":")
-        for architecture in family.architectures:
-            classes[architecture] = getattr(importlib.import_module(module), name)
-    return classes
+    return {name: resolve_name(family.bridge) for family in FAMILIES for name in family.architectures}
 
 
 def _keys(architecture: str) -> tuple[object, ...]:
@@ -106,14 +100,6 @@ def supported() -> dict[str, type[ExactBridge]]:
     return classes
 
 
-@contextlib.contextmanager
-def _then_register() -> Iterator[None]:
-    yield
-    register()
-
-
 def register_when_imported() -> None:
     """Register now if Megatron-Bridge is imported already, else at the end of its import."""
-    around_import(_HOST, _then_register)
-    if _HOST in sys.modules:
-        register()
+    after_import(_HOST, register)

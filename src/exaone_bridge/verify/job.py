@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -277,10 +277,8 @@ def make_job(
 def _with_images(source: HFSource, count: int, seed: int, length: int) -> tuple[torch.Tensor, list[Images]]:
     """Prompts of at least this length, and the images of each, as the family makes them."""
     assert source.family.image_prompts is not None
-    module, _, name = source.family.image_prompts.partition(":")
-    found: tuple[torch.Tensor, list[Images]] = getattr(importlib.import_module(module), name)(
-        source.facts, count, seed, length
-    )
+    make = resolve_name(source.family.image_prompts)
+    found: tuple[torch.Tensor, list[Images]] = make(source.facts, count, seed, length)
     return found
 
 

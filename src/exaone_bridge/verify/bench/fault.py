@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
@@ -61,8 +61,7 @@ def rows_changed(
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
-        module, _, name = bridge.partition(":")
-        found = getattr(importlib.import_module(module), name)
+        found = resolve_name(bridge)
         family = found.FAMILY
         faulty = dataclasses.replace(
             family, rows=lambda facts: tuple(row for row in map(change, family.rows(facts)) if row is not None)
