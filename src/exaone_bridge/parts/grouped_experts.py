@@ -29,8 +29,15 @@ __all__ = [
     "GroupedExperts",
     "RowParallelGroupedLinear",
     "grouped_products",
+    "is_swiglu",
     "stacked",
 ]
+
+
+def is_swiglu(config: TransformerConfig) -> bool:
+    """Whether the feed-forward's activation is what `parts/swiglu.py` computes: neither clamped nor shifted."""
+    silu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+    return bool(silu and not (config.activation_func_clamp_value or config.glu_linear_offset))
 
 
 def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -153,16 +160,14 @@ class GroupedExperts(TEGroupedMLP):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[T, H] sorted by local expert, [E] counts, [T] probabilities -> [T, H], None."""
         hidden, counts = permuted_local_hidden_states, tokens_per_expert
-        if not (self._grouped(hidden) and counts.is_cuda):
+        grouped = self._grouped(hidden) and counts.is_cuda
+        splits: Any = _Ends(counts.cumsum(0, dtype=torch.int32)) if grouped else counts
+        if buffers or not (grouped and self._plain()):
             result: tuple[torch.Tensor, torch.Tensor | None]
-            result = super().forward(hidden, counts, permuted_probs, **buffers)
+            result = super().forward(hidden, splits, permuted_probs, **buffers)
             return result
-        ends: Any = _Ends(counts.cumsum(0, dtype=torch.int32))
-        if not self._plain():
-            result = super().forward(hidden, ends, permuted_probs, **buffers)
-            return result
-        hidden, _ = self.linear_fc1(hidden, ends)
-        hidden, _ = self.linear_fc2(swiglu(hidden, permuted_probs), ends)
+        hidden, _ = self.linear_fc1(hidden, splits)
+        hidden, _ = self.linear_fc2(swiglu(hidden, permuted_probs), splits)
         return hidden, None
 
     def _grouped(self, hidden: torch.Tensor) -> bool:
@@ -173,11 +178,9 @@ class GroupedExperts(TEGroupedMLP):
 
     def _plain(self) -> bool:
         """Whether there is nothing between the linears but SwiGLU: no offloading, no recompute."""
-        config = self.config
         between = self.activation_recompute or self.offload_expert_fc1 or self.offload_moe_act
-        other = config.activation_func_clamp_value or config.glu_linear_offset or config.moe_mlp_glu_interleave_size
-        silu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
-        return silu and not (between or other or config.moe_apply_probs_on_input)
+        other = self.config.moe_mlp_glu_interleave_size or self.config.moe_apply_probs_on_input
+        return is_swiglu(self.config) and not (between or other)
 
 
 class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):

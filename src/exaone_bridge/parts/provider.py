@@ -21,6 +21,7 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.backend import cannot_run, cross_entropy, resolve_backend
 from exaone_bridge.parts.context_parallel import exchanges
 from exaone_bridge.parts.family import Facts
+from exaone_bridge.parts.grouped_experts import is_swiglu
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rotary import Llama3RotaryEmbedding
 from exaone_bridge.parts.vocab import mask_padded_vocabulary
@@ -128,10 +129,8 @@ class ExactGPTModelProvider(GPTModelProvider):
 
     def _plain_swiglu(self) -> bool:
         """Whether a fused SwiGLU is wished for that our kernel can be (`parts/swiglu.py`)."""
-        silu = self.gated_linear_unit and self.activation_func is torch.nn.functional.silu
         other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
-        clamped = self.activation_func_clamp_value or self.glu_linear_offset
-        return bool(self.bias_activation_fusion and silu and not (other or clamped))
+        return self.bias_activation_fusion and is_swiglu(self) and not other
 
     def _exchanges(self) -> list[str]:
         """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
