@@ -34,7 +34,17 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
         UnmappedTensors: see `HFSource.check_names`; by then all is printed.
         UnsupportedLayout: the model cannot be cut so.
     """
+    collecting = gc.isenabled()
     gc.disable()  # 60,000 tensors are a million objects, and none of them is garbage before the end
+    try:
+        source = _print(folder, layout, as_json)
+    finally:
+        if collecting:
+            gc.enable()
+    source.check_names()
+
+
+def _print(folder: Path, layout: Layout, as_json: bool) -> HFSource:
     source = survey(folder)
     check_layout(source.facts, layout)
     plan = source.plan(layout)
@@ -43,7 +53,7 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
     text = _json(source, plan) if as_json else "\n".join(_lines(source, plan))
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-    source.check_names()
+    return source
 
 
 def _refused(source: HFSource) -> Iterator[tuple[str, str]]:
