@@ -79,7 +79,8 @@ def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any
     length = tokens.shape[1] - 1
     positions = torch.arange(length, device=tokens.device)[None]
     output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:], **images)
-    return output, lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
+    ranks = model.config.context_parallel_size  # by which Megatron-Core multiplies a loss that is a mean already
+    return output, lambda loss: (loss.mean() / ranks, {"loss": loss.mean().detach()})
 
 
 def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
 def step_of_megatron(
     folder: Path, layout: Layout, data: list[tuple[torch.Tensor, Images]], overrides: dict[str, Any]
 ) -> tuple[float | None, dict[str, Any], set[str]]:
-    """On a rank: mean loss (last stage), gradients by Hugging Face name everywhere, and this rank's frozen names."""
+    """On a rank: mean loss (last stage; of its part of the words), gradients by Hugging Face name everywhere, and this rank's frozen names."""
     loss, gradients, frozen = forward_backward(folder, layout, data, overrides)
     return loss, {name: value for name, value in gradients.items() if not name.startswith("mtp.")}, frozen
 

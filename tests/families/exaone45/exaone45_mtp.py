@@ -15,6 +15,7 @@ import torch
 from exaone45_cases import device, forward_backward, gathered_over_tp
 from safetensors.torch import load_file
 
+from exaone_bridge.parts.context_parallel import positions_of
 from exaone_bridge.parts.layout import Layout
 
 SCALE = 0.1
@@ -53,14 +54,26 @@ def _next(tokens: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tokens[:, 1:], (0, 1))
 
 
+def _mean_of_means(logits: torch.Tensor, aims: torch.Tensor, kept: int, cp: int) -> torch.Tensor:
+    """Cross entropy of the first `kept` positions: Megatron-Core takes each rank's mean over the words that rank has
+    (`process_mtp_loss`), and data parallelism the mean of those. One of N words more or less on a rank is 1/N of it."""
+    means = []
+    for rank in range(cp):
+        mine = positions_of(rank, cp, logits.shape[1], logits.device)
+        mine = mine[mine < kept]
+        means.append(torch.nn.functional.cross_entropy(logits[:, mine].flatten(0, 1), aims[:, mine].flatten()))
+    return torch.stack(means).mean()
+
+
 def formula(
-    folder: Path, whole: torch.Tensor, depth: int, rule: int = 0, dtype: torch.dtype = torch.float32
+    folder: Path, whole: torch.Tensor, depth: int, rule: int = 0, dtype: torch.dtype = torch.float32, cp: int = 1
 ) -> Predicted:
     """By Transformers' modules in this type.
 
     Args:
         whole: [N, S + 1].
         rule: the decoder layer whose window and RoPE the prediction layer has.
+        cp: ranks that share each prompt, for the losses' means.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -96,7 +109,7 @@ def formula(
         hidden = _norm(out, own["norm.weight"], config.rms_norm_eps)
         logits = model.lm_head(hidden).float()
         kept = tokens.shape[1] - 1 - number
-        each = torch.nn.functional.cross_entropy(logits[:, :kept].flatten(0, 1), aims[:, :kept].flatten())
+        each = _mean_of_means(logits, aims, kept, cp)
         loss = loss + SCALE / depth * each
         found.logits.append(logits.detach().cpu())
         found.losses.append(each.item())
@@ -122,7 +135,7 @@ def ours(
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.core.utils import unwrap_model
 
-    from exaone_bridge.host.model import build
+    from exaone_bridge.host.model import build, over_context
 
     overrides = {"mtp_num_layers": depth} | overrides
     bridge = AutoBridge.from_hf_pretrained(folder)
@@ -144,10 +157,8 @@ def ours(
     data = [(one, {}) for one in whole.split(1)]
     _, found.gradients, _ = forward_backward(folder, layout, data, overrides, look, dtype)
     each = depth + 1  # calls of the output layer for one prompt: its depths, then the model itself
-    logits = [
-        torch.cat([gathered_over_tp(seen[start + number]).transpose(0, 1) for start in range(0, len(seen), each)])
-        for number in range(depth if seen else 0)
-    ]
+    whole_vocab = [over_context(gathered_over_tp(output), dim=0).transpose(0, 1) for output in seen]
+    logits = [torch.cat(whole_vocab[number::each]) for number in range(depth if seen else 0)]
     found.logits = [each[..., :vocab_size].float().cpu() for each in logits]
     if seen:
         found.losses = [total / len(data) for total in MTPLossLoggingHelper.tracker["loss_values"].tolist()]
