@@ -24,7 +24,10 @@ CP2 = ("--cp", "2", "--dtype", "bfloat16")
 
 
 def _cases() -> list[dict[str, Any]]:
-    """Name, options, and what must be said: of each check its verdict, where it is not that it holds."""
+    """Name, options, and what must be said: of each check its verdict, where it is not that it holds.
+
+    Also whether the model is verified as a Megatron checkpoint.
+    """
     cases: list[dict[str, Any]] = []
     for name in NAMES:
         cases.append({"name": name, "options": ("--tp", "2")})
@@ -36,9 +39,11 @@ def _cases() -> list[dict[str, Any]]:
     cases.append(
         {"name": "exaone4", "options": (*CP2, "--quick"), "fault": "one-projection", "verdicts": differs, "code": 1}
     )
+    cases.append({"name": "exaone4", "options": ("--tp", "2"), "megatron": True})
     cases.append({"name": "exaone4", "options": ("--pp", "4"), "code": 2, "says": "--nproc_per_node 4"})
     for case in cases:
-        case["id"] = " ".join([case["name"], *case["options"], *([case["fault"]] if "fault" in case else [])])
+        marks = [case.get("fault", ""), "from Megatron" if "megatron" in case else ""]
+        case["id"] = " ".join([case["name"], *case["options"], *filter(None, marks)])
     return cases
 
 
@@ -51,9 +56,13 @@ def prepared(work: Path, tiny: Any) -> tuple[Path, Path]:
     from test_transformer_engine import wide
 
     folders = {name: tiny(name, **(wide45() if name == "exaone45" else wide(name))) for name in NAMES}
+    megatron = work / "megatron"
+    importing = [sys.executable, "-m", "exaone_bridge", "import", str(folders["exaone4"]), str(megatron)]
+    subprocess.run(importing, check=True, stdout=subprocess.DEVNULL)
     written = []
     for number, case in enumerate(CASES):
-        arguments = ["verify", str(folders[case["name"]]), *case["options"], "--json", str(work / f"{number}.json")]
+        model = megatron if "megatron" in case else folders[case["name"]]
+        arguments = ["verify", str(model), *case["options"], "--json", str(work / f"{number}.json")]
         written.append({"id": case["id"], "fault": case.get("fault"), "arguments": arguments})
     (work / "cases.json").write_text(json.dumps(written))
     return work, folders["exaone4"]

@@ -257,19 +257,50 @@ def test_a_folder_without_a_tokenizer_has_one_prompt(tiny: Any, other: Path) -> 
 # --- torchrun's world -----------------------------------------------------------------------------------------------
 
 
-def _as_torchrun(folder: Path, stream: bool) -> dict[str, str]:
+def _as_torchrun(*models: Path, **options: Any) -> dict[str, str]:
     """On a rank: as if torchrun had started it."""
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    report = verify_model(folder, layout=Layout(tp=2), stream=stream, count=1)
+    report = verify_model(*models, layout=Layout(tp=2), count=1, **options)
     assert report.holds, report.faults()
     return verdicts(report)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_ranks_that_are_there_already_are_used(stream: bool, host: Any, tiny: Any) -> None:
+def _streaming(*models: Path) -> dict[str, str]:
+    return _as_torchrun(*models, stream=True)
+
+
+@pytest.mark.parametrize("run", [_as_torchrun, _streaming])
+def test_ranks_that_are_there_already_are_used(run: Callable[..., Any], host: Any, tiny: Any) -> None:
     from exaone_bridge.host.world import run_ranks
 
-    first, second = run_ranks(_as_torchrun, 2, tiny("exaone4"), stream)
+    first, second = run_ranks(run, 2, tiny("exaone4"))
     assert first == second and first["logits"] == first["tensors"] == "holds"
+
+
+@pytest.fixture
+def megatron(host: Any, tiny: Any, tmp_path: Path) -> Path:
+    """A Megatron checkpoint of the miniature."""
+    from exaone_bridge.checkpoint.convert import import_checkpoint
+
+    folder = tmp_path / "megatron"
+    import_checkpoint(tiny("exaone4"), folder, Layout())
+    return folder
+
+
+def test_a_megatron_checkpoint_in_torchruns_world(tiny: Any, megatron: Path) -> None:
+    """Ranks can fork none of their own: a process that does exports it, and both ranks see what it wrote."""
+    from exaone_bridge.host.world import run_ranks
+
+    first, second = run_ranks(_as_torchrun, 2, tiny("exaone4"), megatron)
+    assert first == second == dict.fromkeys(["tensors", "config", "files", "logits", "generation"], "holds")
+
+
+def test_a_damaged_megatron_checkpoint_in_torchruns_world(megatron: Path) -> None:
+    from exaone_bridge.host.world import run_ranks
+
+    for file in megatron.rglob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=str(megatron)):
+        run_ranks(_as_torchrun, 2, megatron)

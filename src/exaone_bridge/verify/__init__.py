@@ -68,11 +68,13 @@ def verify_model(
         >>> assert report.holds, report.faults()
     """
     from exaone_bridge.verify.compare import compare, is_megatron, verify_megatron
+    from exaone_bridge.verify.launch import check_ranks
     from exaone_bridge.verify.stream import streams, verify_streaming
     from exaone_bridge.verify.verify import verify
 
     source = Path(source)
     layout = layout or Layout()
+    check_ranks(layout.ranks)
     options: dict[str, Any] = {
         "backend": backend,
         "dtype": dtype,

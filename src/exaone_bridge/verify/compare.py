@@ -11,13 +11,13 @@ from typing import Any
 
 from exaone_bridge.checkpoint.headers import read_json
 from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
-from exaone_bridge.errors import BridgeError, CheckpointError, UnsupportedLayout
+from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.digests import digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.greedy import compare_generated
 from exaone_bridge.verify.job import Job, OnEvent, Theirs, check_backend, make_job, run_generation, run_megatron
-from exaone_bridge.verify.launch import run_alone, run_world, under_torchrun, work_folder
+from exaone_bridge.verify.launch import run_alone, run_apart, run_world, work_folder
 from exaone_bridge.verify.report import Check, Report
 from exaone_bridge.verify.verify import arithmetic, make_report, verify
 
@@ -62,18 +62,12 @@ def side(path: Path, on_event: OnEvent = None) -> Iterator[Side]:
 
 
 def _export(path: Path, folder: Path, on_event: OnEvent) -> None:
-    """By the conversion engine, tensor by tensor, without a model.
-
-    Raises:
-        UnsupportedLayout: under torchrun, whose ranks can fork none of their own.
-    """
+    """By the conversion engine, tensor by tensor, without a model."""
     from exaone_bridge.checkpoint.convert import export_checkpoint
 
-    if under_torchrun():
-        raise UnsupportedLayout(
-            "ranks", got="torchrun's", wanted="this command's own", remedy="run it without torchrun, or export first"
-        )
-    export_checkpoint(path, folder, on_event=on_event)
+    if on_event is not None:
+        on_event(0, "exporting the Megatron checkpoint")
+    run_apart(export_checkpoint, path, folder, on_event=on_event)
 
 
 def verify_megatron(

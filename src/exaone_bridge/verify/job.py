@@ -18,7 +18,6 @@ from exaone_bridge.parts.config_reader import language_config
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.gradients import gradients_of_megatron, gradients_of_transformers
 from exaone_bridge.verify.greedy import Generated, generate
-from exaone_bridge.verify.launch import check_ranks
 from exaone_bridge.verify.logits import prompts
 from exaone_bridge.verify.points import Point, points_of
 from exaone_bridge.verify.reference import Images, together
@@ -243,9 +242,7 @@ def make_job(
 
     Raises:
         UnsupportedConfig: a type of numbers that there is none of, or multi-token prediction that the model has not.
-        UnsupportedLayout: see `check_ranks`.
     """
-    check_ranks(layout.ranks)
     if dtype not in DTYPES:
         raise UnsupportedConfig("--dtype", got=dtype, known=tuple(DTYPES), where="verify")
     depth = int(getattr(source.facts, "mtp_depth", 0))

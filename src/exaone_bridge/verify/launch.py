@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import pickle
+import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.errors import BridgeError, UnsupportedLayout
 
 __all__ = [
     "check_ranks",
@@ -20,6 +23,7 @@ __all__ = [
     "is_first",
     "leave",
     "run_alone",
+    "run_apart",
     "run_world",
     "speaks",
     "under_torchrun",
@@ -28,6 +32,8 @@ __all__ = [
 
 OnEvent = Callable[[int, Any], None] | None
 
+# What torchrun tells its ranks (https://docs.pytorch.org/docs/stable/elastic/run.html), beside TORCHELASTIC_*.
+_TOLD = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)")
 _PATIENCE = timedelta(hours=1)  # while the first rank runs Transformers, the others wait
 
 _joined = False  # this process entered torchrun's world here, and leaves it here
@@ -180,6 +186,50 @@ def run_alone[T](target: Callable[..., T], *args: Any, on_event: OnEvent = None)
     if not worked:
         raise value
     return value
+
+
+def run_apart[T](target: Callable[..., T], *args: Any, on_event: OnEvent = None) -> T:
+    """Run `target(*args)` once, where it may fork ranks of its own; its result, on every process.
+
+    Under torchrun that is a new process, which knows of no world: a rank holds a GPU and threads, and is not forked.
+
+    Args:
+        target: a function of a module, which the new process imports.
+        on_event: handed on to it, but for a new process, which cannot call it.
+
+    Raises:
+        BridgeError: what it raises.
+        RankFailure: the process died, or raised what is not ours.
+    """
+    return run_alone(_in_new_process, target, *args) if under_torchrun() else target(*args, on_event=on_event)
+
+
+def _in_new_process(target: Callable[..., Any], *args: Any) -> Any:
+    from exaone_bridge.host.world import RankFailure
+
+    code = "import sys; from exaone_bridge.verify.launch import answer; answer(sys.argv[1])"
+    environment = {name: value for name, value in os.environ.items() if not _TOLD.fullmatch(name)}
+    with tempfile.TemporaryDirectory(prefix="exaone_bridge-") as folder:
+        file = Path(folder) / "question"
+        file.write_bytes(pickle.dumps((target, args)))
+        command = [sys.executable, "-c", code, str(file)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        if ended.returncode:
+            raise RankFailure(f"the process of {target.__name__} ended with {ended.returncode}: {ended.stderr[-2000:]}")
+        worked, value = pickle.loads(file.read_bytes())
+    if not worked:
+        raise value
+    return value
+
+
+def answer(file: str) -> None:
+    """In a new process: call what the file asks for, and leave there what came of it."""
+    target, args = pickle.loads(Path(file).read_bytes())
+    try:
+        found = (True, target(*args))
+    except BridgeError as error:
+        found = (False, error)
+    Path(file).write_bytes(pickle.dumps(found))
 
 
 @contextlib.contextmanager
