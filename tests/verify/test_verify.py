@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import exaone_bridge
 from exaone_bridge.checkpoint.source import open_source
-from exaone_bridge.errors import CheckpointError
+from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify import verify_model
 from exaone_bridge.verify.greedy import CHATS, Generated, compare_generated, generate
@@ -279,28 +279,38 @@ def test_ranks_that_are_there_already_are_used(run: Callable[..., Any], host: An
     assert first == second and first["logits"] == first["tensors"] == "holds"
 
 
-@pytest.fixture
-def megatron(host: Any, tiny: Any, tmp_path: Path) -> Path:
-    """A Megatron checkpoint of the miniature."""
-    from exaone_bridge.checkpoint.convert import import_checkpoint
-
-    folder = tmp_path / "megatron"
-    import_checkpoint(tiny("exaone4"), folder, Layout())
-    return folder
-
-
-def test_a_megatron_checkpoint_in_torchruns_world(tiny: Any, megatron: Path) -> None:
+def test_a_megatron_checkpoint_in_torchruns_world(host: Any, tiny: Any, tmp_path: Path) -> None:
     """Ranks can fork none of their own: a process that does exports it, and both ranks see what it wrote."""
+    from exaone_bridge.checkpoint.convert import import_checkpoint
     from exaone_bridge.host.world import run_ranks
 
-    first, second = run_ranks(_as_torchrun, 2, tiny("exaone4"), megatron)
+    import_checkpoint(tiny("exaone4"), tmp_path / "megatron", Layout())
+    first, second = run_ranks(_as_torchrun, 2, tiny("exaone4"), tmp_path / "megatron")
     assert first == second == dict.fromkeys(["tensors", "config", "files", "logits", "generation"], "holds")
 
 
-def test_a_damaged_megatron_checkpoint_in_torchruns_world(megatron: Path) -> None:
+def _apart(folder: Path) -> list[str]:
+    """On a rank: what a process of its own raises, and what its end looks like."""
+    import torch.distributed as dist
+
+    from exaone_bridge.checkpoint.convert import export_checkpoint
+    from exaone_bridge.verify.launch import run_apart
+
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "MASTER_PORT": "1"}
+    said = []
+    for target, arguments in ((export_checkpoint, (folder / "nowhere", folder / "out")), (os._exit, (3,))):
+        with pytest.raises(BridgeError) as refused:
+            run_apart(target, *arguments)
+        said.append(f"{type(refused.value).__name__}: {refused.value}")
+    assert run_apart(os.getenv, "MASTER_PORT") is run_apart(os.getenv, "RANK") is None
+    assert run_apart(os.path.basename, "a/b") == "b"
+    return said
+
+
+def test_a_process_of_its_own_answers_every_rank(host: Any, tmp_path: Path) -> None:
     from exaone_bridge.host.world import run_ranks
 
-    for file in megatron.rglob("*.distcp"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=str(megatron)):
-        run_ranks(_as_torchrun, 2, megatron)
+    first, second = run_ranks(_apart, 2, tmp_path)
+    assert first == second
+    assert first[0].startswith("CheckpointError") and str(tmp_path / "nowhere") in first[0]
+    assert first[1] == "RankFailure: the process of _exit ended with 3: "

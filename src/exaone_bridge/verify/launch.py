@@ -33,7 +33,7 @@ __all__ = [
 OnEvent = Callable[[int, Any], None] | None
 
 # What torchrun tells its ranks (https://docs.pytorch.org/docs/stable/elastic/run.html), beside TORCHELASTIC_*.
-_TOLD = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)")
+_TOLD = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 _PATIENCE = timedelta(hours=1)  # while the first rank runs Transformers, the others wait
 
 _joined = False  # this process entered torchrun's world here, and leaves it here

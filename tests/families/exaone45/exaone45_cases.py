@@ -96,7 +96,7 @@ def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
 def step_of_megatron(
     folder: Path, layout: Layout, data: list[tuple[torch.Tensor, Images]], overrides: dict[str, Any]
 ) -> tuple[float | None, dict[str, Any], set[str]]:
-    """On a rank: mean loss (last stage; of its part of the words), gradients by Hugging Face name everywhere, and this rank's frozen names."""
+    """On a rank: mean loss (last stage; of its words), gradients by Hugging Face name, and this rank's frozen names."""
     loss, gradients, frozen = forward_backward(folder, layout, data, overrides)
     return loss, {name: value for name, value in gradients.items() if not name.startswith("mtp.")}, frozen
 
