@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 UV ?= $(shell command -v uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen
-# Processes that share the test files; each imports Megatron and forks up to eight ranks of its own.
+# Processes that share the test files, in their order: the long files with few tests in them would come last otherwise.
+# Each imports Megatron and forks up to eight ranks of its own.
 WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE =
 export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
@@ -13,7 +14,7 @@ demo: setup
 	$(RUN) exaone-bridge demo
 
 test: setup
-	$(RUN) pytest -n $(WORKERS) --dist loadfile
+	$(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(RUN) ruff check
