@@ -20,7 +20,7 @@ from exaone_bridge.checkpoint.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.maps import TensorMaps
 from exaone_bridge.checkpoint.plan import Held, Plan, Rank, even_stages
 from exaone_bridge.checkpoint.prove import prove
-from exaone_bridge.checkpoint.source import plan_of
+from exaone_bridge.checkpoint.source import plan_of, refuse_names, refuse_shape
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
 from exaone_bridge.parts.family import Family
 from exaone_bridge.parts.layout import Layout
@@ -145,29 +145,13 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
         )
     parameters = matched(plan, placed)
     tensors = {name: info for name, info in read_headers(folder).items() if not family.is_carried(name)}
-    check_tensors(rows, facts, tensors)
+    expected = expected_hf(rows, facts.dims)
+    refuse_names(folder, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
+    for name, shape in expected.items():
+        refuse_shape(tensors[name], shape)
     if placed.even:
         prove(plan, {name: info.shape for name, info in tensors.items()})
     return fill(parameters, tensors)
-
-
-def check_tensors(rows: tuple[Row, ...], facts: Any, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse a folder whose tensors are not those of the rows.
-
-    Raises:
-        UnmappedTensors: names that either side lacks.
-        CheckpointError: another shape.
-    """
-    expected = expected_hf(rows, facts.dims)
-    where, remedy = "Hugging Face checkpoint", "check that config.json belongs to these weights"
-    if missing := expected.keys() - tensors.keys():
-        raise UnmappedTensors("tensors that the model needs are missing", missing, where=where, remedy=remedy)
-    if strange := tensors.keys() - expected.keys():
-        raise UnmappedTensors("tensors that the model has no place for", strange, where=where, remedy=remedy)
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            problem = f"tensor {name} has shape {list(tensors[name].shape)}, and config.json makes it {list(shape)}"
-            raise CheckpointError(tensors[name].file, problem, remedy=remedy)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from exaone_bridge.parts.family import Facts, Family
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rows import Row, expected_hf, fp32_names
 
-__all__ = ["HFSource", "check_layout", "open_source", "plan_of", "survey"]
+__all__ = ["HFSource", "check_layout", "open_source", "plan_of", "refuse_names", "refuse_shape", "survey"]
 
 # Configuration's spelling -> safetensors'.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BELONGS = "check that config.json belongs to these weights"
 _SHAPE = operator.attrgetter("shape")
 
 
@@ -59,15 +60,9 @@ class HFSource:
         """Refuse a folder whose tensors are not those of the model.
 
         Raises:
-            UnmappedTensors: tensors that the model needs and the folder lacks, or the other way round.
+            UnmappedTensors: see `refuse_names`.
         """
-        where = str(self.folder)
-        if self.missing:
-            what, remedy = "tensors that the model needs are missing", "download or copy it again"
-            raise UnmappedTensors(what, self.missing, where=where, remedy=remedy)
-        if self.unclaimed:
-            what, remedy = "tensors that the model has no place for", "check that config.json belongs to these weights"
-            raise UnmappedTensors(what, self.unclaimed, where=where, remedy=remedy)
+        refuse_names(self.folder, self.missing, self.unclaimed)
 
     def plan(self, layout: Layout) -> Plan:
         """Which rectangles go where at this layout.
@@ -86,6 +81,31 @@ class HFSource:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def refuse_names(folder: Path, missing: Iterable[str], unclaimed: Iterable[str]) -> None:
+    """Refuse a folder whose tensors are not those of the model; it is fine where there are none of either.
+
+    Raises:
+        UnmappedTensors: tensors that the model needs and the folder lacks, or the other way round.
+    """
+    if missing := set(missing):
+        what, remedy = "tensors that the model needs are missing", "download or copy it again"
+        raise UnmappedTensors(what, missing, where=str(folder), remedy=remedy)
+    if unclaimed := set(unclaimed):
+        what = "tensors that the model has no place for"
+        raise UnmappedTensors(what, unclaimed, where=str(folder), remedy=_BELONGS)
+
+
+def refuse_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than the configuration makes it.
+
+    Raises:
+        CheckpointError: it has one.
+    """
+    if tensor.shape != shape:
+        problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, and config.json makes it {list(shape)}"
+        raise CheckpointError(tensor.file, problem, remedy=_BELONGS)
 
 
 def open_source(folder: Path) -> HFSource:
@@ -165,12 +185,7 @@ def _check_shapes(
         return  # the words for 60,000 tensors that hold would take long
     for name, shape in expected.items():
         tensor, dtype = tensors[name], "F32" if name in fp32 else model_dtype
-        if tensor.shape != shape:
-            raise CheckpointError(
-                tensor.file,
-                f"tensor {name} has shape {list(tensor.shape)}, and config.json makes it {list(shape)}",
-                remedy="check that config.json belongs to these weights",
-            )
+        refuse_shape(tensor, shape)
         if tensor.dtype != dtype:
             why = "Transformers keeps it in" if name in fp32 else "config.json's dtype makes it"
             raise CheckpointError(
