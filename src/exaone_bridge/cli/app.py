@@ -51,6 +51,7 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
     import tempfile
 
     from exaone_bridge.checkpoint.tiny import write_random
+    from exaone_bridge.verify.job import Asked
     from exaone_bridge.verify.verify import verify as run
 
     reports = []
@@ -61,7 +62,7 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
                 folder = Path(work) / name
                 config, layout = _fitted(config, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep))
                 write_random(folder, config)
-                reports.append(run(folder, layout, backend=backend, on_event=on_event))
+                reports.append(run(folder, layout, Asked(backend=backend), on_event=on_event))
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
         ["model", "parameters", "layout", "max |logit difference|", "first differing layer", "round trip", "seconds"],

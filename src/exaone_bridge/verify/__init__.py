@@ -68,6 +68,7 @@ def verify_model(
         >>> assert report.holds, report.faults()
     """
     from exaone_bridge.verify.compare import compare, is_megatron, verify_megatron
+    from exaone_bridge.verify.job import Asked
     from exaone_bridge.verify.launch import check_ranks
     from exaone_bridge.verify.stream import streams, verify_streaming
     from exaone_bridge.verify.verify import verify
@@ -75,26 +76,26 @@ def verify_model(
     source = Path(source)
     layout = layout or Layout()
     check_ranks(layout.ranks)
-    options: dict[str, Any] = {
-        "backend": backend,
-        "dtype": dtype,
-        "count": 1 if quick else count,
-        "length": length,
-        "seed": seed,
-        "generation": not quick if generation is None else generation,
-        "gradients": gradients,
-        "on_event": on_event,
-    }
+    asked = Asked(
+        backend=backend,
+        dtype=dtype,
+        count=1 if quick else count,
+        length=length,
+        seed=seed,
+        generation=not quick if generation is None else generation,
+        gradients=gradients,
+        mtp=mtp,
+    )
     if mtp and (other is not None or is_megatron(source)):
         raise UnsupportedConfig("--mtp", got=True, wanted="off but for one Hugging Face folder", where="verify")
     if other is not None:
-        report = compare(source, Path(other), layout, **options)
+        report = compare(source, Path(other), layout, asked, on_event=on_event)
     elif is_megatron(source):
-        report = verify_megatron(source, layout, **options)
+        report = verify_megatron(source, layout, asked, on_event=on_event)
     elif streams(source, stream):
-        report = verify_streaming(source, layout, mtp=mtp, **options)
+        report = verify_streaming(source, layout, asked, on_event=on_event)
     else:
-        report = verify(source, layout, mtp=mtp, **options)
+        report = verify(source, layout, asked, on_event=on_event)
     return dataclasses.replace(report, command=command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from exaone_bridge.checkpoint.headers import read_json
-from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
+from exaone_bridge.checkpoint.source import HFSource, open_source
 from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.digests import digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.greedy import compare_generated
-from exaone_bridge.verify.job import Job, OnEvent, Theirs, check_backend, make_job, run_generation, run_megatron
+from exaone_bridge.verify.job import Asked, Job, OnEvent, Theirs, make_job, run_generation, run_megatron
 from exaone_bridge.verify.launch import run_alone, run_apart, run_world, work_folder
 from exaone_bridge.verify.report import Check, Report
 from exaone_bridge.verify.verify import arithmetic, make_report, verify
@@ -70,14 +71,10 @@ def _export(path: Path, folder: Path, on_event: OnEvent) -> None:
     run_apart(export_checkpoint, path, folder, on_event=on_event)
 
 
-def verify_megatron(
-    path: Path, layout: Layout, *, backend: str = "auto", on_event: OnEvent = None, **options: Any
-) -> Report:
+def verify_megatron(path: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None) -> Report:
     """`verify` of a Megatron checkpoint: what it exports to, computed from its own weights at this layout."""
     with side(path, on_event) as exported:
-        return verify(
-            exported.folder, layout, megatron=exported.megatron, backend=backend, on_event=on_event, **options
-        )
+        return verify(exported.folder, layout, asked, megatron=exported.megatron, on_event=on_event)
 
 
 def run_other(folder: Path, job: Job) -> Theirs:
@@ -90,20 +87,7 @@ def run_other(folder: Path, job: Job) -> Theirs:
     return Theirs([run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()])
 
 
-def compare(
-    source: Path,
-    other: Path,
-    layout: Layout,
-    *,
-    backend: str = "auto",
-    dtype: str = "float32",
-    count: int = 3,
-    length: int | None = None,
-    seed: int = 0,
-    generation: bool = True,
-    gradients: bool = False,
-    on_event: OnEvent = None,
-) -> Report:
+def compare(source: Path, other: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None) -> Report:
     """Check that two models are the same on disk and compute the same.
 
     The source's logits are Transformers'; so are the other's, unless it is a Megatron checkpoint: then they are
@@ -113,31 +97,17 @@ def compare(
         CheckpointError: a folder whose tensors or configuration cannot be read.
         BridgeError: a source that is no good by itself.
     """
-    from exaone_bridge.host.registration import supported
-
     started = time.perf_counter()
     with side(source, on_event) as left, side(other, on_event) as right:
         first = open_source(left.folder)
-        check_layout(first.facts, layout)
+        gradients = asked.gradients and right.megatron is not None
+        job = make_job(first, layout, dataclasses.replace(asked, gradients=gradients))
         before = digest_folder(left.folder)
         checks = [
             compare_digests(before, digest_folder(right.folder)),
             compare_configs(first.config, read_json(right.folder / "config.json")),
             compare_files(left.folder, right.folder),
         ]
-        supported()
-        check_backend(backend)
-        job = make_job(
-            first,
-            layout,
-            backend=backend,
-            dtype=dtype,
-            count=count,
-            length=length,
-            seed=seed,
-            generation=generation,
-            gradients=gradients and right.megatron is not None,
-        )
         found: dict[str, Any] = {"checks": [], "places": (), "location": None}
         why = _cannot_run(first, right.folder)
         if why:
@@ -146,7 +116,7 @@ def compare(
             found, generated = _run(left, right, first, job, on_event)
             checks += generated
     seconds = time.perf_counter() - started
-    return make_report(first, job, before, checks, found, seed=seed, seconds=seconds, other=right.name)
+    return make_report(first, job, before, checks, found, seed=asked.seed, seconds=seconds, other=right.name)
 
 
 def _cannot_run(first: HFSource, folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exaone_bridge.checkpoint.convert import drain
-from exaone_bridge.checkpoint.source import HFSource
+from exaone_bridge.checkpoint.source import HFSource, check_layout
 from exaone_bridge.checkpoint.writer import write_hf_folder
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.parts.config_reader import language_config
@@ -25,12 +25,12 @@ from exaone_bridge.verify.traces import Traced
 
 __all__ = [
     "DTYPES",
+    "Asked",
     "Job",
     "OnEvent",
     "Ours",
     "Theirs",
     "batches_of",
-    "check_backend",
     "make_job",
     "prompt_length",
     "run_generation",
@@ -78,6 +78,29 @@ def _original_positions(config: Mapping[str, Any]) -> int | None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     original = rope.get("original_max_position_embeddings") if isinstance(rope, Mapping) else None
     return original if isinstance(original, int) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a verification is asked to look at, beside where.
+
+    Attributes:
+        backend: `auto`, `transformer_engine` or `torch`.
+        dtype: of the arithmetic: `float32`, `bfloat16` or `float16`.
+        count, length, seed: of the prompts; length None: past the window and RoPE's own length where affordable.
+        generation: also greedy generation before and after.
+        gradients: also those of one step, in fp32.
+        mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
+    """
+
+    backend: str = "auto"
+    dtype: str = "float32"
+    count: int = 3
+    length: int | None = None
+    seed: int = 0
+    generation: bool = False
+    gradients: bool = False
+    mtp: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,62 +236,52 @@ def run_megatron(source: Path, megatron: Path | None, target: Path | None, files
     return found
 
 
-def check_backend(name: str) -> None:
-    """Refuse an unknown backend before half a minute of Transformers.
+def make_job(source: HFSource, layout: Layout, asked: Asked) -> Job:
+    """A job whose prompts fit the model; all that can be refused is refused before half a minute of Transformers.
 
     Raises:
-        UnsupportedConfig: see `resolve_backend`.
+        UnsupportedConfig: a type of numbers or a backend that there is none of, or multi-token prediction that the
+            model has not.
+        UnsupportedLayout: the model cannot be cut so.
     """
-    from exaone_bridge.parts.backend import resolve_backend
-
-    if name != "auto":  # which asks CUDA, and that is for the ranks
-        resolve_backend(name)
-
-
-def make_job(
-    source: HFSource,
-    layout: Layout,
-    *,
-    backend: str,
-    dtype: str,
-    count: int,
-    length: int | None,
-    seed: int,
-    generation: bool,
-    gradients: bool,
-    mtp: bool = False,
-) -> Job:
-    """A job whose prompts fit the model.
-
-    Raises:
-        UnsupportedConfig: a type of numbers that there is none of, or multi-token prediction that the model has not.
-    """
-    if dtype not in DTYPES:
-        raise UnsupportedConfig("--dtype", got=dtype, known=tuple(DTYPES), where="verify")
+    check_layout(source.facts, layout)
+    if asked.dtype not in DTYPES:
+        raise UnsupportedConfig("--dtype", got=asked.dtype, known=tuple(DTYPES), where="verify")
     depth = int(getattr(source.facts, "mtp_depth", 0))
-    if mtp and not (depth and source.family.built):
+    if asked.mtp and not (depth and source.family.built):
         raise UnsupportedConfig(
             "--mtp", got=True, wanted="off for a model without multi-token prediction that can be built", where="verify"
         )
-    tokens, of_tokens = _gradient_prompts(source, layout, seed + 2) if gradients else (None, [])
-    batches = batches_of(source, count, length, seed)
+    tokens, of_tokens = _gradient_prompts(source, layout, asked.seed + 2) if asked.gradients else (None, [])
+    batches = batches_of(source, asked.count, asked.length, asked.seed)
     images: list[Sequence[Images]] = []
     if source.family.image_prompts is not None:
-        tokens_of_images, last = _with_images(source, count, seed + 3, batches[0].shape[1])
+        tokens_of_images, last = _with_images(source, asked.count, asked.seed + 3, batches[0].shape[1])
         images = [*((),) * len(batches), last]
         batches.append(tokens_of_images)
+    _check_host(asked.backend)
     return Job(
         batches=batches,
         images=images,
         points=points_of(source.rows),
         layout=layout,
-        backend=backend,
-        dtype=dtype,
-        generate=generation,
+        backend=asked.backend,
+        dtype=asked.dtype,
+        generate=asked.generation,
         gradient_tokens=tokens,
         gradient_images=of_tokens,
-        overrides={"mtp_num_layers": depth} if mtp else {},
+        overrides={"mtp_num_layers": depth} if asked.mtp else {},
     )
+
+
+def _check_host(backend: str) -> None:
+    """That our bridges are the host's, and that there is such a backend; Megatron is imported here, and not before."""
+    from exaone_bridge.host.registration import supported
+    from exaone_bridge.parts.backend import resolve_backend
+
+    supported()
+    if backend != "auto":  # which asks CUDA, and that is for the ranks
+        resolve_backend(backend)
 
 
 def _with_images(source: HFSource, count: int, seed: int, length: int) -> tuple[torch.Tensor, list[Images]]:

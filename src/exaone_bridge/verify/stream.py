@@ -6,6 +6,7 @@ just before they run and emptied after, so that masks, RoPE, schedule and residu
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from pathlib import Path
@@ -13,13 +14,13 @@ from pathlib import Path
 import torch
 
 from exaone_bridge.checkpoint.headers import read_json
-from exaone_bridge.checkpoint.source import check_layout, open_source
+from exaone_bridge.checkpoint.source import open_source
 from exaone_bridge.checkpoint.writer import write_config
 from exaone_bridge.parts.files import copy_travelling_files
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.digests import Digest, digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
-from exaone_bridge.verify.job import DTYPES, Job, OnEvent, Ours, Theirs, check_backend, make_job
+from exaone_bridge.verify.job import DTYPES, Asked, Job, OnEvent, Ours, Theirs, make_job
 from exaone_bridge.verify.launch import is_first, run_alone, run_world, work_folder
 from exaone_bridge.verify.report import Check, Report
 from exaone_bridge.verify.stream_ours import StreamedMegatron
@@ -80,42 +81,20 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
 def verify_streaming(
     source_folder: Path,
     layout: Layout,
+    asked: Asked = Asked(),
     *,
-    backend: str = "auto",
-    dtype: str = "float32",
-    count: int = 1,
-    length: int | None = None,
-    seed: int = 0,
-    generation: bool = False,
-    gradients: bool = False,
-    mtp: bool = False,
     on_event: OnEvent = None,
 ) -> Report:
     """`verify`, holding one layer's weights at a time on either side.
 
-    Generation and gradients need the whole model, and are not run; prompts are `count`, at most one of each length.
+    Generation and gradients need the whole model, and are not run; there is one prompt of each length.
     """
-    from exaone_bridge.host.registration import supported
     from exaone_bridge.verify.ours import merge
 
     started = time.perf_counter()
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
-    check_layout(source.facts, layout)
-    job = make_job(
-        source,
-        layout,
-        backend=backend,
-        dtype=dtype,
-        count=1,
-        length=length,
-        seed=seed,
-        generation=False,
-        gradients=False,
-        mtp=mtp,
-    )
-    supported()
-    check_backend(backend)
+    job = make_job(source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False))
     theirs = run_alone(run_theirs_streaming, source_folder, job, on_event=on_event)
     before = digest_folder(source_folder)
     with work_folder() as work:
@@ -130,7 +109,7 @@ def verify_streaming(
     ours = [merge([result.runs[number] for result, _ in results]) for number in range(len(job.batches))]
     found = arithmetic(theirs, ours, None, source, job)
     why = "it needs the whole model in memory (--no-stream)"
-    asked = {"generation": generation, "gradients": gradients}
-    found["checks"] += [Check.not_run(name, why) for name, wanted in asked.items() if wanted]
+    unmet = {"generation": asked.generation, "gradients": asked.gradients}
+    found["checks"] += [Check.not_run(name, why) for name, wanted in unmet.items() if wanted]
     seconds = time.perf_counter() - started
-    return make_report(source, job, before, checks, found, seed=seed, seconds=seconds, streaming=True)
+    return make_report(source, job, before, checks, found, seed=asked.seed, seconds=seconds, streaming=True)

@@ -10,17 +10,17 @@ from typing import Any
 
 from exaone_bridge.checkpoint.convert import shards_like
 from exaone_bridge.checkpoint.headers import read_json
-from exaone_bridge.checkpoint.source import HFSource, check_layout, open_source
+from exaone_bridge.checkpoint.source import HFSource, open_source
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.digests import Digest, digest_folder
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.gradients import compare_gradients
 from exaone_bridge.verify.greedy import compare_generated
 from exaone_bridge.verify.job import (
+    Asked,
     Job,
     OnEvent,
     Theirs,
-    check_backend,
     make_job,
     run_generation,
     run_megatron,
@@ -97,16 +97,9 @@ def make_report(
 def verify(
     source_folder: Path,
     layout: Layout,
+    asked: Asked = Asked(),
     *,
     megatron: Path | None = None,
-    backend: str = "auto",
-    dtype: str = "float32",
-    count: int = 3,
-    length: int | None = None,
-    seed: int = 0,
-    generation: bool = False,
-    gradients: bool = False,
-    mtp: bool = False,
     on_event: OnEvent = None,
 ) -> Report:
     """Check that a model survives Megatron-Core: what lies on disk after a round trip, and what it computes there.
@@ -114,37 +107,17 @@ def verify(
     Args:
         source_folder: a Hugging Face folder.
         layout: ranks are processes on this machine, or torchrun's.
+        asked: prompts, precision, and which checks.
         megatron: a Megatron checkpoint of the same model, whose weights are to be looked at.
-        dtype: of the arithmetic: float32, bfloat16 or float16.
-        count, length, seed: of the prompts; length None: past the window and RoPE's own length where affordable.
-        generation: also compare greedy generation before and after.
-        gradients: also compare the gradients of one step, in fp32.
-        mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
         on_event: called with (rank, stage) while it works.
 
     Raises:
         BridgeError: bad input; see `open_source`.
     """
-    from exaone_bridge.host.registration import supported
-
     started = time.perf_counter()
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
-    check_layout(source.facts, layout)
-    job = make_job(
-        source,
-        layout,
-        backend=backend,
-        dtype=dtype,
-        count=count,
-        length=length,
-        seed=seed,
-        generation=generation,
-        gradients=gradients,
-        mtp=mtp,
-    )
-    supported()
-    check_backend(backend)
+    job = make_job(source, layout, asked)
     theirs = run_alone(run_theirs, source_folder, job, on_event=on_event)
     before = digest_folder(source_folder)
     with work_folder() as work:
@@ -157,7 +130,7 @@ def verify(
             compare_configs(results[0].config, read_json(target / "config.json")),
             compare_files(source_folder, target),
         ]
-        if generation:
+        if job.generate:
             if on_event is not None:
                 on_event(0, "generation after the round trip")
             after = run_alone(run_generation, target, job)
@@ -166,4 +139,4 @@ def verify(
 
     ours = [merge([result.runs[number] for result in results]) for number in range(len(job.batches))]
     found = arithmetic(theirs, ours, results[0].gradients, source, job)
-    return make_report(source, job, before, checks, found, seed=seed, seconds=time.perf_counter() - started)
+    return make_report(source, job, before, checks, found, seed=asked.seed, seconds=time.perf_counter() - started)

@@ -15,6 +15,7 @@ from exaone_bridge.families.exaone45.config import read_config
 from exaone_bridge.families.exaone45.prompts import image_prompts
 from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.layout import Layout
+from exaone_bridge.verify.job import Asked
 from exaone_bridge.verify.verify import verify
 
 
@@ -149,5 +150,5 @@ def test_verify_tells(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """What the command line runs has images in its prompts."""
     folder = tiny("exaone45")
     build_with(lambda model: _window(model[0].visual))(monkeypatch)
-    report = verify(folder, Layout(), count=2)
+    report = verify(folder, Layout(), Asked(count=2))
     assert [check.name for check in report.checks if not check.holds] == ["logits"]

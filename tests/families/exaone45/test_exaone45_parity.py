@@ -23,6 +23,7 @@ from exaone_bridge.host.world import run_ranks
 from exaone_bridge.parts.context_parallel import gathered_in_order
 from exaone_bridge.parts.layout import Layout
 from exaone_bridge.verify.folders import compare_configs, compare_files, compare_tensors
+from exaone_bridge.verify.job import Asked
 from exaone_bridge.verify.stream import verify_streaming
 from exaone_bridge.verify.verify import verify
 
@@ -58,7 +59,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def _assert_holds(folder: Path, layout: Layout) -> None:
-    report = verify(folder, layout, count=4)
+    report = verify(folder, layout, Asked(count=4))
     assert report.holds, report.faults()
     assert len(report.checks) == 4
     assert report.setup["prompts"][2][0] == 4  # the prompts with images
@@ -174,7 +175,7 @@ def test_all_that_verify_can_check(host: Any, tiny: Any, streaming: bool) -> Non
     if streaming:
         report = verify_streaming(tiny("exaone45"), Layout(tp=2))
     else:
-        report = verify(tiny("exaone45"), Layout(), generation=True, gradients=True)
+        report = verify(tiny("exaone45"), Layout(), Asked(generation=True, gradients=True))
     assert report.holds, report.faults()
 
 

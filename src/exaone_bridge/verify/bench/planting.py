@@ -21,7 +21,7 @@ from exaone_bridge.verify.bench.host_criteria import HostVerdict, host_verdict
 from exaone_bridge.verify.digests import Digest, digest_folder, digest_stream
 from exaone_bridge.verify.folders import compare_configs, compare_digests, compare_files
 from exaone_bridge.verify.greedy import Generated, compare_generated, generate
-from exaone_bridge.verify.job import Job, Theirs, make_job
+from exaone_bridge.verify.job import Asked, Job, Theirs, make_job
 from exaone_bridge.verify.report import Check, Location
 from exaone_bridge.verify.traces import Traced
 from exaone_bridge.verify.verify import arithmetic
@@ -47,17 +47,7 @@ class Bench:
         self.folder = work / f"{name}-{seed}"
         write_random(self.folder, _miniatures()[name], seed=seed)
         self.source: HFSource = open_source(self.folder)
-        self.job: Job = make_job(
-            self.source,
-            Layout(),
-            backend="torch",
-            dtype="float32",
-            count=2,
-            length=None,
-            seed=seed,
-            generation=False,
-            gradients=False,
-        )
+        self.job: Job = make_job(self.source, Layout(), Asked(backend="torch", count=2, seed=seed))
         self.hf = load(self.folder, torch.float32)
         self.theirs = Theirs([run_reference(self.hf, self.job.points, tokens) for tokens in self.job.batches])
         self.digests = digest_folder(self.folder)
