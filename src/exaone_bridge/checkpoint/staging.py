@@ -45,6 +45,15 @@ def _flush(folder: Path) -> None:
         flush_one(path)
 
 
+def _publish(folder: Path, target: Path) -> None:
+    """Give a folder that is whole, and on the disk, the target's name."""
+    as_usual(folder)
+    _flush(folder)
+    refuse_existing(target)
+    folder.rename(target)
+    flush_one(target.absolute().parent)
+
+
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A new folder beside `target` to write into; it takes the target's name when the body ends, and goes if it fails.
@@ -53,15 +62,10 @@ def staged(target: Path) -> Iterator[Path]:
         CheckpointError: the target exists, before or after.
     """
     refuse_existing(target)
-    parent = target.absolute().parent
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
     try:
         yield folder
-        as_usual(folder)
-        _flush(folder)
-        refuse_existing(target)
-        folder.rename(target)
-        flush_one(parent)
+        _publish(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -107,11 +111,7 @@ def resumable(target: Path) -> Iterator[Path]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield folder
-            as_usual(folder)
-            _flush(folder)
-            refuse_existing(target)
-            folder.rename(target)
-            flush_one(target.absolute().parent)
+            _publish(folder, target)
         except _BAD_INPUT:
             shutil.rmtree(folder, ignore_errors=True)
             raise
