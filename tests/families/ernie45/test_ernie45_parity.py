@@ -6,37 +6,30 @@ from typing import Any
 
 import pytest
 from ernie45_cases import CONFIGURATIONS, EXPERT_LAYOUTS, LAYOUTS, MOE_NAMES, NAMES
+from parity import assert_holds
 
 from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.verify import verify
 
 pytestmark = pytest.mark.usefixtures("references")
-
-
-def _assert_holds(folder: Any, layout: Layout) -> None:
-    report = verify(folder, layout)
-    assert report.holds, report.faults()
-    assert len(report.checks) == 4
-    assert report.max_logit_difference <= 1e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_layouts(host: Any, tiny: Any, name: str, layout: Layout) -> None:
     """The vocabulary, 387, is one that every tp has to pad."""
-    _assert_holds(tiny(name), layout)
+    assert_holds(tiny(name), layout)
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", MOE_NAMES)
 def test_expert_layouts(host: Any, tiny: Any, name: str, layout: Layout) -> None:
-    _assert_holds(tiny(name), layout)
+    assert_holds(tiny(name), layout)
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
 def test_configurations(host: Any, tiny: Any, case: str) -> None:
     name, fields = CONFIGURATIONS[case]
-    _assert_holds(tiny(name, **fields), Layout())
+    assert_holds(tiny(name, **fields), Layout())
 
 
 @pytest.mark.parametrize(
@@ -55,4 +48,4 @@ def test_configurations(host: Any, tiny: Any, case: str) -> None:
 )
 def test_configurations_in_parallel(host: Any, tiny: Any, case: str, layout: Layout) -> None:
     name, fields = CONFIGURATIONS[case]
-    _assert_holds(tiny(name, **fields), layout)
+    assert_holds(tiny(name, **fields), layout)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from parity import assert_holds
 
 from exaone_bridge.families.exaone4.tiny import TINY
 from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.verify import verify
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -58,28 +58,21 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _assert_holds(folder: Any, layout: Layout) -> None:
-    report = verify(folder, layout)
-    assert report.holds, report.faults()
-    assert len(report.checks) == 4
-    assert report.max_logit_difference <= 1e-4
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
 def test_layouts(host: Any, tiny: Any, name: str, layout: Layout) -> None:
     """The vocabulary, 387, is one that every tp has to pad; pipeline stages share the 1.2B's tied embeddings."""
     fields = {} if name == "exaone4" else {"num_hidden_layers": 8, "layer_types": [F] * 8}
-    _assert_holds(tiny(name, **fields), layout)
+    assert_holds(tiny(name, **fields), layout)
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
 def test_configurations(host: Any, tiny: Any, case: str) -> None:
     name, fields = CONFIGURATIONS[case]
-    _assert_holds(tiny(name, **fields), Layout())
+    assert_holds(tiny(name, **fields), Layout())
 
 
 @pytest.mark.parametrize("case", ["five layers, any pattern", "multi-query", "tied, hybrid", "bfloat16 on disk"])
 def test_configurations_under_tensor_parallelism(host: Any, tiny: Any, case: str) -> None:
     name, fields = CONFIGURATIONS[case]
-    _assert_holds(tiny(name, **fields), Layout(tp=2))
+    assert_holds(tiny(name, **fields), Layout(tp=2))
