@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from exaone_bridge.parts.rows import HFTensor, Row
 
-__all__ = ["Facts", "Family"]
+__all__ = ["Facts", "Family", "dense_dims"]
 
 
 class Facts(Protocol):
@@ -47,6 +47,18 @@ class Facts(Protocol):
     def dtype(self) -> str: ...
     @property
     def dims(self) -> dict[str, int]: ...
+
+
+def dense_dims(facts: Facts) -> dict[str, int]:
+    """Axis letter -> size, of the axes that every model has (the letters are `parts/rows.py`'s)."""
+    return {
+        "V": facts.vocab_size,
+        "H": facts.hidden_size,
+        "F": facts.ffn_size,
+        "D": facts.head_dim,
+        "Q": facts.num_heads * facts.head_dim,
+        "K": facts.num_kv_heads * facts.head_dim,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

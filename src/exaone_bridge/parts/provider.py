@@ -26,26 +26,30 @@ from exaone_bridge.parts.layout import Layout
 from exaone_bridge.parts.rotary import Llama3RotaryEmbedding
 from exaone_bridge.parts.vocab import mask_padded_vocabulary
 
-__all__ = ["ExactGPTModelProvider", "common_fields"]
+__all__ = ["ExactGPTModelProvider", "common_facts", "common_fields"]
+
+# What every family's facts call it -> what Megatron-Core's provider does.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_size": "ffn_hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "max_positions": "seq_length",
+    "norm_eps": "layernorm_epsilon",
+    "init_std": "init_method_std",
+    "tied": "share_embeddings_and_output_weights",
+    "rope_theta": "rotary_base",
+}
 
 
 def common_fields(facts: Facts, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The provider's fields that every family fills in the same way; `hf_config` is carried for the export."""
     dtype = getattr(torch, facts.dtype)
-    return {
-        "vocab_size": facts.vocab_size,
-        "hidden_size": facts.hidden_size,
-        "ffn_hidden_size": facts.ffn_size,
-        "num_layers": facts.num_layers,
-        "num_attention_heads": facts.num_heads,
-        "num_query_groups": facts.num_kv_heads,
-        "kv_channels": facts.head_dim,
-        "seq_length": facts.max_positions,
-        "layernorm_epsilon": facts.norm_eps,
-        "init_method_std": facts.init_std,
-        "share_embeddings_and_output_weights": facts.tied,
+    return {field: getattr(facts, fact) for fact, field in _FIELDS.items()} | {
         "make_vocab_size_divisible_by": 1,  # pad only what tp asks for
-        "rotary_base": facts.rope_theta,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
@@ -53,6 +57,12 @@ def common_fields(facts: Facts, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "fp16": dtype is torch.float16,
         "hf_config": dict(hf_config),
     }
+
+
+def common_facts(provider: ExactGPTModelProvider) -> dict[str, Any]:
+    """The inverse of `common_fields`."""
+    found = {fact: getattr(provider, field) for fact, field in _FIELDS.items()}
+    return found | {"dtype": str(provider.params_dtype).removeprefix("torch.")}
 
 
 @dataclass

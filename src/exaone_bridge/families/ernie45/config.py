@@ -22,6 +22,7 @@ from exaone_bridge.parts.config_reader import (
     rewritten,
     rope_of,
 )
+from exaone_bridge.parts.family import dense_dims
 
 __all__ = ["ARCHITECTURES", "DENSE", "MOE", "Ernie45Facts", "first_pool", "read_config", "write_config"]
 
@@ -113,17 +114,8 @@ class Ernie45Facts:
     @property
     def dims(self) -> dict[str, int]:
         """Axis letter -> size (the letters are `parts/rows.py`'s)."""
-        return {
-            "V": self.vocab_size,
-            "H": self.hidden_size,
-            "F": self.ffn_size,
-            "D": self.head_dim,
-            "Q": self.num_heads * self.head_dim,
-            "K": self.num_kv_heads * self.head_dim,
-            "E": self.num_experts,
-            "M": self.expert_ffn_size,
-            "A": self.shared_ffn_size,
-        }
+        experts = {"E": self.num_experts, "M": self.expert_ffn_size, "A": self.shared_ffn_size}
+        return dense_dims(self) | experts
 
 
 def first_pool(config: Mapping[str, Any], field: str) -> Any:

@@ -15,7 +15,7 @@ from exaone_bridge.families.ernie45.config import Ernie45Facts
 from exaone_bridge.families.ernie45.layer_spec import ernie45_block_spec
 from exaone_bridge.parts.moe_provider import MoEModelProvider
 from exaone_bridge.parts.output_bias import add_output_bias
-from exaone_bridge.parts.provider import common_fields
+from exaone_bridge.parts.provider import common_facts, common_fields
 
 __all__ = ["Ernie45ModelProvider", "ernie45_provider", "facts_of"]
 
@@ -83,18 +83,7 @@ def facts_of(provider: Ernie45ModelProvider) -> Ernie45Facts:
     moe = tuple(provider.is_moe_layer(layer) for layer in range(provider.num_layers))
     expert_ffn = provider.moe_ffn_hidden_size if any(moe) else 0
     return Ernie45Facts(
-        vocab_size=provider.vocab_size,
-        hidden_size=provider.hidden_size,
-        ffn_size=provider.ffn_hidden_size,
-        num_layers=provider.num_layers,
-        num_heads=provider.num_attention_heads,
-        num_kv_heads=provider.num_query_groups,
-        head_dim=provider.kv_channels,
-        max_positions=provider.seq_length,
-        norm_eps=provider.layernorm_epsilon,
-        init_std=provider.init_method_std,
-        tied=provider.share_embeddings_and_output_weights,
-        rope_theta=provider.rotary_base,
+        **common_facts(provider),
         bias=provider.add_bias_linear,
         head_bias=provider.output_bias,
         moe=moe,
@@ -104,5 +93,4 @@ def facts_of(provider: Ernie45ModelProvider) -> Ernie45Facts:
         num_shared_experts=(provider.moe_shared_expert_intermediate_size or 0) // expert_ffn if any(moe) else 0,
         norm_min=provider.moe_norm_min if any(moe) else 0.0,
         mtp_layers=provider.mtp_layers_carried,
-        dtype=str(provider.params_dtype).removeprefix("torch."),
     )

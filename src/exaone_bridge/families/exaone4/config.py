@@ -22,6 +22,7 @@ from exaone_bridge.parts.config_reader import (
     rewritten,
     rope_of,
 )
+from exaone_bridge.parts.family import dense_dims
 from exaone_bridge.parts.schedule import FULL, SLIDING, layer_types_of, windows_of
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "Exaone4Facts", "Llama3Rope", "read_config", "write_config"]
@@ -71,14 +72,7 @@ class Exaone4Facts:
     @property
     def dims(self) -> dict[str, int]:
         """Axis letter -> size (the letters are `parts/rows.py`'s)."""
-        return {
-            "V": self.vocab_size,
-            "H": self.hidden_size,
-            "F": self.ffn_size,
-            "D": self.head_dim,
-            "Q": self.num_heads * self.head_dim,
-            "K": self.num_kv_heads * self.head_dim,
-        }
+        return dense_dims(self)
 
 
 def read_config(config: Mapping[str, Any]) -> Exaone4Facts:

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from exaone_bridge.families.exaone4.config import Exaone4Facts, Llama3Rope
 from exaone_bridge.families.exaone4.layer_spec import exaone4_block_spec
-from exaone_bridge.parts.provider import ExactGPTModelProvider, common_fields
+from exaone_bridge.parts.provider import ExactGPTModelProvider, common_facts, common_fields
 from exaone_bridge.parts.schedule import megatron_rope, megatron_window
 
 __all__ = ["Exaone4ModelProvider", "exaone4_provider", "facts_of"]
@@ -66,19 +66,8 @@ def facts_of(provider: Exaone4ModelProvider) -> Exaone4Facts:
     slides = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers
     window = None if provider.window_size is None else provider.window_size[0] + 1
     return Exaone4Facts(
-        vocab_size=provider.vocab_size,
-        hidden_size=provider.hidden_size,
-        ffn_size=provider.ffn_hidden_size,
-        num_layers=layers,
-        num_heads=provider.num_attention_heads,
-        num_kv_heads=provider.num_query_groups,
-        head_dim=provider.kv_channels,
-        max_positions=provider.seq_length,
-        norm_eps=provider.layernorm_epsilon,
-        init_std=provider.init_method_std,
+        **common_facts(provider),
         attention_dropout=provider.attention_dropout,
-        tied=provider.share_embeddings_and_output_weights,
-        rope_theta=provider.rotary_base,
         llama3=Llama3Rope(
             factor=provider.rope_scaling_factor,
             low_freq_factor=provider.rope_scaling_low_freq_factor,
@@ -89,5 +78,4 @@ def facts_of(provider: Exaone4ModelProvider) -> Exaone4Facts:
         else None,
         windows=tuple(window if slide else None for slide in slides),
         rope=tuple(not none for none in provider.no_rope_freq or [0] * layers),
-        dtype=str(provider.params_dtype).removeprefix("torch."),
     )

@@ -84,7 +84,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         return model
 
     def mtp_spec(self, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
-        """Multi-token prediction of this stage, around EXAONE 4.0's layer (`host/mtp.py`)."""
+        """Multi-token prediction of this stage, around EXAONE 4.0's layer (`parts/mtp.py`)."""
         if not self.mtp_num_layers:
             return None
         backend = resolve_backend(self.backend)
