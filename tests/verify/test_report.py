@@ -18,6 +18,7 @@ from exaone_bridge.verify.card import write_card
 from exaone_bridge.verify.html import html_of
 from exaone_bridge.verify.locate import CAUSES, locate
 from exaone_bridge.verify.plot import MARKS, differences_png
+from exaone_bridge.verify.points import TOWER
 from exaone_bridge.verify.report import Check, Place, Report, Verdict, versions
 
 GOOD, BAD = (
@@ -72,7 +73,30 @@ def test_a_report_says_where_and_why() -> None:
     assert found.first_differing_layer == "1" and found.location is not None
     assert found.location.sublayer == "router" and "sigmoid" in found.faults()
     assert report(GOOD).first_differing_layer == "-"
-    assert CAUSES.keys() == MARKS.keys() == set(schema()["$defs"]["sublayer"]["enum"])
+    sublayers = set(schema()["$defs"]["sublayer"]["enum"])
+    assert CAUSES.keys() == sublayers and MARKS.keys() == {name for name in sublayers if not name.startswith(TOWER)}
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> None:
+    """Between the embedding of words and the first layer, in the order of the arithmetic."""
+    kinds = ("embedding", "norm", "attention", "layer", "merger", "features")
+    tower = [
+        Place(f"visual.{kind}", None, TOWER + kind, 0.5 if parts is not None and at >= parts else 1e-6, 2e-5)
+        for at, kind in enumerate(kinds)
+    ]
+    language = places()
+    every = (language[0], *tower, *language[1:])
+    found = report(GOOD, LOGITS, places=every, location=locate(every))
+    found.write_json(tmp_path / "report.json")
+    jsonschema.Draft202012Validator(schema()).validate(json.loads((tmp_path / "report.json").read_text()))
+    assert differences_png(every) != differences_png(language)
+    if parts is None:
+        assert found.location is None and found.first_differing_layer == "-"
+        return
+    assert str(found.location) == "hidden states part at vision attention (visual.attention)"
+    assert found.first_differing_layer == "vision attention"
+    assert "Hidden states part at vision attention (visual.attention)" in html_of(found)
 
 
 @pytest.mark.parametrize("parts", [None, 0, 8, 16])

@@ -34,6 +34,27 @@ CAUSES: dict[str, tuple[str, ...]] = {
         "another activation function",
     ),
     "layer": ("a residual that is scaled, dropped or added at another place", "layers in another order"),
+    "vision embedding": (
+        "pixels cut into patches by another rule, or channels and frames in another order",
+        "another tensor loaded as the patches' projection",
+    ),
+    "vision norm": (
+        "another epsilon (the tower's is 1e-6, whatever the language model's)",
+        "windows of another size, which order the patches before the first block",
+        "two norms of a block swapped",
+    ),
+    "vision attention": (
+        "windows of another size, or blocks that see the whole image in other places",
+        "the fused projection cut by the rule of as many key-value heads as queries",
+        "RoPE of rows and columns: swapped, or another theta",
+    ),
+    "vision mlp": ("gate and up swapped", "a bias that was not loaded", "another activation function"),
+    "vision layer": ("a residual that is scaled, dropped or added at another place", "blocks in another order"),
+    "vision merger": (
+        "patches that become one word in another order",
+        "its two linears swapped, or their biases not loaded",
+    ),
+    "vision features": ("features in the order of the windows, and not of the image",),
     "output layer": (
         "an output layer that is tied where it should not be, or the reverse",
         "another tensor loaded as lm_head, or a missing bias",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verify.points import LOGITS, Point
+from exaone_bridge.verify.points import LOGITS, TOWER, Point, Take
 from exaone_bridge.verify.precision import BF16_RATIO, Rounding
 from exaone_bridge.verify.report import Check, Place
 from exaone_bridge.verify.traces import Traced
@@ -139,20 +139,26 @@ def places_of(
     table = {point.hf: point for point in points}
     rounding = Rounding(facts, max(run.logits.shape[1] for run in references))
     places = []
-    for name in (*references[0].values, LOGITS):
+    names = max((run.values for run in references), key=len)  # a vision tower is in those that have images
+    for name in (*names, LOGITS):
         point = table.get(name)
         if point is not None and point.heads and any(name not in run.values for run in ours):
             continue  # tensor parallelism: a rank has some heads only
         layer, sublayer = (None, "output layer") if point is None else (point.layer, point.sublayer)
-        pairs = [(_of(run, name), _of(mine, name), run.decided) for run, mine in zip(references, ours, strict=True)]
+        tower = point if point is not None and point.take is Take.PATCHES else None
+        runs = [number for number, run in enumerate(references) if name == LOGITS or name in run.values]
+        pairs = [(_of(references[n], name), _of(ours[n], name), None if tower else references[n].decided) for n in runs]
         if theirs is None:
             difference = max((_worst(_relative(a, b), mask) for a, b, mask in pairs), key=_nan_last)
             amplification = max(run.sensitivity.get(name, 1.0) for run in references)
-            terms = rounding.terms(layer, sublayer, is_last=sublayer != "embedding")
+            if tower is None:
+                terms = rounding.terms(layer, sublayer, is_last=sublayer != "embedding")
+            else:
+                terms = rounding.tower_terms(tower.block, sublayer.removeprefix(TOWER))
             bound = rounding.bound(terms, amplification)
         else:
             difference = _typical([_relative(a, b) for a, b, _ in pairs])
-            other = [_relative(a, _of(run, name)) for (a, _, _), run in zip(pairs, theirs, strict=True)]
+            other = [_relative(a, _of(theirs[n], name)) for (a, _, _), n in zip(pairs, runs, strict=True)]
             bound = 2 * _typical(other)
         places.append(Place(name, layer, sublayer, difference, bound))
     return tuple(places)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from exaone_bridge.verify.points import Point
+from exaone_bridge.verify.points import Point, Take
 from exaone_bridge.verify.traces import Traced, megatron_hooks
 
 __all__ = ["merge", "run_ours"]
 
 
 def run_ours(
-    model: list[Any], points: Iterable[Point], tokens: torch.Tensor, images: Sequence[dict[str, torch.Tensor]] = ()
+    model: list[Any], points: Sequence[Point], tokens: torch.Tensor, images: Sequence[dict[str, torch.Tensor]] = ()
 ) -> Traced:
     """This rank's part of a run over prompts [N, S]: logits on the last stage (else empty), its own layers' places."""
     from exaone_bridge.host.model import forward_logits
@@ -23,8 +23,21 @@ def run_ours(
     seen: dict[str, list[torch.Tensor]] = {}
     with megatron_hooks(model, points, seen):
         logits, _ = forward_logits(model, tokens, images)
-    values = {hf: torch.cat(parts)[:count, :length] for hf, parts in seen.items()}
+    tower = {point.hf for point in points if point.take is Take.PATCHES}
+    values = {
+        hf: _images_first(parts, images) if hf in tower else torch.cat(parts)[:count, :length]
+        for hf, parts in seen.items()
+    }
     return Traced(torch.empty(0) if logits is None else logits.cpu(), values)
+
+
+def _images_first(parts: Sequence[torch.Tensor], images: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """[1, patches, features] of a tower's calls: prompt by prompt its images, then its videos. Transformers has one
+    call for the images of all prompts, and one for the videos."""
+    kinds = ("image", "video")
+    calls = [kind for each in images for kind in kinds if len(each.get(f"{kind}_grid_thw", ()))]
+    made = list(zip(calls, parts, strict=True))
+    return torch.cat([part for kind in kinds for call, part in made if call == kind])[None]
 
 
 def merge(parts: Sequence[Traced]) -> Traced:

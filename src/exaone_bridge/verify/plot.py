@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from exaone_bridge.verify.points import TOWER
 from exaone_bridge.verify.report import Place
 
 __all__ = ["differences_png"]
@@ -53,7 +54,7 @@ def differences_png(places: Sequence[Place]) -> bytes:
     first = next((number for number, place in enumerate(places) if place.parts), None)
     for number, (x, place) in enumerate(zip(xs, places, strict=True)):
         size = 3.4 if step > 7 else 2.4
-        canvas.mark(MARKS[place.sublayer], x, y(place.difference), size, BEYOND if place.parts else WITHIN)
+        canvas.mark(_shape(place), x, y(place.difference), size, BEYOND if place.parts else WITHIN)
         if number == first:
             canvas.line([(x, TOP), (x, HEIGHT - BOTTOM)], BEYOND, 1.2)
             name = place.sublayer if place.layer is None else f"layer {place.layer}, {place.sublayer}"
@@ -62,6 +63,11 @@ def differences_png(places: Sequence[Place]) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _shape(place: Place) -> str:
+    """A tower's sublayers have the shapes of the language model's."""
+    return MARKS.get(place.sublayer.removeprefix(TOWER), "diamond")
 
 
 class _Canvas:
@@ -118,6 +124,11 @@ def _axes(canvas: _Canvas, places: Sequence[Place], step: float, low: int, high:
             canvas.box(start, TOP, end, HEIGHT - BOTTOM, BAND)
         if layer % every == 0:
             canvas.text((start + end) / 2, HEIGHT - BOTTOM + 13, str(layer))
+    tower = [number for number, place in enumerate(places) if place.sublayer.startswith(TOWER)]
+    if tower:
+        start, end = LEFT + step * tower[0], LEFT + step * (tower[-1] + 1)
+        canvas.line([(start, HEIGHT - BOTTOM + 6), (end, HEIGHT - BOTTOM + 6)], BOUND, 1.2)
+        canvas.text((start + end) / 2, HEIGHT - BOTTOM + 16, "tower")
     for power in range(low, high + 1):
         at = y(10.0**power)
         canvas.line([(LEFT, at), (WIDTH - RIGHT, at)], GRID, 0.8)

@@ -12,9 +12,10 @@ from enum import StrEnum
 
 from exaone_bridge.parts.rows import Kind, Row
 
-__all__ = ["LOGITS", "Point", "Take", "points_of"]
+__all__ = ["LOGITS", "TOWER", "Point", "Take", "points_of"]
 
 LOGITS = "logits"  # the place after all others
+TOWER = "vision "  # before the sublayers of a vision tower
 
 
 class Take(StrEnum):
@@ -27,6 +28,7 @@ class Take(StrEnum):
     KEY = "key"
     VALUE = "value"
     ROUTER = "router"  # weights of the chosen experts, zero elsewhere
+    PATCHES = "patches"  # the output of a tower's module: for every image, then for every video
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Point:
         sublayer: what the place belongs to.
         megatron: the module of Megatron-Core, by its global layer number.
         heads: one rank of tensor parallelism holds some of the heads only.
+        block: of a vision tower, 0-based; None outside its blocks.
     """
 
     hf: str
@@ -46,16 +49,38 @@ class Point:
     megatron: str
     take: Take
     heads: bool = False
+    block: int | None = None
 
 
 def points_of(rows: Iterable[Row]) -> tuple[Point, ...]:
     """Every place of a model with these rows, in no particular order."""
-    rows = tuple(row for row in rows if not row.megatron.startswith("visual."))  # a tower knows no prompts, only images
-    return tuple({point.hf: point for point in (*_sublayers(rows), *_inside(rows))}.values())
+    rows = tuple(rows)
+    tower = tuple(row for row in rows if row.megatron.startswith("visual."))
+    rows = tuple(row for row in rows if not row.megatron.startswith("visual."))
+    points = (*_sublayers(rows), *_inside(rows), *_tower(tower))
+    return tuple({point.hf: point for point in points}.values())
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _tower(rows: tuple[Row, ...]) -> Iterator[Point]:
+    """Patches, norms, attention, feed-forward and the whole of each block, merger and features; both sides have one
+    name for each."""
+    for row in rows:
+        parts = row.megatron.split(".")  # visual.blocks.3.attn.proj.weight
+        prefix = row.hf[0].name.removesuffix(row.megatron)
+        block = int(parts[2]) if parts[1] == "blocks" else None
+        if block is None:
+            found = [(parts[:2], "embedding" if parts[1] == "patch_embed" else "merger"), (parts[:1], "features")]
+        elif "norm" in parts[3]:
+            found = [(parts[:4], "norm")]
+        else:
+            found = [(parts[:4], "attention" if "attn" in parts[3] else "mlp"), (parts[:3], "layer")]
+        for module, sublayer in found:
+            name = ".".join(module)
+            yield Point(prefix + name, None, TOWER + sublayer, name, Take.PATCHES, block=block)
 
 
 def _inside(rows: tuple[Row, ...]) -> Iterator[Point]:

@@ -47,18 +47,30 @@ class Rounding:
 
     def _tower(self) -> float:
         """Of a vision tower, whose features take the place of words: patches, each block, and the merger after them."""
-        vision = getattr(self.facts, "vision", None)
-        if vision is None:
-            return 0.0
+        return 0.0 if getattr(self.facts, "vision", None) is None else self.tower_terms(None, "merger")
+
+    def tower_terms(self, block: int | None, sublayer: str) -> float:
+        """Terms summed on the way to this place of a vision tower: of its embedding, of a block, or of its merger."""
+        vision = self.facts.vision
+        if sublayer == "embedding":
+            return float(vision.patch_elements)
+        if block is None:
+            last = self.tower_terms(vision.depth - 1, "layer")
+            return last + vision.hidden_size * (1 + 2 * vision.merge_size**2)
+        before = vision.patch_elements + sum(self._block_attention(each) + self._block_mlp() for each in range(block))
+        return float(before + self._block_attention(block) + (0 if sublayer == "attention" else self._block_mlp()))
+
+    def _block_attention(self, block: int) -> float:
+        vision = self.facts.vision
         patches = self.length * vision.merge_size**2  # of one image in all places, at most
         window = min((vision.window_size // vision.patch_size) ** 2, patches)
-        total = vision.patch_elements + vision.hidden_size * (1 + 2 * vision.merge_size**2)
-        for block in range(vision.depth):
-            keys = patches if block in vision.full_attention else window
-            # Rows and columns are rotated, and a square has as many as the root of its patches.
-            angles = patches / (2 * math.log(_TOWER_THETA))
-            total += 5 * vision.hidden_size + 2 * vision.head_dim + 2 * keys + vision.ffn_size + angles
-        return float(total)
+        keys = patches if block in vision.full_attention else window
+        # Rows and columns are rotated, and a square has as many as the root of its patches.
+        angles = patches / (2 * math.log(_TOWER_THETA))
+        return 3 * vision.hidden_size + 2 * vision.head_dim + 2 * keys + angles
+
+    def _block_mlp(self) -> float:
+        return 2 * self.facts.vision.hidden_size + self.facts.vision.ffn_size
 
     def terms(self, layer: int | None, sublayer: str, is_last: bool = False) -> float:
         """Terms summed on the way to this place; outside the layers, `is_last` tells the end from the embedding."""

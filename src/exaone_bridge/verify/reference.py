@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verify.points import LOGITS, Point
+from exaone_bridge.verify.points import LOGITS, Point, Take
 from exaone_bridge.verify.traces import Traced, hf_hooks
 
 Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
@@ -59,6 +59,9 @@ def run_reference(
 
     def keep(point: Point, value: torch.Tensor, chosen: torch.Tensor | None) -> None:
         value = value.float()
+        if point.take is Take.PATCHES:
+            keep_patches(point.hf, value.view(copies, -1, value.shape[-1]))
+            return
         traced.values[point.hf] = value[:count].cpu().clone()
         if not nudged:
             return
@@ -66,6 +69,15 @@ def run_reference(
             same = [(chosen[:count] == chosen[start : start + count]).all(-1) for start in (count, 2 * count)]
             traced.decided &= (same[0] & same[1]).cpu().cumprod(-1).bool()
         traced.sensitivity[point.hf] = _change(value, count, traced.decided)
+
+    def keep_patches(name: str, value: torch.Tensor) -> None:
+        """[copies, patches, features] of a tower's call for images; another, for videos, may follow."""
+        clean = value[:1].cpu().clone()
+        traced.values[name] = torch.cat([traced.values[name], clean], 1) if name in traced.values else clean
+        if nudged:
+            everywhere = torch.ones(clean.shape[:2], dtype=torch.bool)
+            change = _change(value, 1, everywhere)
+            traced.sensitivity[name] = max(change, traced.sensitivity.get(name, 0.0))
 
     embeddings = embeddings_of(model)
     handles = [each.register_forward_hook(_nudge) for each in embeddings] if nudged else []

@@ -66,7 +66,8 @@ class Place:
     Attributes:
         name: the Hugging Face module whose output it is.
         layer: global, 0-based; None outside the layers.
-        sublayer: embedding, norm, attention, router, mlp, layer, or output layer.
+        sublayer: embedding, norm, attention, router, mlp, layer, or output layer; of a vision tower: vision embedding,
+            norm, attention, mlp, layer, merger, or features, each without a layer.
         difference: the worst position's, relative to the largest entry there.
         bound: what rounding alone can make of it.
     """
@@ -93,8 +94,8 @@ class Location:
     causes: tuple[str, ...]
 
     def __str__(self) -> str:
-        where = "outside the layers" if self.layer is None else f"layer {self.layer}"
-        return f"hidden states part at {where}, {self.sublayer} ({self.name})"
+        layer = "" if self.layer is None else f"layer {self.layer}, "
+        return f"hidden states part at {layer}{self.sublayer} ({self.name})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +169,10 @@ class Report:
 
     @property
     def first_differing_layer(self) -> str:
-        """The layer where hidden states part first; `-` where they do not, or not in a layer."""
-        return "-" if self.location is None or self.location.layer is None else str(self.location.layer)
+        """The layer where hidden states part first, or the sublayer where that is in none; `-` where they do not."""
+        if self.location is None:
+            return "-"
+        return self.location.sublayer if self.location.layer is None else str(self.location.layer)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.schema.json` beside this file describes it; what is not a number is null."""

@@ -21,7 +21,8 @@ class Traced:
 
     Attributes:
         logits: [N, S, V].
-        values: Hugging Face module -> [N, S, features], in the order of the arithmetic on Transformers' side.
+        values: Hugging Face module -> [N, S, features], in the order of the arithmetic on Transformers' side; of a
+            vision tower's, [1, patches, features], those of images first.
         sensitivity: place -> relative change there for a relative change of one in the embeddings; the reference's.
         decided: [N, S] bool; False from the first position on where rounding decides which expert is chosen.
     """
@@ -42,6 +43,14 @@ def routing_weights(output: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor
     return whole.scatter(1, chosen, weights.float()), picked
 
 
+def _tensor(output: Any) -> torch.Tensor:
+    """What a module of Transformers makes; of a tower, the words' features."""
+    features: torch.Tensor | None = getattr(output, "pooler_output", None)
+    if features is not None:
+        return features
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextlib.contextmanager
 def hf_hooks(
     model: torch.nn.Module, points: Iterable[Point], length: int, keep: Callable[[Point, torch.Tensor, Any], None]
@@ -55,7 +64,7 @@ def hf_hooks(
                 weights, chosen = routing_weights(output)
                 keep(point, weights.view(-1, length, weights.shape[-1]), chosen.view(-1, length, weights.shape[-1]))
                 return
-            value = output[0] if isinstance(output, tuple) else output
+            value = _tensor(output)
             if value.ndim == 4:  # [N, heads, S, D]
                 value = value.transpose(1, 2).flatten(2)
             keep(point, value.detach(), None)
@@ -73,6 +82,8 @@ def hf_hooks(
 @contextlib.contextmanager
 def megatron_hooks(model: list[Any], points: Iterable[Point], into: dict[str, list[torch.Tensor]]) -> Iterator[None]:
     """Append each microbatch's value [B, S, features] at every point that this rank holds.
+
+    A vision tower runs once for a microbatch's images and once for its videos: [patches, features] each.
 
     With tensor parallelism a rank holds some heads only: what lies between the projections of attention is left out.
     Multi-token prediction embeds words too, after the decoder and on the last stage: that is not looked at.
@@ -119,6 +130,10 @@ def _watch(
         value = over_context(value, dim=0)
         into.setdefault(point.hf, []).append(value.detach().flatten(2).transpose(0, 1).float().cpu().clone())
 
+    if point.take is Take.PATCHES:
+        return module.register_forward_hook(
+            lambda _, __, output: into.setdefault(point.hf, []).append(_tensor(output).detach().float().cpu())
+        )
     calls = itertools.cycle((True, *(False,) * again))
 
     def after(linear: Any, arguments: tuple[Any, ...], output: Any) -> None:

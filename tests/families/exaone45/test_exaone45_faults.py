@@ -51,7 +51,12 @@ def _merger(visual: Any) -> None:
 
 def _window_order(visual: Any) -> None:
     """Features left as windows have them."""
-    visual.merger.register_forward_hook(lambda _, __, output: output.roll(1, 0))
+
+    def rolled(_: Any, __: Any, output: Any) -> Any:
+        output.pooler_output = output.pooler_output.roll(1, 0)
+        return output
+
+    visual.register_forward_hook(rolled)
 
 
 def _key_heads(visual: Any) -> None:
@@ -146,9 +151,28 @@ def test_features_in_the_wrong_places(compare: Callable[[str], float], monkeypat
     assert compare("none") > 1e-3
 
 
-def test_verify_tells(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command line runs has images in its prompts."""
-    folder = tiny("exaone45")
-    build_with(lambda model: _window(model[0].visual))(monkeypatch)
-    report = verify(folder, Layout(), Asked(count=2))
-    assert [check.name for check in report.checks if not check.holds] == ["logits"]
+BEGINS = {
+    "epsilon": ("norm", "blocks.0.norm1"),
+    "window size": ("norm", "blocks.0.norm1"),  # windows order the patches before the first block
+    "full-attention blocks": ("attention", "blocks.0.attn"),
+    "patch order": ("embedding", "patch_embed"),
+    "merger's patches swapped": ("merger", "merger"),
+    "order of features": ("features", ""),
+    "key heads": ("attention", "blocks.0.attn"),
+    "keys for values": ("attention", "blocks.0.attn"),
+    "rows for columns": ("attention", "blocks.0.attn"),
+    "patches in bfloat16": ("embedding", "patch_embed"),
+}
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_tells_where(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """What the command line runs has images in its prompts, and looks into the tower."""
+    build_with(lambda model: FAULTS[fault](model[0].visual))(monkeypatch)
+    report = verify(tiny("exaone45"), Layout(), Asked(count=2))
+    assert not report.check("logits").holds and report.location is not None
+    sublayer, module = BEGINS[fault]
+    assert report.location.sublayer == f"vision {sublayer}"
+    assert report.location.name == ".".join(filter(None, ["model.visual", module]))
+    assert f"hidden states part at vision {sublayer} (" in report.faults()

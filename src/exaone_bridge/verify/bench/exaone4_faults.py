@@ -9,7 +9,7 @@ import torch
 
 from exaone_bridge.families.exaone4 import EXAONE4
 from exaone_bridge.parts.rows import Row
-from exaone_bridge.verify.bench.fault import Fault, patched, rows_changed
+from exaone_bridge.verify.bench.fault import Fault, patched, rows_changed, swap
 
 __all__ = ["EXAONE4_FAULTS"]
 
@@ -22,12 +22,6 @@ def _layer(model: Any, number: int) -> Any:
     return model[0].decoder.layers[number]
 
 
-def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
-
-
 def _qkv(model: Any, number: int) -> torch.Tensor:
     """[groups, queries + 2, D, H], a view."""
     return _layer(model, number).self_attention.linear_qkv.weight.view(GROUPS, PER_GROUP + 2, D, -1)
@@ -35,12 +29,12 @@ def _qkv(model: Any, number: int) -> torch.Tensor:
 
 def _swap_heads(model: Any) -> None:
     heads = _qkv(model, 2)
-    _swap(heads[0, 0], heads[0, 1])
+    swap(heads[0, 0], heads[0, 1])
 
 
 def _swap_key_value(model: Any) -> None:
     heads = _qkv(model, 5)
-    _swap(heads[:, -2], heads[:, -1])
+    swap(heads[:, -2], heads[:, -1])
 
 
 def _not_interleaved(model: Any) -> None:
@@ -51,7 +45,7 @@ def _not_interleaved(model: Any) -> None:
 
 def _swap_gate_up(model: Any) -> None:
     gate, up = _layer(model, 1).mlp.linear_fc1.weight.chunk(2)
-    _swap(gate, up)
+    swap(gate, up)
 
 
 def _transpose(model: Any) -> None:
@@ -61,12 +55,12 @@ def _transpose(model: Any) -> None:
 
 def _swap_layers(model: Any) -> None:
     for a, b in zip(_layer(model, 2).parameters(), _layer(model, 6).parameters(), strict=True):
-        _swap(a, b)
+        swap(a, b)
 
 
 def _swap_post_norms(model: Any) -> None:
     layer = _layer(model, 4)
-    _swap(layer.self_attention.linear_proj.post_layernorm.weight, layer.mlp.linear_fc2.post_layernorm.weight)
+    swap(layer.self_attention.linear_proj.post_layernorm.weight, layer.mlp.linear_fc2.post_layernorm.weight)
 
 
 def _lose_a_cut(model: Any) -> None:
@@ -94,7 +88,7 @@ def _roll_words(model: Any) -> None:
 
 def _swap_words_out(model: Any) -> None:
     weight = model[0].output_layer.weight
-    _swap(weight[100], weight[200])
+    swap(weight[100], weight[200])
 
 
 def _double_final_norm(model: Any) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 
 from exaone_bridge.parts.rows import Row
 
-__all__ = ["Fault", "patched", "rows_changed"]
+__all__ = ["Fault", "patched", "rows_changed", "swap"]
 
 Change = Callable[[Any], None]
 
@@ -44,6 +44,13 @@ class Fault:
     code: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
     folder: Callable[[Path], None] | None = None
     generation: bool = False
+
+
+def swap(a: Any, b: Any) -> None:
+    """Two tensors of one shape change places."""
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
 
 
 def patched(target: str, value: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:

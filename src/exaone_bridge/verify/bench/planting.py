@@ -48,8 +48,9 @@ class Bench:
         write_random(self.folder, _miniatures()[name], seed=seed)
         self.source: HFSource = open_source(self.folder)
         self.job: Job = make_job(self.source, Layout(), Asked(backend="torch", count=2, seed=seed))
+        self.asked = len(self.job.batches) - 1 if any(self.job.images) else 0  # the prompts the host is asked about
         self.hf = load(self.folder, torch.float32)
-        self.theirs = Theirs([run_reference(self.hf, self.job.points, tokens) for tokens in self.job.batches])
+        self.theirs = Theirs([run_reference(self.hf, self.job.points, *batch) for batch in self.job.runs()])
         self.digests = digest_folder(self.folder)
         self.bridge = AutoBridge.from_hf_pretrained(self.folder)
         self.weights = _weights_of(self.folder)
@@ -86,9 +87,9 @@ class Bench:
         after: Mapping[str, Digest] = digest_stream(weights.items())
         if weights:
             checks.append(compare_digests(self.digests, after))
-        runs = [run_ours(model, self.job.points, tokens) for tokens in self.job.batches]
+        runs = [run_ours(model, self.job.points, *batch) for batch in self.job.runs()]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
-        host = host_verdict(self.theirs.runs[0].logits, runs[0].logits, self.weights, weights)
+        host = self._host(runs[self.asked].logits, weights)
         return [*checks, *found["checks"]], found["location"], host
 
     def look_at_folder(self, folder: Path, generation: bool) -> Verdicts:
@@ -105,10 +106,10 @@ class Bench:
             open_source(folder)
         except BridgeError as error:
             checks.append(Check("logits", "the other model cannot be run", False, str(error)))
-            return checks, None, host_verdict(self.theirs.runs[0].logits, self._anyway(folder), self.weights, weights)
+            return checks, None, self._host(self._anyway(folder), weights)
         model = load(folder, torch.float32)
         runs: Sequence[Traced] = [
-            run_reference(model, self.job.points, tokens, nudged=False) for tokens in self.job.batches
+            run_reference(model, self.job.points, *batch, nudged=False) for batch in self.job.runs()
         ]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
         checks += found["checks"]
@@ -116,15 +117,19 @@ class Bench:
             if self.generated is None:
                 self.generated = generate(self.hf, self.folder, self.job.words)
             checks.append(compare_generated(self.generated, generate(model, folder, self.job.words)))
-        host = host_verdict(self.theirs.runs[0].logits, runs[0].logits, self.weights, weights)
+        host = self._host(runs[self.asked].logits, weights)
         return checks, found["location"], host
+
+    def _host(self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]) -> HostVerdict:
+        """What the host's criteria say of these logits, and of what was exported."""
+        return host_verdict(self.theirs.runs[self.asked].logits, logits, self.weights, weights)
 
     def _anyway(self, folder: Path) -> torch.Tensor | None:
         """Logits of a folder that we refuse, where Transformers loads it in spite of everything."""
         from exaone_bridge.verify.reference import load, run_reference
 
         try:
-            other = run_reference(load(folder, torch.float32), (), self.job.batches[0], nudged=False)
+            other = run_reference(load(folder, torch.float32), (), *self.job.runs()[self.asked], nudged=False)
         except Exception:  # whatever Transformers thinks of a broken folder
             return None
         return other.logits

@@ -16,6 +16,7 @@ from typing import Any
 
 from exaone_bridge.verify.bench.ernie45_faults import ERNIE45_FAULTS
 from exaone_bridge.verify.bench.exaone4_faults import EXAONE4_FAULTS
+from exaone_bridge.verify.bench.exaone45_faults import EXAONE45_FAULTS
 from exaone_bridge.verify.bench.fault import Fault
 from exaone_bridge.verify.bench.folder_faults import FOLDER_FAULTS
 from exaone_bridge.verify.bench.host_criteria import HostVerdict
@@ -23,7 +24,7 @@ from exaone_bridge.verify.report import Check, Location
 
 __all__ = ["FAULTS", "Outcome", "Result", "self_test"]
 
-FAULTS: tuple[Fault, ...] = (*EXAONE4_FAULTS, *ERNIE45_FAULTS, *FOLDER_FAULTS)
+FAULTS: tuple[Fault, ...] = (*EXAONE4_FAULTS, *EXAONE45_FAULTS, *ERNIE45_FAULTS, *FOLDER_FAULTS)
 SEEDS = 20
 OnEvent = Callable[[int, Any], None] | None
 
