@@ -93,10 +93,18 @@ def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def over_words(loss: torch.Tensor) -> torch.Tensor:
+    """The mean over the ranks of context parallelism, each of which has it of its words alone."""
+    from megatron.core import parallel_state
+
+    torch.distributed.all_reduce(loss, group=parallel_state.get_context_parallel_group())
+    return loss / parallel_state.get_context_parallel_world_size()
+
+
 def step_of_megatron(
     folder: Path, layout: Layout, data: list[tuple[torch.Tensor, Images]], overrides: dict[str, Any]
 ) -> tuple[float | None, dict[str, Any], set[str]]:
-    """On a rank: mean loss (last stage; of its words), gradients by Hugging Face name, and this rank's frozen names."""
+    """On a rank: mean loss (last stage), gradients by Hugging Face name, and this rank's frozen names."""
     loss, gradients, frozen = forward_backward(folder, layout, data, overrides)
     return loss, {name: value for name, value in gradients.items() if not name.startswith("mtp.")}, frozen
 
@@ -157,4 +165,4 @@ def forward_backward(
                     parameter.data.zero_()
         weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
         gradients = {name: weight.clone() for name, weight in weights}
-    return torch.stack([item["loss"] for item in done]).mean().item() if done else None, gradients, frozen
+    return over_words(torch.stack([item["loss"] for item in done]).mean()).item() if done else None, gradients, frozen

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exaone45_cases import device, forward_backward, gathered_over_tp
+from exaone45_cases import device, forward_backward, gathered_over_tp, over_words
 from safetensors.torch import load_file
 
 from exaone_bridge.parts.context_parallel import positions_of
@@ -161,5 +161,5 @@ def ours(
     logits = [torch.cat(whole_vocab[number::each]) for number in range(depth if seen else 0)]
     found.logits = [each[..., :vocab_size].float().cpu() for each in logits]
     if seen:
-        found.losses = [total / len(data) for total in MTPLossLoggingHelper.tracker["loss_values"].tolist()]
+        found.losses = (over_words(MTPLossLoggingHelper.tracker["loss_values"]) / len(data)).tolist()
     return found

@@ -21,9 +21,9 @@ def reference(host: Any, tiny: Any) -> tuple[float, dict[str, Any]]:
 
 def _compare(results: list[Any], reference: tuple[float, dict[str, Any]], trained: Any) -> None:
     loss, gradients = reference
-    ours = [found for found, _, _ in results if found is not None]
-    assert ours and abs(sum(ours) / len(ours) - loss) <= 1e-4  # the ranks of context parallelism have parts of it
-    for _, found, _ in results:
+    assert [found for found, _, _ in results if found is not None]
+    for ours, found, _ in results:
+        assert ours is None or abs(ours - loss) <= 1e-4
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             if trained(name):
