@@ -44,7 +44,7 @@ def routing_weights(output: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    """What a module of Transformers makes; of a tower, the words' features."""
+    """What a module puts out, without what it returns beside it; of a vision tower, the words' features."""
     features: torch.Tensor | None = getattr(output, "pooler_output", None)
     if features is not None:
         return features
@@ -139,7 +139,7 @@ def _watch(
     def after(linear: Any, arguments: tuple[Any, ...], output: Any) -> None:
         if not next(calls):
             return
-        value = output[0] if isinstance(output, tuple) else output
+        value = _tensor(output)
         match point.take:
             case Take.INPUT:
                 keep(_whole(arguments[0], config))

@@ -48,7 +48,7 @@ class Bench:
         write_random(self.folder, _miniatures()[name], seed=seed)
         self.source: HFSource = open_source(self.folder)
         self.job: Job = make_job(self.source, Layout(), Asked(backend="torch", count=2, seed=seed))
-        self.asked = len(self.job.batches) - 1 if any(self.job.images) else 0  # the prompts the host is asked about
+        self.host_run = len(self.job.batches) - 1 if any(self.job.images) else 0  # the prompts the host is asked about
         self.hf = load(self.folder, torch.float32)
         self.theirs = Theirs([run_reference(self.hf, self.job.points, *batch) for batch in self.job.runs()])
         self.digests = digest_folder(self.folder)
@@ -89,7 +89,7 @@ class Bench:
             checks.append(compare_digests(self.digests, after))
         runs = [run_ours(model, self.job.points, *batch) for batch in self.job.runs()]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
-        host = self._host(runs[self.asked].logits, weights)
+        host = self._host(runs[self.host_run].logits, weights)
         return [*checks, *found["checks"]], found["location"], host
 
     def look_at_folder(self, folder: Path, generation: bool) -> Verdicts:
@@ -117,19 +117,19 @@ class Bench:
             if self.generated is None:
                 self.generated = generate(self.hf, self.folder, self.job.words)
             checks.append(compare_generated(self.generated, generate(model, folder, self.job.words)))
-        host = self._host(runs[self.asked].logits, weights)
+        host = self._host(runs[self.host_run].logits, weights)
         return checks, found["location"], host
 
     def _host(self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]) -> HostVerdict:
         """What the host's criteria say of these logits, and of what was exported."""
-        return host_verdict(self.theirs.runs[self.asked].logits, logits, self.weights, weights)
+        return host_verdict(self.theirs.runs[self.host_run].logits, logits, self.weights, weights)
 
     def _anyway(self, folder: Path) -> torch.Tensor | None:
         """Logits of a folder that we refuse, where Transformers loads it in spite of everything."""
         from exaone_bridge.verify.reference import load, run_reference
 
         try:
-            other = run_reference(load(folder, torch.float32), (), *self.job.runs()[self.asked], nudged=False)
+            other = run_reference(load(folder, torch.float32), (), *self.job.runs()[self.host_run], nudged=False)
         except Exception:  # whatever Transformers thinks of a broken folder
             return None
         return other.logits
