@@ -13,58 +13,71 @@ import torch
 from exaone_bridge.verify.bench.fault import Fault, patched, swap
 from exaone_bridge.verify.points import TOWER
 
-__all__ = ["EXAONE45_FAULTS"]
+__all__ = [
+    "EXAONE45_FAULTS",
+    "join_in_another_order",
+    "leave_in_order_of_windows",
+    "narrow_windows",
+    "rotate_rows_for_columns",
+    "round_patches",
+]
 
 MODEL = "exaone45"
 PATCHES = 4  # that become one word
 
 
-def _block(model: Any, number: int) -> Any:
-    return model[0].visual.blocks[number]
+def _block(tower: Any, number: int) -> Any:
+    return tower.blocks[number]
 
 
-def _channels(model: Any) -> None:
-    weight = model[0].visual.patch_embed.proj.weight
+def _channels(tower: Any) -> None:
+    weight = tower.patch_embed.proj.weight
     weight.copy_(weight.flip(1))
 
 
-def _key_heads(model: Any) -> None:
-    attention = _block(model, 1).attn
+def _key_heads(tower: Any) -> None:
+    attention = _block(tower, 1).attn
     keys = attention.qkv.weight[attention.q_dim : attention.q_dim + attention.kv_dim].chunk(2)
     swap(*keys)
 
 
-def _key_value(model: Any) -> None:
-    attention = _block(model, 2).attn
+def _key_value(tower: Any) -> None:
+    attention = _block(tower, 2).attn
     swap(*attention.qkv.weight[attention.q_dim :].chunk(2))
 
 
-def _gate_up(model: Any) -> None:
-    mlp = _block(model, 0).mlp
+def _gate_up(tower: Any) -> None:
+    mlp = _block(tower, 0).mlp
     swap(mlp.gate_proj.weight, mlp.up_proj.weight)
 
 
-def _norms(model: Any) -> None:
-    block = _block(model, 3)
+def _norms(tower: Any) -> None:
+    block = _block(tower, 3)
     swap(block.norm1.weight, block.norm2.weight)
 
 
-def _blocks(model: Any) -> None:
-    for a, b in zip(_block(model, 1).parameters(), _block(model, 3).parameters(), strict=True):
+def _blocks(tower: Any) -> None:
+    for a, b in zip(_block(tower, 1).parameters(), _block(tower, 3).parameters(), strict=True):
         swap(a, b)
 
 
-def _merger(model: Any) -> None:
-    first = model[0].visual.merger.mlp[0].weight
+def join_in_another_order(tower: Any) -> None:
+    """Patches of one word."""
+    first = tower.merger.mlp[0].weight
     first.copy_(first.view(len(first), PATCHES, -1).flip(1).reshape(first.shape))
 
 
-def _bias(model: Any) -> None:
-    model[0].visual.merger.mlp[2].bias.zero_()
+def _bias(tower: Any) -> None:
+    tower.merger.mlp[2].bias.zero_()
 
 
 def _weights(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
-    return Fault(name=name, model=MODEL, caught=("tensors", "logits"), begins=(None, TOWER + sublayer), weights=change)
+    """The tower that was loaded, changed in place."""
+
+    def changed(model: Any) -> None:
+        change(model[0].visual)
+
+    return Fault(name=name, model=MODEL, caught=("tensors", "logits"), begins=(None, TOWER + sublayer), weights=changed)
 
 
 def _built(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
@@ -91,7 +104,8 @@ def _epsilon(tower: Any) -> None:
             module.variance_epsilon = 1e-5
 
 
-def _window(tower: Any) -> None:
+def narrow_windows(tower: Any) -> None:
+    """A third as wide."""
     tower.window_size //= 3
 
 
@@ -99,11 +113,14 @@ def _no_window(tower: Any) -> None:
     tower.fullatt_block_indexes = [0, 1, 2, 3]
 
 
-def _rows_for_columns(tower: Any) -> None:
+def rotate_rows_for_columns(tower: Any) -> None:
+    """RoPE's two coordinates of a patch."""
     tower.rotary_pos_emb.register_forward_pre_hook(lambda _, arguments: arguments[0].flip(-1))
 
 
-def _order_of_windows(tower: Any) -> None:
+def leave_in_order_of_windows(tower: Any) -> None:
+    """Features that are not in the image's order."""
+
     def rolled(_: Any, __: Any, output: Any) -> Any:
         output.pooler_output = output.pooler_output.roll(1, 0)
         return output
@@ -111,7 +128,8 @@ def _order_of_windows(tower: Any) -> None:
     tower.register_forward_hook(rolled)
 
 
-def _half(tower: Any) -> None:
+def round_patches(tower: Any) -> None:
+    """To bf16."""
     tower.patch_embed.register_forward_hook(lambda _, __, output: output.to(torch.bfloat16).to(output.dtype))
 
 
@@ -122,14 +140,14 @@ EXAONE45_FAULTS: tuple[Fault, ...] = (
     _weights("gate and up of a block swapped", _gate_up, "mlp"),
     _weights("norms of a block swapped", _norms, "norm"),
     _weights("blocks 1 and 3 change places", _blocks, "norm"),
-    _weights("patches of a word joined in another order", _merger, "merger"),
+    _weights("patches of a word joined in another order", join_in_another_order, "merger"),
     _weights("a bias of the merger lost", _bias, "merger"),
     _built("Megatron-Core's epsilon in the tower", _epsilon, "norm"),
-    _built("windows of a third", _window, "norm"),  # they order the patches before the first block
+    _built("windows of a third", narrow_windows, "norm"),  # they order the patches before the first block
     _built("every block sees the whole image", _no_window, "attention"),
-    _built("rows rotated for columns", _rows_for_columns, "attention"),
-    _built("features in another order", _order_of_windows, "features"),
-    _built("patches in bf16", _half, "embedding"),
+    _built("rows rotated for columns", rotate_rows_for_columns, "attention"),
+    _built("features in another order", leave_in_order_of_windows, "features"),
+    _built("patches in bf16", round_patches, "embedding"),
     Fault(
         name="another word for images",
         model=MODEL,
