@@ -30,18 +30,18 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
-from exaone_bridge.checkpoint import shards
-from exaone_bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from exaone_bridge.checkpoint.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.source import open_source
-from exaone_bridge.checkpoint.tensors import Spec
-from exaone_bridge.checkpoint.writer import plan_shards, write_config
-from exaone_bridge.families import family_of
-from exaone_bridge.families.ernie45.tiny import TINY as ERNIE
-from exaone_bridge.families.exaone4.tiny import TINY as EXAONE
-from exaone_bridge.host.world import run_ranks
-from exaone_bridge.parts.layout import Layout
-from exaone_bridge.parts.rows import hf_tensors
+from exaone_bridge.checkpoint.hf import shards
+from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
+from exaone_bridge.checkpoint.hf.source import open_source
+from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config
+from exaone_bridge.checkpoint.megatron.tensors import Spec
+from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.models import family_of
+from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
+from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
+from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.schema.param_mapping import hf_tensors
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = EXAONE["exaone4"]["rope_parameters"] | {"original_max_position_embeddings": 8192, "rope_theta": 1e6}
@@ -144,11 +144,10 @@ def ratio(a: float, b: float) -> str:
 
 def unfilled(bridge: Any, layout: Layout) -> list[Any]:
     """A model whose weights have been touched, and are not the checkpoint's."""
-    from exaone_bridge.host.model import model_parallel_of
 
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    provider.apply_overrides_and_finalize(provider.params_dtype, model_parallel_of(layout))
+    provider.apply_overrides_and_finalize(provider.params_dtype, layout.provider_overrides())
     model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     with torch.no_grad():
         for parameter in model[0].parameters():
@@ -191,8 +190,8 @@ def measure_load(run: Run) -> None:
 def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.checkpoint.engine import load
-    from exaone_bridge.host.planned import place_of
+    from exaone_bridge.bridge.eligibility import place_of
+    from exaone_bridge.checkpoint.reshard.load import load
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout)
@@ -313,7 +312,7 @@ def measure_stream(run: Run) -> None:
 
 def measure_linear(run: Run) -> None:
     """Seconds as the number of tensors grows."""
-    from exaone_bridge.checkpoint.prove import prove
+    from exaone_bridge.checkpoint.reshard.validate import prove
 
     sizes = [(4, 8), (8, 16)] if run.small else [(10, 31), (20, 165), (40, 248), (60, 331)]
     print("| tensors | plan and proof, TP2 x PP2 | inspect, with --json | import | export | microseconds each, both |")

@@ -18,7 +18,7 @@ import torch  # before transformer_engine: the two bring different versions of c
 from train_step import alone, arguments, config_of, measure_asked
 from train_step import operations as operations_of_words
 
-from exaone_bridge.families.exaone45.config import VisionFacts, read_config
+from exaone_bridge.models.exaone45.config import VisionFacts, read_config
 from exaone_bridge.recipes.published import CONFIGS
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch  # before transformer_engine: the two bring different versions of cuDNN
 
 # before megatron.bridge: registers the models
-from exaone_bridge.checkpoint.tiny import write_random
-from exaone_bridge.families import family_of
-from exaone_bridge.parts.config_reader import language_config
+from exaone_bridge.checkpoint.hf.tiny import write_random
+from exaone_bridge.models import family_of
 from exaone_bridge.recipes import RECIPES, recipe
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.schema.hf_config import language_config
 
 LAYOUT = ("tp", "pp", "vpp", "ep", "etp", "cp")
 

@@ -13,9 +13,9 @@ import argparse
 import os
 from pathlib import Path
 
-from exaone_bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.folders import compare_tensors
+from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.folders import compare_tensors
 
 
 def on_disk(hf_folder: Path, output: Path, layout: Layout) -> None:
@@ -34,7 +34,7 @@ def in_memory(hf_folder: Path, output: Path, layout: Layout) -> None:
     exaone_bridge.supported()
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build
+    from exaone_bridge.runtime.model import build
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from exaone_bridge.checkpoint.tiny import write_random
-from exaone_bridge.families import FAMILIES
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.checkpoint.hf.tiny import write_random
+from exaone_bridge.models import FAMILIES
+from exaone_bridge.schema.parallel_layout import Layout
 
 MINIATURES = {name: config for family in FAMILIES for name, config in family.tiny.items()}
 TinyFactory = Callable[..., Path]
@@ -31,7 +31,7 @@ def host() -> Any:
 
     logging.disable(logging.WARNING)
     supported = exaone_bridge.supported()
-    importlib.import_module("exaone_bridge.host.model")
+    importlib.import_module("exaone_bridge.runtime.model")
     return supported
 
 
@@ -62,7 +62,7 @@ def references(_seen: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> No
 
     Not for tests that plant something on Transformers' side. Every test has a copy of its own.
     """
-    from exaone_bridge.verify import verify as module
+    from exaone_bridge.verification.workflow import verify as module
 
     run = module.run_alone
 

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.tiny import write_random
+from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.cli import main
-from exaone_bridge.families.ernie45.tiny import TINY as ERNIE
-from exaone_bridge.families.exaone4.tiny import TINY as EXAONE
-from exaone_bridge.families.exaone45.tiny import TINY as EXAONE45
+from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
+from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
+from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45
 from exaone_bridge.recipes.published import CONFIGS
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

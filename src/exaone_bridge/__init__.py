@@ -7,27 +7,48 @@ been imported (at once, if it has been already).
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from exaone_bridge.host.import_guard import guard_imports
-from exaone_bridge.host.registration import register, register_when_imported, supported
+from exaone_bridge.bridge.registration import register, register_when_imported, supported
+from exaone_bridge.patches.import_guard import guard_imports
+from exaone_bridge.verification import verify_model as verify
 
 if TYPE_CHECKING:
-    from exaone_bridge.host.cpu_runtime import cpu_runtime
-    from exaone_bridge.verify import verify_model as verify
+    from exaone_bridge.bridge.ernie45 import Ernie45Bridge
+    from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+    from exaone_bridge.bridge.exaone45 import Exaone45Bridge
+    from exaone_bridge.runtime.cpu import cpu_runtime
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "cpu_runtime", "register", "supported", "verify"]
+__all__ = [
+    "Ernie45Bridge",
+    "Exaone4Bridge",
+    "Exaone45Bridge",
+    "__version__",
+    "cpu_runtime",
+    "register",
+    "supported",
+    "verify",
+]
 
-_LAZY = {"cpu_runtime": "exaone_bridge.host.cpu_runtime"}
 
+def __getattr__(name: str) -> Any:  # these import torch
+    if name == "cpu_runtime":
+        from exaone_bridge.runtime.cpu import cpu_runtime
 
-def __getattr__(name: str) -> Any:
-    if name == "verify":  # a room that can be called
-        return importlib.import_module("exaone_bridge.verify")
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return cpu_runtime
+    if name == "Exaone4Bridge":
+        from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+
+        return Exaone4Bridge
+    if name == "Exaone45Bridge":
+        from exaone_bridge.bridge.exaone45 import Exaone45Bridge
+
+        return Exaone45Bridge
+    if name == "Ernie45Bridge":
+        from exaone_bridge.bridge.ernie45 import Ernie45Bridge
+
+        return Ernie45Bridge
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

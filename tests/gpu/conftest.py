@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "families/exaone45"))  # its cases run on GPUs too
 
 
 def _missing() -> str | None:

@@ -34,8 +34,8 @@ def main() -> None:
     module = importlib.import_module(example)
 
     def look(model: list[Any]) -> None:
-        from exaone_bridge.host.model import forward_logits
-        from exaone_bridge.verify.logits import prompts
+        from exaone_bridge.runtime.model import forward_logits
+        from exaone_bridge.verification.checks.logits import prompts
 
         logits, _ = forward_logits(model, prompts(2048, 4, 200))
         torch.save(logits, probe)

@@ -10,17 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from exaone45_cases import CONFIG, Images, batches, changed, forward_backward, moved, step_of_transformers
-from exaone45_mtp import formula, ours, prompts_of
-from training import relative_difference
 
-from exaone_bridge.checkpoint.tiny import write_random
-from exaone_bridge.families.exaone45.config import read_config
-from exaone_bridge.families.exaone45.prompts import image_prompts
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.checkpoint.hf.tiny import write_random
+from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.prompts import image_prompts
 from exaone_bridge.recipes.published import CONFIGS
-from exaone_bridge.verify.folders import compare_tensors
-from exaone_bridge.verify.logits import prompts
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.folders import compare_tensors
+from exaone_bridge.verification.checks.logits import prompts
+from tests.helpers.exaone45_cases import (
+    CONFIG,
+    Images,
+    batches,
+    changed,
+    forward_backward,
+    moved,
+    step_of_transformers,
+)
+from tests.helpers.exaone45_mtp import formula, ours, prompts_of
+from tests.helpers.training import relative_difference
 
 BACKENDS = ["transformer_engine", "torch"]
 
@@ -52,7 +60,7 @@ def runs_of(config: dict[str, Any]) -> list[tuple[torch.Tensor, list[Images]]]:
 
 def theirs_of(folder: Path, runs: list[tuple[torch.Tensor, list[Images]]], dtype: torch.dtype) -> torch.Tensor:
     """Transformers' eager logits of every position of every prompt, [positions, V] fp32."""
-    from exaone_bridge.verify.reference import load
+    from exaone_bridge.verification.workflow.transformers import load
 
     model, found = load(folder, dtype), []
     for tokens, images in runs:
@@ -72,7 +80,7 @@ def ours_of(
     """The same by Megatron-Core on one rank."""
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build, forward_logits
+    from exaone_bridge.runtime.model import build, forward_logits
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, Layout(), dtype=dtype, backend=backend, **overrides)
@@ -125,8 +133,8 @@ def test_one_batch_of_text_images_and_video(nccl: None, tiny: Any) -> None:
     """Samples without images beside samples with some, in one forward pass."""
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build
-    from exaone_bridge.verify.reference import together
+    from exaone_bridge.runtime.model import build
+    from exaone_bridge.verification.workflow.transformers import together
 
     folder = tiny("exaone45", **wide45())
     tokens, images = image_prompts(read_config(CONFIG | wide45()), 4, seed=5)
@@ -144,7 +152,7 @@ def test_one_batch_of_text_images_and_video(nccl: None, tiny: Any) -> None:
 def test_megatron_checkpoint_changes_backend(nccl: None, tiny: Any, tmp_path: Path, written: str, read: str) -> None:
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build, forward_logits, load_megatron
+    from exaone_bridge.runtime.model import build, forward_logits, load_megatron
 
     folder = tiny("exaone45", **wide45())
     bridge = AutoBridge.from_hf_pretrained(folder)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import kernel_formulas
 import pytest
 import torch
-from test_transformer_engine import wide
 
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.schema.parallel_layout import Layout
+from tests.gpu.test_transformer_engine import wide
+from tests.helpers import kernel_formulas
 
 
 def _model(folder: Any, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build
+    from exaone_bridge.runtime.model import build
 
     (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype, **overrides)
     return model
 
 
 def _experts(model: Any) -> list[Any]:
-    from exaone_bridge.parts.grouped_experts import GroupedExperts
+    from exaone_bridge.modules.grouped_experts import GroupedExperts
 
     return [module for module in model.modules() if isinstance(module, GroupedExperts)]
 
@@ -38,7 +38,7 @@ def test_fused_attention_is_as_exact_as_the_host_s(
     nccl: None, tiny: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every bf16 gradient as near to that of fp32 without the kernel as bf16's without it; NoPE, and both RoPEs."""
-    from exaone_bridge.parts import fused_attention
+    from exaone_bridge.modules import fused_attention
 
     calls = []
     kernel = fused_attention.qk_norm_rope
@@ -105,7 +105,7 @@ def test_grouped_experts_are_each_expert_alone(nccl: None, tiny: Any, counts: li
 
 def test_experts_take_the_grouped_way_and_never_wait(nccl: None, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of the layer without a copy to the CPU; the same gradients as Transformer Engine's way."""
-    from exaone_bridge.parts import grouped_experts
+    from exaone_bridge.modules import grouped_experts
 
     model = _model(tiny("ernie45", **wide("ernie45"), dtype="bfloat16")).train()
     layers = [layer.mlp for layer in model.module.decoder.layers if hasattr(layer.mlp, "experts")]
@@ -142,7 +142,7 @@ def test_experts_lie_in_order_in_the_optimizer_s_buffers(nccl: None, tiny: Any) 
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from exaone_bridge.parts.grouped_experts import stacked
+    from exaone_bridge.modules.grouped_experts import stacked
 
     provider = AutoBridge.from_hf_pretrained(tiny("ernie45", **wide("ernie45"), dtype="bfloat16")).to_megatron_provider(
         load_weights=False

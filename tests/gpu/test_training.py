@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_transformer_engine import wide
+
+from tests.gpu.test_transformer_engine import wide
 
 STEPS, MICROBATCHES, LENGTH = 20, 4, 512
 ADAM = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8}

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.parts.layout import Layout
-from exaone_bridge.verify.logits import prompts
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.logits import prompts
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAINING = ("pretrain", "--iters", 10, "--rate", 1e-3, "--global-batch", 16)
 
 
@@ -128,7 +128,7 @@ def test_checkpoint_of_a_run_exports(nccl: None, runs: Runs, tmp_path: Path) -> 
     from megatron.bridge import AutoBridge
     from transformers import CONFIG_MAPPING
 
-    from exaone_bridge.host.model import load_megatron, provider_of
+    from exaone_bridge.runtime.model import load_megatron, provider_of
 
     folder = runs.folder("whole")
     _, config = provider_of(folder / "checkpoints")
@@ -160,7 +160,7 @@ def test_published_recipe_trains(runs: Runs) -> None:
 
 def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
     """The peak that PyTorch allocated is at most the formula's sum with its reserve, and not far below it."""
-    from exaone_bridge.families import family_of
+    from exaone_bridge.models import family_of
     from exaone_bridge.recipes.memory import GB, estimate
     from exaone_bridge.recipes.plans import plan_of
     from exaone_bridge.recipes.published import CONFIGS

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from packing import difference
 
-from exaone_bridge.checkpoint.tiny import write_random
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.recipes.published import CONFIGS
-from exaone_bridge.verify.folders import compare_tensors
-from exaone_bridge.verify.logits import prompts
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.folders import compare_tensors
+from exaone_bridge.verification.checks.logits import prompts
+from tests.helpers.packing import difference
 
 NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 
@@ -29,7 +29,7 @@ def _reference(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.
 def _ours(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build, forward_logits
+    from exaone_bridge.runtime.model import build, forward_logits
 
     model = build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype, backend=backend)
     logits, _ = forward_logits(model, tokens)
@@ -83,7 +83,7 @@ def test_megatron_checkpoint_changes_backend(
     from megatron.bridge import AutoBridge
     from megatron.core.utils import unwrap_model
 
-    from exaone_bridge.host.model import build, forward_logits, load_megatron
+    from exaone_bridge.runtime.model import build, forward_logits, load_megatron
 
     folder = tiny(name, **wide(name))
     bridge = AutoBridge.from_hf_pretrained(folder)

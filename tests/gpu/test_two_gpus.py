@@ -66,8 +66,8 @@ def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
     """Every selected case's figures, from one run of torchrun."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from test_exaone45 import wide45
-    from test_transformer_engine import wide
+    from tests.gpu.test_exaone45 import wide45
+    from tests.gpu.test_transformer_engine import wide
 
     folder = tmp_path_factory.mktemp("two_gpus")
     calls = [getattr(item, "callspec", None) for item in request.session.items]

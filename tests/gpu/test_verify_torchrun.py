@@ -52,8 +52,8 @@ CASES = _cases()
 
 def prepared(work: Path, tiny: Any) -> tuple[Path, Path]:
     """A folder with `cases.json` and all it names, and the folder of the exaone4 that the other starts verify."""
-    from test_exaone45 import wide45
-    from test_transformer_engine import wide
+    from tests.gpu.test_exaone45 import wide45
+    from tests.gpu.test_transformer_engine import wide
 
     folders = {name: tiny(name, **(wide45() if name == "exaone45" else wide(name))) for name in NAMES}
     megatron = work / "megatron"

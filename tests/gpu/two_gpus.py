@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "families/exaone45"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
 import torch.distributed as dist
@@ -52,9 +51,9 @@ def start_world(store: Path, rank: int, seconds: int = 60) -> None:
 
 def prompts_of(folder: Path) -> Prompts:
     """Prompts [N, S] and the images of each: words; and for a model that takes them, images and videos."""
-    from exaone_bridge.families.exaone45.config import ARCHITECTURE, read_config
-    from exaone_bridge.families.exaone45.prompts import image_prompts
-    from exaone_bridge.verify.logits import prompts
+    from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_config
+    from exaone_bridge.models.exaone45.prompts import image_prompts
+    from exaone_bridge.verification.checks.logits import prompts
 
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] == [ARCHITECTURE]:
@@ -64,7 +63,7 @@ def prompts_of(folder: Path) -> Prompts:
 
 def reference(folder: Path, runs: Prompts, dtype: torch.dtype) -> torch.Tensor:
     """Transformers' logits of every position of every prompt, [positions, V] fp32."""
-    from exaone_bridge.verify.reference import load
+    from exaone_bridge.verification.workflow.transformers import load
 
     model, found = load(folder, dtype), []
     for tokens, images in runs:
@@ -79,9 +78,9 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Distances to Transformers' fp32 logits, and whether the export is the source, bit by bit."""
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.host.model import build, forward_logits
-    from exaone_bridge.parts.layout import Layout
-    from exaone_bridge.verify.folders import compare_tensors
+    from exaone_bridge.runtime.model import build, forward_logits
+    from exaone_bridge.schema.parallel_layout import Layout
+    from exaone_bridge.verification.checks.folders import compare_tensors
 
     runs, dtype = prompts_of(folder), getattr(torch, case["dtype"])
     bridge = AutoBridge.from_hf_pretrained(folder)
@@ -104,9 +103,8 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    from packing import difference
-
-    from exaone_bridge.parts.layout import Layout
+    from exaone_bridge.schema.parallel_layout import Layout
+    from tests.helpers.packing import difference
 
     options = {"dtype": torch.bfloat16, "backend": BACKEND}
     return {"packed": difference(folder, Layout(**case["layout"]), [256, 64, 192], 512, **options)}
@@ -114,10 +112,9 @@ def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 def prediction_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Multi-token prediction beside its formula: logits, loss, and the gradient that is farthest off, by its size."""
-    from exaone45_mtp import formula, ours, prompts_of
-    from training import relative_difference
-
-    from exaone_bridge.parts.layout import Layout
+    from exaone_bridge.schema.parallel_layout import Layout
+    from tests.helpers.exaone45_mtp import formula, ours, prompts_of
+    from tests.helpers.training import relative_difference
 
     whole = prompts_of(512, 2, 201)
     expected = formula(folder, whole, 1)

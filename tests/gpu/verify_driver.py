@@ -19,15 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
 import torch.distributed as dist
-from two_gpus import start_world
 
 import exaone_bridge
 from exaone_bridge import cli
+from tests.gpu.two_gpus import start_world
 
 del os.environ["NVIDIA_TF32_OVERRIDE"]  # set as `two_gpus` was imported; here it is the command's business
 
@@ -59,7 +58,7 @@ def planted(fault: str | None) -> Iterator[None]:
         yield
         return
     exaone_bridge.supported()
-    import exaone_bridge.host.model as module
+    import exaone_bridge.runtime.model as module
 
     build = module.build
 

@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(DIFFERS)
     except BridgeError as error:
         _say(f"exaone-bridge: {error}")
-        from exaone_bridge.host.world import RankFailure
+        from exaone_bridge.runtime.ranks import RankFailure
 
         sys.exit(BROKEN if isinstance(error, RankFailure) else BAD_INPUT)
     except Exception as error:
@@ -40,7 +40,7 @@ def main() -> None:
 
 def _say(text: str) -> None:
     """What all ranks of torchrun's have met, the first says; the others let it, for their end would be its end too."""
-    from exaone_bridge.verify.launch import speaks
+    from exaone_bridge.runtime.launch import speaks
 
     if speaks():
         print(text, file=sys.stderr)

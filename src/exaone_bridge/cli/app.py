@@ -14,9 +14,9 @@ from exaone_bridge.cli.read_size import read_size
 from exaone_bridge.cli.show import say, stages, table
 from exaone_bridge.cli.verify import verify
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
-from exaone_bridge.families import FAMILIES
-from exaone_bridge.parts.config_reader import language_config
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.models import FAMILIES
+from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.parallel_layout import Layout
 
 app = typer.Typer(
     help="EXAONE and ERNIE between Hugging Face and Megatron-Core: convert, inspect, verify.",
@@ -50,9 +50,9 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
     """Write tiny random models, convert them to Megatron-Core and back, and compare everything."""
     import tempfile
 
-    from exaone_bridge.checkpoint.tiny import write_random
-    from exaone_bridge.verify.job import Asked
-    from exaone_bridge.verify.verify import verify as run
+    from exaone_bridge.checkpoint.hf.tiny import write_random
+    from exaone_bridge.verification.workflow.job import Asked
+    from exaone_bridge.verification.workflow.verify import verify as run
 
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
@@ -115,7 +115,7 @@ def tiny(
         raise UnsupportedConfig("--seed", got=seed, wanted="from 0 to 2^63 - 1", where="command line")
     _, config = MINIATURES[family]
     config = _with_settings(config, set_ or [])
-    from exaone_bridge.checkpoint.tiny import write_random
+    from exaone_bridge.checkpoint.hf.tiny import write_random
 
     write_random(folder, config, seed=seed)
     say(f"{folder}: {language_config(config)['num_hidden_layers']} layers, {config['dtype']}")
@@ -184,8 +184,8 @@ def import_(
     dry_run: DryRun = False,
 ) -> None:
     """Convert Hugging Face -> Megatron checkpoint (torch_dist), which loads at any layout; its run config says this."""
-    from exaone_bridge.checkpoint.convert import import_checkpoint
     from exaone_bridge.cli.progress import conversion, say_summary
+    from exaone_bridge.convert.convert import import_checkpoint
 
     layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
     with conversion("import") as on_event:
@@ -215,8 +215,8 @@ def export(
     dry_run: DryRun = False,
 ) -> None:
     """Convert Megatron checkpoint -> Hugging Face, from the checkpoint alone; interrupted, run it again to go on."""
-    from exaone_bridge.checkpoint.convert import export_checkpoint
     from exaone_bridge.cli.progress import conversion, say_summary
+    from exaone_bridge.convert.convert import export_checkpoint
 
     max_shard_bytes = None if max_shard_size is None else read_size(max_shard_size, "--max-shard-size")
     with conversion("export") as on_event:

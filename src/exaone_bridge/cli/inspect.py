@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.headers import TensorInfo
-from exaone_bridge.checkpoint.plan import Plan
-from exaone_bridge.checkpoint.prove import prove
-from exaone_bridge.checkpoint.source import HFSource, check_layout, plan_of, survey
+from exaone_bridge.checkpoint.hf.headers import TensorInfo
+from exaone_bridge.checkpoint.hf.source import HFSource, check_layout, plan_of, survey
+from exaone_bridge.checkpoint.reshard.plan import Plan
+from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.errors import UnsupportedLayout
-from exaone_bridge.parts.layout import Layout
-from exaone_bridge.parts.schedule import mlp_pattern, pattern
+from exaone_bridge.schema.layer_schedule import mlp_pattern, pattern
+from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["inspect"]
 
@@ -155,7 +155,7 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     yield "Ranks"
     yield from _rank_lines(_ranks(plan))
     yield from (f"  {name} cannot work: {reason}" for name, reason in _refused(source))
-    yield "Where each tensor goes (* is the layer, then the expert; the letters are the axes of parts/rows.py)"
+    yield "Where each tensor goes (* is the layer, then the expert; the letters are the axes of schema/param_mapping.py)"
     for row in source.rows:
         for tensor in row.hf:
             yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"

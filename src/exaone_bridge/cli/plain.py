@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["COUNTS", "FLAGS", "Inspect", "inspect_arguments"]
 

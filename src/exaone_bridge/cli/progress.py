@@ -18,8 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from exaone_bridge.checkpoint.progress import Advance, Summary, Total
 from exaone_bridge.cli.show import console, quiet, say
+from exaone_bridge.convert.progress import Advance, Summary, Total
 
 __all__ = ["conversion", "say_summary"]
 

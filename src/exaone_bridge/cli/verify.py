@@ -11,7 +11,7 @@ import typer
 
 from exaone_bridge.cli.show import say, stages, table
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["print_report", "verify"]
 
@@ -74,8 +74,8 @@ def verify(
     if source is None:
         raise UnsupportedConfig("SOURCE", got=None, wanted="a folder (or --self-test)", where="command line")
     _check_outputs(json_, html, card)
-    from exaone_bridge.verify import verify_model
-    from exaone_bridge.verify.launch import is_first, leave
+    from exaone_bridge.runtime.launch import is_first, leave
+    from exaone_bridge.verification import verify_model
 
     with stages("verify", shown=is_first()) as on_event:
         on_event(0, "importing Megatron-Core (half a minute)")
@@ -99,11 +99,11 @@ def verify(
         if json_ is not None:
             report.write_json(json_)
         if html is not None:
-            from exaone_bridge.verify.html import write_html
+            from exaone_bridge.verification.report.html import write_html
 
             write_html(report, html)
         if card is not None:
-            from exaone_bridge.verify.card import write_card
+            from exaone_bridge.verification.report.card import write_card
 
             write_card(report, card, name=name or report.source, note=note)
         print_report(report)
@@ -142,7 +142,7 @@ def print_report(report: Any) -> None:
 
 
 def _self_test(json_: Path | None) -> None:
-    from exaone_bridge.verify.bench.run import self_test
+    from exaone_bridge.verification.self_test.run import self_test
 
     _check_outputs(json_)
     with stages("self-test") as on_event:

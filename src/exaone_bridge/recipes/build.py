@@ -15,10 +15,9 @@ from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config import ConfigContainer
 
+from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
-from exaone_bridge.families import family_of
-from exaone_bridge.host.model import model_parallel_of
-from exaone_bridge.host.registration import supported
+from exaone_bridge.models import family_of
 from exaone_bridge.recipes.common import container, conversations, questions_and_answers, text
 from exaone_bridge.recipes.memory import GB, estimate
 from exaone_bridge.recipes.plan import Plan
@@ -70,7 +69,7 @@ def _planned(model: str, stage: str, gpu_memory_gb: int, provider: Any, changes:
 
 def _spread(provider: Any, plan: Plan) -> None:
     """Layout, lengths and kernels, on the provider."""
-    for name, value in model_parallel_of(plan.layout).items():
+    for name, value in plan.layout.provider_overrides().items():
         setattr(provider, name, value)
     provider.seq_length = plan.seq_length
     provider.pipeline_dtype = torch.bfloat16

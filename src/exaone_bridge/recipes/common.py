@@ -31,7 +31,7 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 
-from exaone_bridge.host.conversations import IN_FOLDER
+from exaone_bridge.patches.vlm_data import IN_FOLDER
 from exaone_bridge.recipes.plan import Plan
 
 __all__ = ["ENVIRONMENT", "container", "conversations", "questions_and_answers", "text"]

@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from exaone_bridge.parts.rows import Kind, Row
 from exaone_bridge.recipes.plan import Plan
+from exaone_bridge.schema.param_mapping import Kind, Row
 
 __all__ = ["GB", "RESERVE", "Memory", "estimate", "stages"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
-from exaone_bridge.parts.family import Facts
-from exaone_bridge.parts.layout import Layout
+from exaone_bridge.schema.model_family import Facts
+from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["Plan"]
 

@@ -7,8 +7,8 @@ recomputed. `docs/recipes.md` is the table of them.
 from __future__ import annotations
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.parts.layout import Layout
 from exaone_bridge.recipes.plan import Plan
+from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["ADAPTER_RANK", "PLANS", "plan_of"]
 

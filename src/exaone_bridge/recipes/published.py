@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from exaone_bridge.families.ernie45.tiny import TINY as ERNIE45_TINY
-from exaone_bridge.families.exaone4.tiny import TINY as EXAONE4_TINY
-from exaone_bridge.families.exaone45.tiny import TINY as EXAONE45_TINY
-from exaone_bridge.parts.schedule import FULL, SLIDING
+from exaone_bridge.models.ernie45.tiny import TINY as ERNIE45_TINY
+from exaone_bridge.models.exaone4.tiny import TINY as EXAONE4_TINY
+from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45_TINY
+from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 
 __all__ = ["CONFIGS"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exaone_bridge.families import family_of
+from exaone_bridge.models import family_of
 from exaone_bridge.recipes.memory import GB, estimate
 from exaone_bridge.recipes.plans import ADAPTER_RANK, PLANS
 from exaone_bridge.recipes.published import CONFIGS

@@ -1,0 +1,35 @@
+"""ERNIE 4.5 for Megatron-Bridge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exaone_bridge.bridge.exact_bridge import ExactBridge, config_mapping
+from exaone_bridge.models.ernie45 import ERNIE45
+from exaone_bridge.models.ernie45.config import MODEL_TYPES, MOE, first_pool
+from exaone_bridge.models.ernie45.provider import Ernie45ModelProvider, ernie45_provider, facts_of
+
+__all__ = ["Ernie45Bridge"]
+
+
+class Ernie45Bridge(ExactBridge):
+    """ERNIE 4.5 (0.3B dense; 21B and 300B mixtures of experts): Hugging Face <-> Megatron-Core, both ways.
+
+    Example:
+        >>> import exaone_bridge
+        >>> from megatron.bridge import AutoBridge
+        >>> bridge = AutoBridge.from_hf_pretrained("baidu/ERNIE-4.5-21B-A3B-PT")
+        >>> provider = bridge.to_megatron_provider()
+    """
+
+    FAMILY = ERNIE45
+    SOURCE_NAME = MOE
+    MODEL_TYPE = MODEL_TYPES[MOE]
+    PROVIDER_CLASS = Ernie45ModelProvider
+    provider_of = staticmethod(ernie45_provider)
+    facts_of = staticmethod(facts_of)
+
+    @staticmethod
+    def _get_num_experts(hf_config: Any) -> int:
+        """Routed experts, of a number, [N] or [N, N]."""
+        return int(first_pool(config_mapping(hf_config), "moe_num_experts"))

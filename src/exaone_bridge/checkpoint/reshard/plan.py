@@ -1,0 +1,361 @@
+"""The plan: which rectangle of which Hugging Face tensor is which rectangle of which Megatron-Core parameter.
+
+Computed from rows, facts and a layout alone: no model is built, no tensor is read, no torch is imported. A row's
+parameter is cut in the same way in every layer and for every expert, so a `Part` states its rectangles once; `Plan`
+says who holds which layers and experts. So a plan of 60,000 tensors is as small as one of 600, and both directions
+follow it. `prove.py` checks it, and shares no arithmetic with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.schema.param_mapping import Kind, Row
+
+__all__ = ["Box", "Copy", "Cut", "Held", "Part", "Plan", "Rank", "elements", "make_plan", "ordinal_of", "writer"]
+
+Box = tuple[tuple[int, int], ...]  # (begin, end) along each axis
+
+_TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
+_CUT_BY_NOBODY = (Kind.REPLICATED, Kind.SQUEEZED)
+
+
+def elements(box: Box) -> int:
+    """How many elements a rectangle has."""
+    return math.prod(end - begin for begin, end in box)
+
+
+class Copy(NamedTuple):
+    """A rectangle that both sides have; `tensor` counts the row's Hugging Face tensors from 0."""
+
+    tensor: int
+    hf: Box
+    megatron: Box
+
+
+class Cut(NamedTuple):
+    """What one rank of those that cut a parameter holds of it: its shape, what fills it, and what nothing fills."""
+
+    shape: tuple[int, ...]
+    copies: tuple[Copy, ...]
+    padding: tuple[Box, ...] = ()
+
+
+class Rank(NamedTuple):
+    """A rank's place: pipeline stage, and its number among those that cut layers, deal out experts, and cut experts."""
+
+    pp: int = 0
+    tp: int = 0
+    ep: int = 0
+    etp: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One row, and how its parameters are cut.
+
+    Attributes:
+        shapes: of the row's Hugging Face tensors.
+        itemsizes: bytes of an element of each.
+        cuts: by the rank's number among those that cut it; a single one where nobody does.
+    """
+
+    row: Row
+    shapes: tuple[tuple[int, ...], ...]
+    itemsizes: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has one."""
+        return self.row.experts > 0
+
+    def cut(self, rank: Rank) -> Cut:
+        """What this rank holds of each of its parameters."""
+        return self.cuts[(rank.etp if self.per_expert else rank.tp) % len(self.cuts)]
+
+    def read_bytes(self, rank: Rank) -> int:
+        """Bytes of the Hugging Face tensors that one parameter of this rank is made of."""
+        return sum(elements(copy.hf) * self.itemsizes[copy.tensor] for copy in self.cut(rank).copies)
+
+    def held_bytes(self, rank: Rank) -> int:
+        """Bytes of one parameter on this rank, padding included."""
+        return math.prod(self.cut(rank).shape) * self.itemsizes[0]
+
+
+class Held(NamedTuple):
+    """One parameter on one rank: in which of its chunks, by which name there, and which layer (and expert) it is."""
+
+    chunk: int
+    name: str
+    part: Part
+    numbers: tuple[int, ...]
+    cut: Cut
+    replica: bool  # of a parameter that another stage owns: a tied output layer
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The copies of every rank of a layout.
+
+    Attributes:
+        parts: one for each row.
+        stages: the global 0-based layers of each chunk of each pipeline rank.
+        experts: the global 0-based experts of each expert-parallel rank.
+        tied: whether the last of several stages holds a copy of the embedding as its output layer.
+        grouped: whether one module holds all experts (Transformer Engine's grouped GEMM), or each its own.
+    """
+
+    layout: Layout
+    parts: tuple[Part, ...]
+    stages: tuple[tuple[tuple[int, ...], ...], ...]
+    experts: tuple[tuple[int, ...], ...]
+    tied: bool
+    grouped: bool
+
+    def ranks(self) -> list[Rank]:
+        """Every rank of the least world of this layout, in Megatron-Core's order (tp fastest, pp slowest)."""
+        tp, pp, ep, etp = self.layout.tp, self.layout.pp, self.layout.ep, self.layout.expert_tp
+        in_stage = self.layout.ranks // pp
+        return [
+            Rank(pp=stage, tp=number % tp, ep=number // etp % ep, etp=number % etp)
+            for stage in range(pp)
+            for number in range(in_stage)
+        ]
+
+    def held(self, rank: Rank) -> Iterator[Held]:
+        """Every parameter of this rank, chunk by chunk within a row."""
+        last = len(self.stages) - 1
+        for part in self.parts:
+            cut = part.cut(rank)
+            name = part.row.megatron if self.grouped else part.row.alias or part.row.megatron
+            if "*" not in part.row.megatron:
+                first = is_first(part.row)
+                if rank.pp == (0 if first else last):
+                    yield Held(0 if first else len(self.stages[last]) - 1, name, part, (), cut, False)
+                if self.tied and name == _TIED[0] and rank.pp == last and last > 0:
+                    yield Held(len(self.stages[last]) - 1, _TIED[1], part, (), cut, True)
+                continue
+            layers = frozenset(part.row.layers)
+            before, between, after = _split(name)
+            for chunk, here in enumerate(self.stages[rank.pp]):
+                for local, layer in enumerate(here):
+                    if layer not in layers:
+                        continue
+                    start = f"{before}{local}{between}"
+                    if not part.per_expert:
+                        yield Held(chunk, start + after, part, (layer,), cut, False)
+                        continue
+                    for number, expert in enumerate(self.experts[rank.ep]):
+                        yield Held(chunk, f"{start}{number}{after}", part, (layer, expert), cut, False)
+
+    def count(self, part: Part, rank: Rank) -> int:
+        """How many parameters of this part the rank holds, copies of a tied embedding included."""
+        last = len(self.stages) - 1
+        if "*" not in part.row.megatron:
+            own = int(rank.pp == (0 if is_first(part.row) else last))
+            return own + int(self.tied and part.row.megatron == _TIED[0] and rank.pp == last and last > 0)
+        layers = frozenset(part.row.layers)
+        here = sum(layer in layers for chunk in self.stages[rank.pp] for layer in chunk)
+        return here * (len(self.experts[rank.ep]) if part.per_expert else 1)
+
+    def read_bytes(self, rank: Rank) -> int:
+        """Bytes that an import reads on this rank."""
+        return sum(self.count(part, rank) * part.read_bytes(rank) for part in self.parts)
+
+    def held_bytes(self, rank: Rank) -> int:
+        """Bytes of this rank's parameters."""
+        return sum(self.count(part, rank) * part.held_bytes(rank) for part in self.parts)
+
+    def written_bytes(self) -> list[int]:
+        """Bytes that an export writes, by rank: of the ranks that hold a parameter, `writer` names one."""
+        per_stage = self.layout.ranks // self.layout.pp
+        written = [0] * self.layout.ranks
+        for order, part in enumerate(self.parts):
+            nbytes = sum(math.prod(shape) * size for shape, size in zip(part.shapes, part.itemsizes, strict=True))
+            experts = part.row.experts or 1
+            cutters = self.layout.expert_tp if part.per_expert else self.layout.tp
+            dealt = self.layout.ep if part.per_expert else 1
+            replicas = per_stage // (cutters * dealt)
+            period = cutters * replicas  # of `writer`
+            seconds = Counter((expert * dealt // experts, expert % period) for expert in range(experts))
+            layers = frozenset(part.row.layers)
+            for stage, chunks in enumerate(self.stages):
+                here = [layer for chunk in chunks for layer in chunk if layer in layers]
+                if "*" not in part.row.megatron:
+                    here = [0] if stage == (0 if is_first(part.row) else len(self.stages) - 1) else []
+                firsts = Counter(ordinal_of(order, (layer,)) % period for layer in here)
+                for (first, times), ((owner, second), each) in itertools.product(firsts.items(), seconds.items()):
+                    cutter, replica = writer(first + second, cutters, replicas)
+                    written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += times * each * nbytes
+        return written
+
+    @property
+    def padding(self) -> int:
+        """Elements of all parameters, each counted once over the ranks that cut it, that no tensor fills."""
+        return sum(elements(box) for part in self.parts for cut in part.cuts for box in cut.padding)
+
+
+def ordinal_of(order: int, numbers: tuple[int, ...]) -> int:
+    """A number by which parameters are dealt to writers: of the row's place in the table, the layer and the expert."""
+    return order + sum(numbers)
+
+
+def writer(ordinal: int, cutters: int, replicas: int) -> tuple[int, int]:
+    """Which of the ranks that cut a parameter, and which of its replicas, writes it."""
+    return ordinal // replicas % cutters, ordinal % replicas
+
+
+def is_first(row: Row) -> bool:
+    """Whether a parameter outside the layers stands before them, on the first stage; the others stand after."""
+    return row.megatron.startswith(("embedding.", "visual."))
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """A name around its one or two stars."""
+    before, _, rest = name.partition("*")
+    between, star, after = rest.partition("*")
+    return (before, between, after) if star else (before, rest, "")
+
+
+def make_plan(
+    rows: Iterable[Row],
+    dims: Mapping[str, int],
+    layout: Layout,
+    *,
+    layers: int,
+    experts: int = 0,
+    itemsize: int,
+    tied: bool,
+    vocab_rows: int | None = None,
+    stages: tuple[tuple[tuple[int, ...], ...], ...] | None = None,
+    grouped: bool = True,
+) -> Plan:
+    """The plan of a model at a layout.
+
+    Args:
+        rows: the family's table.
+        dims: axis letter -> size.
+        layers, experts: how many the model has.
+        itemsize: bytes of an element of the model's type.
+        tied: whether the output layer is the embedding.
+        vocab_rows: of the padded embedding over all ranks; None: the least multiple of tp.
+        stages: the layers of each chunk of each pipeline rank; None: cut evenly.
+
+    Raises:
+        UnsupportedLayout: an axis that the layout does not cut evenly.
+    """
+    parts = tuple(
+        _part(row, dims, layout, itemsize, vocab_rows) for row in rows if row.layers or "*" not in row.megatron
+    )
+    each = experts // layout.ep
+    dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
+    return Plan(layout, parts, stages or even_stages(layers, layout), dealt, tied, grouped)
+
+
+def even_stages(layers: int, layout: Layout) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Megatron-Core's split: chunk c of stage p has the layers after those of chunks below c and stages before p."""
+    each = layers // (layout.pp * layout.vpp)
+    return tuple(
+        tuple(
+            tuple(range((chunk * layout.pp + stage) * each, (chunk * layout.pp + stage + 1) * each))
+            for chunk in range(layout.vpp)
+        )
+        for stage in range(layout.pp)
+    )
+
+
+def _part(row: Row, dims: Mapping[str, int], layout: Layout, itemsize: int, vocab_rows: int | None) -> Part:
+    shapes = tuple(tensor.shape(dims) for tensor in row.hf)
+    ranks = 1 if row.kind in _CUT_BY_NOBODY else layout.expert_tp if row.experts else layout.tp
+    cuts = tuple(_cut(row, shapes, dims, rank, ranks, vocab_rows) for rank in range(ranks))
+    return Part(row, shapes, tuple(4 if tensor.fp32 else itemsize for tensor in row.hf), cuts)
+
+
+def _cut(
+    row: Row,
+    shapes: tuple[tuple[int, ...], ...],
+    dims: Mapping[str, int],
+    rank: int,
+    ranks: int,
+    vocab_rows: int | None,
+) -> Cut:
+    first = shapes[0]
+    match row.kind:
+        case Kind.REPLICATED:
+            return Cut(first, (Copy(0, _whole(first), _whole(first)),))
+        case Kind.SQUEEZED:
+            return Cut(first[1:], (Copy(0, _whole(first), _whole(first[1:])),))
+        case Kind.ROW:
+            here = _even(row, first[-1], ranks)
+            shape = (*first[:-1], here)
+            source = (*_whole(first[:-1]), (rank * here, (rank + 1) * here))
+            return Cut(shape, (Copy(0, source, _whole(shape)),))
+        case Kind.VOCAB:
+            return _vocabulary(first, rank, _even(row, vocab_rows or -(-first[0] // ranks) * ranks, ranks))
+        case Kind.GATED | Kind.COLUMN:
+            here = _even(row, first[0], ranks)
+            pieces = [(tensor, rank * here, here) for tensor in range(len(shapes))]
+        case Kind.QKV:
+            pieces = _interleaved(shapes, dims["D"])
+            here = _even(row, sum(shape[0] for shape in shapes), ranks)
+            pieces = list(_window(pieces, rank * here, (rank + 1) * here))
+    return _stacked(pieces, first[1:])
+
+
+def _vocabulary(shape: tuple[int, ...], rank: int, here: int) -> Cut:
+    real = max(0, min(here, shape[0] - rank * here))
+    others = _whole(shape[1:])
+    copies = (Copy(0, ((rank * here, rank * here + real), *others), ((0, real), *others)),) if real else ()
+    return Cut((here, *shape[1:]), copies, (((real, here), *others),) if real < here else ())
+
+
+def _interleaved(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tuple[int, int, int]]:
+    """(tensor, first row, rows) of q, k and v as Megatron-Core stacks them: by key-value group, its queries first."""
+    groups = shapes[1][0] // head_dim
+    return [
+        (tensor, group * rows, rows)
+        for group in range(groups)
+        for tensor, rows in enumerate(shape[0] // groups for shape in shapes)
+    ]
+
+
+def _window(pieces: Iterable[tuple[int, int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The pieces, or cuts of them, that lie at rows `begin` to `end` of their stack.
+
+    Where tp exceeds the key-value heads a group is cut too (megatron/core/transformer/attention.py, SelfAttention: the
+    projection is cut by rows whatever they are, and gathered again where it is used).
+    """
+    at = 0
+    for tensor, first, rows in pieces:
+        low, high = max(begin, at), min(end, at + rows)
+        if low < high:
+            yield tensor, first + low - at, high - low
+        at += rows
+
+
+def _stacked(pieces: Iterable[tuple[int, int, int]], others: tuple[int, ...]) -> Cut:
+    copies, at = [], 0
+    for tensor, first, rows in pieces:
+        copies.append(Copy(tensor, ((first, first + rows), *_whole(others)), ((at, at + rows), *_whole(others))))
+        at += rows
+    return Cut((at, *others), tuple(copies))
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return tuple((0, length) for length in shape)
+
+
+def _even(row: Row, size: int, ranks: int) -> int:
+    if size % ranks:
+        option = "etp" if row.experts else "tp"
+        wanted = f"a divisor of {size}, the length of {row.megatron} along the axis that is cut"
+        raise UnsupportedLayout(option, got=ranks, wanted=wanted, remedy=f"choose another --{option}")
+    return size // ranks

@@ -1,0 +1,258 @@
+"""Conversions on disk: Hugging Face folder -> Megatron checkpoint, and back, a tensor at a time; no model is built.
+
+A Megatron checkpoint that we write also holds a folder `hf` with the source's configuration, tokenizer files and shard
+layout, so that it can be exported where the source is out of reach.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_file_header, read_json
+from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
+from exaone_bridge.checkpoint.hf.source import HFSource, check_layout, open_source
+from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards, write_config
+from exaone_bridge.checkpoint.megatron.tensors import DTYPES, MegatronSource, TensorSpec, read_into
+from exaone_bridge.checkpoint.megatron.torch_dist_write import (
+    Parameter,
+    Written,
+    parameters_of,
+    write_metadata,
+    write_parameters,
+)
+from exaone_bridge.checkpoint.reshard.validate import prove
+from exaone_bridge.checkpoint.staging import FULL, check_space, refuse_existing, resumable, staged
+from exaone_bridge.convert.extra_tensors import CARRIED, carried_sizes, keep_carried
+from exaone_bridge.convert.progress import Meter, Summary, Total, deal, peak_memory, resident_memory
+from exaone_bridge.errors import CheckpointError, OutputError
+from exaone_bridge.schema.hf_files import copy_travelling_files
+from exaone_bridge.schema.parallel_layout import Layout
+
+__all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
+
+ASSETS = "hf"  # the folder in a Megatron checkpoint that holds what Megatron has no place for
+OnEvent = Callable[[int, Any], None]
+
+
+def shards_like(source: HFSource) -> dict[str, str]:
+    """Tensor -> file, as the source has it."""
+    return {name: tensor.file.name for name, tensor in source.tensors.items()}
+
+
+def drain(weights: Iterable[Any], write: Callable[[Iterable[Any]], None]) -> None:
+    """Rank 0 writes the stream; every other rank takes part in the gathering that yields it."""
+    if dist.get_rank() == 0:
+        write(weights)
+    else:
+        for _ in weights:
+            pass
+
+
+@contextmanager
+def _typed_disk_errors(target: Path) -> Iterator[None]:
+    """A full disk is said in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        problem = f"the disk refuses to take more ({error.strerror})"
+        raise OutputError(target, problem, remedy="free some space and run this again, which continues") from error
+
+
+def _import_rank(
+    source: Path, target: Path, parameters: list[Parameter], shares: list[list[int]], tensors: Mapping[str, TensorInfo]
+) -> tuple[list[Written], int, int]:
+    """Write this rank's share; where each parameter went, and the memory before and at most."""
+    from exaone_bridge.runtime.ranks import emit
+
+    base, meter, written = resident_memory(), Meter(emit), []
+    with _typed_disk_errors(target):
+        path = target / f"__{dist.get_rank()}_0.distcp"
+        for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], tensors, path):
+            written.append(where)
+            meter.advance(nbytes)
+    meter.flush()
+    return written, base, peak_memory()
+
+
+def import_checkpoint(
+    hf_folder: Path,
+    megatron_folder: Path,
+    layout: Layout,
+    *,
+    backend: str = "auto",
+    workers: int = 1,
+    dry_run: bool = False,
+    on_event: OnEvent | None = None,
+) -> Summary:
+    """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist), which loads at any layout.
+
+    Args:
+        layout: what the checkpoint's run config says; the weights are the same for all.
+        backend: the same.
+        workers: processes that write; each holds a parameter in memory.
+        dry_run: check everything, and write nothing.
+
+    Raises:
+        CheckpointError, UnsupportedConfig, UnmappedTensors: see `open_source`; or the target exists.
+        UnsupportedLayout: the model cannot be cut so.
+        OutputError: the disk is full.
+    """
+    started = time.perf_counter()
+    refuse_existing(megatron_folder)
+    source = open_source(hf_folder)
+    check_layout(source.facts, layout)
+    ours = source.of_the_model
+    plan = source.plan(Layout())
+    prove(plan, {name: tensor.shape for name, tensor in ours.items()})
+    check_space(megatron_folder, source.nbytes)
+    if dry_run:
+        return Summary(len(source.tensors), source.nbytes, 0.0)
+    from exaone_bridge.bridge.registration import supported
+    from exaone_bridge.convert.run_config import layers_are_stacked, provider_for, write_beside
+    from exaone_bridge.runtime.ranks import run_ranks
+
+    supported()
+    provider = provider_for(hf_folder, layout, backend)
+    parameters = parameters_of(plan, source.facts.num_layers, stacked=layers_are_stacked(provider))
+    shares = deal([parameter.nbytes for parameter in parameters], workers)
+    _tell(on_event, "writing the Megatron checkpoint", Total(sum(tensor.nbytes for tensor in ours.values())))
+    with staged(megatron_folder) as folder:
+        iteration = write_beside(folder, provider, megatron_folder.absolute())
+        arguments = (hf_folder.absolute(), iteration, parameters, shares, ours)
+        results = run_ranks(_import_rank, workers, *arguments, on_event=on_event)
+        write_metadata(iteration, parameters, ours, [where for written, _, _ in results for where in written])
+        assets = folder / ASSETS
+        assets.mkdir()
+        write_config(assets, source.config)
+        copy_travelling_files(hf_folder, assets)
+        keep_carried(source, assets)
+        (assets / INDEX).write_text(json.dumps({"weight_map": shards_like(source)}))
+    base, peak = max(((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0])
+    seconds = time.perf_counter() - started
+    return Summary(len(source.tensors), source.nbytes, seconds, peak_bytes=peak, base_bytes=base)
+
+
+def _tell(on_event: OnEvent | None, *events: Any) -> None:
+    if on_event is not None:
+        for event in events:
+            on_event(0, event)
+
+
+def _export_rank(
+    source: MegatronSource,
+    target: Path,
+    writer: ShardWriter,
+    shares: list[list[str]],
+    carried: Mapping[str, TensorInfo],
+) -> tuple[int, int, int]:
+    """Write this rank's share; bytes that were there already, and the memory before and at most."""
+    import torch
+
+    from exaone_bridge.runtime.ranks import emit
+
+    base, meter = resident_memory(), Meter(emit)
+    try:
+        with _typed_disk_errors(target):
+            for name in shares[dist.get_rank()]:
+                if name in carried:
+                    tensor = torch.empty(carried[name].shape, dtype=DTYPES[carried[name].dtype])
+                    read_into(carried[name], tensor)
+                else:
+                    tensor = source.read(name)
+                writer.put(name, [memoryview(tensor.view(-1).view(torch.uint8).numpy())] if tensor.nbytes else [])
+                meter.advance(tensor.nbytes)
+                del tensor
+            writer.close()
+    finally:
+        writer.abandon()
+    meter.flush()
+    return writer.kept, base, peak_memory()
+
+
+def export_checkpoint(
+    megatron_folder: Path,
+    hf_folder: Path,
+    *,
+    max_shard_bytes: int | None = None,
+    drop_carried: bool = False,
+    workers: int = 1,
+    dry_run: bool = False,
+    on_event: OnEvent | None = None,
+) -> Summary:
+    """Convert a Megatron checkpoint to a Hugging Face folder: weights, configuration, and what travelled with it.
+
+    What an interrupted export has left is gone on with: tensors that are there already are compared, and stay.
+
+    Args:
+        max_shard_bytes: of a file; None: the files of the source, where the checkpoint remembers them, else 5 GB.
+        drop_carried: leave out the tensors that travel beside the model, and say so in the configuration.
+        workers: processes that write; each holds a parameter and a tensor in memory.
+        dry_run: check everything, and write nothing.
+
+    Raises:
+        CheckpointError: no checkpoint there, the target exists, or what travels beside the model is out of reach.
+        UnsupportedConfig: a model that none of our bridges made.
+        OutputError: the disk is full.
+    """
+    started = time.perf_counter()
+    refuse_existing(hf_folder)
+    if not megatron_folder.is_dir():
+        raise CheckpointError(megatron_folder, "this folder does not exist", remedy="name a Megatron checkpoint folder")
+
+    from exaone_bridge.runtime.model import provider_of
+    from exaone_bridge.runtime.ranks import run_ranks
+
+    _, config = provider_of(megatron_folder)
+    source = MegatronSource(megatron_folder, config)
+    assets, family = megatron_folder / ASSETS, source.family
+    carried: dict[str, TensorInfo] = {}
+    if drop_carried:
+        config = family.write_config(family.without_carried(source.facts), config)
+    elif carried_sizes(assets, family, source.facts):
+        beside = read_file_header(assets / CARRIED)[0]
+        carried = {name: info for name, info in beside.items() if name not in source.tensors}  # built since the import
+    specs: list[TensorSpec] = [*source.tensors.values(), *carried.values()]
+    sizes = {spec.name: spec.nbytes for spec in specs}
+    files = _source_shards(assets / INDEX, sizes) if max_shard_bytes is None else None
+    shards = lay_out(specs, files or plan_shards(sizes, max_shard_bytes or MAX_SHARD_BYTES))
+    check_space(hf_folder, shards.nbytes)
+    if dry_run:
+        return Summary(len(specs), shards.nbytes, 0.0)
+    _tell(on_event, "writing the Hugging Face folder", Total(shards.nbytes))
+    with resumable(hf_folder) as folder, _typed_disk_errors(hf_folder):
+        writer = ShardWriter.create(folder, shards)
+        groups = [*source.groups(), *([name] for name in carried)]
+        hands = deal([sum(sizes[name] for name in group) for group in groups], workers)
+        shares = [[name for number in hand for name in groups[number]] for hand in hands]
+        results = run_ranks(_export_rank, workers, source, folder, writer, shares, carried, on_event=on_event)
+        write_index(folder, shards)
+        write_config(folder, config)
+        if assets.is_dir():
+            copy_travelling_files(assets, folder)
+    base, peak = max(((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0])
+    seconds, kept = time.perf_counter() - started, sum(kept for kept, _, _ in results)
+    return Summary(len(specs), shards.nbytes, seconds, peak_bytes=peak, base_bytes=base, kept_bytes=kept)
+
+
+def _source_shards(index: Path, sizes: Mapping[str, int]) -> dict[str, str] | None:
+    """The source's shard layout, where the checkpoint remembers one and it is for these tensors."""
+    if not index.is_file():
+        return None
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(_is_plain(file) for file in files.values()):
+        raise CheckpointError(index, "its weight_map has other values than plain file names", remedy="remove this file")
+    return files if files.keys() == sizes.keys() else None
+
+
+def _is_plain(file: object) -> bool:
+    """A name in the output folder and nowhere else."""
+    return isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")

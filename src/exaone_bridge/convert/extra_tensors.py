@@ -1,0 +1,70 @@
+"""Tensors that a checkpoint ships beside its model: no part of the model, and never lost.
+
+A Megatron checkpoint that we write keeps them in its folder `hf`, bit for bit, so that it can be exported where the
+source is out of reach.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_file_header
+from exaone_bridge.checkpoint.hf.source import HFSource
+from exaone_bridge.errors import CheckpointError
+from exaone_bridge.schema.model_family import Family
+
+__all__ = ["CARRIED", "carried_sizes", "carried_weights", "keep_carried"]
+
+CARRIED = "carried.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+def keep_carried(source: HFSource, folder: Path) -> None:
+    """Copy a source's carried tensors to `folder`; nothing happens where source and configuration have none."""
+    if not source.carried and not source.family.carried_tensors(source.facts):
+        return
+    save_file(dict(_read(source.carried)), folder / CARRIED)
+    logger.info("carried past the model unchanged: %d tensors, in %s", len(source.carried), folder / CARRIED)
+
+
+def _read(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any]]:
+    by_file = defaultdict(list)
+    for name, tensor in tensors.items():
+        by_file[tensor.file].append(name)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+
+def carried_sizes(folder: Path, family: Family, facts: Any) -> dict[str, int]:
+    """Name -> bytes of what `keep_carried` left in `folder`.
+
+    Raises:
+        CheckpointError: the configuration says there is something, and it is not there.
+    """
+    path = folder / CARRIED
+    if path.is_file():
+        return {name: tensor.nbytes for name, tensor in read_file_header(path)[0].items()}
+    if names := [tensor.name for tensor in family.carried_tensors(facts)]:
+        raise CheckpointError(
+            path,
+            f"this file is missing, and with it {names[0]} and others that travel beside the model",
+            remedy="restore it from the Hugging Face source by another `import`, or leave them out with --drop-carried",
+        )
+    return {}
+
+
+def carried_weights(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of what `keep_carried` left in `folder`."""
+    path = folder / CARRIED
+    if path.is_file():
+        yield from _read(read_file_header(path)[0])

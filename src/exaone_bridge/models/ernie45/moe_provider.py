@@ -1,0 +1,70 @@
+"""The provider of models with mixture-of-experts layers whose softmax router has a selection bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.modules.backend import resolve_backend
+from exaone_bridge.modules.provider import ExactGPTModelProvider
+
+__all__ = ["MoEModelProvider"]
+
+
+@dataclass
+class MoEModelProvider(ExactGPTModelProvider):
+    """ExactGPTModelProvider with Megatron-Core's mixture of experts, balanced by nothing unless configured.
+
+    Off unless a trainer sets it: an auxiliary loss (`moe_router_load_balancing_type` and `moe_aux_loss_coeff`), or the
+    update of the selection bias after each step (`moe_router_enable_expert_bias` and `moe_router_bias_update_rate`).
+    """
+
+    add_bias_linear: bool = False
+    moe_router_enable_expert_bias: bool = False
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = True
+    moe_router_dtype: str | None = "fp32"
+    moe_router_load_balancing_type: str | list[str] = "none"
+    moe_aux_loss_coeff: float | list[float] = 0.0
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_grouped_gemm: bool = True
+    moe_permute_fusion: bool = True  # 5% of a step of six layers of ERNIE 21B at 8192 (docs/benchmarks.md)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether this layer (global, 0-based) is a mixture of experts."""
+        freq = self.moe_layer_freq
+        return bool(self.num_moe_experts) and (layer % freq == 0 if isinstance(freq, int) else bool(freq[layer]))
+
+    def finalize(self) -> None:
+        """Check the way of balancing, and choose what runs on this machine's backend.
+
+        Raises:
+            UnsupportedConfig: two ways of balancing at once; or what the parent refuses.
+        """
+        update_bias = self.moe_router_enable_expert_bias
+        if update_bias and self._has_aux_loss():
+            raise UnsupportedConfig(
+                "moe_router_enable_expert_bias",
+                got=True,
+                wanted=f"off with an auxiliary loss (moe_aux_loss_coeff={self.moe_aux_loss_coeff})",
+                where="provider",
+                remedy="balance the experts one way or the other",
+            )
+        if resolve_backend(self.backend).name == "torch":
+            # alltoall counts tokens on CUDA streams of its own; grouped GEMM and permutation are Transformer Engine's
+            self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False, moe_permute_fusion=False)
+        # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our
+        # router does not mind the first, our experts have none of the second (models/ernie45/router.py, models/ernie45/moe.py).
+        linear_biases = self.add_bias_linear
+        self.moe_router_enable_expert_bias = False
+        self.add_bias_linear = linear_biases and not self.num_moe_experts
+        try:
+            super().finalize()
+        finally:
+            self.moe_router_enable_expert_bias, self.add_bias_linear = update_bias, linear_biases
+
+    def _has_aux_loss(self) -> bool:
+        kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        coefficients = coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
+        return any(kind != "none" and coeff for kind, coeff in zip(kinds, coefficients, strict=True))

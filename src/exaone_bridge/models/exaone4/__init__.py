@@ -1,0 +1,21 @@
+"""EXAONE 4.0: post-norm, QK norm, hybrid attention with NoPE on the global layers. No torch here."""
+
+from __future__ import annotations
+
+from exaone_bridge.models.exaone4.config import ARCHITECTURE, read_config, write_config
+from exaone_bridge.models.exaone4.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
+from exaone_bridge.models.exaone4.weights import exaone4_rows
+from exaone_bridge.schema.model_family import Family
+
+__all__ = ["EXAONE4"]
+
+EXAONE4 = Family(
+    name="exaone4",
+    architectures=(ARCHITECTURE,),
+    read_config=read_config,
+    write_config=write_config,
+    rows=exaone4_rows,
+    tiny=TINY,
+    special_tokens=SPECIAL_TOKENS,
+    chat_template=CHAT_TEMPLATE,
+)

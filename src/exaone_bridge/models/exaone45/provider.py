@@ -1,0 +1,129 @@
+"""EXAONE 4.5's facts <-> model provider: EXAONE 4.0's, and the tower."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.models.exaone4.config import Exaone4Facts
+from exaone_bridge.models.exaone4.layer_spec import exaone4_layer_spec
+from exaone_bridge.models.exaone4.provider import Exaone4ModelProvider, exaone4_provider
+from exaone_bridge.models.exaone4.provider import facts_of as text_facts_of
+from exaone_bridge.models.exaone45.config import Exaone45Facts, VisionFacts
+from exaone_bridge.models.exaone45.model import Exaone45Model
+from exaone_bridge.models.exaone45.mtp import mtp_block_spec
+from exaone_bridge.models.exaone45.vision_encoder import build_tower
+from exaone_bridge.modules.backend import resolve_backend
+
+__all__ = ["Exaone45ModelProvider", "exaone45_provider", "facts_of"]
+
+
+@dataclass
+class Exaone45ModelProvider(Exaone4ModelProvider):
+    """Exaone4ModelProvider with a vision tower; sizes come from `exaone45_provider`.
+
+    Attributes:
+        vision: the fields of `VisionFacts`.
+        image_token_id, video_token_id: the words that hold features' places.
+        mtp_depth: of the multi-token prediction on disk. It is built, and trained, where `mtp_num_layers` is set; else
+            it travels beside the model.
+        mtp_windowed, mtp_rotated: whether its layer has the window, and RoPE.
+        freeze_language_model, freeze_vision_model, freeze_vision_projection, freeze_mtp_model: not to be trained; the
+            tower without its merger is the second, the merger the third (Megatron-Bridge's names).
+    """
+
+    vision: dict[str, Any] = field(default_factory=dict)
+    image_token_id: int = 67
+    video_token_id: int = 68
+    mtp_depth: int = 0
+    mtp_windowed: bool = True
+    mtp_rotated: bool = True
+    freeze_language_model: bool = False
+    freeze_vision_model: bool = False
+    freeze_vision_projection: bool = False
+    freeze_mtp_model: bool = False
+
+    def finalize(self) -> None:
+        """As the parent's.
+
+        Raises:
+            UnsupportedConfig: several layers of multi-token prediction to be built; or what the parent refuses.
+        """
+        if (self.mtp_num_layers or 0) > 1 and not self.mtp_use_repeated_layer:
+            raise UnsupportedConfig(
+                "mtp_share_layers",
+                got=False,
+                wanted="true where several words are predicted: what leads to the layer is one on disk, and "
+                "Megatron-Core has it once a layer",
+                where="provider",
+                remedy="leave provider.mtp_num_layers out, and all of it travels beside the model",
+            )
+        super().finalize()
+
+    @property
+    def vision_facts(self) -> VisionFacts:
+        """What `vision` says."""
+        return VisionFacts(**{**self.vision, "full_attention": tuple(self.vision["full_attention"])})
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> Exaone45Model:
+        """EXAONE 4.0's model of this rank (of its chunk `vp_stage`); on the first stage, with the tower."""
+        language_model = super().provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        facts = self.vision_facts
+        tower = build_tower(facts, self, self.init_method_std) if language_model.pre_process else None
+        model = Exaone45Model.made_of(language_model, tower, facts, self.image_token_id, self.video_token_id)
+        for name, parameter in model.named_parameters():
+            if self.is_frozen(name):
+                parameter.requires_grad_(False)
+        return model
+
+    def mtp_spec(self, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
+        """Multi-token prediction of this stage, around EXAONE 4.0's layer (`models/exaone45/mtp.py`)."""
+        if not self.mtp_num_layers:
+            return None
+        backend = resolve_backend(self.backend)
+        rule = {"windowed": self.mtp_windowed, "rotated": self.mtp_rotated}
+        return mtp_block_spec(self, backend, exaone4_layer_spec(backend), **rule, vp_stage=vp_stage)
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether the parameter of this name is not to be trained."""
+        if name.startswith("mtp."):
+            return self.freeze_mtp_model
+        if name.startswith("visual.merger."):
+            return self.freeze_vision_projection
+        return self.freeze_vision_model if name.startswith("visual.") else self.freeze_language_model
+
+
+def exaone45_provider(facts: Exaone45Facts, hf_config: Mapping[str, Any]) -> Exaone45ModelProvider:
+    """The provider of these facts; `hf_config` is carried for the export."""
+    text = exaone4_provider(dataclasses.replace(facts.text, tied=facts.tied), hf_config)
+    given = {each.name: getattr(text, each.name) for each in fields(text) if each.init}
+    return Exaone45ModelProvider(
+        **given | {"mtp_use_repeated_layer": facts.mtp_shared, "mtp_loss_scaling_factor": facts.mtp_loss_scale},
+        vision=dataclasses.asdict(facts.vision) | {"full_attention": list(facts.vision.full_attention)},
+        image_token_id=facts.image_token,
+        video_token_id=facts.video_token,
+        mtp_depth=facts.mtp_depth,
+        mtp_windowed=facts.windows[0] is not None,
+        mtp_rotated=facts.rope[0],
+    )
+
+
+def facts_of(provider: Exaone45ModelProvider) -> Exaone45Facts:
+    """The inverse of `exaone45_provider`: the facts of the model that this provider would build."""
+    text = text_facts_of(provider)
+    return Exaone45Facts(
+        **{each.name: getattr(text, each.name) for each in fields(Exaone4Facts)},
+        vision=provider.vision_facts,
+        image_token=provider.image_token_id,
+        video_token=provider.video_token_id,
+        mtp_depth=provider.mtp_num_layers or provider.mtp_depth,
+        mtp_shared=provider.mtp_use_repeated_layer,
+        mtp_loss_scale=provider.mtp_loss_scaling_factor,
+    )

@@ -1,0 +1,84 @@
+"""The published EXAONE 4.5 topology in miniature: the 32B's language model, and a tower with both kinds of attention.
+
+Widths are small and odd on purpose, like `exaone4/tiny.py`'s: the tower has fewer key-value heads than heads, a window
+of three words, and its hidden size is not the language model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exaone_bridge.models.exaone4.tiny import CHAT_TEMPLATE as TEXT_TEMPLATE
+from exaone_bridge.models.exaone4.tiny import SPECIAL_TOKENS as TEXT_TOKENS
+from exaone_bridge.models.exaone4.tiny import TINY as TEXT_TINY
+from exaone_bridge.models.exaone45.config import ARCHITECTURE, MODEL_TYPE
+
+__all__ = ["CHAT_TEMPLATE", "PROCESSOR_FILES", "SPECIAL_TOKENS", "TINY"]
+
+_PATCH, _FRAMES, _MERGE = 4, 2, 2
+
+_TEXT: dict[str, Any] = {
+    **{field: value for field, value in TEXT_TINY["exaone4"].items() if field != "architectures"},
+    "num_nextn_predict_layers": 1,
+    "mtp_share_layers": True,
+    "mtp_loss_scaling_factor": 0.1,
+}
+
+TINY: dict[str, dict[str, Any]] = {
+    "exaone45": {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "image_token_id": 67,
+        "video_token_id": 68,
+        "vision_start_token_id": 73,
+        "vision_end_token_id": 74,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "text_config": _TEXT,
+        "vision_config": {
+            "model_type": "exaone4_5_vision",
+            "depth": 4,
+            "hidden_size": 48,
+            "intermediate_size": 56,
+            "hidden_act": "silu",
+            "num_heads": 4,
+            "num_key_value_heads": 2,
+            "in_channels": 3,
+            "patch_size": _PATCH,
+            "temporal_patch_size": _FRAMES,
+            "spatial_merge_size": _MERGE,
+            "window_size": 24,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1, 3],
+            "initializer_range": 0.02,
+            "dtype": "float32",
+        },
+    }
+}
+
+# The tokenizer's names of what holds an image's place, and of its borders (`processing_exaone4_5.py`).
+SPECIAL_TOKENS = TEXT_TOKENS | {"<|image_pad|>": 67, "<|video_pad|>": 68, "<vision>": 73, "</vision>": 74}
+
+# A turn is words, or a list of parts; each image and video leaves one word, which the processor multiplies.
+CHAT_TEMPLATE = TEXT_TEMPLATE.replace(
+    "{{ message.content }}",
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<vision><|image_pad|></vision>"
+    "{% elif part.type == 'video' %}<vision><|video_pad|></vision>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}",
+)
+
+_PROCESSOR: dict[str, Any] = {
+    "patch_size": _PATCH,
+    "temporal_patch_size": _FRAMES,
+    "merge_size": _MERGE,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "min_pixels": 64,
+    "max_pixels": 4096,
+}
+PROCESSOR_FILES: dict[str, dict[str, Any]] = {
+    "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **_PROCESSOR},
+    "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **_PROCESSOR},
+    "processor_config.json": {"processor_class": "Exaone4_5_Processor"},
+}

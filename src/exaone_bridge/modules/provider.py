@@ -1,0 +1,203 @@
+"""The model provider that our families share: what Megatron-Bridge's GPTModelProvider lacks to be exact.
+
+Every field is plain data, so that a Megatron checkpoint's `run_config.yaml` builds the same model again, and knows
+the Hugging Face configuration it came from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import is_layer_window_attention
+
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.modules.backend import cannot_run, cross_entropy, resolve_backend
+from exaone_bridge.modules.context_parallel import exchanges
+from exaone_bridge.modules.grouped_experts import is_swiglu
+from exaone_bridge.modules.rotary import Llama3RotaryEmbedding
+from exaone_bridge.modules.vocab import mask_padded_vocabulary
+from exaone_bridge.schema.model_family import Facts
+from exaone_bridge.schema.parallel_layout import Layout
+
+__all__ = ["ExactGPTModelProvider", "common_facts", "common_fields"]
+
+# What every family's facts call it -> what Megatron-Core's provider does.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_size": "ffn_hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "max_positions": "seq_length",
+    "norm_eps": "layernorm_epsilon",
+    "init_std": "init_method_std",
+    "tied": "share_embeddings_and_output_weights",
+    "rope_theta": "rotary_base",
+}
+
+
+def common_fields(facts: Facts, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The provider's fields that every family fills in the same way; `hf_config` is carried for the export."""
+    dtype = getattr(torch, facts.dtype)
+    return {field: getattr(facts, fact) for fact, field in _FIELDS.items()} | {
+        "make_vocab_size_divisible_by": 1,  # pad only what tp asks for
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "hf_config": dict(hf_config),
+    }
+
+
+def common_facts(provider: ExactGPTModelProvider) -> dict[str, Any]:
+    """The inverse of `common_fields`."""
+    found = {fact: getattr(provider, field) for fact, field in _FIELDS.items()}
+    return found | {"dtype": str(provider.params_dtype).removeprefix("torch.")}
+
+
+@dataclass
+class ExactGPTModelProvider(GPTModelProvider):
+    """GPTModelProvider with a choice of backend, every Llama 3 RoPE field, and a memory of its configuration.
+
+    Attributes:
+        backend: `auto`, `transformer_engine` or `torch` (`modules/backend.py`).
+        cross_entropy_fusion_impl: `te` where that is exact (`modules/backend.py`), `native` elsewhere or if set.
+        rope_scaling_low_freq_factor, rope_scaling_high_freq_factor, rope_scaling_original_max_positions:
+            with `rope_scaling` and `rope_scaling_factor`, Llama 3's scaling (`modules/rotary.py`).
+        hf_config: the Hugging Face configuration this provider was made from, for what Megatron-Core has no
+            field for (token ids, spelling). Empty: made by hand.
+    """
+
+    backend: str = "auto"
+    cross_entropy_fusion_impl: str = "te"  # 6 ms of 210 and 5 GiB of 23 less than native (docs/benchmarks.md)
+    rope_scaling_low_freq_factor: float = 1.0
+    rope_scaling_high_freq_factor: float = 4.0
+    rope_scaling_original_max_positions: int = 8192
+    hf_config: dict[str, Any] = field(default_factory=dict)
+
+    def finalize(self) -> None:
+        """Check layout and per-layer lists, switch off what the backend cannot run, then Megatron-Core's own checks.
+
+        Raises:
+            UnsupportedLayout: a layout that the model cannot be cut into.
+            UnsupportedConfig: per-layer lists whose length is not num_layers, or an unknown backend.
+        """
+        if not self._has_custom_pipeline():
+            layout = Layout(
+                tp=self.tensor_model_parallel_size,
+                pp=self.pipeline_model_parallel_size,
+                vpp=self.virtual_pipeline_model_parallel_size or 1,
+                ep=self.expert_model_parallel_size,
+                etp=self.expert_tensor_parallel_size,
+                cp=self.context_parallel_size,
+            )
+            layout.check(
+                layers=self.num_layers,
+                heads=self.num_attention_heads,
+                kv_heads=self.num_query_groups,
+                ffn=self.ffn_hidden_size,
+                experts=self.num_moe_experts or 0,
+                expert_ffn=self.moe_ffn_hidden_size or 0,
+            )
+        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
+            # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix
+            # up activations and gradients: on gloo the first gradients came out thousands of times too large.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        for name in ("window_attn_skip_freq", "no_rope_freq", "moe_layer_freq"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != self.num_layers:
+                raise UnsupportedConfig(
+                    name,
+                    got=f"{len(values)} entries",
+                    wanted=f"one entry for each of num_layers={self.num_layers}",
+                    where="provider",
+                    remedy=f"set provider.{name} together with provider.num_layers",
+                )
+        backend = resolve_backend(self.backend)
+        self._switch_off(**dict.fromkeys(cannot_run(backend), False))
+        if self.cross_entropy_fusion_impl == "te":
+            self._switch_off(cross_entropy_fusion_impl=cross_entropy(backend, self.params_dtype))
+        if backend.activation is not None and self._plain_swiglu():
+            self._switch_off(bias_activation_fusion=False, use_te_activation_func=True)
+        elif backend.activation is None:
+            self._switch_off(use_te_activation_func=False)
+        if self.context_parallel_size > 1:
+            self._switch_off(cp_comm_type=self._exchanges())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Transformer Engine cross entropy loss fusion has known stability issues")
+            super().finalize()
+
+    def _plain_swiglu(self) -> bool:
+        """Whether a fused SwiGLU is wished for that our kernel can be (`modules/kernels/swiglu.py`)."""
+        other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
+        return self.bias_activation_fusion and is_swiglu(self) and not other
+
+    def _exchanges(self) -> list[str]:
+        """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
+        layers = range(1, self.num_layers + 1)
+        tp = self.tensor_model_parallel_size
+        return exchanges(
+            [is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer) for layer in layers],
+            heads=self.num_attention_heads // tp,
+            kv_heads=max(1, self.num_query_groups // tp),
+            cp=self.context_parallel_size,
+            asked=self.__dict__.get("_switched_off", {}).get("cp_comm_type", self.cp_comm_type),
+        )
+
+    def _switch_off(self, **instead: Any) -> None:
+        """Set these fields for this machine, and remember what was wished for."""
+        wished = self.__dict__.setdefault("_switched_off", {})
+        for name, value in instead.items():
+            if getattr(self, name) != value:
+                wished.setdefault(name, getattr(self, name))
+                setattr(self, name, value)
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTModel:
+        """The GPTModel of this rank (of its chunk `vp_stage`), with exact RoPE and padding that does not count."""
+        model = super().provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        if self.rope_scaling:
+            model.rotary_pos_emb = Llama3RotaryEmbedding(
+                factor=self.rope_scaling_factor,
+                low_freq_factor=self.rope_scaling_low_freq_factor,
+                high_freq_factor=self.rope_scaling_high_freq_factor,
+                original_max_positions=self.rope_scaling_original_max_positions,
+                kv_channels=self.kv_channels,
+                rotary_percent=self.rotary_percent,
+                rotary_interleaved=self.rotary_interleaved,
+                seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+                rotary_base=self.rotary_base,
+                use_cpu_initialization=self.use_cpu_initialization,
+                cp_group=model.pg_collection.cp,
+            )
+        mask_padded_vocabulary(model, self.vocab_size)
+        return model
+
+    def to_cfg_dict(self) -> dict[str, Any]:
+        """What `run_config.yaml` holds: the wishes, not what the backend of this machine could not run."""
+        result = {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"}
+        wished = self.__dict__.get("_switched_off", {})
+        for name in self.__dataclass_fields__:
+            if not name.startswith("_"):
+                result[name] = _ConfigContainerBase._convert_value_to_dict(wished.get(name, getattr(self, name)))
+        return result
+
+    def _has_custom_pipeline(self) -> bool:
+        return bool(
+            self.pipeline_model_parallel_layout
+            or self.num_layers_in_first_pipeline_stage
+            or self.num_layers_in_last_pipeline_stage
+            or self.account_for_embedding_in_pipeline_split
+            or self.account_for_loss_in_pipeline_split
+        )

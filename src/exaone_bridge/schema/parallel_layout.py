@@ -1,0 +1,120 @@
+"""Parallel layouts, and which of them a model can be cut into. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from exaone_bridge.errors import UnsupportedLayout
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many ranks cut each axis of the model.
+
+    Attributes:
+        vpp: model chunks that a pipeline rank holds.
+        sp: sequence parallelism: activations between the cut layers are cut along the sequence.
+        ep: ranks that experts are dealt to.
+        etp: ranks that cut each expert; None: as many as tp.
+        cp: ranks that share each sequence.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    sp: bool = False
+    ep: int = 1
+    etp: int | None = None
+    cp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"leave --{name} out for 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise UnsupportedLayout(
+                "vpp", got=self.vpp, wanted="1 where pp is 1", remedy="virtual stages need a pipeline: raise --pp"
+            )
+        if self.sp and self.tp == 1:
+            raise UnsupportedLayout(
+                "sp", got="on", wanted="off where tp is 1", remedy="sequence parallelism cuts along tp: raise --tp"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Processes the layout needs at least: a pipeline stage is cut by tp x cp, and by ep x etp for experts."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep * self.expert_tp)
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that cut each expert."""
+        return self.tp if self.etp is None else self.etp
+
+    def check(self, *, layers: int, heads: int, kv_heads: int, ffn: int, experts: int = 0, expert_ffn: int = 0) -> None:
+        """Refuse a model that this layout cannot cut evenly.
+
+        Args:
+            layers, heads, kv_heads, ffn: the model's counts.
+            experts, expert_ffn: routed experts and the feed-forward width of one; 0: the model has none.
+
+        Raises:
+            UnsupportedLayout: heads, key-value heads or feed-forward width over tp, layers over pp x vpp, experts over
+                ep, or an expert's width over etp.
+        """
+        if self.ep > 1 and (not experts or experts % self.ep):
+            wanted = f"a divisor of {experts} experts" if experts else "1 where the model has no experts"
+            raise UnsupportedLayout("ep", got=self.ep, wanted=wanted, remedy="choose another --ep")
+        if experts and expert_ffn % self.expert_tp:
+            raise UnsupportedLayout(
+                "etp",
+                got=self.expert_tp,
+                wanted=f"a divisor of an expert's feed-forward width {expert_ffn}",
+                remedy="choose another --etp",
+            )
+        if heads % self.tp or ffn % self.tp:
+            raise UnsupportedLayout(
+                "tp",
+                got=self.tp,
+                wanted=f"a divisor of {heads} attention heads and of feed-forward width {ffn}",
+                remedy="choose another --tp",
+            )
+        if kv_heads % self.tp and self.tp % kv_heads:
+            raise UnsupportedLayout(
+                "tp",
+                got=self.tp,
+                wanted=f"a divisor or a multiple of {kv_heads} key-value heads",
+                remedy="choose another --tp",
+            )
+        if layers % (self.pp * self.vpp):
+            raise UnsupportedLayout(
+                "pp x vpp",
+                got=f"{self.pp} x {self.vpp}",
+                wanted=f"a divisor of {layers} layers",
+                remedy="choose another --pp or --vpp, or set the provider's pipeline_model_parallel_layout yourself",
+            )
+
+    def provider_overrides(self) -> dict[str, Any]:
+        """The fields of a Megatron-Core model provider for this layout."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
+            "sequence_parallel": self.sp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+            "context_parallel_size": self.cp,
+        }
+
+    def __str__(self) -> str:
+        names = [f"TP{self.tp}", f"PP{self.pp}"] + ([f"VPP{self.vpp}"] if self.vpp > 1 else [])
+        if self.ep > 1:
+            names.append(f"EP{self.ep}")
+        if self.etp is not None:
+            names.append(f"ETP{self.etp}")
+        if self.cp > 1:
+            names.append(f"CP{self.cp}")
+        return " x ".join(names) + (" + SP" if self.sp else "")

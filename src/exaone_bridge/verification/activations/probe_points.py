@@ -1,0 +1,126 @@
+"""Places of the arithmetic where both sides can be looked at: which module of Transformers, which of Megatron-Core.
+
+The table follows from a family's rows, like everything that knows both sides' names. A place is named by the Hugging
+Face module whose output it is. No torch here; `traces.py` has the hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from exaone_bridge.schema.param_mapping import Kind, Row
+
+__all__ = ["LOGITS", "TOWER", "Point", "Take", "points_of"]
+
+LOGITS = "logits"  # the place after all others
+TOWER = "vision "  # before the sublayers of a vision tower
+
+
+class Take(StrEnum):
+    """What is taken from Megatron-Core's module."""
+
+    OUTPUT = "output"
+    INPUT = "input"  # of a norm inside a linear: the sublayer's own output
+    FUSED_NORM = "fused norm"  # a norm inside the linear that follows: computed again from its input, weight, epsilon
+    QUERY = "query"  # parts of a fused projection's output
+    KEY = "key"
+    VALUE = "value"
+    ROUTER = "router"  # weights of the chosen experts, zero elsewhere
+    PATCHES = "patches"  # the output of a tower's module: for every image, then for every video
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place.
+
+    Attributes:
+        hf: the module of Transformers.
+        sublayer: what the place belongs to.
+        megatron: the module of Megatron-Core, by its global layer number.
+        heads: one rank of tensor parallelism holds some of the heads only.
+        block: of a vision tower, 0-based; None outside its blocks.
+    """
+
+    hf: str
+    layer: int | None
+    sublayer: str
+    megatron: str
+    take: Take
+    heads: bool = False
+    block: int | None = None
+
+
+def points_of(rows: Iterable[Row]) -> tuple[Point, ...]:
+    """Every place of a model with these rows, in no particular order."""
+    rows = tuple(rows)
+    tower = tuple(row for row in rows if row.megatron.startswith("visual."))
+    rows = tuple(row for row in rows if not row.megatron.startswith("visual."))
+    points = (*_sublayers(rows), *_inside(rows), *_tower(tower))
+    return tuple({point.hf: point for point in points}.values())
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _tower(rows: tuple[Row, ...]) -> Iterator[Point]:
+    """Patches, norms, attention, feed-forward and the whole of each block, merger and features; both sides have one
+    name for each."""
+    for row in rows:
+        parts = row.megatron.split(".")  # visual.blocks.3.attn.proj.weight
+        prefix = row.hf[0].name.removesuffix(row.megatron)
+        block = int(parts[2]) if parts[1] == "blocks" else None
+        if block is None:
+            found = [(parts[:2], "embedding" if parts[1] == "patch_embed" else "merger"), (parts[:1], "features")]
+        elif "norm" in parts[3]:
+            found = [(parts[:4], "norm")]
+        else:
+            found = [(parts[:4], "attention" if "attn" in parts[3] else "mlp"), (parts[:3], "layer")]
+        for module, sublayer in found:
+            name = ".".join(module)
+            yield Point(prefix + name, None, TOWER + sublayer, name, Take.PATCHES, block=block)
+
+
+def _inside(rows: tuple[Row, ...]) -> Iterator[Point]:
+    """Norms, projections of queries, keys and values, routers, and the embedding."""
+    for row in rows:
+        if row.experts:
+            continue
+        for number, hf in zip(row.layers or (None,), row.expand(), strict=True):
+            (megatron, tensors), here = hf, number
+            name = _module(tensors[0].name)
+            if row.kind is Kind.QKV and megatron.endswith(".weight"):
+                for tensor, take in zip(tensors, (Take.QUERY, Take.KEY, Take.VALUE), strict=True):
+                    yield Point(_module(tensor.name), here, "attention", _module(megatron), take, heads=True)
+            elif megatron.endswith(".router.weight"):
+                yield Point(name, here, "router", _module(megatron), Take.ROUTER)
+            elif megatron == "embedding.word_embeddings.weight":
+                yield Point(name, None, "embedding", "embedding", Take.OUTPUT)
+            elif row.kind is Kind.REPLICATED and "norm" in megatron.rpartition(".")[0] + name.rpartition(".")[2]:
+                fused = megatron.endswith(".layer_norm_weight")
+                heads = tensors[0].axes == "D"
+                yield Point(
+                    name, here, "norm", _module(megatron), Take.FUSED_NORM if fused else Take.OUTPUT, heads=heads
+                )
+
+
+def _sublayers(rows: tuple[Row, ...]) -> Iterator[Point]:
+    """Attention, feed-forward and the whole of each layer; a norm inside the last linear is not part of a sublayer."""
+    expanded = {megatron: tensors for row in rows if not row.experts for megatron, tensors in row.expand()}
+    for row in rows:
+        if row.kind is not Kind.QKV or not row.megatron.endswith(".weight"):
+            continue
+        for layer, (_, tensors) in zip(row.layers, row.expand(), strict=True):
+            attention = _module(_module(tensors[0].name))  # model.layers.3.self_attn
+            theirs, ours = _module(attention), f"decoder.layers.{layer}"
+            for hf, module, last, sublayer in (
+                (attention, "self_attention", "linear_proj", "attention"),
+                (f"{theirs}.mlp", "mlp", "linear_fc2", "mlp"),
+            ):
+                norm = f"{ours}.{module}.{last}.post_layernorm"
+                inside = f"{norm}.weight" in expanded
+                name, take = (norm, Take.INPUT) if inside else (f"{ours}.{module}", Take.OUTPUT)
+                yield Point(hf, layer, sublayer, name, take)
+            yield Point(theirs, layer, "layer", ours, Take.OUTPUT)

@@ -1,0 +1,179 @@
+"""Plants every fault, asks the checks, and asks the host's criteria beside them; then clean models, which must hold.
+
+One process for each family: Megatron-Core is imported once, Transformers' reference computed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.verification.report.report import Check, Location
+from exaone_bridge.verification.self_test.ernie45_faults import ERNIE45_FAULTS
+from exaone_bridge.verification.self_test.exaone4_faults import EXAONE4_FAULTS
+from exaone_bridge.verification.self_test.exaone45_faults import EXAONE45_FAULTS
+from exaone_bridge.verification.self_test.fault import Fault
+from exaone_bridge.verification.self_test.folder_faults import FOLDER_FAULTS
+from exaone_bridge.verification.self_test.upstream_criteria import HostVerdict
+
+__all__ = ["FAULTS", "Outcome", "Result", "self_test"]
+
+FAULTS: tuple[Fault, ...] = (*EXAONE4_FAULTS, *EXAONE45_FAULTS, *ERNIE45_FAULTS, *FOLDER_FAULTS)
+SEEDS = 20
+OnEvent = Callable[[int, Any], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was said about one planted fault."""
+
+    fault: str
+    model: str
+    wanted: tuple[str, ...]
+    begins: tuple[int | None, str] | None
+    checks: tuple[Check, ...]
+    location: Location | None
+    host: HostVerdict
+
+    @property
+    def caught(self) -> tuple[str, ...]:
+        """The checks that do not hold."""
+        return tuple(check.name for check in self.checks if not check.holds)
+
+    @property
+    def found(self) -> tuple[int | None, str] | None:
+        """Layer and sublayer where hidden states part."""
+        return None if self.location is None else (self.location.layer, self.location.sublayer)
+
+    @property
+    def excess(self) -> float | None:
+        """The logits' difference by its bound; None where they were not computed, or are the same by design."""
+        if self.begins is None:
+            return None
+        figures = next(check.values for check in self.checks if check.name == "logits")
+        return float(figures["relative"] / figures["bound"])
+
+    @property
+    def right(self) -> bool:
+        """Whether every check that must catch it does, and it is located where it is."""
+        return bool(self.caught) and set(self.wanted) <= set(self.caught) and self.found == self.begins
+
+    def cells(self) -> list[str]:
+        """The line of a table."""
+        where = "-" if self.found is None else f"{'-' if self.found[0] is None else self.found[0]} {self.found[1]}"
+        caught = ", ".join(self.caught) or "NOT CAUGHT"
+        return [self.fault, self.model, caught, where if self.right else f"{where} WRONG", *self.host.cells()]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The whole bench."""
+
+    outcomes: tuple[Outcome, ...]
+    clean: int
+    false_reports: tuple[str, ...]
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether every fault is caught and located, and no clean model is reported."""
+        return all(outcome.right for outcome in self.outcomes) and not self.false_reports
+
+    def score(self) -> str:
+        """Two sentences."""
+        right = sum(outcome.right for outcome in self.outcomes)
+        asked = [outcome for outcome in self.outcomes if outcome.host.asked]
+        host = sum(outcome.host.caught for outcome in asked)
+        return (
+            f"{right} of {len(self.outcomes)} faults caught and located; "
+            f"{len(self.false_reports)} false reports on {self.clean} clean models. "
+            f"The host's criteria catch {host} of the {len(asked)} that they could be asked about."
+        )
+
+    def faults(self) -> str:
+        """What went wrong, a line each."""
+        lines = [
+            f"{one.model}: {one.fault}: caught by {one.caught}, must be by {one.wanted}; "
+            f"begins at {one.found}, and is at {one.begins}"
+            for one in self.outcomes
+            if not one.right
+        ]
+        return "\n".join([*lines, *self.false_reports])
+
+    def write_json(self, path: Path) -> None:
+        """Every outcome as plain data."""
+        rows = [
+            {
+                "fault": one.fault,
+                "model": one.model,
+                "caught_by": list(one.caught),
+                "wanted": list(one.wanted),
+                "begins": one.begins,
+                "found": one.found,
+                "right": one.right,
+                "excess": one.excess,
+                "host": dataclasses.asdict(one.host) | {"caught": one.host.caught},
+            }
+            for one in self.outcomes
+        ]
+        head = {"clean": self.clean, "false_reports": list(self.false_reports), "seconds": self.seconds}
+        path.write_text(json.dumps(head | {"outcomes": rows}, indent=2, default=str) + "\n")
+
+
+def _run_family(
+    work: Path, name: str, faults: Sequence[Fault], seeds: Sequence[int]
+) -> tuple[list[Outcome], list[str]]:
+    from exaone_bridge.runtime.ranks import emit
+    from exaone_bridge.verification.self_test.injection import Bench
+
+    outcomes: list[Outcome] = []
+    false_reports: list[str] = []
+    for number, seed in enumerate(seeds):
+        emit(f"{name}: clean models, {number + 1} of {len(seeds)}")
+        clean = Bench(work, name, seed)
+        checks, location, _ = clean.look(clean.clean)
+        false_reports += [f"{name}, {seed}: {one.name}: {one.figure}; {one.where}" for one in checks if not one.holds]
+        if location is not None:
+            false_reports.append(f"{name}, {seed}: {location}")
+    if faults:
+        bench = Bench(work, name, seed=len(seeds))
+        for number, fault in enumerate(faults):
+            if number % 5 == 0:
+                emit(f"{name}: {number} of {len(faults)} faults")
+            checks, location, host = bench.plant(fault)
+            outcomes.append(Outcome(fault.name, fault.model, fault.caught, fault.begins, tuple(checks), location, host))
+    return outcomes, false_reports
+
+
+def self_test(
+    faults: Sequence[Fault] = FAULTS, seeds: int = SEEDS, models: Sequence[str] | None = None, on_event: OnEvent = None
+) -> Result:
+    """Plant these faults, and look at clean models of so many seeds.
+
+    Args:
+        models: miniatures whose clean models are looked at; None: those that faults are planted in.
+    """
+    from exaone_bridge.bridge.registration import supported
+    from exaone_bridge.runtime.ranks import run_ranks
+
+    started = time.perf_counter()
+    supported()
+    planted_in = tuple(dict.fromkeys(fault.model for fault in faults))
+    outcomes: list[Outcome] = []
+    false_reports: list[str] = []
+    clean = 0
+    for name in dict.fromkeys((*planted_in, *(models or ()))):
+        mine = [fault for fault in faults if fault.model == name]
+        numbers = range(seeds) if models is None or name in models else range(0)
+        with tempfile.TemporaryDirectory(prefix="exaone_bridge-bench-") as work:
+            found, false = run_ranks(_run_family, 1, Path(work), name, mine, numbers, on_event=on_event)[0]
+        outcomes += found
+        false_reports += false
+        clean += len(numbers)
+    return Result(tuple(outcomes), clean, tuple(false_reports), time.perf_counter() - started)

@@ -1,0 +1,127 @@
+"""Verifies a model that does not fit into memory twice: a layer at a time, on both sides.
+
+Both sides run their own whole model; only its weights come and go. Transformers' and Megatron-Core's layers are filled
+just before they run and emptied after, so that masks, RoPE, schedule and residuals are those of the real thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from pathlib import Path
+
+import torch
+
+from exaone_bridge.checkpoint.hf.headers import read_json
+from exaone_bridge.checkpoint.hf.source import open_source
+from exaone_bridge.checkpoint.hf.writer import write_config
+from exaone_bridge.runtime.launch import is_first, run_alone, run_world, work_folder
+from exaone_bridge.schema.hf_files import copy_travelling_files
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.digests import Digest, digest_folder
+from exaone_bridge.verification.checks.folders import (
+    compare_configs,
+    compare_digests,
+    compare_files,
+)
+from exaone_bridge.verification.report.report import Check, Report
+from exaone_bridge.verification.workflow.job import (
+    DTYPES,
+    Asked,
+    Job,
+    OnEvent,
+    Ours,
+    Theirs,
+    make_job,
+)
+from exaone_bridge.verification.workflow.megatron_layerwise import StreamedMegatron
+from exaone_bridge.verification.workflow.transformers_layerwise import streamed_transformers
+from exaone_bridge.verification.workflow.verify import arithmetic, make_report
+
+__all__ = ["streams", "verify_streaming"]
+
+_HOLDABLE = 2**31  # bytes of weights in fp32 that are held whole
+
+
+def streams(folder: Path, wish: bool | None) -> bool:
+    """Whether to go layer by layer: as wished, or by size."""
+    return wish if wish is not None else open_source(folder).parameters * 4 > _HOLDABLE
+
+
+def run_theirs_streaming(folder: Path, job: Job) -> Theirs:
+    """On one rank: as `run_theirs`, a layer at a time."""
+    from exaone_bridge.runtime.ranks import emit
+    from exaone_bridge.verification.workflow.transformers import run_reference
+
+    source = open_source(folder)
+    emit("Transformers' logits, layer by layer")
+    model = streamed_transformers(source, torch.float32)
+    found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
+    if job.dtype != "float32":
+        del model
+        model = streamed_transformers(source, DTYPES[job.dtype])
+        found.half = [run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()]
+    return found
+
+
+def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, dict[str, Digest]]:
+    """On a rank: as `run_megatron`, a layer at a time; weights are digested instead of written to `target`."""
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.bridge.exact_bridge import config_mapping
+    from exaone_bridge.runtime.ranks import emit
+    from exaone_bridge.verification.workflow.megatron import run_ours
+
+    source = open_source(folder)
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    emit("HF -> Megatron-Core -> HF, layer by layer")
+    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[source.facts.dtype], job.overrides)
+    digests = streamed.round_trip()
+    if is_first():
+        write_config(target, bridge._model_bridge.megatron_to_hf_config(streamed.model[0].config))
+        copy_travelling_files(folder, target)
+    del streamed
+    gc.collect()
+    emit("Megatron-Core's logits, layer by layer")
+    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[job.dtype], job.overrides)
+    streamed.stream_layers()
+    runs = [run_ours(streamed.model, job.points, *batch) for batch in job.runs()]
+    return Ours(config_mapping(bridge.hf_pretrained.config), runs), digests
+
+
+def verify_streaming(
+    source_folder: Path,
+    layout: Layout,
+    asked: Asked = Asked(),
+    *,
+    on_event: OnEvent = None,
+) -> Report:
+    """`verify`, holding one layer's weights at a time on either side.
+
+    Generation and gradients need the whole model, and are not run; there is one prompt of each length.
+    """
+    from exaone_bridge.verification.workflow.megatron import merge
+
+    started = time.perf_counter()
+    source_folder = source_folder.resolve()
+    source = open_source(source_folder)
+    job = make_job(source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False))
+    theirs = run_alone(run_theirs_streaming, source_folder, job, on_event=on_event)
+    before = digest_folder(source_folder)
+    with work_folder() as work:
+        results = run_world(run_megatron_streaming, layout.ranks, source_folder, work, job, on_event=on_event)
+        # What travels beside the model is copied, not converted.
+        after = {name: before[name] for name in source.carried} | results[0][1]
+        checks = [
+            compare_digests(before, after),
+            compare_configs(results[0][0].config, read_json(work / "config.json")),
+            compare_files(source_folder, work),
+        ]
+    ours = [merge([result.runs[number] for result, _ in results]) for number in range(len(job.batches))]
+    found = arithmetic(theirs, ours, None, source, job)
+    why = "it needs the whole model in memory (--no-stream)"
+    unmet = {"generation": asked.generation, "gradients": asked.gradients}
+    found["checks"] += [Check.not_run(name, why) for name, wanted in unmet.items() if wanted]
+    seconds = time.perf_counter() - started
+    return make_report(source, job, before, checks, found, seed=asked.seed, seconds=seconds, streaming=True)

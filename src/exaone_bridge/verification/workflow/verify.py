@@ -1,0 +1,150 @@
+"""Verifies one model: its round trip through Megatron-Core, and its logits there against Transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.checkpoint.hf.headers import read_json
+from exaone_bridge.checkpoint.hf.source import HFSource, open_source
+from exaone_bridge.convert.convert import shards_like
+from exaone_bridge.runtime.launch import run_alone, run_world, work_folder
+from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.activations.capture import Traced
+from exaone_bridge.verification.activations.locate import locate
+from exaone_bridge.verification.checks.digests import Digest, digest_folder
+from exaone_bridge.verification.checks.folders import (
+    compare_configs,
+    compare_digests,
+    compare_files,
+)
+from exaone_bridge.verification.checks.generation import compare_generated
+from exaone_bridge.verification.checks.gradients import compare_gradients
+from exaone_bridge.verification.checks.logits import (
+    compare_half_precision,
+    compare_logits,
+    places_of,
+)
+from exaone_bridge.verification.report.report import Check, Report, versions
+from exaone_bridge.verification.report.summary import model_summary
+from exaone_bridge.verification.workflow.job import (
+    Asked,
+    Job,
+    OnEvent,
+    Theirs,
+    make_job,
+    run_generation,
+    run_megatron,
+    run_theirs,
+)
+
+__all__ = ["arithmetic", "make_report", "verify"]
+
+
+def arithmetic(theirs: Theirs, ours: Sequence[Traced], gradients: Any, source: HFSource, job: Job) -> dict[str, Any]:
+    """The report's fields that compare arithmetic: checks, places, location."""
+    half = job.dtype != "float32"
+    places = places_of(job.points, theirs.runs, ours, source.facts, theirs.half)
+    if half:
+        assert theirs.half is not None
+        check = compare_half_precision(theirs.runs, theirs.half, ours, job.dtype)
+    else:
+        check = compare_logits(theirs.runs, ours, places)
+    location = locate(places) if not check.holds or not half else None
+    if location is not None:  # also where a place parts and the logits do not show it
+        check = dataclasses.replace(check, holds=False, where=str(location))
+    checks = [check]
+    if job.gradient_tokens is not None:
+        positions = job.gradient_tokens.shape[0] * (job.gradient_tokens.shape[1] - 1)
+        checks.append(compare_gradients(theirs.gradients, gradients, source.facts, positions))
+    return {"checks": checks, "places": places, "location": location}
+
+
+def make_report(
+    source: HFSource,
+    job: Job,
+    tensors: Mapping[str, Digest],
+    checks: Sequence[Check],
+    found: Mapping[str, Any],
+    *,
+    seed: int,
+    seconds: float,
+    other: str | None = None,
+    **setup: Any,
+) -> Report:
+    """The report of what was found of a job.
+
+    Args:
+        source: the model; its folder's name is the report's.
+        tensors: the digests of its tensors.
+        checks: of what lies on disk, and of generation.
+        found: what `arithmetic` gave.
+        other: what it was held against, if not its own round trip.
+        setup: settings beside the job's own.
+    """
+    return Report(
+        source=source.folder.name,
+        other=other,
+        layout=str(job.layout),
+        checks=(*checks, *found["checks"]),
+        backend=job.backend,
+        dtype=job.dtype,
+        model=model_summary(source),
+        places=found["places"],
+        location=found["location"],
+        tensors={name: digest.as_json() for name, digest in tensors.items()},
+        setup=job.setup(seed) | setup,
+        versions=versions(),
+        seconds=seconds,
+    )
+
+
+def verify(
+    source_folder: Path,
+    layout: Layout,
+    asked: Asked = Asked(),
+    *,
+    megatron: Path | None = None,
+    on_event: OnEvent = None,
+) -> Report:
+    """Check that a model survives Megatron-Core: what lies on disk after a round trip, and what it computes there.
+
+    Args:
+        source_folder: a Hugging Face folder.
+        layout: ranks are processes on this machine, or torchrun's.
+        asked: prompts, precision, and which checks.
+        megatron: a Megatron checkpoint of the same model, whose weights are to be looked at.
+        on_event: called with (rank, stage) while it works.
+
+    Raises:
+        BridgeError: bad input; see `open_source`.
+    """
+    started = time.perf_counter()
+    source_folder = source_folder.resolve()
+    source = open_source(source_folder)
+    job = make_job(source, layout, asked)
+    theirs = run_alone(run_theirs, source_folder, job, on_event=on_event)
+    before = digest_folder(source_folder)
+    with work_folder() as work:
+        target = work / source_folder.name
+        target.mkdir(exist_ok=True)
+        arguments = (source_folder, megatron, target, shards_like(source), job)
+        results = run_world(run_megatron, layout.ranks, *arguments, on_event=on_event)
+        checks = [
+            compare_digests(before, digest_folder(target)),
+            compare_configs(results[0].config, read_json(target / "config.json")),
+            compare_files(source_folder, target),
+        ]
+        if job.generate:
+            if on_event is not None:
+                on_event(0, "generation after the round trip")
+            after = run_alone(run_generation, target, job)
+            checks.append(compare_generated(theirs.generated or {}, after))
+    from exaone_bridge.verification.workflow.megatron import merge
+
+    ours = [merge([result.runs[number] for result in results]) for number in range(len(job.batches))]
+    found = arithmetic(theirs, ours, results[0].gradients, source, job)
+    return make_report(source, job, before, checks, found, seed=asked.seed, seconds=time.perf_counter() - started)

@@ -1,0 +1,245 @@
+"""EXAONE 4.0 configurations for the tests: the published ones in both spellings, and random valid ones. No torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hypothesis import strategies as st
+
+from exaone_bridge.models.exaone4.config import Exaone4Facts, Llama3Rope
+
+L, G = "sliding_attention", "full_attention"
+SPELLINGS = ("transformers-4", "transformers-5")
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_COMMON: dict[str, Any] = {
+    "architectures": ["Exaone4ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 361,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "model_type": "exaone4",
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-05,
+    "transformers_version": "4.54.0.dev0",
+    "use_cache": True,
+    "vocab_size": 102400,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "1.2B": _COMMON
+    | {
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "layer_types": [G] * 30,
+        "max_position_embeddings": 65536,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 30,
+        "sliding_window": None,
+        "sliding_window_pattern": None,
+        "tie_word_embeddings": True,
+    },
+    "32B": _COMMON
+    | {
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "intermediate_size": 27392,
+        "layer_types": [L, L, L, G] * 16,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 64,
+        "sliding_window": 4096,
+        "sliding_window_pattern": "LLLG",
+        "tie_word_embeddings": False,
+    },
+}
+_FACTS: dict[str, Any] = {
+    "vocab_size": 102400,
+    "num_kv_heads": 8,
+    "norm_eps": 1e-5,
+    "init_std": 0.02,
+    "attention_dropout": 0.0,
+    "rope_theta": 1e6,
+    "llama3": Llama3Rope(factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192),
+    "dtype": "bfloat16",
+}
+PUBLISHED_FACTS = {
+    "1.2B": Exaone4Facts(
+        hidden_size=2048,
+        ffn_size=4096,
+        num_layers=30,
+        num_heads=32,
+        head_dim=64,
+        max_positions=65536,
+        tied=True,
+        windows=(None,) * 30,
+        rope=(True,) * 30,
+        **_FACTS,
+    ),
+    "32B": Exaone4Facts(
+        hidden_size=5120,
+        ffn_size=27392,
+        num_layers=64,
+        num_heads=40,
+        head_dim=128,
+        max_positions=131072,
+        tied=False,
+        windows=(4096, 4096, 4096, None) * 16,
+        rope=(True, True, True, False) * 16,
+        **_FACTS,
+    ),
+}
+
+
+def published(name: str, spelling: str) -> dict[str, Any]:
+    """config.json of a published model as either major version of Transformers spells it, and one key of nobody's."""
+    config = copy.deepcopy(PUBLISHED[name]) | {"x_note": {"kept": [1, None]}}
+    if spelling == "transformers-4":
+        return config | {"rope_scaling": dict(_LLAMA3), "rope_theta": 1000000, "torch_dtype": "bfloat16"}
+    return config | {"rope_parameters": _LLAMA3 | {"rope_theta": 1000000.0}, "dtype": "bfloat16"}
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """A small valid hybrid configuration with these fields changed; the value `...` takes a field away."""
+    config: dict[str, Any] = {
+        "architectures": ["Exaone4ForCausalLM"],
+        "model_type": "exaone4",
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": [L, G, L],
+        "sliding_window": 5,
+        "sliding_window_pattern": "LG",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    } | changes
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+_positive = st.integers(1, 300)
+_fraction = st.floats(0.0, 0.5)
+_dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
+_frequencies = st.floats(1.0, 64.0)
+
+
+@st.composite
+def _ropes(draw: st.DrawFn) -> dict[str, Any]:
+    """The RoPE fields of a config, in one spelling or the other, or none of them."""
+    theta = draw(st.one_of(st.floats(1.0, 1e7), st.integers(1, 10**7)))
+    scaled = {
+        draw(st.sampled_from(["rope_type", "type"])): "llama3",
+        "factor": draw(_frequencies),
+        "low_freq_factor": draw(_frequencies),
+        "high_freq_factor": draw(_frequencies),
+        "original_max_position_embeddings": draw(_positive),
+    }
+    unscaled = draw(st.sampled_from([{}, {"rope_type": "default"}, {"type": "default"}]))
+    body = draw(st.sampled_from([scaled, unscaled]))
+    whole = draw(st.sampled_from([{}, {"partial_rotary_factor": 1.0}]))
+    return draw(
+        st.sampled_from(
+            [
+                {},
+                {"rope_theta": theta},
+                {"rope_theta": theta, "rope_scaling": None},
+                {"rope_theta": theta, "rope_scaling": body | whole},
+                {"rope_scaling": body},
+                {"rope_theta": theta, "rope_parameters": body},
+                {"rope_parameters": body | whole | {"rope_theta": theta}},
+                {"rope_parameters": body | {"rope_theta": theta}, "rope_theta": 77.0},
+                {"rope_parameters": None},
+            ]
+        )
+    )
+
+
+@st.composite
+def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """config.json files that Transformers reads and runs: every field present or absent, defaults consistent."""
+    config: dict[str, Any] = {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4"}
+
+    def maybe(field: str, values: st.SearchStrategy[Any]) -> None:
+        if draw(st.booleans()):
+            config[field] = draw(values)
+
+    maybe("num_attention_heads", st.integers(1, 12))
+    heads = config.get("num_attention_heads", 32)
+    divisors = [count for count in range(1, heads + 1) if heads % count == 0]
+    if 32 not in divisors or draw(st.booleans()):
+        config["num_key_value_heads"] = draw(st.sampled_from(divisors))
+    if draw(st.booleans()):
+        config["head_dim"] = 2 * draw(st.integers(1, 70))
+        maybe("hidden_size", _positive)
+    elif 4096 % (2 * heads) or draw(st.booleans()):
+        config["hidden_size"] = 2 * heads * draw(st.integers(1, 9))
+
+    maybe("num_hidden_layers", st.integers(1, 9))
+    layers = config.get("num_hidden_layers", 32)
+    maybe("sliding_window", st.none() | _positive)
+    window = config.get("sliding_window", 4096)
+    kinds = st.sampled_from([L, G] if window is not None else [G])
+    if window is None or draw(st.booleans()):
+        config["layer_types"] = draw(st.lists(kinds, min_size=layers, max_size=layers))
+        maybe("sliding_window_pattern", st.sampled_from([None, "LLLG", "LG", 2, 4]))
+    else:
+        maybe("sliding_window_pattern", st.integers(1, 10))
+
+    for field in ("vocab_size", "intermediate_size", "max_position_embeddings"):
+        maybe(field, _positive)
+    for field in ("rms_norm_eps", "initializer_range", "attention_dropout"):
+        maybe(field, _fraction)
+    maybe("tie_word_embeddings", st.booleans())
+    maybe("hidden_act", st.just("silu"))
+    maybe("dtype", st.none() | _dtypes)
+    maybe("torch_dtype", _dtypes)
+    maybe("bos_token_id", _positive)
+    maybe("transformers_version", st.just("4.54.0"))
+    maybe("x_note", st.just({"kept": [1, None]}))
+    return config | draw(_ropes())
+
+
+@st.composite
+def facts(draw: st.DrawFn) -> Exaone4Facts:
+    """Facts of any model that EXAONE 4.0's configuration has words for."""
+    layers, kv_heads = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    window = draw(st.none() | _positive)
+    slides = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+    windows = tuple(window if slide else None for slide in slides)
+    nope_on_global = window is not None  # with a window, also where no layer slides
+    llama3 = st.builds(
+        Llama3Rope,
+        factor=_frequencies,
+        low_freq_factor=_frequencies,
+        high_freq_factor=_frequencies,
+        original_max_positions=_positive,
+    )
+    return Exaone4Facts(
+        vocab_size=draw(_positive),
+        hidden_size=draw(_positive),
+        ffn_size=draw(_positive),
+        num_layers=layers,
+        num_heads=kv_heads * draw(st.integers(1, 4)),
+        num_kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 70)),
+        max_positions=draw(_positive),
+        norm_eps=draw(_fraction),
+        init_std=draw(_fraction),
+        attention_dropout=draw(_fraction),
+        tied=draw(st.booleans()),
+        rope_theta=draw(st.floats(1.0, 1e7)),
+        llama3=draw(st.none() | llama3),
+        windows=windows,
+        rope=tuple(here is not None or not nope_on_global for here in windows),
+        dtype=draw(_dtypes),
+    )

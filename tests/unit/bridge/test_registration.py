@@ -1,0 +1,274 @@
+"""Whose bridge Megatron-Bridge looks up: in fresh processes, in either order of import, and when others claim it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exaone_bridge
+from exaone_bridge.errors import RegistrationError
+from exaone_bridge.models import FAMILIES
+
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+OURS = "exaone_bridge.bridge.exaone4.Exaone4Bridge"
+_BRIDGES = {
+    "exaone4": OURS,
+    "exaone45": "exaone_bridge.bridge.exaone45.Exaone45Bridge",
+    "ernie45": "exaone_bridge.bridge.ernie45.Ernie45Bridge",
+}
+CLAIMED = {name: _BRIDGES[family.name] for family in FAMILIES for name in family.architectures}
+
+# --- fresh processes ---
+
+HEAVY = ("torch", "megatron", "transformers", "safetensors", "numpy", "transformer_engine")
+
+FOUND = """
+import json, sys
+import transformers
+from megatron.bridge.models.conversion.model_bridge import get_model_bridge
+
+def found(key):
+    bridge = type(get_model_bridge(key))
+    return f"{bridge.__module__}.{bridge.__qualname__}"
+"""
+REPORT = """
+from megatron.core.extensions.transformer_engine import HAVE_TE
+dynamic = type("Exaone4ForCausalLM", (), {})  # as AutoBridge makes one of a name that Transformers lacks
+result = {
+    "class": found(transformers.Exaone4ForCausalLM),
+    "name": found("Exaone4ForCausalLM"),
+    "dynamic": found(dynamic),
+    "llama": found(transformers.LlamaForCausalLM),
+    "have_te": HAVE_TE,
+    "te_modules": [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"],
+}
+"""
+PRINT = 'print("RESULT" + json.dumps(result))\n'
+
+# What import_guard.py does, in few words of our own: this process must import Megatron-Bridge before exaone_bridge.
+OWN_GUARD = """
+import importlib.abc, importlib.machinery, sys, types
+
+class Anything(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(name) if name == "ops" else type(name, (), {})
+
+class Around(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "megatron.bridge.peft.lora_layers":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            for stub in ("transformer_engine", "transformer_engine.pytorch"):
+                sys.modules[stub] = Anything(stub)
+            sys.modules["transformer_engine"].pytorch = sys.modules["transformer_engine.pytorch"]
+            try:
+                execute(module)
+            finally:
+                del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
+        spec.loader.exec_module = exec_module
+        return spec
+"""
+
+
+def fresh(program: str) -> dict[str, Any]:
+    """Run a program in a new process; what it printed after RESULT."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(Path(exaone_bridge.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("RESULT")[2])
+
+
+def assert_ours(result: dict[str, Any]) -> None:
+    assert [result[key] for key in ("class", "name", "dynamic")] == [OURS] * 3
+    assert result["llama"].startswith("megatron.bridge.models.llama.")  # others keep theirs
+    assert result["have_te"] is HAS_TE
+    assert HAS_TE or result["te_modules"] == []
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    result = fresh(
+        textwrap.dedent("""
+        import json, sys
+        import exaone_bridge
+        import exaone_bridge.models, exaone_bridge.errors
+        exaone_bridge.__version__, exaone_bridge.register, exaone_bridge.supported
+        print("RESULT" + json.dumps({"heavy": sorted({name.partition(".")[0] for name in sys.modules})}))
+        """)
+    )
+    assert not set(HEAVY) & set(result["heavy"]) and "exaone_bridge" in result["heavy"]
+
+
+def test_ours_first_then_the_host() -> None:
+    assert_ours(fresh("import exaone_bridge\nimport megatron.bridge\n" + FOUND + REPORT + PRINT))
+
+
+def test_the_host_first_then_ours() -> None:
+    guard = "" if HAS_TE else OWN_GUARD + "sys.meta_path.insert(0, Around())\n"
+    before = "first = found(transformers.Exaone4ForCausalLM)\nimport exaone_bridge\n"
+    after = 'result["first"] = first\n'
+    result = fresh(guard + "import megatron.bridge\n" + FOUND + before + REPORT + after + PRINT)
+    assert_ours(result)
+    assert result["first"].startswith("megatron.bridge.models.")  # there was another's claim to take over
+
+
+# --- in this process ---
+
+
+@pytest.fixture
+def host_dispatch(host: Any) -> Iterator[Any]:
+    """Megatron-Bridge's module of bridges; whatever a test registers is ours again afterwards."""
+    from megatron.bridge.models.conversion import model_bridge
+
+    yield model_bridge
+    exaone_bridge.register()
+    assert set(exaone_bridge.supported()) == set(CLAIMED)
+
+
+def test_supported(host: Any) -> None:
+    from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+
+    assert host == exaone_bridge.supported()
+    assert host["Exaone4ForCausalLM"] is Exaone4Bridge
+    assert {name: f"{bridge.__module__}.{bridge.__qualname__}" for name, bridge in host.items()} == CLAIMED
+    assert f"{Exaone4Bridge.__module__}.{Exaone4Bridge.__qualname__}" == OURS
+
+
+def test_registering_again_is_harmless(host_dispatch: Any) -> None:
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
+    from megatron.bridge.utils import instantiate_utils
+
+    load, save = PreTrainedCausalLM._load_tokenizer, AutoBridge.save_megatron_model
+    before = exaone_bridge.supported()
+    prefixes = set(instantiate_utils._ALLOWED_TARGET_PREFIXES)
+    exaone_bridge.register()
+    exaone_bridge.register()
+    assert exaone_bridge.supported() == before
+    assert PreTrainedCausalLM._load_tokenizer is load  # not wrapped once more
+    assert AutoBridge.save_megatron_model is save
+    assert prefixes == instantiate_utils._ALLOWED_TARGET_PREFIXES and "exaone_bridge." in prefixes
+
+
+def test_looked_up_by_class_by_name_and_by_a_class_of_that_name(host_dispatch: Any) -> None:
+    import transformers
+
+    from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+
+    dynamic = type("Exaone4ForCausalLM", (), {})
+    for key in (transformers.Exaone4ForCausalLM, "Exaone4ForCausalLM", dynamic):
+        assert type(host_dispatch.get_model_bridge(key)) is Exaone4Bridge
+
+
+@pytest.mark.parametrize("by", ["class", "name"])
+def test_another_claim_is_found_out(host_dispatch: Any, by: str) -> None:
+    import transformers
+    from megatron.core.models.gpt import GPTModel
+
+    class Usurper(host_dispatch.MegatronModelBridge):
+        def provider_bridge(self, hf_pretrained: Any) -> Any: ...
+        def mapping_registry(self) -> Any: ...
+
+    key = transformers.Exaone4ForCausalLM if by == "class" else "Exaone4ForCausalLM"
+    try:
+        host_dispatch.register_bridge_implementation(source=key, target=GPTModel, bridge_class=Usurper)
+        with pytest.raises(RegistrationError) as caught:
+            exaone_bridge.supported()
+    finally:
+        exaone_bridge.register()
+    message = str(caught.value)
+    assert type(caught.value) is RegistrationError and len(message.splitlines()) == 1
+    assert f"{Usurper.__module__}.{Usurper.__qualname__}" in message and OURS in message
+    assert repr(key) in message and "import exaone_bridge after" in message
+    assert set(exaone_bridge.supported()) == set(CLAIMED)  # claimed back
+
+
+def test_registering_proves_itself(host_dispatch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that takes the registration and looks up something else is found out at once."""
+    from megatron.bridge.models.llama.llama_bridge import LlamaBridge
+
+    theirs = host_dispatch.register_bridge_implementation
+
+    def register_another(*, source: Any, target: Any, bridge_class: Any) -> None:
+        theirs(source=source, target=target, bridge_class=LlamaBridge)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_dispatch, "register_bridge_implementation", register_another)
+        with pytest.raises(RegistrationError, match="LlamaBridge"):
+            exaone_bridge.register()
+
+
+def test_the_stream_of_weights_is_ours_too(host_dispatch: Any) -> None:
+    """The host dispatches the export separately, by (architecture, Megatron class)."""
+    import transformers
+    from megatron.core.models.gpt import GPTModel
+
+    from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+
+    asked: list[object] = []
+
+    def stream(self: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        asked.append(type(self))
+        return iter(())
+
+    original = Exaone4Bridge.stream_weights_megatron_to_hf
+    Exaone4Bridge.stream_weights_megatron_to_hf = stream  # type: ignore[method-assign]
+    try:
+        for source in (transformers.Exaone4ForCausalLM, "Exaone4ForCausalLM"):
+            list(host_dispatch.stream_weights_megatron_to_hf((source, object.__new__(GPTModel)), [], object()))
+    finally:
+        Exaone4Bridge.stream_weights_megatron_to_hf = original  # type: ignore[method-assign]
+    assert asked == [Exaone4Bridge] * 2
+
+
+@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
+def test_auto_bridge_uses_ours(host: Any, tiny: Callable[..., Path], name: str) -> None:
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+
+    folder = tiny(name)
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    assert type(bridge._model_bridge) is Exaone4Bridge
+    assert type(AutoBridge.from_hf_config(bridge.hf_pretrained.config)._model_bridge) is Exaone4Bridge
+    assert AutoBridge.can_handle(folder)
+
+
+def test_auto_bridge_lists_us(host: Any) -> None:
+    from megatron.bridge import AutoBridge
+
+    assert {"Exaone4ForCausalLM", *CLAIMED} <= set(AutoBridge.list_supported_models())
+
+
+@pytest.mark.skipif(HAS_TE, reason="Transformer Engine is installed here")
+def test_the_guard_left_no_trace_in_this_process(host: Any) -> None:
+    from megatron.bridge.peft import lora_layers
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    assert HAVE_TE is False
+    assert not [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]
+    assert lora_layers.te.Linear is lora_layers.te.Linear  # the module's own reference lives on
+
+
+def test_unknown_names_of_the_package() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = exaone_bridge.no_such_name
+    for name in exaone_bridge.__all__:
+        assert getattr(exaone_bridge, name)

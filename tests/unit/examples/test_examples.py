@@ -1,0 +1,113 @@
+"""The examples and the README's Python run as written."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exaone_bridge.verification.checks.folders import compare_tensors
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import fork_script, free_port
+
+
+def _run(script: object, *arguments: object) -> str:
+    """What `python script arguments` prints."""
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"MASTER_PORT": free_port()},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def _imports(script: str) -> list[str]:
+    """The modules that a script imports, functions included, in the order of its lines."""
+    found = [
+        (node.lineno, alias.name if isinstance(node, ast.Import) else str(node.module))
+        for node in ast.walk(ast.parse(script))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    return [name for _, name in sorted(found)]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_order_of_imports(script: Path) -> None:
+    """Ours before Megatron-Bridge, which else does not import where Transformer Engine is missing."""
+    modules = _imports(script.read_text())
+    ours = [number for number, name in enumerate(modules) if name.partition(".")[0] in ("exaone_bridge", "common")]
+    hosts = [number for number, name in enumerate(modules) if name.startswith("megatron.bridge")]
+    assert ours and ours[0] < min(hosts, default=len(modules))
+
+
+def test_round_trip(host: Any, tiny: Any, tmp_path: Path) -> None:
+    folder = tiny("exaone4")
+    printed = fork_script(tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2)
+    assert "91 tensors bitwise equal" in printed
+    assert compare_tensors(folder, tmp_path / "out" / "exported").holds
+
+
+def test_train(tiny: Any, tmp_path: Path) -> None:
+    """Two steps lower the loss, and the exported folder has the same tensors with other values."""
+    folder = tiny("exaone4-1.2b")
+    printed = _run("examples/train.py", folder, tmp_path / "out", "--steps", 2)
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    check = compare_tensors(folder, tmp_path / "out")
+    assert not check.holds
+    assert check.figure == "68 of 68 tensors differ"
+
+
+def test_images(host: Any, tiny: Any, tmp_path: Path) -> None:
+    """It looks: the loss falls below that of knowing all but which side; the frozen tower stays, its merger learns."""
+    folder = tiny("exaone45")
+    printed = fork_script(tmp_path, ROOT / "examples/images.py", folder, tmp_path / "out", "--steps", 20)
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 20
+    assert losses[-1] < 0.8 * math.log(4) / 5  # four sides, of which the first of five letters tells
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    same = {name for name, value in before.items() if torch.equal(after[name], value)}
+    tower = {name for name in before if ".visual." in name and ".merger." not in name}
+    assert same == tower | {name for name in before if name.startswith("mtp.")}
+
+
+def test_readme_python(host: Any, tiny: Any, tmp_path: Path) -> None:
+    """The five lines for a training script, with the model's name replaced by a folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 8
+    script = tmp_path / "script.py"
+    body = block.replace('"LGAI-EXAONE/EXAONE-4.0-1.2B"', repr(str(tiny("exaone4-1.2b"))))
+    script.write_text(body + "\nprint(type(provider).__name__, provider.tensor_model_parallel_size)\n")
+    modules = _imports(block)
+    assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
+    assert fork_script(tmp_path, script).splitlines()[-1] == "Exaone4ModelProvider 2"
+
+
+def test_readme_commands() -> None:
+    """Each `make` target that the README names exists, and CI calls the test command."""
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    targets = {
+        word for words in re.findall(r"(?:^|`)make ([a-z ]+?)(?:`|  )", readme, re.MULTILINE) for word in words.split()
+    }
+    assert targets == {"demo", "test", "check"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    matrix = re.findall(r"`(tests/[\w/]+\.py)`", readme)
+    assert len(matrix) >= 5
+    assert all((ROOT / path).is_file() for path in matrix)

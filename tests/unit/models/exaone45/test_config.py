@@ -1,0 +1,136 @@
+"""EXAONE 4.5's configuration: facts and back, key by key, nested ones too; what is refused. No torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.models.exaone4.config import read_config as read_text
+from exaone_bridge.models.exaone45.config import read_config, write_config
+from exaone_bridge.models.exaone45.tiny import TINY
+from exaone_bridge.models.exaone45.weights import carried_tensors, exaone45_rows, without_carried
+from exaone_bridge.schema.param_mapping import expected_hf
+
+CONFIG = TINY["exaone45"]
+
+
+def _with(path: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(CONFIG)
+    outer, _, inner = path.rpartition(".")
+    (config[outer] if outer else config)[inner] = value
+    return config
+
+
+def test_the_language_model_is_exaone4s() -> None:
+    facts = read_config(CONFIG)
+    assert facts.text == read_text(CONFIG["text_config"])
+    assert (facts.vision.qkv_size, facts.vision.head_dim) == (96, 12)
+    assert (facts.image_token, facts.video_token, facts.mtp_layers, facts.mtp_loss_scale) == (67, 68, 1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("tie_word_embeddings", True),
+        ("text_config.tie_word_embeddings", True),  # which Transformers ignores
+        ("text_config.model_type", "exaone4_5_text"),
+        ("image_token_id", 5),
+        ("vision_config.window_size", 8),
+        ("text_config.sliding_window", 3),
+        ("vision_config", None),
+    ],
+)
+def test_nothing_changes_where_no_fact_has(path: str, value: Any) -> None:
+    config = _with(path, value)
+    if value is None:
+        config["text_config"]["hidden_size"] = 3584  # the tower's default
+    assert write_config(read_config(config), config) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("tie_word_embeddings", True),
+        ("image_token_id", 5),
+        ("video_token_id", 5),
+        ("vision_config.depth", 2),
+        ("vision_config.num_key_value_heads", 1),
+        ("vision_config.fullatt_block_indexes", [0]),
+        ("text_config.num_hidden_layers", 8),
+        ("text_config.intermediate_size", 32),
+        ("text_config.rms_norm_eps", 1e-3),
+        ("text_config.num_nextn_predict_layers", 2),
+        ("text_config.mtp_share_layers", False),
+        ("text_config.mtp_loss_scaling_factor", 0.3),
+    ],
+)
+def test_a_changed_fact_changes_its_own_field(path: str, value: Any) -> None:
+    wanted = _with(path, value)
+    assert write_config(read_config(wanted), CONFIG) == wanted
+
+
+def test_one_type_for_the_whole_model() -> None:
+    half = json.loads(json.dumps(CONFIG).replace("float32", "bfloat16"))
+    assert write_config(read_config(half), CONFIG) == half
+    with pytest.raises(UnsupportedConfig, match="one type for the whole model"):
+        read_config(_with("vision_config.dtype", "bfloat16"))
+
+
+def test_made_by_hand() -> None:
+    """Without a source every field is written, and read again as the same facts."""
+    facts = read_config(CONFIG)
+    assert read_config(write_config(facts, {})) == facts
+
+
+def test_defaults_are_transformers() -> None:
+    from transformers import Exaone4_5_VisionConfig
+
+    theirs = Exaone4_5_VisionConfig().to_dict()
+    config = _with("vision_config", {})
+    config["text_config"]["hidden_size"] = theirs["out_hidden_size"]
+    assert read_config(config) == read_config(config | {"vision_config": theirs | {"dtype": "float32"}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("vision_config.out_hidden_size", 63, "features take the place of words"),
+        ("vision_config.num_key_value_heads", 3, "divisor"),
+        ("vision_config.hidden_size", 40, "rotates pairs in rows and in columns"),
+        ("vision_config.hidden_act", "gelu", "silu"),
+        ("vision_config.patch_size", [4, 4], "patch_size"),
+        ("vision_config.window_size", 4, "one word"),
+        ("vision_config.fullatt_block_indexes", "1,3", "list of blocks"),
+        ("vision_config.model_type", "qwen2_5_vl", "exaone4_5_vision"),
+        ("text_config.model_type", "llama", "exaone4"),
+        ("text_config", 3, "an object"),
+        ("text_config.layer_types", ["full"], "layer_types"),
+        ("text_config.dtype", 0, "dtype is 0"),
+        ("vision_config.dtype", ["float32"], "dtype is \\['float32'\\]"),
+        ("text_config.mtp_share_layers", 1, "mtp_share_layers"),
+        ("image_token_id", 387, "vocab_size"),
+        ("image_token_id", 68, "another word"),
+    ],
+)
+def test_refused(path: str, value: Any, said: str) -> None:
+    with pytest.raises(UnsupportedConfig, match=said):
+        read_config(_with(path, value))
+
+
+def test_what_multi_token_prediction_ships() -> None:
+    facts = read_config(CONFIG)
+    shapes = {tensor.name: tensor.shape(facts.dims) for tensor in carried_tensors(facts)}
+    assert shapes["mtp.fc.weight"] == (64, 128)
+    assert shapes["mtp.layers.0.self_attn.q_norm.weight"] == (24,)
+    assert len(shapes) == 15
+    assert not shapes.keys() & expected_hf(exaone45_rows(facts), facts.dims).keys()
+    assert carried_tensors(without_carried(facts)) == ()
+    two = read_config(_with("text_config.num_nextn_predict_layers", 2))
+    assert len(carried_tensors(two)) == 15  # shared
+    apart = write_config(two, CONFIG)
+    apart["text_config"]["mtp_share_layers"] = False
+    assert len(carried_tensors(read_config(apart))) == 15 + 11

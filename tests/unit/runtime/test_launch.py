@@ -1,0 +1,120 @@
+"""Where a verification runs under torchrun: who speaks, who waits, what is refused early, and fp32 that is fp32."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exaone_bridge import cli
+from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.runtime import launch
+
+
+def _as_rank(patch: pytest.MonkeyPatch, rank: int, ranks: int = 2) -> None:
+    patch.setenv("RANK", str(rank))
+    patch.setenv("WORLD_SIZE", str(ranks))
+    patch.setattr(cli, "_GRACE", 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_says_what_all_have_met(rank: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    _as_rank(monkeypatch, rank)
+    monkeypatch.setattr(sys, "argv", ["exaone-bridge", "verify", "/nowhere", "--tp", "2"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert ("/nowhere" in said.err) == (rank == 0) and (rank == 0 or said.out + said.err == "")
+
+
+def test_another_number_of_ranks_is_refused_before_anything_is_computed(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _as_rank(monkeypatch, 0)
+    monkeypatch.setattr(launch, "run_alone", None)  # nothing gets as far
+    monkeypatch.setattr(sys, "argv", ["exaone-bridge", "verify", str(tiny("exaone4")), "--pp", "4", "--quick"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and "--nproc_per_node 4" in capsys.readouterr().err
+    launch.check_ranks(1)
+    with pytest.raises(UnsupportedLayout, match="multiple of 4"):
+        launch.check_ranks(4)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """A process that multiplies in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("set_before", [None, "1"])
+def test_fp32_is_full_inside_and_as_it_was_outside(
+    tf32: None, monkeypatch: pytest.MonkeyPatch, set_before: str | None
+) -> None:
+    if set_before is None:
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    else:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", set_before)
+    with contextlib.suppress(KeyError), launch.full_fp32():
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert os.environ.get("NVIDIA_TF32_OVERRIDE") == set_before
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+
+
+def _write_last(report: Path) -> tuple[bool, bool]:
+    """On a rank: the first takes its time to write; what any finds when it may end, and whether the world is up."""
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    if launch.is_first():
+        time.sleep(1)
+        report.write_text("whole")
+    launch.leave()
+    return report.is_file(), dist.is_initialized()
+
+
+def test_no_rank_ends_before_the_report_is_written(host: Any, tmp_path: Path) -> None:
+    """And a world that was there before is left up."""
+    from exaone_bridge.runtime.ranks import run_ranks
+
+    assert run_ranks(_write_last, 2, tmp_path / "report") == [(True, True)] * 2
+
+
+def _fails() -> None:
+    import torch.distributed as dist
+
+    print("what Megatron prints")
+    if dist.get_rank() == 1:
+        raise ValueError("only here")
+
+
+def _speaks_in_work() -> tuple[bool, bool]:
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
+    before = launch.speaks()
+    if rank == 0:  # it would wait for the other's result
+        return before, launch.speaks()
+    with pytest.raises(ValueError, match="only here"):
+        launch.run_world(_fails, 2)
+    return before, launch.speaks()
+
+
+def test_a_rank_that_fails_alone_speaks(host: Any) -> None:
+    from exaone_bridge.runtime.ranks import run_ranks
+
+    assert run_ranks(_speaks_in_work, 2) == [(True, True), (False, True)]

@@ -1,0 +1,127 @@
+"""`python -m exaone_bridge.run` runs scripts as Python does, with our bridges in place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_TELL = """
+import json, sys
+print(json.dumps([__name__, sys.argv, sys.path[0], __file__, sys.modules["__main__"].__dict__ is globals()]))
+"""
+
+
+def _python(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | environment, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "form"),
+    [
+        ("script.py", "script.py"),
+        ("script.py", "./script.py"),
+        ("folder/__main__.py", "folder"),
+        ("part/s.py", "part/s.py"),
+    ],
+)
+def test_as_python_runs_it(tmp_path: Path, script: str, form: str) -> None:
+    (tmp_path / script).parent.mkdir(exist_ok=True)
+    (tmp_path / script).write_text(_TELL)
+    ours = _python("-m", "exaone_bridge.run", form, "--a", "b c", cwd=tmp_path)
+    pythons = _python(form, "--a", "b c", cwd=tmp_path)
+    assert ours.returncode == pythons.returncode == 0, ours.stderr
+    assert ours.stdout == pythons.stdout
+
+
+@pytest.mark.parametrize("name", ["module", "package"])
+def test_module(tmp_path: Path, name: str) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text(_TELL)
+    (tmp_path / "module.py").write_text(_TELL)
+    ours = _python("-m", "exaone_bridge.run", "-m", name, "-m", "x", cwd=tmp_path)
+    assert ours.returncode == 0, ours.stderr
+    assert ours.stdout == _python("-m", name, "-m", "x", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("import sys; sys.exit(7)", 7, ""),
+        ("raise SystemExit('no')", 1, "no\n"),
+        ("raise KeyError('lost')", 1, "KeyError: 'lost'\n"),
+        ("print(1)", 0, ""),
+        ("import os; os._exit(9)", 9, ""),
+        ("def f(:", 1, "SyntaxError: invalid syntax\n"),
+    ],
+)
+def test_exit_code_and_exception_pass_through(tmp_path: Path, body: str, code: int, said: str) -> None:
+    (tmp_path / "script.py").write_text(body)
+    done = _python("-m", "exaone_bridge.run", "script.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr[-len(said) :] if said else done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["missing.py"], ["."], ["-m", "missing"], ["-m", "json.missing"], ["-m", "..x"], ["-m"]]
+)
+def test_nothing_to_run(tmp_path: Path, arguments: list[str]) -> None:
+    """Exit code 2 and one sentence."""
+    done = _python("-m", "exaone_bridge.run", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.endswith(".\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_usage() -> None:
+    assert _python("-m", "exaone_bridge.run").returncode == 2
+    shown = _python("-m", "exaone_bridge.run", "--help")
+    assert shown.returncode == 0 and "usage:" in shown.stdout
+
+
+# A script that knows nothing of us. What it does about CUDA is what any script must do where there is none.
+_UNCHANGED = """
+import sys, tempfile
+import torch
+torch.cuda.current_device = lambda: torch.device("cpu")
+torch.cuda.set_device = lambda device: None
+torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+torch.cuda.manual_seed = torch.manual_seed
+from megatron.bridge import AutoBridge
+from megatron.bridge.peft.lora import LoRA
+from megatron.core import parallel_state
+
+torch.distributed.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+bridge = AutoBridge.from_hf_pretrained(sys.argv[1])
+print("bridge", type(bridge._model_bridge).__module__)
+provider = bridge.to_megatron_provider()
+provider.finalize()
+model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+model = LoRA(dim=4, alpha=4, target_modules=["linear_proj"])(model, training=False)
+wrapper = model[0].decoder.layers[0].self_attention.linear_proj
+torch.nn.init.normal_(wrapper.adapter.linear_out.weight)
+x = torch.randn(5, 1, wrapper.to_wrap.weight.shape[1])
+with torch.no_grad():
+    output, norm = wrapper(x)[0], wrapper.to_wrap.post_layernorm
+    before = norm(x @ wrapper.to_wrap.weight.T + wrapper.adapter(x))
+    after = norm(x @ wrapper.to_wrap.weight.T) + wrapper.adapter(x)
+print("before", (output - before).abs().max().item() < 1e-5, "after", (output - after).abs().max().item() < 1e-5)
+"""
+
+
+def test_unchanged_script(tiny: Any, tmp_path: Path) -> None:
+    """AutoBridge finds our bridge, and the host's own LoRA acts before a post norm."""
+    script = tmp_path / "script.py"
+    script.write_text(_UNCHANGED)
+    done = _python("-m", "exaone_bridge.run", script, tiny("exaone4"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("bridge", "before"))]
+    assert lines == ["bridge exaone_bridge.bridge.exaone4", "before True after False"]
