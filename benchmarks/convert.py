@@ -44,7 +44,10 @@ from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import hf_tensors
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-ROPE = EXAONE["exaone4"]["rope_parameters"] | {"original_max_position_embeddings": 8192, "rope_theta": 1e6}
+ROPE = EXAONE["exaone4"]["rope_parameters"] | {
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 1e6,
+}
 PUBLISHED = {
     "vocab_size": 102400,
     "num_key_value_heads": 8,
@@ -52,7 +55,11 @@ PUBLISHED = {
     "rope_parameters": ROPE,
     "max_position_embeddings": 65536,
 }
-SMALL = EXAONE["exaone4-1.2b"] | {"dtype": "bfloat16", "num_key_value_heads": 4, "num_attention_heads": 8}
+SMALL = EXAONE["exaone4-1.2b"] | {
+    "dtype": "bfloat16",
+    "num_key_value_heads": 4,
+    "num_attention_heads": 8,
+}
 # EXAONE-4.0-1.2B: 2.6 GB; and the width of EXAONE-4.0-32B with few layers: 16 GB
 B1 = EXAONE["exaone4-1.2b"] | PUBLISHED | {
     "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_attention_heads": 32,
@@ -99,12 +106,20 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
     partial.mkdir(parents=True)
     writer = ShardWriter.create(partial, places)
     pool = memoryview(
-        torch.randint(256, (1 << 26,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+        torch.randint(
+            256, (1 << 26,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        ).numpy()
     )
     for number, spec in enumerate(specs):
         start = number * 4096 % (1 << 20)
         step = len(pool) - (1 << 20)
-        writer.put(spec.name, [pool[start : start + min(step, spec.nbytes - at)] for at in range(0, spec.nbytes, step)])
+        writer.put(
+            spec.name,
+            [
+                pool[start : start + min(step, spec.nbytes - at)]
+                for at in range(0, spec.nbytes, step)
+            ],
+        )
     writer.close()
     write_index(partial, places)
     write_config(partial, config)
@@ -162,7 +177,9 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, Layout())
     files = sorted(folder.glob("*.safetensors"))
-    held = {name: torch.ones_like(tensor) for file in files for name, tensor in load_file(file).items()}
+    held = {
+        name: torch.ones_like(tensor) for file in files for name, tensor in load_file(file).items()
+    }
 
     def plain() -> None:
         for file in files:
@@ -170,10 +187,15 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
                 held[name].copy_(tensor)
 
     def host() -> None:
-        MegatronModelBridge.load_weights_hf_to_megatron(bridge._model_bridge, bridge.hf_pretrained, model)
+        MegatronModelBridge.load_weights_hf_to_megatron(
+            bridge._model_bridge, bridge.hf_pretrained, model
+        )
 
     torch.set_num_threads(1)
-    return least(repeats, {"plain copy": plain, "planned": lambda: bridge.load_hf_weights(model), "host": host})
+    return least(
+        repeats,
+        {"plain copy": plain, "planned": lambda: bridge.load_hf_weights(model), "host": host},
+    )
 
 
 def measure_load(run: Run) -> None:
@@ -216,11 +238,16 @@ def measure_bytes(run: Run) -> None:
                 for part in cut
                 for shape, size in zip(part.shapes, part.itemsizes, strict=True)
             )
-            print(f"| TP1: bytes read by the rank; of the files | {moved[0][0]:,}; {source.nbytes:,} |")
+            print(
+                f"| TP1: bytes read by the rank; of the files | {moved[0][0]:,}; {source.nbytes:,} |"
+            )
             continue
         shares = sorted({nbytes for _, nbytes in moved})
         text = ", ".join(f"{share * tp / whole:.6f}" for share in shares)
-        print(f"| TP{tp}: bytes a rank reads of tensors that are cut, x {tp} / all of them | {text} |", flush=True)
+        print(
+            f"| TP{tp}: bytes a rank reads of tensors that are cut, x {tp} / all of them | {text} |",
+            flush=True,
+        )
 
 
 def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
@@ -229,7 +256,11 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, Layout())
     bridge.load_hf_weights(model)
-    held = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    held = {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     held = {name: tensor.clone() for name, tensor in held.items()}
     torch.set_num_threads(1)
 
@@ -298,14 +329,19 @@ def measure_stream(run: Run) -> None:
             shutil.rmtree(path, ignore_errors=True)
         to = import_checkpoint(folder, megatron, Layout())
         back = export_checkpoint(megatron, exported)
-        same = subprocess.run(["diff", "-rq", folder, exported], capture_output=True, text=True, check=False).stdout
+        same = subprocess.run(
+            ["diff", "-rq", folder, exported], capture_output=True, text=True, check=False
+        ).stdout
         for what, done in (("import", to), ("export", back)):
             used, bound = done.peak_bytes - done.base_bytes, 512 * 2**20 + 2 * largest
             print(
                 f"| {what}, {size}: {done.seconds:.1f} s, {done.nbytes / 1e9 / done.seconds:.2f} GB/s; memory, bound |"
                 f" {used / 2**20:.0f} MiB, {bound / 2**20:.0f} MiB |"
             )
-        print(f"| {size}: files that differ after the round trip | {same.count(chr(10))} |", flush=True)
+        print(
+            f"| {size}: files that differ after the round trip | {same.count(chr(10))} |",
+            flush=True,
+        )
         shutil.rmtree(megatron)
         shutil.rmtree(exported)
 
@@ -315,19 +351,25 @@ def measure_linear(run: Run) -> None:
     from exaone_bridge.checkpoint.reshard.validate import prove
 
     sizes = [(4, 8), (8, 16)] if run.small else [(10, 31), (20, 165), (40, 248), (60, 331)]
-    print("| tensors | plan and proof, TP2 x PP2 | inspect, with --json | import | export | microseconds each, both |")
+    print(
+        "| tensors | plan and proof, TP2 x PP2 | inspect, with --json | import | export | microseconds each, both |"
+    )
     print("|---|---|---|---|---|---|")
     for layers, experts in sizes:
         folder = checkpoint(run.work / f"many-{layers}-{experts}", many(layers, experts))
         source = open_source(folder)
         count = len(source.tensors)
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        plan = least(run.repeats, {"": lambda: prove(source.plan(Layout(tp=2, pp=2)), shapes)})[""].wall  # noqa: B023
+        plan = least(run.repeats, {"": lambda: prove(source.plan(Layout(tp=2, pp=2)), shapes)})[
+            ""
+        ].wall
         command = [sys.executable, "-m", "exaone_bridge", "inspect", str(folder)]
         seen = least(
             run.repeats,
             {
-                kind: lambda kind=kind: subprocess.run([*command, kind], stdout=subprocess.DEVNULL, check=True)  # noqa: B023
+                kind: lambda kind=kind: subprocess.run(
+                    [*command, kind], stdout=subprocess.DEVNULL, check=True
+                )
                 for kind in ("--tp=2", "--json")
             },
         )
@@ -340,7 +382,10 @@ def measure_linear(run: Run) -> None:
             to = min(to, import_checkpoint(folder, megatron, Layout()).seconds)
             back = min(back, export_checkpoint(megatron, exported).seconds)
         each = f"{to / count * 1e6:.0f}, {back / count * 1e6:.0f}"
-        print(f"| {count:,} | {plan:.3f} s | {inspect} | {to:.1f} s | {back:.1f} s | {each} |", flush=True)
+        print(
+            f"| {count:,} | {plan:.3f} s | {inspect} | {to:.1f} s | {back:.1f} s | {each} |",
+            flush=True,
+        )
         for path in (megatron, exported):
             shutil.rmtree(path)
 
@@ -356,19 +401,28 @@ MEASURES = {
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--work", type=Path, required=True, help="a folder for checkpoints; those of earlier runs serve"
+        "--work",
+        type=Path,
+        required=True,
+        help="a folder for checkpoints; those of earlier runs serve",
     )
     parser.add_argument("--only", choices=MEASURES, action="append")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="miniatures instead of published shapes")
+    parser.add_argument(
+        "--small", action="store_true", help="miniatures instead of published shapes"
+    )
     options = parser.parse_args()
     import exaone_bridge
 
     exaone_bridge.supported()
     logging.disable(logging.WARNING)
-    run = Run(options.work / ("small" if options.small else "published"), options.repeats, options.small)
+    run = Run(
+        options.work / ("small" if options.small else "published"), options.repeats, options.small
+    )
     run.work.mkdir(parents=True, exist_ok=True)
     print(json.dumps({"torch": torch.__version__, "repeats": run.repeats, "small": run.small}))
     for name in options.only or MEASURES:

@@ -27,14 +27,21 @@ def _cut(layers: int, blocks: int) -> dict[str, Any]:
     config = CONFIGS["exaone45_33b"]
     language, vision = config["text_config"], config["vision_config"]
     return config | {
-        "text_config": language | {"num_hidden_layers": layers, "layer_types": language["layer_types"][:layers]},
+        "text_config": language
+        | {"num_hidden_layers": layers, "layer_types": language["layer_types"][:layers]},
         "vision_config": vision
-        | {"depth": blocks, "fullatt_block_indexes": [at for at in vision["fullatt_block_indexes"] if at < blocks]},
+        | {
+            "depth": blocks,
+            "fullatt_block_indexes": [at for at in vision["fullatt_block_indexes"] if at < blocks],
+        },
     }
 
 
 # As many blocks as have one that sees the whole image; 33B has four times as many, for sixteen times the layers.
-MODELS: dict[str, dict[str, Any]] = {"exaone45-33b-4-layers": _cut(4, 7), "exaone45-33b-8-layers": _cut(8, 7)}
+MODELS: dict[str, dict[str, Any]] = {
+    "exaone45-33b-4-layers": _cut(4, 7),
+    "exaone45-33b-8-layers": _cut(8, 7),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,9 @@ class Batch:
         return {"pixel_values": self.pixels, "image_grid_thw": self.grids}
 
 
-def batch_of(config: Any, seq: int, mbs: int, images: int, side: int, device: str = "cuda") -> Batch:
+def batch_of(
+    config: Any, seq: int, mbs: int, images: int, side: int, device: str = "cuda"
+) -> Batch:
     """Random words, and in each sequence square images of noise, as many patches a side, evenly spread over it.
 
     Raises:
@@ -70,7 +79,9 @@ def batch_of(config: Any, seq: int, mbs: int, images: int, side: int, device: st
     for number in range(images):
         start = number * (seq // images)
         tokens[:, start : start + places] = facts.image_token
-    pixels = torch.randn(mbs * images * side * side, facts.vision.patch_elements, device=device, dtype=torch.bfloat16)
+    pixels = torch.randn(
+        mbs * images * side * side, facts.vision.patch_elements, device=device, dtype=torch.bfloat16
+    )
     grids = torch.tensor([[1, side, side]] * (mbs * images), device=device)
     return Batch(tokens, pixels, grids, images)
 
@@ -80,8 +91,14 @@ def operations_of_image(vision: VisionFacts, side: int) -> float:
     patches = side * side
     across = vision.window_size // vision.patch_size  # patches along a window's side
     cuts = [min(across, side - start) for start in range(0, side, across)]
-    in_window = sum((rows * columns) ** 2 for rows in cuts for columns in cuts)  # queries x keys, of all windows
-    per_patch = vision.depth * vision.hidden_size * (vision.qkv_size + vision.hidden_size + 3 * vision.ffn_size)
+    in_window = sum(
+        (rows * columns) ** 2 for rows in cuts for columns in cuts
+    )  # queries x keys, of all windows
+    per_patch = (
+        vision.depth
+        * vision.hidden_size
+        * (vision.qkv_size + vision.hidden_size + 3 * vision.ffn_size)
+    )
     joined = vision.hidden_size * vision.merge_size**2
     merger = patches // vision.merge_size**2 * (joined * joined + joined * vision.out_size)
     full = len(vision.full_attention)
@@ -93,7 +110,9 @@ def operations_of_image(vision: VisionFacts, side: int) -> float:
 def operations(config: Any, seq: int, images: int, side: int) -> float:
     """Of one forward and backward of one sequence with its images."""
     facts = read_config(config.to_dict())
-    return operations_of_words(config.get_text_config(), seq) + images * operations_of_image(facts.vision, side)
+    return operations_of_words(config.get_text_config(), seq) + images * operations_of_image(
+        facts.vision, side
+    )
 
 
 def ours(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], None]:
@@ -129,7 +148,9 @@ def transformers(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callab
     def step() -> None:
         for parameter in parameters:
             parameter.grad = None
-        model(words, labels=words, shift_labels=labels, use_cache=False, **batch.arguments).loss.backward()
+        model(
+            words, labels=words, shift_labels=labels, use_cache=False, **batch.arguments
+        ).loss.backward()
 
     return step
 
@@ -144,7 +165,9 @@ VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = 
 def main() -> None:
     parser = arguments(__doc__, MODELS, "exaone45-33b-4-layers")
     parser.add_argument("--images", type=int, default=2, help="of each sequence")
-    parser.add_argument("--side", type=int, default=64, help="of an image, in patches; four patches are a word")
+    parser.add_argument(
+        "--side", type=int, default=64, help="of an image, in patches; four patches are a word"
+    )
     options = parser.parse_args()
 
     with alone():
@@ -154,7 +177,9 @@ def main() -> None:
         def needs(config: Any, seq: int) -> float:
             return operations(config, seq, options.images, options.side)
 
-        share = 1 - operations_of_words(config.get_text_config(), options.seq) / needs(config, options.seq)
+        share = 1 - operations_of_words(config.get_text_config(), options.seq) / needs(
+            config, options.seq
+        )
         places = int((batch.tokens == config.image_token_id).sum())
         print(
             f"{options.model}, {options.mbs} x {options.seq} tokens, {places} of them for {len(batch.grids)} images; "

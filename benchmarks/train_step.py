@@ -109,7 +109,9 @@ def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callab
     def step() -> None:
         for parameter in parameters:
             parameter.grad = None
-        model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean().backward()
+        model(
+            tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()
+        ).float().mean().backward()
 
     return step
 
@@ -129,21 +131,29 @@ def graphed(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Cal
     return graph.replay
 
 
-def everywhere_global(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
+def everywhere_global(
+    config: Any, tokens: torch.Tensor, overrides: dict[str, Any]
+) -> Callable[[], None]:
     """The same model with every layer attending to everything."""
     return ours(config_with_global_layers(config), tokens, overrides)
 
 
-def transformers(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
+def transformers(
+    config: Any, tokens: torch.Tensor, overrides: dict[str, Any]
+) -> Callable[[], None]:
     from transformers import AutoModelForCausalLM
 
-    experts = {"experts_implementation": "grouped_mm"} if getattr(config, "moe_num_experts", None) else {}
+    experts = (
+        {"experts_implementation": "grouped_mm"} if getattr(config, "moe_num_experts", None) else {}
+    )
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa", **experts
         ).train()
     for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):  # zeros, which would send every token to the same experts
+        if name.endswith(
+            "mlp.gate.weight"
+        ):  # zeros, which would send every token to the same experts
             torch.nn.init.normal_(parameter, std=config.initializer_range)
 
     parameters = list(model.parameters())
@@ -151,7 +161,9 @@ def transformers(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -
     def step() -> None:
         for parameter in parameters:
             parameter.grad = None
-        model(tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss.backward()
+        model(
+            tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False
+        ).loss.backward()
 
     return step
 
@@ -186,7 +198,9 @@ def measure(
         batch: what steps are made of; None: random tokens.
         needs: floating-point operations of one sequence.
     """
-    tokens = torch.randint(config.vocab_size, (mbs, seq + 1), device="cuda") if batch is None else batch
+    tokens = (
+        torch.randint(config.vocab_size, (mbs, seq + 1), device="cuda") if batch is None else batch
+    )
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     steps: dict[str, Callable[[], None]] = {}
     rows = []
@@ -221,7 +235,9 @@ def measure(
         if row["variant"] not in steps:
             continue
         taken = statistics.median(times[row["variant"]])
-        measured = config_with_global_layers(config) if row["variant"] == "ours-all-global" else config
+        measured = (
+            config_with_global_layers(config) if row["variant"] == "ours-all-global" else config
+        )
         needed = mbs * needs(measured, seq)
         row |= {
             "ms": round(taken, 1),
@@ -229,9 +245,15 @@ def measure(
             "of_matmul_rate": round(needed / (taken / 1e3) / rate, 3),
         }
         if profile:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as recorded:
                 steps[row["variant"]]()
-            print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=60))
+            print(
+                recorded.key_averages().table(
+                    sort_by="cuda_time_total", row_limit=60, max_name_column_width=60
+                )
+            )
     for row in rows:  # now, not with the ratios: of a run that is cut off, what was measured stays
         print(json.dumps(row), flush=True)
     return rows
@@ -250,19 +272,27 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for row in by_name.values():
         if theirs and row is not theirs:
             ratio = theirs["ms"] / row["ms"]
-            print(f"{row['variant']}: {ratio:.2f} x tokens/s, {row['peak_gib'] / theirs['peak_gib']:.2f} x memory")
+            print(
+                f"{row['variant']}: {ratio:.2f} x tokens/s, {row['peak_gib'] / theirs['peak_gib']:.2f} x memory"
+            )
     return by_name
 
 
-def arguments(description: str | None, models: Iterable[str], model: str) -> argparse.ArgumentParser:
+def arguments(
+    description: str | None, models: Iterable[str], model: str
+) -> argparse.ArgumentParser:
     """What is asked of every benchmark of a training step."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=models, default=model)
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
     parser.add_argument("--variants", default="ours,transformers")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--apart", action="store_true", help="one variant after the other: no room for two")
+    parser.add_argument(
+        "--apart", action="store_true", help="one variant after the other: no room for two"
+    )
     return parser
 
 
@@ -273,12 +303,16 @@ def alone() -> Iterator[None]:
     torch.cuda.set_device(0)
     os.environ.setdefault("RANK", "0")
     with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
         yield
         torch.distributed.destroy_process_group()
 
 
-def measure_asked(options: argparse.Namespace, config: Any, **settings: Any) -> dict[str, dict[str, Any]]:
+def measure_asked(
+    options: argparse.Namespace, config: Any, **settings: Any
+) -> dict[str, dict[str, Any]]:
     """`measure` of the variants that the arguments name, in turns or one by one, and what `compared` makes of them."""
     names = options.variants.split(",")
     turns = [[name] for name in names] if options.apart else [names]
@@ -293,9 +327,13 @@ def main() -> None:
         config = config_of(MODELS[options.model])
         by_name = measure_asked(options, config)
         if "ours" in by_name and "ours-all-global" in by_name:
-            share = operations(config, options.seq) / operations(config_with_global_layers(config), options.seq)
+            share = operations(config, options.seq) / operations(
+                config_with_global_layers(config), options.seq
+            )
             taken = by_name["ours"]["ms"] / by_name["ours-all-global"]["ms"]
-            print(f"hybrid: {taken:.3f} of the time of all global layers, {share:.3f} of the operations")
+            print(
+                f"hybrid: {taken:.3f} of the time of all global layers, {share:.3f} of the operations"
+            )
 
 
 if __name__ == "__main__":

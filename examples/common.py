@@ -27,10 +27,16 @@ LAYOUT = ("tp", "pp", "vpp", "ep", "etp", "cp")
 
 def arguments(description: str, default_recipe: str) -> argparse.ArgumentParser:
     """The arguments of every training example."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default=default_recipe, help="a name of docs/recipes.md")
-    parser.add_argument("--gpu-memory", type=int, default=80, help="GB of a GPU that the recipe is sized for")
-    parser.add_argument("--hf-path", type=Path, help="Hugging Face folder: configuration, tokenizer and weights")
+    parser.add_argument(
+        "--gpu-memory", type=int, default=80, help="GB of a GPU that the recipe is sized for"
+    )
+    parser.add_argument(
+        "--hf-path", type=Path, help="Hugging Face folder: configuration, tokenizer and weights"
+    )
     for name in LAYOUT:
         parser.add_argument(f"--{name}", type=int, help="instead of the recipe's")
     parser.add_argument("--seq-length", type=int)
@@ -38,17 +44,28 @@ def arguments(description: str, default_recipe: str) -> argparse.ArgumentParser:
     parser.add_argument("--global-batch", type=int)
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--rate", type=float, help="learning rate's peak")
-    parser.add_argument("--save", type=Path, required=True, help="folder for all that the run writes")
-    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end only; -1: never")
+    parser.add_argument(
+        "--save", type=Path, required=True, help="folder for all that the run writes"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=0, help="steps; 0: at the end only; -1: never"
+    )
     parser.add_argument("--load", type=Path, help="folder of an earlier run to resume from")
-    parser.add_argument("--load-step", type=int, help="the step to resume from, instead of the last")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop before the first GPU call")
+    parser.add_argument(
+        "--load-step", type=int, help="the step to resume from, instead of the last"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop before the first GPU call"
+    )
     return parser
 
 
 def changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the arguments change of the recipe's plan; the number of GPUs is torchrun's."""
-    given = {name: getattr(options, name) for name in (*LAYOUT, "seq_length", "micro_batch", "global_batch")}
+    given = {
+        name: getattr(options, name)
+        for name in (*LAYOUT, "seq_length", "micro_batch", "global_batch")
+    }
     found = {name: value for name, value in given.items() if value is not None}
     if "tp" in found:
         found["sp"] = found["tp"] > 1
@@ -159,7 +176,9 @@ def docstrings() -> Iterator[dict[str, str]]:
         except (SyntaxError, UnicodeDecodeError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (answer := ast.get_docstring(node)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (
+                answer := ast.get_docstring(node)
+            ):
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 question = f"What does the {kind} {node.name} of Python's module {path.stem} do?"
                 if question not in asked:  # methods of one name: the first
@@ -208,11 +227,16 @@ def train_tokenizer(folder: Path, texts: Iterator[str], config: dict[str, Any]) 
     content["model"]["vocab"] |= {f"<unused{number}>": number for number in sorted(missing)}
     content["model"]["vocab"] |= dict(special)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"] = [{"id": number, "content": text, "special": True} | flags for text, number in special]
+    content["added_tokens"] = [
+        {"id": number, "content": text, "special": True} | flags for text, number in special
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
     by_id = {number: text for text, number in special}
     named = {f"{role}_token": by_id[config[f"{role}_token_id"]] for role in ("bos", "eos", "pad")}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | named, indent=2))
     (folder / "chat_template.jinja").write_text(family.chat_template)
 
@@ -222,7 +246,9 @@ def write_model(folder: Path, name: str) -> None:
     config = dict(CONFIGS[RECIPES[name][0]])
     write_random(folder, config, tokenizer=False)
     train_tokenizer(folder, (text for example in docstrings() for text in example.values()), config)
-    for file, content in family_of(config["architectures"], where=str(folder)).processor_files.items():
+    for file, content in family_of(
+        config["architectures"], where=str(folder)
+    ).processor_files.items():
         (folder / file).write_text(json.dumps(content, indent=2))
 
 

@@ -45,7 +45,9 @@ def sample(processor: Any, tokenizer: Any, side: str) -> dict[str, torch.Tensor]
     return {"tokens": whole[:, :-1], "labels": labels[:, 1:], **seen}
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    batches: Iterator[dict[str, torch.Tensor]], model: Any
+) -> tuple[torch.Tensor, Any]:
     batch = dict(next(batches))
     tokens, labels = batch.pop("tokens"), batch.pop("labels")
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -64,7 +66,10 @@ def main(options: argparse.Namespace) -> None:
 
     bridge = AutoBridge.from_hf_pretrained(options.hf_folder)
     provider = bridge.to_megatron_provider()
-    provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = options.tp, options.pp
+    provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = (
+        options.tp,
+        options.pp,
+    )
     provider.freeze_vision_model = True  # the merger has a switch of its own
     provider.finalize()
 
@@ -73,13 +78,17 @@ def main(options: argparse.Namespace) -> None:
     data = [sample(processor, tokenizer, side) for side in SIDES]
     data = [{name: value.to(device()) for name, value in each.items()} for each in data]
     length = data[0]["tokens"].shape[1]
-    model = train(provider, forward_step, data, length, options.steps, lr=options.rate, weight_decay=0.0)
+    model = train(
+        provider, forward_step, data, length, options.steps, lr=options.rate, weight_decay=0.0
+    )
     bridge.save_hf_pretrained(model, options.output, show_progress=False)
 
 
 if __name__ == "__main__":
     assert exaone_bridge.__version__
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("hf_folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tp", type=int, default=1)

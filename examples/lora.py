@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
         return
 
     def finish(model: list[Any]) -> None:
-        export(bridge_of(config, options.hf_path), model, config.peft, options.hf_path, options.save)
+        export(
+            bridge_of(config, options.hf_path), model, config.peft, options.hf_path, options.save
+        )
 
     start(config, steps(options, finish), fine_tune=True)
 

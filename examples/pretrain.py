@@ -16,7 +16,9 @@ from typing import Any
 from common import arguments, bridge_of, configured, show, start, steps
 
 
-def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = None, at_end: Any = None) -> None:
+def main(
+    argv: list[str] | None = None, adjust: Callable[[Any], None] | None = None, at_end: Any = None
+) -> None:
     """Run; tests adjust the configuration, and look at the model in the end."""
     parser = arguments(__doc__, "exaone4_tiny_pretrain_config")
     parser.add_argument("--export", action="store_true", help="write --save/exported in the end")
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
 
     def finish(model: list[Any]) -> None:
         if options.export:
-            bridge_of(config, options.hf_path).save_hf_pretrained(model, options.save / "exported", show_progress=False)
+            bridge_of(config, options.hf_path).save_hf_pretrained(
+                model, options.save / "exported", show_progress=False
+            )
         if at_end is not None:
             at_end(model)
 

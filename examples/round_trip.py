@@ -47,7 +47,9 @@ def in_memory(hf_folder: Path, output: Path, layout: Layout) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("hf_folder", type=Path)
     parser.add_argument("output", type=Path)
     for name in ("tp", "pp", "ep"):

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
         return
 
     def export(model: list[Any]) -> None:
-        bridge_of(config, options.hf_path).save_hf_pretrained(model, options.save / "exported", show_progress=False)
+        bridge_of(config, options.hf_path).save_hf_pretrained(
+            model, options.save / "exported", show_progress=False
+        )
 
     start(config, steps(options, export), fine_tune=True)
 

@@ -22,7 +22,12 @@ from PIL import Image, ImageDraw
 
 PLACES = {"north": (12, 2), "east": (22, 12), "south": (12, 22), "west": (2, 12)}
 OPPOSITE = {"north": "south", "east": "west", "south": "north", "west": "east"}
-COLOURS = {"white": (255, 255, 255), "red": (220, 30, 30), "green": (30, 200, 30), "yellow": (240, 220, 30)}
+COLOURS = {
+    "white": (255, 255, 255),
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "yellow": (240, 220, 30),
+}
 
 
 def draw(side: str, colour: str) -> Image.Image:
@@ -35,9 +40,17 @@ def draw(side: str, colour: str) -> Image.Image:
 
 def line(pictures: list[str], question: str, answer: str) -> str:
     """A conversation as a line of JSON."""
-    asked = [*({"type": "image", "path": path} for path in pictures), {"type": "text", "text": question}]
+    asked = [
+        *({"type": "image", "path": path} for path in pictures),
+        {"type": "text", "text": question},
+    ]
     turns = {"user": asked, "assistant": [{"type": "text", "text": answer}]}
-    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns.items()]}) + "\n"
+    return (
+        json.dumps(
+            {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+        )
+        + "\n"
+    )
 
 
 def write_pictures(folder: Path, training: int = 200, validation: int = 40) -> None:
@@ -51,7 +64,9 @@ def write_pictures(folder: Path, training: int = 200, validation: int = 40) -> N
             if number % 5 == 0:
                 lines.append(line([], f"What is opposite to {sides[0]}?", OPPOSITE[sides[0]]))
                 continue
-            paths = [f"pictures/{name}{number}_{which}.png" for which in range(1 + (number % 5 == 1))]
+            paths = [
+                f"pictures/{name}{number}_{which}.png" for which in range(1 + (number % 5 == 1))
+            ]
             for path, side in zip(paths, sides, strict=False):
                 draw(side, colour).save(folder / path)
             answer = " and ".join(sides[: len(paths)])
@@ -73,7 +88,9 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
         return
 
     def export(model: list[Any]) -> None:
-        bridge_of(config, options.hf_path).save_hf_pretrained(model, options.save / "exported", show_progress=False)
+        bridge_of(config, options.hf_path).save_hf_pretrained(
+            model, options.save / "exported", show_progress=False
+        )
 
     start(config, steps(options, export), fine_tune=True, images=True)
 

@@ -31,18 +31,34 @@ def forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Ten
     batch = next(batches)
     tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return model(tokens, positions, None, labels=labels), lambda loss: (loss.mean(), {"loss": loss.mean().detach()})
+    return model(tokens, positions, None, labels=labels), lambda loss: (
+        loss.mean(),
+        {"loss": loss.mean().detach()},
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     bridge = AutoBridge.from_hf_pretrained(options.hf_folder)
     provider = bridge.to_megatron_provider()
-    provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = options.tp, options.pp
+    provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = (
+        options.tp,
+        options.pp,
+    )
     provider.finalize()
 
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(provider.vocab_size, (4, options.length + 1), generator=generator).to(device())
-    model = train(provider, forward_step, tokens.split(1), options.length, options.steps, lr=1e-4, weight_decay=0.1)
+    tokens = torch.randint(provider.vocab_size, (4, options.length + 1), generator=generator).to(
+        device()
+    )
+    model = train(
+        provider,
+        forward_step,
+        tokens.split(1),
+        options.length,
+        options.steps,
+        lr=1e-4,
+        weight_decay=0.1,
+    )
     bridge.save_hf_pretrained(model, options.output, show_progress=False)
 
 
@@ -51,7 +67,12 @@ def device() -> str:
 
 
 def train(
-    provider: Any, forward_step: Callable[..., Any], data: Sequence[Any], length: int, steps: int, **adam: float
+    provider: Any,
+    forward_step: Callable[..., Any],
+    data: Sequence[Any],
+    length: int,
+    steps: int,
+    **adam: float,
 ) -> list[Any]:
     """The provider's model after `steps` steps, each on all of `data`, one micro-batch of `length` words an item."""
     gpu = torch.cuda.is_available()
@@ -60,7 +81,10 @@ def train(
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", bf16=provider.bf16, use_distributed_optimizer=gpu, **adam), model
+        OptimizerConfig(
+            optimizer="adam", bf16=provider.bf16, use_distributed_optimizer=gpu, **adam
+        ),
+        model,
     )
     for step in range(steps):
         optimizer.zero_grad()
@@ -77,7 +101,10 @@ def train(
         )
         optimizer.step()
         if done:
-            print(f"step {step + 1}: loss {torch.stack([item['loss'] for item in done]).mean():.4f}", flush=True)
+            print(
+                f"step {step + 1}: loss {torch.stack([item['loss'] for item in done]).mean():.4f}",
+                flush=True,
+            )
     return model
 
 
@@ -93,7 +120,9 @@ def start(options: argparse.Namespace, main: Callable[[argparse.Namespace], None
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("hf_folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tp", type=int, default=1)

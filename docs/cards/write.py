@@ -19,7 +19,13 @@ from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
 from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45
 from exaone_bridge.recipes.published import CONFIGS
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 EXAONE_WIDE = EXAONE["exaone4"] | {
     "vocab_size": 102400,
     "rms_norm_eps": 1e-5,
@@ -33,11 +39,26 @@ ERNIE_WIDE = {"vocab_size": 103424, "head_dim": 128, "rms_norm_eps": 1e-5, "dtyp
 EXAONE45_WIDE = CONFIGS["exaone45_33b"]
 SHAPES: dict[str, dict[str, Any]] = {
     "EXAONE-4.0-1.2B": EXAONE_WIDE
-    | {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
-    | {"head_dim": 64, "num_hidden_layers": 30, "layer_types": ["full_attention"] * 30, "sliding_window": None}
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    | {
+        "head_dim": 64,
+        "num_hidden_layers": 30,
+        "layer_types": ["full_attention"] * 30,
+        "sliding_window": None,
+    }
     | {"sliding_window_pattern": 0, "tie_word_embeddings": True, "max_position_embeddings": 65536},
     "EXAONE-4.0-32B-4-layers": EXAONE_WIDE
-    | {"hidden_size": 5120, "intermediate_size": 27392, "num_attention_heads": 40, "num_key_value_heads": 8}
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27392,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    }
     | {"head_dim": 128, "num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
     | {"sliding_window": 4096, "max_position_embeddings": 131072},
     "EXAONE-4.5-33B-4-layers": EXAONE45_WIDE
@@ -45,7 +66,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "text_config": EXAONE45_WIDE["text_config"]
         | {"num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
         | {"num_nextn_predict_layers": 1, "mtp_share_layers": True, "mtp_loss_scaling_factor": 0.1},
-        "vision_config": EXAONE45_WIDE["vision_config"] | {"depth": 7, "fullatt_block_indexes": [6]},
+        "vision_config": EXAONE45_WIDE["vision_config"]
+        | {"depth": 7, "fullatt_block_indexes": [6]},
     },
     "ERNIE-4.5-0.3B": ERNIE["ernie45-dense"]
     | ERNIE_WIDE

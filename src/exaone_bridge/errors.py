@@ -28,7 +28,9 @@ _LONGEST = 800  # characters of a value in a sentence
 
 def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
     """`a, b, c and 7 more`: a list in a sentence, whatever its length."""
-    items = [text if (text := str(value)).isprintable() else repr(text) for value in values]  # names come from files
+    items = [
+        text if (text := str(value)).isprintable() else repr(text) for value in values
+    ]  # names come from files
     rest = len(items) - shown
     return ", ".join(items[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -36,7 +38,9 @@ def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
 def _short(value: object) -> str:
     """Its repr, and of a long one both ends: values come from files."""
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+    return (
+        text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+    )
 
 
 def _rebuild(cls: type[BridgeError], message: str, state: dict[str, object]) -> BridgeError:
@@ -49,7 +53,9 @@ def _rebuild(cls: type[BridgeError], message: str, state: dict[str, object]) -> 
 class BridgeError(Exception):
     """The root: everything exaone_bridge raises on purpose is one of these (command-line exit code 2)."""
 
-    def __reduce__(self) -> tuple[object, ...]:  # a rank sends its error to the process that started it
+    def __reduce__(
+        self,
+    ) -> tuple[object, ...]:  # a rank sends its error to the process that started it
         return _rebuild, (type(self), str(self), self.__dict__)
 
 
@@ -121,7 +127,9 @@ class PlanError(BridgeError):
     """A plan of copies that is no bijection: a fault of ours, found before anything is copied."""
 
     def __init__(self, place: str, problem: str) -> None:
-        super().__init__(f"plan of copies: {place} {problem}; nothing was copied, please report this.")
+        super().__init__(
+            f"plan of copies: {place} {problem}; nothing was copied, please report this."
+        )
         self.place = place
 
 

@@ -51,14 +51,18 @@ def main() -> None:
             _refuse(f"exaone_bridge.run: -m names no module; {_USAGE}.")
         module = arguments[1]
         if not _is_there(module):
-            _refuse(f"exaone_bridge.run: there is no module {module!r} on the import path; check its name.")
+            _refuse(
+                f"exaone_bridge.run: there is no module {module!r} on the import path; check its name."
+            )
         sys.argv = arguments[1:]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
     script = Path(arguments[0])
     file = script / "__main__.py" if script.is_dir() else script
     if not file.is_file():
-        _refuse(f"exaone_bridge.run: there is no script {str(script)!r}; name a Python file, or a module after -m.")
+        _refuse(
+            f"exaone_bridge.run: there is no script {str(script)!r}; name a Python file, or a module after -m."
+        )
     sys.argv = arguments
     if not sys.flags.safe_path:  # then Python puts nothing before the import path
         sys.path[0] = str(script.absolute() if script.is_dir() else script.resolve().parent)

@@ -58,13 +58,17 @@ def runs_of(config: dict[str, Any]) -> list[tuple[torch.Tensor, list[Images]]]:
     return [(prompts(facts.vocab_size, 4, 300), []), image_prompts(facts, 8, seed=3)]
 
 
-def theirs_of(folder: Path, runs: list[tuple[torch.Tensor, list[Images]]], dtype: torch.dtype) -> torch.Tensor:
+def theirs_of(
+    folder: Path, runs: list[tuple[torch.Tensor, list[Images]]], dtype: torch.dtype
+) -> torch.Tensor:
     """Transformers' eager logits of every position of every prompt, [positions, V] fp32."""
     from exaone_bridge.verification.workflow.transformers import load
 
     model, found = load(folder, dtype), []
     for tokens, images in runs:
-        for prompt, each in moved(list(zip(tokens.split(1), images or [{}] * len(tokens), strict=True))):
+        for prompt, each in moved(
+            list(zip(tokens.split(1), images or [{}] * len(tokens), strict=True))
+        ):
             with torch.no_grad():
                 found.append(model(prompt, use_cache=False, **each).logits[0].float().cpu())
     return torch.cat(found)
@@ -88,10 +92,14 @@ def ours_of(
     return torch.cat([logits.flatten(0, 1) for logits in found if logits is not None])
 
 
-def assert_as_close(ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor, what: str) -> None:
+def assert_as_close(
+    ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor, what: str
+) -> None:
     """The rule of bf16: no farther from fp32 than 1.1 times Transformers' own, in the mean and at most."""
     mine, own = (ours - truth).abs(), (theirs - truth).abs()
-    print(f"{what} bf16: ours {mine.mean():.3e} / {mine.max():.3e}, theirs {own.mean():.3e} / {own.max():.3e}")
+    print(
+        f"{what} bf16: ours {mine.mean():.3e} / {mine.max():.3e}, theirs {own.mean():.3e} / {own.max():.3e}"
+    )
     assert mine.mean() <= 1.1 * own.mean()
     assert mine.max() <= 1.1 * own.max()
 
@@ -114,7 +122,9 @@ def test_fp32_logits(nccl: None, tiny: Any, backend: str) -> None:
     truth = theirs_of(folder, runs, torch.float32)
     apart = (ours_of(folder, runs, torch.float32, backend) - truth).abs()
     text = runs[0][0].numel()
-    print(f"exaone45 {backend} fp32: text max {apart[:text].max():.2e}, with images {apart[text:].max():.2e}")
+    print(
+        f"exaone45 {backend} fp32: text max {apart[:text].max():.2e}, with images {apart[text:].max():.2e}"
+    )
     assert apart.max() <= 1e-3
     blind = [(tokens, []) for tokens, _ in runs]  # the same words, and nothing in their places
     assert (ours_of(folder, blind, torch.float32, backend) - truth)[text:].abs().max() > 1e-2
@@ -144,12 +154,16 @@ def test_one_batch_of_text_images_and_video(nccl: None, tiny: Any) -> None:
     (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(), backend="transformer_engine")
     ((batch, pictures),) = moved([(tokens, together(images))])
     with torch.no_grad():
-        found = model.eval()(batch, torch.arange(tokens.shape[1], device=batch.device)[None], None, **pictures)
+        found = model.eval()(
+            batch, torch.arange(tokens.shape[1], device=batch.device)[None], None, **pictures
+        )
     assert (found.float().cpu().flatten(0, 1) - expected).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize(("written", "read"), [BACKENDS, BACKENDS[::-1]])
-def test_megatron_checkpoint_changes_backend(nccl: None, tiny: Any, tmp_path: Path, written: str, read: str) -> None:
+def test_megatron_checkpoint_changes_backend(
+    nccl: None, tiny: Any, tmp_path: Path, written: str, read: str
+) -> None:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build, forward_logits, load_megatron
@@ -179,12 +193,20 @@ def test_prediction_in_fp32(nccl: None, tiny: Any, backend: str) -> None:
     assert not found.differing
     apart = (found.logits[0] - expected.logits[0])[:, :-1].abs().max().item()
     losses = abs(found.losses[0] - expected.losses[0])
-    worst = max(expected.gradients, key=lambda name: _gap(found.gradients, expected.gradients, name))
+    worst = max(
+        expected.gradients, key=lambda name: _gap(found.gradients, expected.gradients, name)
+    )
     gap = _gap(found.gradients, expected.gradients, worst)
-    print(f"prediction, {backend} fp32: logits {apart:.2e}, loss {losses:.1e}, gradient of {worst} {gap:.1e}")
+    print(
+        f"prediction, {backend} fp32: logits {apart:.2e}, loss {losses:.1e}, gradient of {worst} {gap:.1e}"
+    )
     assert apart <= 1e-3 and losses <= 1e-4 and gap <= 1e-3
-    assert all(found.gradients[name].any() for name in expected.gradients if name.startswith("mtp."))
-    other = ours(folder, Layout(), whole, 1, {"backend": backend, "mtp_windowed": False})  # the check can fail
+    assert all(
+        found.gradients[name].any() for name in expected.gradients if name.startswith("mtp.")
+    )
+    other = ours(
+        folder, Layout(), whole, 1, {"backend": backend, "mtp_windowed": False}
+    )  # the check can fail
     assert (other.logits[0] - expected.logits[0])[:, :-1].abs().max() > 1e-2
 
 
@@ -193,10 +215,14 @@ def test_prediction_in_bf16(nccl: None, tiny: Any) -> None:
     truth = formula(folder, whole, 1)
     half = formula(folder, whole, 1, dtype=torch.bfloat16)
     found = ours(folder, Layout(), whole, 1, {"backend": "transformer_engine"}, torch.bfloat16)
-    print(f"losses: fp32 {truth.losses[0]:.5f}, formula in bf16 {half.losses[0]:.5f}, ours {found.losses[0]:.5f}")
+    print(
+        f"losses: fp32 {truth.losses[0]:.5f}, formula in bf16 {half.losses[0]:.5f}, ours {found.losses[0]:.5f}"
+    )
     mine, own, expected = (side.logits[0][:, :-1] for side in (found, half, truth))
     assert_as_close(mine, own, expected, "prediction")
-    assert abs(found.losses[0] - truth.losses[0]) <= max(1.1 * abs(half.losses[0] - truth.losses[0]), 2e-3)
+    assert abs(found.losses[0] - truth.losses[0]) <= max(
+        1.1 * abs(half.losses[0] - truth.losses[0]), 2e-3
+    )
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -211,13 +237,22 @@ def test_gradients_of_every_parameter(nccl: None, tiny: Any, recompute: bool) ->
     """Images and words mixed, in fp32; with the activations of both towers computed again too."""
     folder, data = tiny("exaone45", **wide45()), batches(config=CONFIG | wide45())
     loss, gradients = step_of_transformers(folder, data)
-    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    again = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     overrides = {"backend": "transformer_engine"} | (again if recompute else {})
     mine, found, _ = forward_backward(folder, Layout(), data, overrides)
     worst = max(gradients, key=lambda name: _gap(found, gradients, name))
-    print(f"gradients: the worst of {len(gradients)} is {worst}, {_gap(found, gradients, worst):.1e}")
+    print(
+        f"gradients: the worst of {len(gradients)} is {worst}, {_gap(found, gradients, worst):.1e}"
+    )
     assert mine is not None and abs(mine - loss) <= 1e-4
-    assert all(gradient.any() for gradient in gradients.values()) and _gap(found, gradients, worst) <= 1e-3
+    assert (
+        all(gradient.any() for gradient in gradients.values())
+        and _gap(found, gradients, worst) <= 1e-3
+    )
 
 
 def published(layers: int, blocks: int, **text: Any) -> dict[str, Any]:
@@ -225,8 +260,17 @@ def published(layers: int, blocks: int, **text: Any) -> dict[str, Any]:
     with its multi-token prediction, as the published folder has it."""
     config = CONFIGS["exaone45_33b"]
     kinds = config["text_config"]["layer_types"][-layers:]
-    prediction = {"num_nextn_predict_layers": 1, "mtp_share_layers": True, "mtp_loss_scaling_factor": 0.1}
-    language = config["text_config"] | {"num_hidden_layers": layers, "layer_types": kinds} | prediction | text
+    prediction = {
+        "num_nextn_predict_layers": 1,
+        "mtp_share_layers": True,
+        "mtp_loss_scaling_factor": 0.1,
+    }
+    language = (
+        config["text_config"]
+        | {"num_hidden_layers": layers, "layer_types": kinds}
+        | prediction
+        | text
+    )
     vision = config["vision_config"] | {"depth": blocks, "fullatt_block_indexes": [blocks - 1]}
     return config | {"text_config": language, "vision_config": vision}
 
@@ -264,7 +308,9 @@ def _trained(folder: Path, config: dict[str, Any], steps: int, **overrides: Any)
     from megatron.core.utils import get_model_config
 
     provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
-    settings = OptimizerConfig(lr=3e-5, min_lr=3e-5, weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True)
+    settings = OptimizerConfig(
+        lr=3e-5, min_lr=3e-5, weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True
+    )
     wrapper = DistributedDataParallelConfig(use_distributed_optimizer=True)
     get_mixed_precision_config("bf16_mixed").setup(provider, settings, wrapper)
     for name, value in (overrides | {"mtp_num_layers": 1, "backend": "transformer_engine"}).items():
@@ -281,7 +327,13 @@ def _trained(folder: Path, config: dict[str, Any], steps: int, **overrides: Any)
 
     def forward_step(iterator: Any, chunk: Any) -> Any:
         tokens, images = next(iterator)
-        output = chunk(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous(), **images)
+        output = chunk(
+            tokens[:, :-1].contiguous(),
+            positions,
+            None,
+            labels=tokens[:, 1:].contiguous(),
+            **images,
+        )
         return output, lambda loss: (loss.float().mean(), {"loss": loss.detach().float().mean()})
 
     losses: list[float] = []
@@ -301,32 +353,49 @@ def _trained(folder: Path, config: dict[str, Any], steps: int, **overrides: Any)
         )
         if step == 0:
             gradients = {
-                name: value.main_grad for name, value in model[0].named_parameters() if hasattr(value, "main_grad")
+                name: value.main_grad
+                for name, value in model[0].named_parameters()
+                if hasattr(value, "main_grad")
             }
             found["without"] = {name for name in before if name not in gradients}
-            found["broken"] = {name for name, value in gradients.items() if not value.isfinite().all()}
+            found["broken"] = {
+                name for name, value in gradients.items() if not value.isfinite().all()
+            }
             found["zero"] = {name for name, value in gradients.items() if not value.any()}
         updated, _, _ = optimizer.step()
         assert updated
         losses.append(torch.stack([item["loss"] for item in done]).mean().item())
     found["changed"] = {
-        name for name, value in model[0].named_parameters() if not torch.equal(value.detach().cpu(), before[name])
+        name
+        for name, value in model[0].named_parameters()
+        if not torch.equal(value.detach().cpu(), before[name])
     }
-    found["all"], found["matrices"] = set(before), {name for name, value in before.items() if value.ndim > 1}
+    found["all"], found["matrices"] = (
+        set(before),
+        {name for name, value in before.items() if value.ndim > 1},
+    )
     return found
 
 
-PART = ("freeze_vision_model", "freeze_language_model")  # the merger and multi-token prediction learn
+PART = (
+    "freeze_vision_model",
+    "freeze_language_model",
+)  # the merger and multi-token prediction learn
 
 
 @pytest.mark.parametrize("frozen", [(), PART], ids=["all", "part"])
-def test_published_widths_train(nccl: None, large: tuple[Path, dict[str, Any]], frozen: tuple[str, ...]) -> None:
+def test_published_widths_train(
+    nccl: None, large: tuple[Path, dict[str, Any]], frozen: tuple[str, ...]
+) -> None:
     """Gradients are where they should be, finite, and nowhere else; what is frozen stays bit by bit; losses fall."""
     folder, config = large
     torch.cuda.reset_peak_memory_stats()
     found = _trained(folder, config, 4, **dict.fromkeys(frozen, True))
     print(f"losses {found['losses']}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    assert all(math.isfinite(loss) for loss in found["losses"]) and found["losses"][-1] < found["losses"][0]
+    assert (
+        all(math.isfinite(loss) for loss in found["losses"])
+        and found["losses"][-1] < found["losses"][0]
+    )
     learns = {name for name in found["all"] if not frozen or ".merger." in name or ".mtp." in name}
     assert learns and found["without"] == found["all"] - learns
     assert found["broken"] == set() and found["zero"] == set()

@@ -42,17 +42,30 @@ def test_fused_attention_is_as_exact_as_the_host_s(
 
     calls = []
     kernel = fused_attention.qk_norm_rope
-    monkeypatch.setattr(fused_attention, "qk_norm_rope", lambda *args: (calls.append(args), kernel(*args))[1])
-    tokens = torch.randint(512, (2, 301), device="cuda", generator=torch.Generator("cuda").manual_seed(6))
+    monkeypatch.setattr(
+        fused_attention, "qk_norm_rope", lambda *args: (calls.append(args), kernel(*args))[1]
+    )
+    tokens = torch.randint(
+        512, (2, 301), device="cuda", generator=torch.Generator("cuda").manual_seed(6)
+    )
     positions = torch.arange(300, device="cuda").expand(2, -1)
     folder = tiny(name, **wide(name), dtype="bfloat16")
 
     def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model = _model(folder, dtype=dtype).train()
-        loss = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()).float().mean()
+        loss = (
+            model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+            .float()
+            .mean()
+        )
         loss.backward()
-        found = {name.removeprefix("module."): each.grad.float() for name, each in model.named_parameters()}
-        return found | {"layers": (model if dtype is torch.float32 else model.module).config.num_layers}
+        found = {
+            name.removeprefix("module."): each.grad.float()
+            for name, each in model.named_parameters()
+        }
+        return found | {
+            "layers": (model if dtype is torch.float32 else model.module).config.num_layers
+        }
 
     ours = gradients(torch.bfloat16)
     layers = ours.pop("layers")
@@ -61,8 +74,14 @@ def test_fused_attention_is_as_exact_as_the_host_s(
     monkeypatch.setattr(fused_attention.FusedSelfAttention, "_fits", lambda *_: False)
     theirs, truth = gradients(torch.bfloat16), gradients(torch.float32)
     assert len(calls) == layers
-    apart = {key: ((one - truth[key]).norm(), (theirs[key] - truth[key]).norm()) for key, one in ours.items()}
-    for key, (one, other) in apart.items():  # a norm's weight has 64 gradients, few to tell noise from noise by
+    apart = {
+        key: ((one - truth[key]).norm(), (theirs[key] - truth[key]).norm())
+        for key, one in ours.items()
+    }
+    for key, (
+        one,
+        other,
+    ) in apart.items():  # a norm's weight has 64 gradients, few to tell noise from noise by
         assert one <= max(2 * other, 1e-3 * truth[key].norm()), (key, one, other)
         if "layernorm" not in key:
             assert one <= 1.2 * other, (key, one, other)
@@ -76,7 +95,11 @@ def test_grouped_experts_are_each_expert_alone(nccl: None, tiny: Any, counts: li
     experts = _experts(_model(tiny("ernie45", **wide("ernie45"), dtype="bfloat16")))[0]
     counts = counts + [0] * (experts.num_local_experts - len(counts))
     generator = torch.Generator("cuda").manual_seed(4)
-    x = torch.randn(sum(counts), 256, device="cuda", generator=generator).bfloat16().requires_grad_()
+    x = (
+        torch.randn(sum(counts), 256, device="cuda", generator=generator)
+        .bfloat16()
+        .requires_grad_()
+    )
     probabilities = torch.rand(sum(counts), device="cuda", generator=generator).requires_grad_()
     upstream = torch.randn(sum(counts), 256, device="cuda", generator=generator).bfloat16()
     y, bias = experts(x, torch.tensor(counts, device="cuda"), probabilities)
@@ -84,10 +107,16 @@ def test_grouped_experts_are_each_expert_alone(nccl: None, tiny: Any, counts: li
     y.backward(upstream)
 
     exact = x.detach().float().requires_grad_(), probabilities.detach().clone().requires_grad_()
-    names = [f"linear_fc{linear}.weight{index}" for linear in (1, 2) for index in range(len(counts))]
-    weights = {name: experts.get_parameter(name).detach().float().requires_grad_() for name in names}
+    names = [
+        f"linear_fc{linear}.weight{index}" for linear in (1, 2) for index in range(len(counts))
+    ]
+    weights = {
+        name: experts.get_parameter(name).detach().float().requires_grad_() for name in names
+    }
     parts = []
-    for index, (part, scale) in enumerate(zip(exact[0].split(counts), exact[1].split(counts), strict=True)):
+    for index, (part, scale) in enumerate(
+        zip(exact[0].split(counts), exact[1].split(counts), strict=True)
+    ):
         gate, up = (part @ weights[f"linear_fc1.weight{index}"].t()).chunk(2, dim=-1)
         hidden = torch.nn.functional.silu(gate) * up * scale[:, None]
         parts.append(hidden @ weights[f"linear_fc2.weight{index}"].t())
@@ -103,7 +132,9 @@ def test_grouped_experts_are_each_expert_alone(nccl: None, tiny: Any, counts: li
         assert close(experts.get_parameter(name).grad, weights[name].grad), name
 
 
-def test_experts_take_the_grouped_way_and_never_wait(nccl: None, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_take_the_grouped_way_and_never_wait(
+    nccl: None, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward and backward of the layer without a copy to the CPU; the same gradients as Transformer Engine's way."""
     from exaone_bridge.modules import grouped_experts
 
@@ -115,11 +146,16 @@ def test_experts_take_the_grouped_way_and_never_wait(nccl: None, tiny: Any, monk
         model.zero_grad(set_to_none=True)
         inputs = x.clone().requires_grad_()
         layers[0](inputs)[0].float().pow(2).sum().backward()
-        return [inputs.grad, *(parameter.grad for parameter in layers[0].parameters() if parameter.requires_grad)]
+        return [
+            inputs.grad,
+            *(parameter.grad for parameter in layers[0].parameters() if parameter.requires_grad),
+        ]
 
     calls = []
     products = grouped_experts.grouped_products
-    monkeypatch.setattr(grouped_experts, "grouped_products", lambda *args: (calls.append(args), products(*args))[1])
+    monkeypatch.setattr(
+        grouped_experts, "grouped_products", lambda *args: (calls.append(args), products(*args))[1]
+    )
     gradients()  # kernels are compiled, which waits
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -144,11 +180,13 @@ def test_experts_lie_in_order_in_the_optimizer_s_buffers(nccl: None, tiny: Any) 
 
     from exaone_bridge.modules.grouped_experts import stacked
 
-    provider = AutoBridge.from_hf_pretrained(tiny("ernie45", **wide("ernie45"), dtype="bfloat16")).to_megatron_provider(
-        load_weights=False
-    )
+    provider = AutoBridge.from_hf_pretrained(
+        tiny("ernie45", **wide("ernie45"), dtype="bfloat16")
+    ).to_megatron_provider(load_weights=False)
     provider.apply_overrides_and_finalize(torch.bfloat16, {})
-    model = provider.provide_distributed_model(ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True))
+    model = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True)
+    )
     found = _experts(model[0])
     assert found
     for experts in found:
@@ -164,7 +202,9 @@ def test_experts_lie_in_order_in_the_optimizer_s_buffers(nccl: None, tiny: Any) 
         ((32768, 1, 102400), torch.bfloat16),  # more elements than 32 bits count
     ],
 )
-def test_cross_entropy_is_torch_s(nccl: None, tiny: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_cross_entropy_is_torch_s(
+    nccl: None, tiny: Any, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     """Loss and gradient of Transformer Engine's cross entropy, as the model calls it, against torch's in fp32."""
     model = _model(tiny("exaone4", **wide("exaone4"), dtype="bfloat16"))
     assert model.module.config.cross_entropy_fusion_impl == "te"
@@ -182,13 +222,20 @@ def test_cross_entropy_is_torch_s(nccl: None, tiny: Any, shape: tuple[int, int, 
     for start in range(0, length, 1024):
         part = logits.detach()[start : start + 1024].float().requires_grad_()
         target = labels.t()[start : start + 1024]
-        exact = torch.nn.functional.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none")
+        exact = torch.nn.functional.cross_entropy(
+            part.flatten(0, 1), target.flatten(), reduction="none"
+        )
         (exact.view(target.shape) * weights.t()[start : start + 1024]).sum().backward()
         torch.testing.assert_close(
-            losses.t()[start : start + 1024], exact.detach().view(target.shape), rtol=1e-5, atol=1e-4
+            losses.t()[start : start + 1024],
+            exact.detach().view(target.shape),
+            rtol=1e-5,
+            atol=1e-4,
         )
         found = logits.grad[start : start + 1024].float()
-        assert (found - part.grad).norm() <= (4e-3 if dtype is torch.bfloat16 else 1e-5) * part.grad.norm()
+        assert (found - part.grad).norm() <= (
+            4e-3 if dtype is torch.bfloat16 else 1e-5
+        ) * part.grad.norm()
     del logits, losses, found, part
     gc.collect()
     torch.cuda.empty_cache()

@@ -18,13 +18,19 @@ ADAM = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 
 
 def _tokens(steps: int) -> torch.Tensor:
     """[steps, N, S + 1]: a few sequences over and over, so that there is something to learn."""
-    few = torch.randint(512, (2, MICROBATCHES, LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    few = torch.randint(
+        512, (2, MICROBATCHES, LENGTH + 1), generator=torch.Generator().manual_seed(5)
+    )
     return few[torch.arange(steps) % 2]
 
 
@@ -46,7 +52,11 @@ def train_transformers(folder: Path, dtype: torch.dtype, steps: int = STEPS) -> 
     """Losses of AdamW steps on fp32 main weights; forward and backward in `dtype`, gradients accumulated in fp32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").cuda().train()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        .cuda()
+        .train()
+    )
     used = [parameter for parameter in model.parameters() if parameter.requires_grad]
     main = [parameter.detach().float().clone() for parameter in used]
     optimizer = torch.optim.AdamW(main, weight_decay=0.0, **ADAM)
@@ -57,7 +67,10 @@ def train_transformers(folder: Path, dtype: torch.dtype, steps: int = STEPS) -> 
             copy.grad = torch.zeros_like(copy)
         for tokens in batch.split(1):
             logits = model(tokens[:, :-1], use_cache=False).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / MICROBATCHES
+            loss = (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+                / MICROBATCHES
+            )
             loss.backward()
             loss_of_step += loss.item()
             for copy, parameter in zip(main, used, strict=True):
@@ -73,7 +86,10 @@ def train_transformers(folder: Path, dtype: torch.dtype, steps: int = STEPS) -> 
 
 
 def train_megatron(
-    folder: Path, precision: str = "bf16_mixed", batches: torch.Tensor | None = None, **overrides: Any
+    folder: Path,
+    precision: str = "bf16_mixed",
+    batches: torch.Tensor | None = None,
+    **overrides: Any,
 ) -> tuple[list[float], float]:
     """The same through Megatron-Core's schedule, wrapper and distributed optimizer; and peak memory in bytes.
 
@@ -115,7 +131,9 @@ def train_megatron(
 
     def forward_step(batches: Any, chunk: Any) -> Any:
         tokens = next(batches)
-        output = chunk(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+        output = chunk(
+            tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous()
+        )
         return output, lambda loss: (loss.float().mean(), {"loss": loss.detach().float().mean()})
 
     losses = []
@@ -149,7 +167,10 @@ def transformers_curves(nccl: None, tiny: Any) -> Any:
     def of(name: str) -> tuple[list[float], list[float]]:
         if name not in curves:
             folder = tiny(name, **wide(name), dtype="bfloat16")
-            curves[name] = train_transformers(folder, torch.float32), train_transformers(folder, torch.bfloat16)
+            curves[name] = (
+                train_transformers(folder, torch.float32),
+                train_transformers(folder, torch.bfloat16),
+            )
         return curves[name]
 
     return of
@@ -157,26 +178,40 @@ def transformers_curves(nccl: None, tiny: Any) -> Any:
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b"])
-def test_twenty_steps_stay_within_bf16_noise(transformers_curves: Any, tiny: Any, name: str, recompute: str) -> None:
+def test_twenty_steps_stay_within_bf16_noise(
+    transformers_curves: Any, tiny: Any, name: str, recompute: str
+) -> None:
     """As near to Transformers' fp32 losses as Transformers' own bf16 training is, twice over at most."""
     truth, theirs = (torch.tensor(curve) for curve in transformers_curves(name))
-    losses, peak = train_megatron(tiny(name, **wide(name), dtype="bfloat16"), **RECOMPUTE[recompute])
+    losses, peak = train_megatron(
+        tiny(name, **wide(name), dtype="bfloat16"), **RECOMPUTE[recompute]
+    )
     ours = torch.tensor(losses)
-    print(f"\n{name}, recompute {recompute}: peak {peak / 2**20:.0f} MiB; step: fp32, Transformers bf16, ours bf16")
+    print(
+        f"\n{name}, recompute {recompute}: peak {peak / 2**20:.0f} MiB; step: fp32, Transformers bf16, ours bf16"
+    )
     for step in (0, 4, 9, 14, 19):
         print(f"  {step + 1}: {truth[step]:.5f} {theirs[step]:.5f} {ours[step]:.5f}")
-    print(f"  distance to fp32: ours {(ours - truth).abs().max():.2e}, theirs {(theirs - truth).abs().max():.2e}")
+    print(
+        f"  distance to fp32: ours {(ours - truth).abs().max():.2e}, theirs {(theirs - truth).abs().max():.2e}"
+    )
     assert ours[-1] < ours[0] - 0.05
     assert (ours - truth).abs().max() <= max(2 * (theirs - truth).abs().max(), 2e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16_with_fp8_delayed_scaling_mixed", "bf16_with_fp8_current_scaling_mixed"])
+@pytest.mark.parametrize(
+    "precision", ["bf16_with_fp8_delayed_scaling_mixed", "bf16_with_fp8_current_scaling_mixed"]
+)
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
-def test_fp8_loss_within_two_percent_of_bf16(nccl: None, tiny: Any, name: str, precision: str) -> None:
+def test_fp8_loss_within_two_percent_of_bf16(
+    nccl: None, tiny: Any, name: str, precision: str
+) -> None:
     folder = tiny(name, **wide(name), dtype="bfloat16")
     bf16, _ = train_megatron(folder, batches=_language(50))
     fp8, _ = train_megatron(folder, precision, _language(50))
-    print(f"\n{name} {precision}: after 50 steps {fp8[-1]:.4f}, bf16 {bf16[-1]:.4f}; {fp8[:3]}, {bf16[:3]}")
+    print(
+        f"\n{name} {precision}: after 50 steps {fp8[-1]:.4f}, bf16 {bf16[-1]:.4f}; {fp8[:3]}, {bf16[:3]}"
+    )
     assert fp8 != bf16  # another arithmetic ran
     assert bf16[-1] < bf16[0] - 0.5
     assert abs(fp8[-1] - bf16[-1]) <= 0.02 * bf16[-1]

@@ -42,7 +42,11 @@ def _started(work: Path, name: str, example: object, *arguments: object) -> subp
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            env={
+                key: value
+                for key, value in os.environ.items()
+                if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+            },
         )
 
 
@@ -73,7 +77,9 @@ class Runs:
         if name in self.running:
             return
         resumed = name == "resumed"
-        arguments = (*TRAINING, "--load", self.folder("whole"), "--load-step", 5) if resumed else RUNS[name]
+        arguments = (
+            (*TRAINING, "--load", self.folder("whole"), "--load-step", 5) if resumed else RUNS[name]
+        )
         self.running[name] = _started(self.work, name, *arguments)
 
     def folder(self, name: str) -> Path:
@@ -86,7 +92,10 @@ class Runs:
 
     def lines(self, name: str) -> list[dict[str, float]]:
         """What the run wrote down after each step."""
-        return [json.loads(line) for line in (self.folder(name) / "losses.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (self.folder(name) / "losses.jsonl").read_text().splitlines()
+        ]
 
     def losses(self, name: str) -> dict[int, float]:
         """Step -> loss."""
@@ -94,9 +103,13 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runs]:
     found = Runs(tmp_path_factory.mktemp("runs"))
-    if sum(item.path == request.path for item in request.session.items) > 2:  # else some would run for nobody
+    if (
+        sum(item.path == request.path for item in request.session.items) > 2
+    ):  # else some would run for nobody
         for name in RUNS:
             found.start(name)
     yield found
@@ -108,9 +121,15 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def _transformers(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").cuda().eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        .cuda()
+        .eval()
+    )
     with torch.no_grad():
-        return torch.cat([model(prompt[None].cuda(), use_cache=False).logits.float().cpu() for prompt in tokens])
+        return torch.cat(
+            [model(prompt[None].cuda(), use_cache=False).logits.float().cpu() for prompt in tokens]
+        )
 
 
 def test_losses_after_a_resume_are_those_of_an_uninterrupted_run(runs: Runs) -> None:
@@ -139,7 +158,9 @@ def test_checkpoint_of_a_run_exports(nccl: None, runs: Runs, tmp_path: Path) -> 
     truth = _transformers(tmp_path / "exported", tokens, torch.float32)
     theirs = (_transformers(tmp_path / "exported", tokens, torch.bfloat16) - truth).abs()
     ours = (torch.load(folder / "logits.pt") - truth).abs()
-    print(f"ours {ours.mean():.3e} / {ours.max():.3e}, theirs {theirs.mean():.3e} / {theirs.max():.3e}")
+    print(
+        f"ours {ours.mean():.3e} / {ours.max():.3e}, theirs {theirs.mean():.3e} / {theirs.max():.3e}"
+    )
     assert ours.mean() <= 1.1 * theirs.mean()
     assert ours.max() <= 1.1 * theirs.max()
 
@@ -189,7 +210,9 @@ def test_sft_example(runs: Runs, name: str, steps: int) -> None:
     _learns(runs.losses(name), steps)
     folder = runs.folder(name)
     tokens = prompts(2048, 1, 64)
-    first, last = (_transformers(folder / which, tokens, torch.float32) for which in ("model", "exported"))
+    first, last = (
+        _transformers(folder / which, tokens, torch.float32) for which in ("model", "exported")
+    )
     assert (first - last).abs().max() > 1e-2
 
 
@@ -199,7 +222,9 @@ def test_images_example(runs: Runs) -> None:
 
     _learns(runs.losses("images"), 12)
     folder = runs.folder("images")
-    first, last = (load_file(folder / which / "model.safetensors") for which in ("model", "exported"))
+    first, last = (
+        load_file(folder / which / "model.safetensors") for which in ("model", "exported")
+    )
     assert first.keys() == last.keys()
     same = {name for name, value in first.items() if torch.equal(value, last[name])}
     tower = {name for name in first if ".visual." in name and ".merger." not in name}
@@ -216,10 +241,16 @@ def test_lora_example(runs: Runs, name: str) -> None:
     _learns(runs.losses(name), 8)
     folder = runs.folder(name)
     tokens = prompts(2048, 2, 100)
-    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         without = base.eval()(tokens, use_cache=False).logits
-        adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()(tokens, use_cache=False).logits
+        adapted = (
+            PeftModel.from_pretrained(base, folder / "adapter")
+            .eval()(tokens, use_cache=False)
+            .logits
+        )
     merged = _transformers(folder / "merged", tokens, torch.float32)
     changed, apart = (adapted - without).abs(), (adapted - merged).abs()
     print(f"adapters change {changed.mean():.3e}, merged in bf16 is apart by {apart.mean():.3e}")

@@ -21,9 +21,15 @@ NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 def _reference(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").cuda().eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        .cuda()
+        .eval()
+    )
     with torch.no_grad():
-        return torch.cat([model(prompt[None].cuda(), use_cache=False).logits.float().cpu() for prompt in tokens])
+        return torch.cat(
+            [model(prompt[None].cuda(), use_cache=False).logits.float().cpu() for prompt in tokens]
+        )
 
 
 def _ours(folder: Path, tokens: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
@@ -58,24 +64,32 @@ def wide(name: str) -> dict[str, Any]:
 def test_fp32_logits(nccl: None, tiny: Any, name: str, backend: str) -> None:
     folder = tiny(name, **wide(name))
     tokens = prompts(512, 2, 300)
-    apart = (_ours(folder, tokens, torch.float32, backend) - _reference(folder, tokens, torch.float32)).abs()
+    apart = (
+        _ours(folder, tokens, torch.float32, backend) - _reference(folder, tokens, torch.float32)
+    ).abs()
     print(f"{name} {backend} fp32: max {apart.max():.2e}")
     assert apart.max() <= 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_logits_are_as_close_to_the_truth_as_transformers_own(nccl: None, tiny: Any, name: str) -> None:
+def test_bf16_logits_are_as_close_to_the_truth_as_transformers_own(
+    nccl: None, tiny: Any, name: str
+) -> None:
     folder = tiny(name, **wide(name), dtype="bfloat16")
     tokens = prompts(512, 4, 300)
     truth = _reference(folder, tokens, torch.float32)
     theirs = (_reference(folder, tokens, torch.bfloat16) - truth).abs()
     ours = (_ours(folder, tokens, torch.bfloat16, "transformer_engine") - truth).abs()
-    print(f"{name} bf16: ours {ours.mean():.3e} / {ours.max():.3e}, theirs {theirs.mean():.3e} / {theirs.max():.3e}")
+    print(
+        f"{name} bf16: ours {ours.mean():.3e} / {ours.max():.3e}, theirs {theirs.mean():.3e} / {theirs.max():.3e}"
+    )
     assert ours.mean() <= 1.1 * theirs.mean()
     assert ours.max() <= 1.1 * theirs.max()
 
 
-@pytest.mark.parametrize(("written", "read"), [("torch", "transformer_engine"), ("transformer_engine", "torch")])
+@pytest.mark.parametrize(
+    ("written", "read"), [("torch", "transformer_engine"), ("transformer_engine", "torch")]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_megatron_checkpoint_changes_backend(
     nccl: None, tiny: Any, tmp_path: Path, name: str, written: str, read: str
@@ -91,9 +105,12 @@ def test_megatron_checkpoint_changes_backend(
     bridge.save_megatron_model(saved, tmp_path / "megatron")
     loaded = load_megatron(bridge, tmp_path / "megatron", Layout(), backend=read)
     kinds = [
-        type(unwrap_model(model[0]).decoder.layers[0].self_attention.linear_qkv).__name__ for model in (saved, loaded)
+        type(unwrap_model(model[0]).decoder.layers[0].self_attention.linear_qkv).__name__
+        for model in (saved, loaded)
     ]
-    assert [kind.startswith("TE") for kind in kinds] == [side == "transformer_engine" for side in (written, read)]
+    assert [kind.startswith("TE") for kind in kinds] == [
+        side == "transformer_engine" for side in (written, read)
+    ]
     bridge.save_hf_pretrained(loaded, tmp_path / "exported", show_progress=False)
     check = compare_tensors(folder, tmp_path / "exported")
     assert check.holds, check.where
@@ -105,7 +122,9 @@ def test_megatron_checkpoint_changes_backend(
 def _cut(name: str, layers: int, **fields: Any) -> dict[str, Any]:
     """A published configuration with its first layers only."""
     config = CONFIGS[name] | {"num_hidden_layers": layers} | fields
-    return config | ({"layer_types": config["layer_types"][-layers:]} if "layer_types" in config else {})
+    return config | (
+        {"layer_types": config["layer_types"][-layers:]} if "layer_types" in config else {}
+    )
 
 
 # The 32B's last two layers are one with the window and one without; the 300B's experts are fewer, each of its width.
@@ -129,7 +148,9 @@ def test_published_widths(nccl: None, tmp_path: Path, case: str) -> None:
     exact = (_ours(tmp_path / "model", tokens, torch.float32, "transformer_engine") - truth).abs()
     theirs = (_reference(tmp_path / "model", tokens, torch.bfloat16) - truth).abs()
     ours = (_ours(tmp_path / "model", tokens, torch.bfloat16, "transformer_engine") - truth).abs()
-    print(f"{case}: fp32 {exact.max():.2e}; bf16 {_figures(ours)}, theirs {_figures(theirs)}, logits {_figures(truth)}")
+    print(
+        f"{case}: fp32 {exact.max():.2e}; bf16 {_figures(ours)}, theirs {_figures(theirs)}, logits {_figures(truth)}"
+    )
     assert exact.max() <= 1e-3
     assert ours.mean() <= 1.1 * theirs.mean()
     assert ours.max() <= 1.1 * theirs.max()

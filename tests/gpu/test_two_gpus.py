@@ -42,27 +42,56 @@ def _cases() -> list[dict[str, Any]]:
             if "ep" in layout and name not in ("ernie45", "ernie45-300b"):
                 continue
             # Transformer Engine's fused attention, the only one that context parallelism has, takes no fp32.
-            for dtype in [BF16] if "cp" in layout else ["float32", BF16] if layout == {"tp": 2} else ["float32"]:
+            for dtype in (
+                [BF16]
+                if "cp" in layout
+                else ["float32", BF16]
+                if layout == {"tp": 2}
+                else ["float32"]
+            ):
                 cases.append({"kind": "logits", "name": name, "layout": layout, "dtype": dtype})
     cases.append(
-        {"kind": "logits", "name": "exaone4", "layout": {"cp": 2}, "dtype": BF16, "fields": {"cp_comm_type": "a2a"}}
+        {
+            "kind": "logits",
+            "name": "exaone4",
+            "layout": {"cp": 2},
+            "dtype": BF16,
+            "fields": {"cp_comm_type": "a2a"},
+        }
     )
     for name in ("exaone4", "ernie45"):
         cases.append({"kind": "packed", "name": name, "layout": {"cp": 2}})
     for layout, dtype in IMAGES:
         cases.append({"kind": "logits", "name": "exaone45", "layout": layout, "dtype": dtype})
-    cases.append({"kind": "prediction", "name": "exaone45", "layout": {"tp": 2, "sp": True}, "dtype": "float32"})
+    cases.append(
+        {
+            "kind": "prediction",
+            "name": "exaone45",
+            "layout": {"tp": 2, "sp": True},
+            "dtype": "float32",
+        }
+    )
     for case in cases:
-        words = [case["kind"], case["name"], *(f"{key}{value}" for key, value in case["layout"].items())]
-        case["id"] = " ".join([*words, case.get("dtype", ""), *case.get("fields", {}).values()]).strip()
-    return sorted(cases, key=lambda case: json.dumps(case["layout"]))  # one world serves all cases of a layout
+        words = [
+            case["kind"],
+            case["name"],
+            *(f"{key}{value}" for key, value in case["layout"].items()),
+        ]
+        case["id"] = " ".join(
+            [*words, case.get("dtype", ""), *case.get("fields", {}).values()]
+        ).strip()
+    return sorted(
+        cases, key=lambda case: json.dumps(case["layout"])
+    )  # one world serves all cases of a layout
 
 
 CASES = _cases()
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(
+    request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """Every selected case's figures, from one run of torchrun."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -74,12 +103,21 @@ def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
     cases = [call.params["case"] for call in calls if call and call.params.get("case") in CASES]
     for case in cases:
         dtype = case.get("dtype", BF16)
-        fields = wide45(dtype) if case["name"] == "exaone45" else wide(case["name"]) | {"dtype": dtype}
+        fields = (
+            wide45(dtype) if case["name"] == "exaone45" else wide(case["name"]) | {"dtype": dtype}
+        )
         if case["name"] == "exaone4-1.2b":  # as many layers as two stages of two chunks divide
             fields |= {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
         case["folder"] = str(tiny(case["name"], **fields))
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     script = Path(__file__).with_name("two_gpus.py")
     with (folder / "log.txt").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
@@ -91,11 +129,19 @@ def results(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.
         )
     log_tail = (folder / "log.txt").read_text(errors="replace")[-6000:]
     print(log_tail)
-    found = json.loads((folder / "results.json").read_text()) if (folder / "results.json").is_file() else {}
-    return {case["id"]: found.get(case["id"], {"error": f"did not run: {log_tail}"}) for case in cases}
+    found = (
+        json.loads((folder / "results.json").read_text())
+        if (folder / "results.json").is_file()
+        else {}
+    )
+    return {
+        case["id"]: found.get(case["id"], {"error": f"did not run: {log_tail}"}) for case in cases
+    }
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "logits"], ids=lambda case: case["id"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case["kind"] == "logits"], ids=lambda case: case["id"]
+)
 def test_logits_and_export(results: dict[str, Any], case: dict[str, Any]) -> None:
     """fp32 within 1e-3; bf16 as close to the truth as Transformers' own bf16 is."""
     result = results[case["id"]]
@@ -109,8 +155,12 @@ def test_logits_and_export(results: dict[str, Any], case: dict[str, Any]) -> Non
     assert result["bitwise"], result["where"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "packed"], ids=lambda case: case["id"])
-def test_packed_documents_equal_the_same_alone(results: dict[str, Any], case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case["kind"] == "packed"], ids=lambda case: case["id"]
+)
+def test_packed_documents_equal_the_same_alone(
+    results: dict[str, Any], case: dict[str, Any]
+) -> None:
     """Within bf16's own mean distance to fp32 (2e-2); documents that saw each other would be a hundred times as far."""
     result = results[case["id"]]
     assert "error" not in result, result["error"]

@@ -33,14 +33,28 @@ def _cases() -> list[dict[str, Any]]:
         cases.append({"name": name, "options": ("--tp", "2")})
         cases.append({"name": name, "options": CP2})
     cases.append({"name": "exaone4", "options": ("--tp", "2", "--sp", "--gradients", "--quick")})
-    cases.append({"name": "exaone4", "options": ("--pp", "2", "--stream"), "verdicts": {"generation": "not run"}})
+    cases.append(
+        {
+            "name": "exaone4",
+            "options": ("--pp", "2", "--stream"),
+            "verdicts": {"generation": "not run"},
+        }
+    )
     cases.append({"name": "ernie45", "options": ("--ep", "2", "--quick")})
     differs = {"tensors": "differs", "logits": "differs"}
     cases.append(
-        {"name": "exaone4", "options": (*CP2, "--quick"), "fault": "one-projection", "verdicts": differs, "code": 1}
+        {
+            "name": "exaone4",
+            "options": (*CP2, "--quick"),
+            "fault": "one-projection",
+            "verdicts": differs,
+            "code": 1,
+        }
     )
     cases.append({"name": "exaone4", "options": ("--tp", "2"), "megatron": True})
-    cases.append({"name": "exaone4", "options": ("--pp", "4"), "code": 2, "says": "--nproc_per_node 4"})
+    cases.append(
+        {"name": "exaone4", "options": ("--pp", "4"), "code": 2, "says": "--nproc_per_node 4"}
+    )
     for case in cases:
         marks = [case.get("fault", ""), "from Megatron" if "megatron" in case else ""]
         case["id"] = " ".join([case["name"], *case["options"], *filter(None, marks)])
@@ -55,9 +69,18 @@ def prepared(work: Path, tiny: Any) -> tuple[Path, Path]:
     from tests.gpu.test_exaone45 import wide45
     from tests.gpu.test_transformer_engine import wide
 
-    folders = {name: tiny(name, **(wide45() if name == "exaone45" else wide(name))) for name in NAMES}
+    folders = {
+        name: tiny(name, **(wide45() if name == "exaone45" else wide(name))) for name in NAMES
+    }
     megatron = work / "megatron"
-    importing = [sys.executable, "-m", "exaone_bridge", "import", str(folders["exaone4"]), str(megatron)]
+    importing = [
+        sys.executable,
+        "-m",
+        "exaone_bridge",
+        "import",
+        str(folders["exaone4"]),
+        str(megatron),
+    ]
     subprocess.run(importing, check=True, stdout=subprocess.DEVNULL)
     written = []
     for number, case in enumerate(CASES):
@@ -87,7 +110,11 @@ def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder, source = prepared(tmp_path_factory.mktemp("verify"), tiny)
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment.pop("NVIDIA_TF32_OVERRIDE", None)  # which is the command's own business
     started = {}
     for name, command in commands(folder, source).items():
@@ -104,7 +131,9 @@ def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _said(work: Path, name: str) -> str:
-    return "\n".join((work / f"{name}.{stream}").read_text(errors="replace")[-4000:] for stream in ("out", "err"))
+    return "\n".join(
+        (work / f"{name}.{stream}").read_text(errors="replace")[-4000:] for stream in ("out", "err")
+    )
 
 
 def _verdicts(report: Path) -> dict[str, str]:
@@ -135,7 +164,9 @@ def test_one_weight_altered(work: Path) -> None:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: CASES[number]["id"])
 def test_every_case(work: Path, number: int) -> None:
     case = CASES[number]
-    results = json.loads((work / "results.json").read_text()) if (work / "results.json").is_file() else {}
+    results = (
+        json.loads((work / "results.json").read_text()) if (work / "results.json").is_file() else {}
+    )
     assert case["id"] in results, _said(work, "cases")
     first, second = results[case["id"]]
     assert first["code"] == second["code"] == case.get("code", 0), (first, second)
@@ -147,9 +178,17 @@ def test_every_case(work: Path, number: int) -> None:
     wanted = {"tensors", "config", "files", "logits"}
     wanted |= set() if "--quick" in case["options"] else {"generation"}
     wanted |= {"gradients"} if "--gradients" in case["options"] else set()
-    assert _verdicts(work / f"{number}.json") == dict.fromkeys(wanted, "holds") | case.get("verdicts", {})
+    assert _verdicts(work / f"{number}.json") == dict.fromkeys(wanted, "holds") | case.get(
+        "verdicts", {}
+    )
     logits = next(check for check in report["checks"] if check["name"] == "logits")
-    print(case["id"], f"{report['seconds']:.1f} s:", logits["figure"], "; held against", logits["bound"])
+    print(
+        case["id"],
+        f"{report['seconds']:.1f} s:",
+        logits["figure"],
+        "; held against",
+        logits["bound"],
+    )
 
 
 def test_every_start_ended(work: Path) -> None:

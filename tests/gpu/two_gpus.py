@@ -70,7 +70,12 @@ def reference(folder: Path, runs: Prompts, dtype: torch.dtype) -> torch.Tensor:
         for prompt, each in zip(tokens.split(1), images or [{}] * len(tokens), strict=True):
             pictures = {name: value.to(model.device) for name, value in each.items()}
             with torch.no_grad():
-                found.append(model(prompt.to(model.device), use_cache=False, **pictures).logits[0].float().cpu())
+                found.append(
+                    model(prompt.to(model.device), use_cache=False, **pictures)
+                    .logits[0]
+                    .float()
+                    .cpu()
+                )
     return torch.cat(found)
 
 
@@ -84,7 +89,9 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
     runs, dtype = prompts_of(folder), getattr(torch, case["dtype"])
     bridge = AutoBridge.from_hf_pretrained(folder)
-    model = build(bridge, Layout(**case["layout"]), dtype=dtype, backend=BACKEND, **case.get("fields", {}))
+    model = build(
+        bridge, Layout(**case["layout"]), dtype=dtype, backend=BACKEND, **case.get("fields", {})
+    )
     found = [forward_logits(model, tokens, images)[0] for tokens, images in runs]
     result: dict[str, Any] = {"exchanges": getattr(model[0].config, "cp_comm_type", None)}
     if found[0] is not None:
@@ -119,7 +126,10 @@ def prediction_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     whole = prompts_of(512, 2, 201)
     expected = formula(folder, whole, 1)
     found = ours(folder, Layout(**case["layout"]), whole, 1, {"backend": BACKEND})
-    gaps = {name: relative_difference(found.gradients[name], value) for name, value in expected.gradients.items()}
+    gaps = {
+        name: relative_difference(found.gradients[name], value)
+        for name, value in expected.gradients.items()
+    }
     worst = max(gaps, key=lambda name: gaps[name])
     return {
         "logits": (found.logits[0] - expected.logits[0])[:, :-1].abs().max().item(),
@@ -143,7 +153,9 @@ def main() -> None:
             layout = case["layout"]
             start_world(folder / f"store-{len(results)}", rank)
         begin = time.monotonic()
-        run = {"logits": logits_case, "packed": packed_case, "prediction": prediction_case}[case["kind"]]
+        run = {"logits": logits_case, "packed": packed_case, "prediction": prediction_case}[
+            case["kind"]
+        ]
         try:
             with exaone_bridge.cpu_runtime():
                 result = run(Path(case["folder"]), case)

@@ -28,7 +28,9 @@ import exaone_bridge
 from exaone_bridge import cli
 from tests.gpu.two_gpus import start_world
 
-del os.environ["NVIDIA_TF32_OVERRIDE"]  # set as `two_gpus` was imported; here it is the command's business
+del os.environ[
+    "NVIDIA_TF32_OVERRIDE"
+]  # set as `two_gpus` was imported; here it is the command's business
 
 
 def _one_weight(model: list[Any]) -> None:
@@ -44,11 +46,16 @@ def _one_projection(model: list[Any]) -> None:
 def _projection(model: list[Any]) -> torch.Tensor:
     from megatron.core.utils import unwrap_model
 
-    weight: torch.Tensor = unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight
+    weight: torch.Tensor = (
+        unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight
+    )
     return weight
 
 
-FAULTS: dict[str, Callable[[list[Any]], None]] = {"one-weight": _one_weight, "one-projection": _one_projection}
+FAULTS: dict[str, Callable[[list[Any]], None]] = {
+    "one-weight": _one_weight,
+    "one-projection": _one_projection,
+}
 
 
 @contextlib.contextmanager
@@ -87,13 +94,19 @@ def run_cases(folder: Path) -> None:
         begin, out, err = time.monotonic(), io.StringIO(), io.StringIO()
         sys.argv = ["exaone-bridge", *case["arguments"]]
         code: Any = None
-        with planted(case.get("fault")), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            planted(case.get("fault")),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             try:
                 cli.main()
             except SystemExit as end:
                 code = end.code or 0
         found: list[Any] = [None, None]
-        dist.all_gather_object(found, {"code": code, "out": out.getvalue(), "err": err.getvalue()[-3000:]})
+        dist.all_gather_object(
+            found, {"code": code, "out": out.getvalue(), "err": err.getvalue()[-3000:]}
+        )
         results[case["id"]] = found
         gc.collect()
         if torch.cuda.is_available():

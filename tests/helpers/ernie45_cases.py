@@ -35,13 +35,19 @@ EXPERT_LAYOUTS = [
 ]
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "experts from the first layer on": ("ernie45-300b", {"moe_layer_start_index": 0, "moe_layer_interval": 1}),
+    "experts from the first layer on": (
+        "ernie45-300b",
+        {"moe_layer_start_index": 0, "moe_layer_interval": 1},
+    ),
     "end before the last layer": ("ernie45", {"moe_layer_end_index": 2}),
     "end of -1": ("ernie45", {"moe_layer_end_index": -1}),
     "interval of three": ("ernie45-300b", {"moe_layer_start_index": 0, "moe_layer_interval": 3}),
     "no layer has experts": ("ernie45-300b", {"moe_layer_start_index": 9}),
     "layer types": ("ernie45", {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
-    "one layer": ("ernie45", {"num_hidden_layers": 1, "moe_layer_start_index": 0, "moe_layer_end_index": 0}),
+    "one layer": (
+        "ernie45",
+        {"num_hidden_layers": 1, "moe_layer_start_index": 0, "moe_layer_end_index": 0},
+    ),
     "one expert a token": ("ernie45", {"moe_k": 1}),
     "every expert": ("ernie45", {"moe_k": 8}),
     "weights divided by no less than 0.9": ("ernie45", {"moe_norm_min": 0.9}),
@@ -52,9 +58,15 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, untied, no shared expert": ("ernie45-300b", {"use_bias": True}),
     "dense, biases": ("ernie45-dense", {"use_bias": True}),
     "dense, biases, untied": ("ernie45-dense", {"use_bias": True, "tie_word_embeddings": False}),
-    "dense, as published configurations spell it": ("ernie45-dense", {"architectures": ["Ernie4_5_ForCausalLM"]}),
+    "dense, as published configurations spell it": (
+        "ernie45-dense",
+        {"architectures": ["Ernie4_5_ForCausalLM"]},
+    ),
     "theta": ("ernie45", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-    "theta as Transformers 4 writes it": ("ernie45-dense", {"rope_parameters": None, "rope_theta": 300.0}),
+    "theta as Transformers 4 writes it": (
+        "ernie45-dense",
+        {"rope_parameters": None, "rope_theta": 300.0},
+    ),
     "head_dim = hidden / heads": ("ernie45", {"head_dim": 16}),
     "head_dim null": ("ernie45-dense", {"head_dim": None}),
     "multi-query": ("ernie45", {"num_key_value_heads": 1}),

@@ -40,10 +40,14 @@ def changed(**fields: Any) -> dict[str, Any]:
     return result
 
 
-def batches(count: int = 4, seed: int = 7, config: dict[str, Any] = CONFIG) -> list[tuple[torch.Tensor, Images]]:
+def batches(
+    count: int = 4, seed: int = 7, config: dict[str, Any] = CONFIG
+) -> list[tuple[torch.Tensor, Images]]:
     """Prompts [1, S + 1] that no padding word is in, with one image, several, a video, none; S is even."""
     tokens, images = image_prompts(read_config(config), count, seed)
-    tokens = torch.where(tokens == 0, 1, tokens)  # Transformers gives the padding word's embedding no gradient
+    tokens = torch.where(
+        tokens == 0, 1, tokens
+    )  # Transformers gives the padding word's embedding no gradient
     words = torch.full((len(tokens), 2 if tokens.shape[1] % 2 else 1), 5)
     tokens = torch.cat((tokens, words), dim=1)
     return list(zip(tokens.split(1), images, strict=True))
@@ -57,21 +61,32 @@ def device() -> str:
 def moved(data: list[tuple[torch.Tensor, Images]]) -> list[tuple[torch.Tensor, Images]]:
     """The same, there."""
     where = device()
-    return [(tokens.to(where), {name: value.to(where) for name, value in images.items()}) for tokens, images in data]
+    return [
+        (tokens.to(where), {name: value.to(where) for name, value in images.items()})
+        for tokens, images in data
+    ]
 
 
-def step_of_transformers(folder: Path, data: list[tuple[torch.Tensor, Images]]) -> tuple[float, dict[str, Any]]:
+def step_of_transformers(
+    folder: Path, data: list[tuple[torch.Tensor, Images]]
+) -> tuple[float, dict[str, Any]]:
     """Mean loss, and gradients by name."""
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     model.to(device())
     total = 0.0
     for tokens, images in moved(data):
-        loss = cross_entropy(model.train()(tokens[:, :-1], use_cache=False, **images).logits, tokens[:, 1:])
+        loss = cross_entropy(
+            model.train()(tokens[:, :-1], use_cache=False, **images).logits, tokens[:, 1:]
+        )
         (loss / len(data)).backward()
         total += loss.item() / len(data)
-    return total, {name: value.grad.cpu() for name, value in model.named_parameters() if value.grad is not None}
+    return total, {
+        name: value.grad.cpu() for name, value in model.named_parameters() if value.grad is not None
+    }
 
 
 def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
@@ -79,7 +94,9 @@ def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any
     length = tokens.shape[1] - 1
     positions = torch.arange(length, device=tokens.device)[None]
     output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:], **images)
-    ranks = model.config.context_parallel_size  # by which Megatron-Core multiplies a loss that is a mean already
+    ranks = (
+        model.config.context_parallel_size
+    )  # by which Megatron-Core multiplies a loss that is a mean already
     return output, lambda loss: (loss.mean() / ranks, {"loss": loss.mean().detach()})
 
 
@@ -106,7 +123,11 @@ def step_of_megatron(
 ) -> tuple[float | None, dict[str, Any], set[str]]:
     """On a rank: mean loss (last stage), gradients by Hugging Face name, and this rank's frozen names."""
     loss, gradients, frozen = forward_backward(folder, layout, data, overrides)
-    return loss, {name: value for name, value in gradients.items() if not name.startswith("mtp.")}, frozen
+    return (
+        loss,
+        {name: value for name, value in gradients.items() if not name.startswith("mtp.")},
+        frozen,
+    )
 
 
 def forward_backward(
@@ -128,10 +149,14 @@ def forward_backward(
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
-    fields = layout.provider_overrides() | {"pipeline_dtype": dtype, "autocast_dtype": dtype} | overrides
+    fields = (
+        layout.provider_overrides() | {"pipeline_dtype": dtype, "autocast_dtype": dtype} | overrides
+    )
     provider.apply_overrides_and_finalize(dtype, fields)
     model = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=layout.pp == 1),
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=layout.pp == 1
+        ),
         use_cpu_initialization=device() == "cpu",
     )
     data = moved(data)
@@ -163,4 +188,8 @@ def forward_backward(
                     parameter.data.zero_()
         weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
         gradients = {name: weight.clone() for name, weight in weights}
-    return over_words(torch.stack([item["loss"] for item in done]).mean()).item() if done else None, gradients, frozen
+    return (
+        over_words(torch.stack([item["loss"] for item in done]).mean()).item() if done else None,
+        gradients,
+        frozen,
+    )

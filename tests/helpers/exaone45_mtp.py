@@ -38,15 +38,21 @@ class Predicted:
     differing: set[str] = field(default_factory=set)
 
 
-def prompts_of(vocab_size: int = 387, count: int = 2, length: int = 41, seed: int = 3) -> torch.Tensor:
+def prompts_of(
+    vocab_size: int = 387, count: int = 2, length: int = 41, seed: int = 3
+) -> torch.Tensor:
     """[count, length] words, without the padding word."""
-    return torch.randint(1, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def _norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """In fp32, whatever the type (`Exaone4RMSNorm`)."""
     whole = hidden.float()
-    return weight * (whole * torch.rsqrt(whole.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+    return weight * (whole * torch.rsqrt(whole.square().mean(-1, keepdim=True) + eps)).to(
+        hidden.dtype
+    )
 
 
 def _next(tokens: torch.Tensor) -> torch.Tensor:
@@ -61,12 +67,21 @@ def _mean_of_means(logits: torch.Tensor, aims: torch.Tensor, kept: int, cp: int)
     for rank in range(cp):
         mine = positions_of(rank, cp, logits.shape[1], logits.device)
         mine = mine[mine < kept]
-        means.append(torch.nn.functional.cross_entropy(logits[:, mine].flatten(0, 1), aims[:, mine].flatten()))
+        means.append(
+            torch.nn.functional.cross_entropy(
+                logits[:, mine].flatten(0, 1), aims[:, mine].flatten()
+            )
+        )
     return torch.stack(means).mean()
 
 
 def formula(
-    folder: Path, whole: torch.Tensor, depth: int, rule: int = 0, dtype: torch.dtype = torch.float32, cp: int = 1
+    folder: Path,
+    whole: torch.Tensor,
+    depth: int,
+    rule: int = 0,
+    dtype: torch.dtype = torch.float32,
+    cp: int = 1,
 ) -> Predicted:
     """By Transformers' modules in this type.
 
@@ -79,10 +94,19 @@ def formula(
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
     from transformers.models.exaone4.modeling_exaone4 import Exaone4DecoderLayer
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device())
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).to(device())
     language, config = model.model.language_model, model.config.text_config
-    disk = {name.removeprefix("mtp."): value for name, value in load_file(folder / "model.safetensors").items()}
-    disk = {name: value.to(device(), dtype) for name, value in disk.items() if not name.startswith(("model.", "lm_"))}
+    disk = {
+        name.removeprefix("mtp."): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    disk = {
+        name: value.to(device(), dtype)
+        for name, value in disk.items()
+        if not name.startswith(("model.", "lm_"))
+    }
     own = {name: torch.nn.Parameter(value) for name, value in disk.items()}
     layers = []
     for number in range(1 if config.mtp_share_layers else depth):
@@ -93,18 +117,26 @@ def formula(
     whole = whole.to(device())
     tokens, labels = whole[:, :-1], whole[:, 1:]
     positions = torch.arange(tokens.shape[1], device=whole.device)[None]
-    masking = create_sliding_window_causal_mask if layers[0].self_attn.is_sliding else create_causal_mask
+    masking = (
+        create_sliding_window_causal_mask if layers[0].self_attn.is_sliding else create_causal_mask
+    )
     hidden = language(input_ids=tokens, use_cache=False).last_hidden_state
-    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).float().flatten(0, 1), labels.flatten())
+    loss = torch.nn.functional.cross_entropy(
+        model.lm_head(hidden).float().flatten(0, 1), labels.flatten()
+    )
     angles = language.rotary_emb(hidden, positions)
     found = Predicted()
     words, aims = tokens, labels
     for number in range(depth):
         words, aims = _next(words), _next(aims)
-        embedded = _norm(language.embed_tokens(words), own["pre_fc_norm_embedding.weight"], config.rms_norm_eps)
+        embedded = _norm(
+            language.embed_tokens(words), own["pre_fc_norm_embedding.weight"], config.rms_norm_eps
+        )
         before = _norm(hidden, own["pre_fc_norm_hidden.weight"], config.rms_norm_eps)
         joined = torch.cat((embedded, before), -1) @ own["fc.weight"].T
-        mask = masking(config=config, inputs_embeds=joined, attention_mask=None, past_key_values=None)
+        mask = masking(
+            config=config, inputs_embeds=joined, attention_mask=None, past_key_values=None
+        )
         out = layers[number % len(layers)](joined, attention_mask=mask, position_embeddings=angles)
         hidden = _norm(out, own["norm.weight"], config.rms_norm_eps)
         logits = model.lm_head(hidden).float()
@@ -114,10 +146,16 @@ def formula(
         found.logits.append(logits.detach().cpu())
         found.losses.append(each.item())
     loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    gradients |= {f"mtp.{name}": value.grad for name, value in own.items() if value.grad is not None}
+    gradients = {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
+    gradients |= {
+        f"mtp.{name}": value.grad for name, value in own.items() if value.grad is not None
+    }
     for number, layer in enumerate(layers):
-        gradients |= {f"mtp.layers.{number}.{name}": value.grad for name, value in layer.named_parameters()}
+        gradients |= {
+            f"mtp.layers.{number}.{name}": value.grad for name, value in layer.named_parameters()
+        }
     found.gradients = {name: value.float().cpu() for name, value in gradients.items()}
     return found
 
@@ -141,9 +179,14 @@ def ours(
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, layout, **overrides)
     source = load_file(folder / "model.safetensors")
-    exported = {name: value.clone() for name, value in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
+    exported = {
+        name: value.clone()
+        for name, value in bridge.export_hf_weights(model, cpu=True, show_progress=False)
+    }
     assert exported.keys() == source.keys()
-    found = Predicted(differing={name for name, value in exported.items() if not torch.equal(value, source[name])})
+    found = Predicted(
+        differing={name for name, value in exported.items() if not torch.equal(value, source[name])}
+    )
     vocab_size = model[0].config.vocab_size
     del model
     seen: list[torch.Tensor] = []
@@ -151,7 +194,9 @@ def ours(
     def look(model: list[Any]) -> None:
         for chunk in unwrap_model(model):
             if chunk.post_process:
-                chunk.output_layer.register_forward_hook(lambda _, __, output: seen.append(output[0].detach().clone()))
+                chunk.output_layer.register_forward_hook(
+                    lambda _, __, output: seen.append(output[0].detach().clone())
+                )
 
     MTPLossLoggingHelper.tracker.clear()
     data = [(one, {}) for one in whole.split(1)]
@@ -161,5 +206,7 @@ def ours(
     logits = [torch.cat(whole_vocab[number::each]) for number in range(depth if seen else 0)]
     found.logits = [each[..., :vocab_size].float().cpu() for each in logits]
     if seen:
-        found.losses = (over_words(MTPLossLoggingHelper.tracker["loss_values"]) / len(data)).tolist()
+        found.losses = (
+            over_words(MTPLossLoggingHelper.tracker["loss_values"]) / len(data)
+        ).tolist()
     return found

@@ -69,7 +69,9 @@ _FACTS: dict[str, Any] = {
     "init_std": 0.02,
     "attention_dropout": 0.0,
     "rope_theta": 1e6,
-    "llama3": Llama3Rope(factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192),
+    "llama3": Llama3Rope(
+        factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    ),
     "dtype": "bfloat16",
 }
 PUBLISHED_FACTS = {
@@ -104,7 +106,11 @@ def published(name: str, spelling: str) -> dict[str, Any]:
     """config.json of a published model as either major version of Transformers spells it, and one key of nobody's."""
     config = copy.deepcopy(PUBLISHED[name]) | {"x_note": {"kept": [1, None]}}
     if spelling == "transformers-4":
-        return config | {"rope_scaling": dict(_LLAMA3), "rope_theta": 1000000, "torch_dtype": "bfloat16"}
+        return config | {
+            "rope_scaling": dict(_LLAMA3),
+            "rope_theta": 1000000,
+            "torch_dtype": "bfloat16",
+        }
     return config | {"rope_parameters": _LLAMA3 | {"rope_theta": 1000000.0}, "dtype": "bfloat16"}
 
 

@@ -30,7 +30,10 @@ def rows_with(bridge: str, change: Callable[[Row], Row | None]) -> Plant:
         found = getattr(importlib.import_module(module), name)
         family = found.FAMILY
         faulty = dataclasses.replace(
-            family, rows=lambda facts: tuple(row for row in map(change, family.rows(facts)) if row is not None)
+            family,
+            rows=lambda facts: tuple(
+                row for row in map(change, family.rows(facts)) if row is not None
+            ),
         )
         patch.setattr(found, "FAMILY", faulty)
 
@@ -43,7 +46,9 @@ def provider_with(bridge: str, change: Callable[..., Any]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         module, _, name = bridge.partition(":")
         found = getattr(importlib.import_module(module), name)
-        patch.setattr(found, "provider_of", staticmethod(functools.partial(change, found.provider_of)))
+        patch.setattr(
+            found, "provider_of", staticmethod(functools.partial(change, found.provider_of))
+        )
 
     return plant
 

@@ -23,11 +23,15 @@ def check_swiglu(rows: int, width: int, dtype: torch.dtype, weighted: bool) -> N
     upstream = torch.randn(rows, width)
     swiglu(x, weights).backward(upstream.to(dtype))
     exact = x.detach().double().requires_grad_()
-    exact_weights = torch.ones(rows) if weights is None else weights.detach().clone().requires_grad_()
+    exact_weights = (
+        torch.ones(rows) if weights is None else weights.detach().clone().requires_grad_()
+    )
     gate, up = exact.chunk(2, dim=-1)
     truth = torch.nn.functional.silu(gate) * up * exact_weights[:, None]
     truth.backward(upstream.to(dtype).double())
-    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    tolerance = (
+        {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
     torch.testing.assert_close(swiglu(x, weights).double(), truth, **tolerance)
     torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
     if weights is not None:
@@ -49,7 +53,9 @@ def check_qk_norm_rope(
 
     exact = mixed.detach().clone().requires_grad_()
     exact_weights = [weight.detach().clone().requires_grad_() for weight in weights]
-    query, key, value = exact.view(length, batch, groups, queries + 2, dim).split([queries, 1, 1], dim=3)
+    query, key, value = exact.view(length, batch, groups, queries + 2, dim).split(
+        [queries, 1, 1], dim=3
+    )
 
     def turned(x: torch.Tensor, which: int) -> torch.Tensor:
         x = x.reshape(length, batch, -1, dim)
@@ -58,7 +64,11 @@ def check_qk_norm_rope(
         if angles is None:
             return x
         low, high = (x[..., ::2], x[..., 1::2]) if pairs else x.chunk(2, dim=-1)
-        across = torch.stack([-high, low], dim=-1).flatten(-2) if pairs else torch.cat([-high, low], dim=-1)
+        across = (
+            torch.stack([-high, low], dim=-1).flatten(-2)
+            if pairs
+            else torch.cat([-high, low], dim=-1)
+        )
         return x * angles.cos() + across * angles.sin()
 
     truth = turned(query, 0), turned(key, 1), value.reshape(length, batch, groups, dim)

@@ -12,7 +12,9 @@ from exaone_bridge.schema.parallel_layout import Layout
 
 
 @torch.no_grad()
-def packed_logits(model: list[Any], documents: list[torch.Tensor], vocab_size: int) -> list[torch.Tensor]:
+def packed_logits(
+    model: list[Any], documents: list[torch.Tensor], vocab_size: int
+) -> list[torch.Tensor]:
     """Logits [S, V] fp32 of each document [S], out of one packed forward pass of a model without pipeline stages."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -24,7 +26,12 @@ def packed_logits(model: list[Any], documents: list[torch.Tensor], vocab_size: i
     starts = [0, *itertools.accumulate(len(document) for document in documents)]
     group = parallel_state.get_context_parallel_group()
     held = [
-        torch.cat([begin + positions_of(rank, group.size(), end - begin) for begin, end in itertools.pairwise(starts)])
+        torch.cat(
+            [
+                begin + positions_of(rank, group.size(), end - begin)
+                for begin, end in itertools.pairwise(starts)
+            ]
+        )
         for rank in range(group.size())
     ]
     mine = held[group.rank()]
@@ -40,7 +47,9 @@ def packed_logits(model: list[Any], documents: list[torch.Tensor], vocab_size: i
         max_seqlen_kv=longest,
     )
     tokens = torch.cat(documents)[mine][None].to(device)
-    places = torch.cat([torch.arange(len(document)) for document in documents])[mine][None].to(device)
+    places = torch.cat([torch.arange(len(document)) for document in documents])[mine][None].to(
+        device
+    )
     output = model[0].eval()(tokens, places, None, packed_seq_params=packed)
 
     def gathered(tensor: torch.Tensor, over: Any, dim: int) -> torch.Tensor:
@@ -48,7 +57,9 @@ def packed_logits(model: list[Any], documents: list[torch.Tensor], vocab_size: i
         dist.all_gather(parts, tensor.contiguous(), group=over)
         return torch.cat(parts, dim=dim)
 
-    whole = gathered(output[0].float(), parallel_state.get_tensor_model_parallel_group(), -1)[..., :vocab_size]
+    whole = gathered(output[0].float(), parallel_state.get_tensor_model_parallel_group(), -1)[
+        ..., :vocab_size
+    ]
     whole = gathered(whole, group, 0)[torch.cat(held).argsort().to(device)].cpu()
     return [whole[begin:end] for begin, end in itertools.pairwise(starts)]
 
@@ -66,10 +77,14 @@ def difference(
     documents = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     together = packed_logits(model, documents, vocab_size)
     alone = [forward_logits(model, document[None])[0] for document in documents]
-    apart = torch.cat([(a - b[0]).abs() for a, b in zip(together, alone, strict=True) if b is not None])
+    apart = torch.cat(
+        [(a - b[0]).abs() for a, b in zip(together, alone, strict=True) if b is not None]
+    )
     return apart.mean().item(), apart.max().item()
 
 
 def worst_on_cpu(folder: Any, layout: Layout, lengths: list[int]) -> float:
     """The maximum of `difference` on forked ranks, of a model whose vocabulary has 387 words."""
-    return max(worst for _, worst in run_ranks(difference, layout.ranks, folder, layout, lengths, 387))
+    return max(
+        worst for _, worst in run_ranks(difference, layout.ranks, folder, layout, lengths, 387)
+    )

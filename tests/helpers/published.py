@@ -54,7 +54,9 @@ def verify_published(folder: Path, work: Path) -> dict[str, Any]:
     """`above_gib`, `difference` (logits of 64 positions, fp32) and `checks` (name -> holds, figure) of one folder."""
     script = work / "verify.py"
     script.write_text(_SCRIPT)
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, folder], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(found)

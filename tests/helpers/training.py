@@ -25,11 +25,15 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def train_transformers(folder: Path, tokens: torch.Tensor, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_transformers(
+    folder: Path, tokens: torch.Tensor, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of `steps` AdamW steps, and the gradients of the first; tokens [N, S + 1]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     losses: list[float] = []
     gradients: dict[str, torch.Tensor] = {}
@@ -39,7 +43,11 @@ def train_transformers(folder: Path, tokens: torch.Tensor, steps: int) -> tuple[
         loss.backward()
         if step == 0:
             gradients = _on_disk(
-                {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+                {
+                    name: value.grad
+                    for name, value in model.named_parameters()
+                    if value.grad is not None
+                }
             )
         optimizer.step()
         losses.append(loss.item())
@@ -55,8 +63,15 @@ def _on_disk(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             result[name] = gradient.clone()
             continue
         for expert, own in enumerate(gradient):
-            projections = zip(("gate", "up"), own.chunk(2), strict=True) if leaf == "gate_up_proj" else [("down", own)]
-            result |= {f"{module}.{expert}.{which}_proj.weight": part.clone() for which, part in projections}
+            projections = (
+                zip(("gate", "up"), own.chunk(2), strict=True)
+                if leaf == "gate_up_proj"
+                else [("down", own)]
+            )
+            result |= {
+                f"{module}.{expert}.{which}_proj.weight": part.clone()
+                for which, part in projections
+            }
     return result
 
 
@@ -69,7 +84,9 @@ def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Te
     output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine])
 
     def mean(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        share = loss.mean() / group.size()  # Megatron-Core sums over the ranks that share a sequence
+        share = (
+            loss.mean() / group.size()
+        )  # Megatron-Core sums over the ranks that share a sequence
         whole = share.detach().clone()
         torch.distributed.all_reduce(whole, group=group)
         return share, {"loss": whole}
@@ -90,7 +107,8 @@ def train_megatron(
     provider = bridge.to_megatron_provider()
     provider.apply_overrides_and_finalize(torch.float32, layout.provider_overrides() | overrides)
     model = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True), use_cpu_initialization=True
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        use_cpu_initialization=True,
     )
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
@@ -104,14 +122,18 @@ def train_megatron(
             chunk.zero_grad_buffer()
         done = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=[iter(tokens.split(1)) for _ in model] if len(model) > 1 else iter(tokens.split(1)),
+            data_iterator=[iter(tokens.split(1)) for _ in model]
+            if len(model) > 1
+            else iter(tokens.split(1)),
             model=model if len(model) > 1 else model[0],
             num_microbatches=len(tokens),
             seq_length=tokens.shape[1] - 1,
             micro_batch_size=1,
             forward_only=False,
         )
-        losses.append(torch.stack([item["loss"] for item in done]).mean().item() if done else float("nan"))
+        losses.append(
+            torch.stack([item["loss"] for item in done]).mean().item() if done else float("nan")
+        )
         for parameter in parameters:
             parameter.grad = parameter.main_grad.clone()
         if step == 0:
@@ -122,12 +144,17 @@ def train_megatron(
 
 
 @torch.no_grad()
-def _by_hf_name(bridge: Any, model: list[Any], parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _by_hf_name(
+    bridge: Any, model: list[Any], parameters: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Gradients, exported as if they were the weights."""
     weights = [parameter.data.clone() for parameter in parameters]
     for parameter in parameters:
         parameter.data.copy_(parameter.grad)
-    exported = {name: weight.clone() for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
+    exported = {
+        name: weight.clone()
+        for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False)
+    }
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data.copy_(weight)
     return exported
@@ -165,6 +192,8 @@ def assert_trains_alike(folder: Path, layout: Layout, untrained: tuple[str, ...]
         assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) <= 1e-4
     assert losses[-1] < losses[0] - 0.01  # it learns: the comparison is not of standing still
     for _, found in results:
-        assert {name for name in found if not any(part in name for part in untrained)} == gradients.keys()
+        assert {
+            name for name in found if not any(part in name for part in untrained)
+        } == gradients.keys()
         worst = max(gradients, key=lambda key: relative_difference(found[key], gradients[key]))
         assert relative_difference(found[worst], gradients[worst]) <= 1e-4, worst

@@ -31,7 +31,9 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         {"field": "rope_type", "got": "yarn"},
     ),
     (
-        UnsupportedConfig("head_dim", got=7, wanted="even", where="a/config.json", remedy="write 8"),
+        UnsupportedConfig(
+            "head_dim", got=7, wanted="even", where="a/config.json", remedy="write 8"
+        ),
         "a/config.json: head_dim is 7, and must be even; write 8.",
         {"field": "head_dim", "got": 7},
     ),
@@ -51,7 +53,9 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         {"names": ("a", "b")},
     ),
     (
-        UnmappedTensors("tensors are missing", (f"t{n}" for n in range(9)), where="model", remedy="look again"),
+        UnmappedTensors(
+            "tensors are missing", (f"t{n}" for n in range(9)), where="model", remedy="look again"
+        ),
         "model: 9 tensors are missing (t0, t1, t2, t3, t4 and 4 more); look again.",
         {"names": tuple(f"t{n}" for n in range(9))},
     ),
@@ -82,11 +86,17 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
 
 
 def test_every_class_is_tried_here() -> None:
-    assert {type(error) for error, _, _ in ERRORS} == {getattr(errors, name) for name in errors.__all__}
+    assert {type(error) for error, _, _ in ERRORS} == {
+        getattr(errors, name) for name in errors.__all__
+    }
 
 
-@pytest.mark.parametrize(("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__)
-def test_message_and_attributes(error: BridgeError, message: str, attributes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__
+)
+def test_message_and_attributes(
+    error: BridgeError, message: str, attributes: dict[str, object]
+) -> None:
     assert str(error) == message
     assert vars(error) == attributes
     assert isinstance(error, BridgeError) and isinstance(error, Exception)
@@ -94,8 +104,12 @@ def test_message_and_attributes(error: BridgeError, message: str, attributes: di
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize(("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__)
-def test_pickled_and_back(error: BridgeError, message: str, attributes: dict[str, object], protocol: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__
+)
+def test_pickled_and_back(
+    error: BridgeError, message: str, attributes: dict[str, object], protocol: int
+) -> None:
     found = pickle.loads(pickle.dumps(error, protocol))
     assert found is not error and type(found) is type(error)
     assert (str(found), vars(found)) == (message, attributes)
@@ -104,7 +118,9 @@ def test_pickled_and_back(error: BridgeError, message: str, attributes: dict[str
     assert (type(again), str(again), vars(again)) == (type(error), message, attributes)
 
 
-@pytest.mark.parametrize(("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__
+)
 def test_copied(error: BridgeError, message: str, attributes: dict[str, object]) -> None:
     found = copy.copy(error)
     assert (type(found), str(found), vars(found)) == (type(error), message, attributes)
@@ -120,7 +136,11 @@ def test_a_rank_failure_travels_too() -> None:
     from exaone_bridge.runtime.ranks import RankFailure
 
     found = pickle.loads(pickle.dumps(RankFailure("rank 1: it died")))
-    assert type(found) is RankFailure and str(found) == "rank 1: it died" and isinstance(found, BridgeError)
+    assert (
+        type(found) is RankFailure
+        and str(found) == "rank 1: it died"
+        and isinstance(found, BridgeError)
+    )
 
 
 def test_a_long_list_of_known_values_is_cut() -> None:
@@ -139,5 +159,7 @@ def test_the_tree_is_flat() -> None:
 
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "a\u2028b"], ids=ascii)
 def test_a_tensors_name_cannot_break_the_line(name: str) -> None:
-    message = str(UnmappedTensors("tensors are missing", [name], where="model", remedy="look again"))
+    message = str(
+        UnmappedTensors("tensors are missing", [name], where="model", remedy="look again")
+    )
     assert len(message.splitlines()) == 1 and message.isprintable()

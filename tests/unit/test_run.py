@@ -16,10 +16,18 @@ print(json.dumps([__name__, sys.argv, sys.path[0], __file__, sys.modules["__main
 """
 
 
-def _python(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | environment, timeout=300
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | environment,
+        timeout=300,
     )
 
 
@@ -62,14 +70,17 @@ def test_module(tmp_path: Path, name: str) -> None:
         ("def f(:", 1, "SyntaxError: invalid syntax\n"),
     ],
 )
-def test_exit_code_and_exception_pass_through(tmp_path: Path, body: str, code: int, said: str) -> None:
+def test_exit_code_and_exception_pass_through(
+    tmp_path: Path, body: str, code: int, said: str
+) -> None:
     (tmp_path / "script.py").write_text(body)
     done = _python("-m", "exaone_bridge.run", "script.py", cwd=tmp_path)
     assert (done.returncode, done.stderr[-len(said) :] if said else done.stderr) == (code, said)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["missing.py"], ["."], ["-m", "missing"], ["-m", "json.missing"], ["-m", "..x"], ["-m"]]
+    "arguments",
+    [["missing.py"], ["."], ["-m", "missing"], ["-m", "json.missing"], ["-m", "..x"], ["-m"]],
 )
 def test_nothing_to_run(tmp_path: Path, arguments: list[str]) -> None:
     """Exit code 2 and one sentence."""

@@ -41,7 +41,11 @@ _CUSTOM_PIPELINE = (
 def say_once(what: str, why: str | None) -> None:
     """Log on one rank which way the weights go."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        way = "by the plan of copies" if why is None else f"by Megatron-Bridge's own code, because {why}"
+        way = (
+            "by the plan of copies"
+            if why is None
+            else f"by Megatron-Bridge's own code, because {why}"
+        )
         logger.info("%s: %s", what, way)
 
 
@@ -110,7 +114,9 @@ def place_of(model: list[MegatronModule]) -> Placed:
         tp=parallel_state.get_tensor_model_parallel_rank(),
         ep=parallel_state.get_expert_model_parallel_rank(),
         etp=parallel_state.get_expert_tensor_parallel_rank(),
-        layers=tuple(tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks),
+        layers=tuple(
+            tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks
+        ),
         even=not any(getattr(config, name, None) for name in _CUSTOM_PIPELINE),
         parameters={(chunk, name): tensor for chunk, name, tensor in parameters_of(model)},
     )

@@ -123,13 +123,18 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
                 extra="tensors that the model has no place for",
                 remedy="check that config.json belongs to these weights",
             )
-        tasks = super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype=weight_dtype)
+        tasks = super().build_conversion_tasks(
+            hf_pretrained, megatron_model, weight_dtype=weight_dtype
+        )
         if facts.tied and _OUTPUT_BIAS in expected_megatron(rows):
             tasks.append(self._output_bias_task(megatron_model, weight_dtype))
         return tasks
 
     def load_weights_hf_to_megatron(
-        self, hf_pretrained: Any, megatron_model: Any, allowed_mismatched_params: list[str] | None = None
+        self,
+        hf_pretrained: Any,
+        megatron_model: Any,
+        allowed_mismatched_params: list[str] | None = None,
     ) -> list[MegatronModule]:
         """Fill a model from a Hugging Face model: by the plan of copies, or the host's way where that does not reach.
 
@@ -144,12 +149,17 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             why = why or "the source is no folder of safetensors files"
         if allowed_mismatched_params:
             why = why or "parameters of other shapes are allowed"
-        if type(self).maybe_modify_loaded_hf_weight is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
+        if (
+            type(self).maybe_modify_loaded_hf_weight
+            is not MegatronModelBridge.maybe_modify_loaded_hf_weight
+        ):
             why = why or "the bridge changes weights as it reads them"
         eligibility.say_once("Hugging Face -> Megatron-Core", why)
         if why is not None or folder is None:
             with initial_values_renewed(self, model):
-                return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, allowed_mismatched_params)
+                return super().load_weights_hf_to_megatron(
+                    hf_pretrained, megatron_model, allowed_mismatched_params
+                )
         self.hf_pretrained, self.hf_config = hf_pretrained, hf_pretrained.config
         self.unquantized_state_dict = None
         facts = self._facts()
@@ -209,7 +219,9 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             UnmappedTensors: from `build_conversion_tasks`, before anything is sent; or names missing at the end.
         """
         sent: set[str] = set()
-        for weight in super().stream_weights_megatron_to_hf(megatron_model, hf_pretrained, *args, **kwargs):
+        for weight in super().stream_weights_megatron_to_hf(
+            megatron_model, hf_pretrained, *args, **kwargs
+        ):
             sent.add(weight.param_name.replace(".base_layer", ""))
             yield weight
         if kwargs.get("conversion_tasks") is None:  # a caller's own tasks are a caller's own choice
@@ -217,17 +229,25 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             missing = set(expected_hf(self.FAMILY.rows(facts), facts.dims)) - sent
             if missing:
                 raise UnmappedTensors(
-                    "tensors were not exported", missing, where="export", remedy="the output is not complete: delete it"
+                    "tensors were not exported",
+                    missing,
+                    where="export",
+                    remedy="the output is not complete: delete it",
                 )
             yield from self._carried(hf_pretrained, facts)
 
-    def to_be_saved(self, hf_pretrained: Any) -> tuple[Any, tuple[Row, ...], dict[str, str] | None, dict[str, Any]]:
+    def to_be_saved(
+        self, hf_pretrained: Any
+    ) -> tuple[Any, tuple[Row, ...], dict[str, str] | None, dict[str, Any]]:
         """What the planned export must know: facts, rows, the source's file of each tensor, and tensors to be carried.
 
         Raises:
             UnmappedTensors: tensors should travel beside the model, and no source is at hand.
         """
-        self.hf_pretrained, self.hf_config = hf_pretrained, getattr(hf_pretrained, "config", hf_pretrained)
+        self.hf_pretrained, self.hf_config = (
+            hf_pretrained,
+            getattr(hf_pretrained, "config", hf_pretrained),
+        )
         facts = self._facts()
         rows = self.FAMILY.rows(facts)
         folder = eligibility.folder_of(hf_pretrained)
@@ -239,7 +259,11 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         files = {name: info.file.name for name, info in tensors.items()}
         carried = {name: info for name, info in tensors.items() if self.FAMILY.is_carried(name)}
         if carried and dist.get_rank() == 0:
-            logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(carried), min(carried))
+            logger.info(
+                "carried from the source unchanged: %d tensors (%s, ...)",
+                len(carried),
+                min(carried),
+            )
         return facts, rows, files, carried
 
     def _carried(self, hf_pretrained: Any, facts: Any) -> Iterable[HFWeightTuple]:
@@ -256,7 +280,9 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             return
         names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_carried(name))
         if names:
-            logger.info("carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0])
+            logger.info(
+                "carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0]
+            )
         for name in names:
             yield HFWeightTuple(name, hf_pretrained.state[name])
 
@@ -281,7 +307,9 @@ def _over_expert_ranks(names: set[str]) -> set[str]:
     return set().union(*everyones)
 
 
-def _check(expected: set[str], found: set[str], *, where: str, missing: str, extra: str, remedy: str) -> None:
+def _check(
+    expected: set[str], found: set[str], *, where: str, missing: str, extra: str, remedy: str
+) -> None:
     if lost := expected - found:
         raise UnmappedTensors(missing, lost, where=where, remedy=remedy)
     if strange := found - expected:

@@ -35,17 +35,23 @@ class Exaone45Bridge(ExactBridge):
     provider_of = staticmethod(exaone45_provider)
     facts_of = staticmethod(facts_of)
 
-    def build_conversion_tasks(self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_conversion_tasks(
+        self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
         self._choose_rows(megatron_model)
         return super().build_conversion_tasks(hf_pretrained, megatron_model, *args, **kwargs)
 
-    def load_weights_hf_to_megatron(self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_weights_hf_to_megatron(
+        self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
         self._choose_rows(megatron_model)
         return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, *args, **kwargs)
 
-    def stream_weights_megatron_to_hf(self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any) -> Any:
+    def stream_weights_megatron_to_hf(
+        self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
         self._choose_rows(megatron_model)
         return super().stream_weights_megatron_to_hf(megatron_model, hf_pretrained, *args, **kwargs)

@@ -38,7 +38,9 @@ class VocabularyMapping(ColumnParallelMapping):
         megatron_param, hf_param = self._resolve_names(captures)
         return type(self)(megatron_param, hf_param, self.vocab_size)
 
-    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
+    def hf_to_megatron(
+        self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module
+    ) -> torch.Tensor:
         """[V, H] -> this rank's [padded V / tp, H]; or a bias, [V] -> [padded V / tp]."""
         here = getattr(megatron_module, self.megatron_param.rpartition(".")[2]).shape[0]
         missing = max(0, here * self.tp_size - hf_weights.shape[0])
@@ -56,7 +58,9 @@ class VocabularyMapping(ColumnParallelMapping):
 class SqueezedMapping(ReplicatedMapping):
     """A tensor with a leading axis of one that Megatron-Core's has not: [1, N] <-> [N], whole on every rank."""
 
-    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
+    def hf_to_megatron(
+        self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module
+    ) -> torch.Tensor:
         """[1, N] -> [N]."""
         return super().hf_to_megatron(hf_weights.squeeze(0), megatron_module)
 
@@ -101,5 +105,10 @@ def bind(rows: Iterable[Row], vocab_size: int | None) -> MegatronMappingRegistry
         rows: a family's table.
         vocab_size: words without padding.
     """
-    named = ((row, name) for row in rows if "*" not in row.megatron or row.layers for name in (row.megatron, row.alias))
+    named = (
+        (row, name)
+        for row in rows
+        if "*" not in row.megatron or row.layers
+        for name in (row.megatron, row.alias)
+    )
     return Registry(*(_bind(row, name, vocab_size) for row, name in named if name is not None))

@@ -59,7 +59,9 @@ def register() -> None:
     from exaone_bridge.patches.optimizer import optimizer_places_right
     from exaone_bridge.patches.vlm_data import conversations_when_imported
 
-    register_allowed_target_prefix("exaone_bridge.")  # run_config.yaml names our providers and spec functions
+    register_allowed_target_prefix(
+        "exaone_bridge."
+    )  # run_config.yaml names our providers and spec functions
     classes = _bridge_classes()
     tolerate_missing_tokenizer(classes.keys())
     adapters_before_post_norms()

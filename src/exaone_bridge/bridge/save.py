@@ -39,7 +39,9 @@ def save_by_plan(architectures: Collection[str]) -> None:
             return weights(self, model, path, *args, **kwargs)
         into(Path(path), lambda folder: write(self, model, folder, args, kwargs))
 
-    def write(self: Any, model: Any, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def write(
+        self: Any, model: Any, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         model = model if isinstance(model, list) else [model]
         why = _everyones(_why_not(self, model, args, kwargs))
         eligibility.say_once("Megatron-Core -> Hugging Face", why)
@@ -50,13 +52,19 @@ def save_by_plan(architectures: Collection[str]) -> None:
 
     @functools.wraps(pretrained)
     def save_pretrained(self: Any, model: Any, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        if not ours(self) or not dist.is_initialized() or _everyones("there" if Path(path).exists() else None):
+        if (
+            not ours(self)
+            or not dist.is_initialized()
+            or _everyones("there" if Path(path).exists() else None)
+        ):
             return pretrained(self, model, path, *args, **kwargs)
 
         def both(folder: Path) -> None:
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             # Rank 0 writes the artifacts and may fail alone: all ranks learn of it before they gather weights.
-            self.save_hf_weights = lambda _model, _path, *args, **kwargs: calls.append((args, kwargs))
+            self.save_hf_weights = lambda _model, _path, *args, **kwargs: calls.append(
+                (args, kwargs)
+            )
             try:
                 with together():
                     pretrained(self, model, folder, *args, **kwargs)
@@ -71,7 +79,9 @@ def save_by_plan(architectures: Collection[str]) -> None:
     AutoBridge.save_hf_weights, AutoBridge.save_hf_pretrained = save_weights, save_pretrained
 
 
-def _why_not(bridge: Any, model: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _why_not(
+    bridge: Any, model: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     if kwargs.get("weight_dtype") is not None or len(args) > 5:
         return "another type of weights is asked for"
     if (why := eligibility.why_not(bridge._model_bridge, model)) is not None:

@@ -25,7 +25,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's ways of taking no m
 _TRIES, _BETWEEN_TRIES = 20, 0.1  # seconds
 _BAD_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
 
-__all__ = ["FULL", "as_usual", "check_space", "flush_one", "partial_folder", "refuse_existing", "resumable", "staged"]
+__all__ = [
+    "FULL",
+    "as_usual",
+    "check_space",
+    "flush_one",
+    "partial_folder",
+    "refuse_existing",
+    "resumable",
+    "staged",
+]
 
 
 def refuse_existing(target: Path) -> None:
@@ -35,9 +44,13 @@ def refuse_existing(target: Path) -> None:
         CheckpointError: the target exists, or the folder it belongs into does not.
     """
     if target.exists() or target.is_symlink():
-        raise CheckpointError(target, "the output exists already", remedy="name another folder, or remove this one")
+        raise CheckpointError(
+            target, "the output exists already", remedy="name another folder, or remove this one"
+        )
     if not target.absolute().parent.is_dir():
-        raise CheckpointError(target, "the folder it belongs into does not exist", remedy="create that folder first")
+        raise CheckpointError(
+            target, "the folder it belongs into does not exist", remedy="create that folder first"
+        )
 
 
 def _flush(folder: Path) -> None:
@@ -87,7 +100,9 @@ def check_space(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(target.absolute().parent).free
     if free + there < nbytes:
         problem = f"the disk has {free / 1e9:.2f} GB free, and {(nbytes - there) / 1e9:.2f} GB are still to be written"
-        raise OutputError(target, problem, remedy="free some space, or name a folder on another disk")
+        raise OutputError(
+            target, problem, remedy="free some space, or name a folder on another disk"
+        )
 
 
 @contextlib.contextmanager
@@ -125,7 +140,10 @@ def _lock(handle: int, target: Path) -> None:
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(_BETWEEN_TRIES)
-    problem, remedy = "another process is writing this output", "wait for it, or name another folder"
+    problem, remedy = (
+        "another process is writing this output",
+        "wait for it, or name another folder",
+    )
     raise CheckpointError(target, problem, remedy=remedy)
 
 

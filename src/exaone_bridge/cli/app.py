@@ -34,10 +34,14 @@ Pp = Annotated[int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1)
 Vpp = Annotated[int, typer.Option("--vpp", help="Model chunks a pipeline rank holds.", min=1)]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism along --tp.")]
 Ep = Annotated[int, typer.Option("--ep", help="Ranks that experts are dealt to.", min=1)]
-Etp = Annotated[int | None, typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1)]
+Etp = Annotated[
+    int | None, typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1)
+]
 Backend = Annotated[str, typer.Option("--backend", help="auto, transformer_engine or torch.")]
 
-Workers = Annotated[int, typer.Option("--workers", help="Processes; each holds a tensor or two.", min=1, max=256)]
+Workers = Annotated[
+    int, typer.Option("--workers", help="Processes; each holds a tensor or two.", min=1, max=256)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and write nothing.")]
 
 
@@ -65,7 +69,15 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
                 reports.append(run(folder, layout, Asked(backend=backend), on_event=on_event))
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
-        ["model", "parameters", "layout", "max |logit difference|", "first differing layer", "round trip", "seconds"],
+        [
+            "model",
+            "parameters",
+            "layout",
+            "max |logit difference|",
+            "first differing layer",
+            "round trip",
+            "seconds",
+        ],
         [
             [
                 report.source,
@@ -99,12 +111,17 @@ def _fitted(config: Any, layout: Layout) -> tuple[dict[str, Any], Layout]:
     return {**config, "num_hidden_layers": layers, "layer_types": types}, layout
 
 
-@app.command(epilog=_example("exaone-bridge tiny exaone4 /tmp/tiny --set num_hidden_layers=4 --set dtype=bfloat16"))
+@app.command(
+    epilog=_example(
+        "exaone-bridge tiny exaone4 /tmp/tiny --set num_hidden_layers=4 --set dtype=bfloat16"
+    )
+)
 def tiny(
     family: Annotated[str, typer.Argument(help=f"One of: {', '.join(MINIATURES)}.")],
     folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="field=value of config.json, the value as JSON.")
+        list[str] | None,
+        typer.Option("--set", help="field=value of config.json, the value as JSON."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
@@ -112,7 +129,9 @@ def tiny(
     if family not in MINIATURES:
         raise UnsupportedConfig("family", got=family, known=tuple(MINIATURES), where="command line")
     if not 0 <= seed < 2**63:
-        raise UnsupportedConfig("--seed", got=seed, wanted="from 0 to 2^63 - 1", where="command line")
+        raise UnsupportedConfig(
+            "--seed", got=seed, wanted="from 0 to 2^63 - 1", where="command line"
+        )
     _, config = MINIATURES[family]
     config = _with_settings(config, set_ or [])
     from exaone_bridge.checkpoint.hf.tiny import write_random
@@ -128,7 +147,9 @@ def _with_settings(config: Mapping[str, Any], settings: list[str]) -> dict[str, 
         path, equals, text = setting.partition("=")
         *outer, field = path.split(".")
         if not equals or not field:
-            raise UnsupportedConfig("--set", got=setting, wanted="field=value", where="command line")
+            raise UnsupportedConfig(
+                "--set", got=setting, wanted="field=value", where="command line"
+            )
         inside = changed
         for name in outer:
             if not isinstance(inside := inside.get(name), dict):
@@ -145,8 +166,15 @@ def _with_settings(config: Mapping[str, Any], settings: list[str]) -> dict[str, 
                 nested["dtype"] = changed["dtype"]
     language = language_config(changed)
     layers, types = language.get("num_hidden_layers"), language.get("layer_types")
-    if "num_hidden_layers" in names and "layer_types" not in names and isinstance(layers, int) and types:
-        language["layer_types"] = (types * max(1, layers))[: max(0, layers)]  # the pattern goes on, or is cut
+    if (
+        "num_hidden_layers" in names
+        and "layer_types" not in names
+        and isinstance(layers, int)
+        and types
+    ):
+        language["layer_types"] = (types * max(1, layers))[
+            : max(0, layers)
+        ]  # the pattern goes on, or is cut
     return changed
 
 
@@ -170,7 +198,10 @@ def inspect(
     run(folder, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp), as_json=json_)
 
 
-@app.command("import", epilog=_example("exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2"))
+@app.command(
+    "import",
+    epilog=_example("exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2"),
+)
 def import_(
     hf_folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
     megatron_folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
@@ -203,10 +234,13 @@ def import_(
 
 @app.command(epilog=_example("exaone-bridge export /checkpoints/exaone /models/exported"))
 def export(
-    megatron_folder: Annotated[Path, typer.Argument(help="A Megatron-Bridge checkpoint, of any layout.")],
+    megatron_folder: Annotated[
+        Path, typer.Argument(help="A Megatron-Bridge checkpoint, of any layout.")
+    ],
     hf_folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Of a file, such as 5GB; default: the source's files.", metavar="SIZE")
+        str | None,
+        typer.Option(help="Of a file, such as 5GB; default: the source's files.", metavar="SIZE"),
     ] = None,
     drop_carried: Annotated[
         bool, typer.Option("--drop-carried", help="Leave out tensors that travel beside the model.")
@@ -218,7 +252,9 @@ def export(
     from exaone_bridge.cli.progress import conversion, say_summary
     from exaone_bridge.convert.convert import export_checkpoint
 
-    max_shard_bytes = None if max_shard_size is None else read_size(max_shard_size, "--max-shard-size")
+    max_shard_bytes = (
+        None if max_shard_size is None else read_size(max_shard_size, "--max-shard-size")
+    )
     with conversion("export") as on_event:
         done = export_checkpoint(
             megatron_folder,
@@ -232,4 +268,6 @@ def export(
     say_summary(hf_folder, done, dry_run=dry_run)
 
 
-app.command(epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2 --report /tmp/report.html"))(verify)
+app.command(
+    epilog=_example("exaone-bridge verify /tmp/tiny --tp 2 --pp 2 --report /tmp/report.html")
+)(verify)

@@ -116,9 +116,13 @@ def _json_tensors(source: HFSource) -> Iterator[str]:
         parameters, *columns = row.columns()
         for names in columns:
             destinations.update(zip(names, parameters, strict=True))
-    known: dict[tuple[object, ...], str] = {}  # few shapes, types and files; a path's own hash takes long
+    known: dict[
+        tuple[object, ...], str
+    ] = {}  # few shapes, types and files; a path's own hash takes long
     goes_to = map(destinations.get, source.tensors)  # null: carried beside the model, or unclaimed
-    for info, name, to in zip(source.tensors.values(), _quoted(source.tensors), _quoted(goes_to), strict=True):
+    for info, name, to in zip(
+        source.tensors.values(), _quoted(source.tensors), _quoted(goes_to), strict=True
+    ):
         kind = info.shape, info.dtype, id(info.file)
         if (text := known.get(kind)) is None:
             described = {"shape": info.shape, "dtype": info.dtype, "file": info.file.name}
@@ -141,7 +145,9 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     }
     if any(_moe(facts)):
         what["feed-forward (D dense, E experts)"] = mlp_pattern(_moe(facts))
-        what["experts"] = f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"
+        what["experts"] = (
+            f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"
+        )
     what |= {
         "RoPE (R yes, - none)": "".join("R" if has else "-" for has in facts.rope),
         "window": str(next((window for window in facts.windows if window), "-")),
@@ -159,8 +165,13 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     for row in source.rows:
         for tensor in row.hf:
             yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"
-    yield from (f"{_one(info)} -> carried beside the model, unchanged" for info in source.carried.values())
-    yield from (f"{_one(info)} -> unclaimed: the model has no place for it" for info in source.unclaimed.values())
+    yield from (
+        f"{_one(info)} -> carried beside the model, unchanged" for info in source.carried.values()
+    )
+    yield from (
+        f"{_one(info)} -> unclaimed: the model has no place for it"
+        for info in source.unclaimed.values()
+    )
     for name, shape in source.missing.items():
         yield f"  {name} {list(shape)} -> missing: the model needs it"
 

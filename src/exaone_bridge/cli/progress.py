@@ -29,9 +29,17 @@ def conversion(what: str) -> Iterator[Callable[[int, Any], None]]:
     """Show what a conversion says of itself. Yields `on_event`, for stages and for bytes."""
     quiet()
     started = time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     done = total = tenths = 0
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as progress:
         task = progress.add_task(what, total=None)
 
         def line(text: str) -> None:
@@ -63,7 +71,9 @@ def say_summary(folder: object, done: Summary, *, dry_run: bool) -> None:
     if dry_run:
         say(f"{folder}: {size} would be written; nothing was")
         return
-    kept = f", {done.kept_bytes / 1e9:.2f} GB of them from an earlier run" if done.kept_bytes else ""
+    kept = (
+        f", {done.kept_bytes / 1e9:.2f} GB of them from an earlier run" if done.kept_bytes else ""
+    )
     rate = done.nbytes / 1e9 / max(done.seconds, 1e-9)
     used = (done.peak_bytes - done.base_bytes) / 2**20
     peak = f"peak memory {done.peak_bytes / 2**30:.2f} GiB a process ({used:.0f} MiB of it for tensors)"

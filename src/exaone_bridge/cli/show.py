@@ -27,7 +27,9 @@ def quiet() -> None:
 
 
 @contextlib.contextmanager
-def stages(what: str, *, quiet_libraries: bool = True, shown: bool = True) -> Iterator[Callable[[int, Any], None]]:
+def stages(
+    what: str, *, quiet_libraries: bool = True, shown: bool = True
+) -> Iterator[Callable[[int, Any], None]]:
     """Show what is being done: a spinner on a terminal, a line a stage elsewhere; nothing unless `shown`.
 
     Yields `on_event`.
@@ -41,7 +43,11 @@ def stages(what: str, *, quiet_libraries: bool = True, shown: bool = True) -> It
     started = time.perf_counter()
 
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as progress:
         task = progress.add_task(what)
 
@@ -53,7 +59,9 @@ def stages(what: str, *, quiet_libraries: bool = True, shown: bool = True) -> It
             progress.update(task, description=f"{what}: {stage}")
             if not console.is_terminal:
                 console.print(
-                    f"[{time.perf_counter() - started:5.1f} s] {what}: {stage}", markup=False, highlight=False
+                    f"[{time.perf_counter() - started:5.1f} s] {what}: {stage}",
+                    markup=False,
+                    highlight=False,
                 )
 
         yield on_event
@@ -68,7 +76,9 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; columns of figures, all but the first, are set to the right."""
     drawn = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
+        drawn.add_column(
+            column, justify="right" if number else "left", no_wrap=number == 0, overflow="fold"
+        )
     for row in rows:
         drawn.add_row(*map(Text, row))
     console.print(drawn)

@@ -20,50 +20,100 @@ _LAYOUT = "Layout of Megatron-Core's side"
 
 def verify(
     source: Annotated[
-        Path | None, typer.Argument(help="A Hugging Face folder or a Megatron checkpoint.", show_default=False)
+        Path | None,
+        typer.Argument(help="A Hugging Face folder or a Megatron checkpoint.", show_default=False),
     ] = None,
     other: Annotated[
-        Path | None, typer.Argument(help="Another; left out: SOURCE's own round trip.", show_default=False)
+        Path | None,
+        typer.Argument(help="Another; left out: SOURCE's own round trip.", show_default=False),
     ] = None,
-    tp: Annotated[int, typer.Option("--tp", help="Tensor parallel ranks.", min=1, rich_help_panel=_LAYOUT)] = 1,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1, rich_help_panel=_LAYOUT)] = 1,
-    vpp: Annotated[
-        int, typer.Option("--vpp", help="Model chunks a pipeline rank holds.", min=1, rich_help_panel=_LAYOUT)
+    tp: Annotated[
+        int, typer.Option("--tp", help="Tensor parallel ranks.", min=1, rich_help_panel=_LAYOUT)
     ] = 1,
-    sp: Annotated[bool, typer.Option("--sp", help="Sequence parallelism along --tp.", rich_help_panel=_LAYOUT)] = False,
+    pp: Annotated[
+        int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1, rich_help_panel=_LAYOUT)
+    ] = 1,
+    vpp: Annotated[
+        int,
+        typer.Option(
+            "--vpp", help="Model chunks a pipeline rank holds.", min=1, rich_help_panel=_LAYOUT
+        ),
+    ] = 1,
+    sp: Annotated[
+        bool, typer.Option("--sp", help="Sequence parallelism along --tp.", rich_help_panel=_LAYOUT)
+    ] = False,
     ep: Annotated[
-        int, typer.Option("--ep", help="Ranks that experts are dealt to.", min=1, rich_help_panel=_LAYOUT)
+        int,
+        typer.Option(
+            "--ep", help="Ranks that experts are dealt to.", min=1, rich_help_panel=_LAYOUT
+        ),
     ] = 1,
     etp: Annotated[
         int | None,
-        typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1, rich_help_panel=_LAYOUT),
+        typer.Option(
+            "--etp",
+            help="Ranks that cut each expert; default: as --tp.",
+            min=1,
+            rich_help_panel=_LAYOUT,
+        ),
     ] = None,
-    cp: Annotated[int, typer.Option("--cp", help="Ranks that share a sequence.", min=1, rich_help_panel=_LAYOUT)] = 1,
+    cp: Annotated[
+        int,
+        typer.Option("--cp", help="Ranks that share a sequence.", min=1, rich_help_panel=_LAYOUT),
+    ] = 1,
     backend: Annotated[
-        str, typer.Option("--backend", help="auto, transformer_engine or torch.", rich_help_panel=_LAYOUT)
+        str,
+        typer.Option(
+            "--backend", help="auto, transformer_engine or torch.", rich_help_panel=_LAYOUT
+        ),
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32, bfloat16 or float16.")] = "float32",
-    quick: Annotated[bool, typer.Option("--quick", help="One prompt of each length, no generation.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the arithmetic: float32, bfloat16 or float16.")
+    ] = "float32",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One prompt of each length, no generation.")
+    ] = False,
     count: Annotated[int, typer.Option(help="Long prompts.", min=1)] = 3,
     length: Annotated[
-        int | None, typer.Option(help="Positions of a prompt; default: past the window and RoPE's own.", min=1)
+        int | None,
+        typer.Option(help="Positions of a prompt; default: past the window and RoPE's own.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
-    gradients: Annotated[bool, typer.Option("--gradients", help="Also the gradients of one step.")] = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also the gradients of one step.")
+    ] = False,
     mtp: Annotated[
-        bool, typer.Option("--mtp", help="Build multi-token prediction too; else its tensors travel beside the model.")
+        bool,
+        typer.Option(
+            "--mtp",
+            help="Build multi-token prediction too; else its tensors travel beside the model.",
+        ),
     ] = False,
     stream: Annotated[
         bool | None,
-        typer.Option("--stream/--no-stream", help="A layer at a time on both sides; default: above 2 GiB in fp32."),
+        typer.Option(
+            "--stream/--no-stream",
+            help="A layer at a time on both sides; default: above 2 GiB in fp32.",
+        ),
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option("--report", help="Write the report as one HTML file.")] = None,
-    card: Annotated[Path | None, typer.Option("--card", help="Write or extend a model card (Markdown).")] = None,
-    name: Annotated[str | None, typer.Option(help="What the card calls the model; default: the folder.")] = None,
-    note: Annotated[str, typer.Option(help="A sentence for the card: what was verified in place of what.")] = "",
+    html: Annotated[
+        Path | None, typer.Option("--report", help="Write the report as one HTML file.")
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="Write or extend a model card (Markdown).")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the card calls the model; default: the folder.")
+    ] = None,
+    note: Annotated[
+        str, typer.Option(help="A sentence for the card: what was verified in place of what.")
+    ] = "",
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Plant faults in miniatures, and show that each is caught.")
+        bool,
+        typer.Option(
+            "--self-test", help="Plant faults in miniatures, and show that each is caught."
+        ),
     ] = False,
 ) -> None:
     """Round trip through Megatron-Core and logits against Transformers; or one model against another."""
@@ -72,7 +122,9 @@ def verify(
         _self_test(json_)
         return
     if source is None:
-        raise UnsupportedConfig("SOURCE", got=None, wanted="a folder (or --self-test)", where="command line")
+        raise UnsupportedConfig(
+            "SOURCE", got=None, wanted="a folder (or --self-test)", where="command line"
+        )
     _check_outputs(json_, html, card)
     from exaone_bridge.runtime.launch import is_first, leave
     from exaone_bridge.verification import verify_model
@@ -121,7 +173,10 @@ def _check_outputs(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UnsupportedConfig(
-                "output", got=str(path), wanted="a file in a folder that is there", where="command line"
+                "output",
+                got=str(path),
+                wanted="a file in a folder that is there",
+                where="command line",
             )
 
 
@@ -132,7 +187,12 @@ def print_report(report: Any) -> None:
         f"{name}, {report.parameters:,} parameters, {report.layout}, {report.dtype}, {report.seconds:.1f} s",
         ["check", "figure", "held against", "verdict"],
         [
-            [check.name, check.figure, check.bound, check.verdict.upper() if not check.holds else check.verdict.value]
+            [
+                check.name,
+                check.figure,
+                check.bound,
+                check.verdict.upper() if not check.holds else check.verdict.value,
+            ]
             for check in report.checks
         ],
     )
@@ -150,7 +210,15 @@ def _self_test(json_: Path | None) -> None:
         result = self_test(on_event=on_event)
     table(
         f"{len(result.outcomes)} planted faults, {result.clean} clean models, {result.seconds:.0f} s",
-        ["fault", "model", "caught by", "begins at", "host: cosine", "host: weights", "host's verdict"],
+        [
+            "fault",
+            "model",
+            "caught by",
+            "begins at",
+            "host: cosine",
+            "host: weights",
+            "host's verdict",
+        ],
         [outcome.cells() for outcome in result.outcomes],
     )
     say(result.score())

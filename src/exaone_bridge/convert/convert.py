@@ -64,11 +64,17 @@ def _typed_disk_errors(target: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         problem = f"the disk refuses to take more ({error.strerror})"
-        raise OutputError(target, problem, remedy="free some space and run this again, which continues") from error
+        raise OutputError(
+            target, problem, remedy="free some space and run this again, which continues"
+        ) from error
 
 
 def _import_rank(
-    source: Path, target: Path, parameters: list[Parameter], shares: list[list[int]], tensors: Mapping[str, TensorInfo]
+    source: Path,
+    target: Path,
+    parameters: list[Parameter],
+    shares: list[list[int]],
+    tensors: Mapping[str, TensorInfo],
 ) -> tuple[list[Written], int, int]:
     """Write this rank's share; where each parameter went, and the memory before and at most."""
     from exaone_bridge.runtime.ranks import emit
@@ -124,19 +130,27 @@ def import_checkpoint(
     provider = provider_for(hf_folder, layout, backend)
     parameters = parameters_of(plan, source.facts.num_layers, stacked=layers_are_stacked(provider))
     shares = deal([parameter.nbytes for parameter in parameters], workers)
-    _tell(on_event, "writing the Megatron checkpoint", Total(sum(tensor.nbytes for tensor in ours.values())))
+    _tell(
+        on_event,
+        "writing the Megatron checkpoint",
+        Total(sum(tensor.nbytes for tensor in ours.values())),
+    )
     with staged(megatron_folder) as folder:
         iteration = write_beside(folder, provider, megatron_folder.absolute())
         arguments = (hf_folder.absolute(), iteration, parameters, shares, ours)
         results = run_ranks(_import_rank, workers, *arguments, on_event=on_event)
-        write_metadata(iteration, parameters, ours, [where for written, _, _ in results for where in written])
+        write_metadata(
+            iteration, parameters, ours, [where for written, _, _ in results for where in written]
+        )
         assets = folder / ASSETS
         assets.mkdir()
         write_config(assets, source.config)
         copy_travelling_files(hf_folder, assets)
         keep_carried(source, assets)
         (assets / INDEX).write_text(json.dumps({"weight_map": shards_like(source)}))
-    base, peak = max(((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0])
+    base, peak = max(
+        ((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0]
+    )
     seconds = time.perf_counter() - started
     return Summary(len(source.tensors), source.nbytes, seconds, peak_bytes=peak, base_bytes=base)
 
@@ -168,7 +182,12 @@ def _export_rank(
                     read_into(carried[name], tensor)
                 else:
                     tensor = source.read(name)
-                writer.put(name, [memoryview(tensor.view(-1).view(torch.uint8).numpy())] if tensor.nbytes else [])
+                writer.put(
+                    name,
+                    [memoryview(tensor.view(-1).view(torch.uint8).numpy())]
+                    if tensor.nbytes
+                    else [],
+                )
                 meter.advance(tensor.nbytes)
                 del tensor
             writer.close()
@@ -206,7 +225,11 @@ def export_checkpoint(
     started = time.perf_counter()
     refuse_existing(hf_folder)
     if not megatron_folder.is_dir():
-        raise CheckpointError(megatron_folder, "this folder does not exist", remedy="name a Megatron checkpoint folder")
+        raise CheckpointError(
+            megatron_folder,
+            "this folder does not exist",
+            remedy="name a Megatron checkpoint folder",
+        )
 
     from exaone_bridge.runtime.model import provider_of
     from exaone_bridge.runtime.ranks import run_ranks
@@ -219,7 +242,9 @@ def export_checkpoint(
         config = family.write_config(family.without_carried(source.facts), config)
     elif carried_sizes(assets, family, source.facts):
         beside = read_file_header(assets / CARRIED)[0]
-        carried = {name: info for name, info in beside.items() if name not in source.tensors}  # built since the import
+        carried = {
+            name: info for name, info in beside.items() if name not in source.tensors
+        }  # built since the import
     specs: list[TensorSpec] = [*source.tensors.values(), *carried.values()]
     sizes = {spec.name: spec.nbytes for spec in specs}
     files = _source_shards(assets / INDEX, sizes) if max_shard_bytes is None else None
@@ -233,14 +258,20 @@ def export_checkpoint(
         groups = [*source.groups(), *([name] for name in carried)]
         hands = deal([sum(sizes[name] for name in group) for group in groups], workers)
         shares = [[name for number in hand for name in groups[number]] for hand in hands]
-        results = run_ranks(_export_rank, workers, source, folder, writer, shares, carried, on_event=on_event)
+        results = run_ranks(
+            _export_rank, workers, source, folder, writer, shares, carried, on_event=on_event
+        )
         write_index(folder, shards)
         write_config(folder, config)
         if assets.is_dir():
             copy_travelling_files(assets, folder)
-    base, peak = max(((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0])
+    base, peak = max(
+        ((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0]
+    )
     seconds, kept = time.perf_counter() - started, sum(kept for kept, _, _ in results)
-    return Summary(len(specs), shards.nbytes, seconds, peak_bytes=peak, base_bytes=base, kept_bytes=kept)
+    return Summary(
+        len(specs), shards.nbytes, seconds, peak_bytes=peak, base_bytes=base, kept_bytes=kept
+    )
 
 
 def _source_shards(index: Path, sizes: Mapping[str, int]) -> dict[str, str] | None:
@@ -249,7 +280,11 @@ def _source_shards(index: Path, sizes: Mapping[str, int]) -> dict[str, str] | No
         return None
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(_is_plain(file) for file in files.values()):
-        raise CheckpointError(index, "its weight_map has other values than plain file names", remedy="remove this file")
+        raise CheckpointError(
+            index,
+            "its weight_map has other values than plain file names",
+            remedy="remove this file",
+        )
     return files if files.keys() == sizes.keys() else None
 
 

@@ -32,7 +32,9 @@ def keep_carried(source: HFSource, folder: Path) -> None:
     if not source.carried and not source.family.carried_tensors(source.facts):
         return
     save_file(dict(_read(source.carried)), folder / CARRIED)
-    logger.info("carried past the model unchanged: %d tensors, in %s", len(source.carried), folder / CARRIED)
+    logger.info(
+        "carried past the model unchanged: %d tensors, in %s", len(source.carried), folder / CARRIED
+    )
 
 
 def _read(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any]]:

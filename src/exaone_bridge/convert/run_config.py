@@ -29,7 +29,11 @@ def provider_for(hf_folder: Path, layout: Layout, backend: str) -> Any:
     with cpu_runtime():
         provider = AutoBridge.from_hf_pretrained(hf_folder).to_megatron_provider(load_weights=False)
         dtype = provider.params_dtype
-        fields = layout.provider_overrides() | {"backend": backend, "pipeline_dtype": dtype, "autocast_dtype": dtype}
+        fields = layout.provider_overrides() | {
+            "backend": backend,
+            "pipeline_dtype": dtype,
+            "autocast_dtype": dtype,
+        }
         provider.apply_overrides_and_finalize(dtype, fields)
     return provider
 
@@ -38,7 +42,9 @@ def layers_are_stacked(provider: Any) -> bool:
     """Whether Megatron-Core keeps all layers of a parameter in one tensor (`TransformerBlock.sharded_state_dict`)."""
     frequencies = (provider.moe_layer_freq, provider.linear_attention_freq)
     uneven = any(isinstance(frequency, list) or (frequency or 0) > 1 for frequency in frequencies)
-    return not (uneven or provider.heterogeneous_block_specs or provider.hetereogenous_dist_checkpoint)
+    return not (
+        uneven or provider.heterogeneous_block_specs or provider.hetereogenous_dist_checkpoint
+    )
 
 
 def write_beside(folder: Path, provider: Any, target: Path) -> Path:

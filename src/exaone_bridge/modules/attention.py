@@ -30,7 +30,9 @@ __all__ = ["TorchDotProductAttention"]
 @functools.lru_cache(maxsize=8)
 def _window_mask(length: int, left: int, device: torch.device) -> torch.Tensor:
     """[S, S] bool, True where query i may see key j: i - left <= j <= i."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    distance = (
+        torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    )
     return (distance >= 0) & (distance <= left)
 
 
@@ -63,13 +65,22 @@ class TorchDotProductAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
             raise UnsupportedConfig(
-                "attn_mask_type", got=f"{attention_type}, {attn_mask_type}", known=("self, causal",), where="layer spec"
+                "attn_mask_type",
+                got=f"{attention_type}, {attn_mask_type}",
+                known=("self, causal",),
+                where="layer spec",
             )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
         self.left = config.window_size[0] if windowed else None
-        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+        self.cp_group = (
+            pg_collection.cp
+            if pg_collection is not None and config.context_parallel_size > 1
+            else None
+        )
 
     def forward(
         self,
@@ -95,9 +106,13 @@ class TorchDotProductAttention(MegatronModule):
         if self.cp_group is not None:
             return self._attend_over_ranks(query, key, value, packed_seq_params)
         if packed_seq_params is None:
-            q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, D]
+            q, k, v = (
+                tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)
+            )  # [B, heads, S, D]
             return self._attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, heads, T, D]
+        q, k, v = (
+            tensor.transpose(0, 1)[None] for tensor in (query, key, value)
+        )  # [1, heads, T, D]
         documents = [
             self._attend(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
             for begin, end in itertools.pairwise(_starts(packed_seq_params))
@@ -105,11 +120,18 @@ class TorchDotProductAttention(MegatronModule):
         return torch.cat(documents, dim=2)[0].transpose(0, 1).flatten(1)
 
     def _attend_over_ranks(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedSeqParams | None,
     ) -> torch.Tensor:
         """As `forward`; S (or T) are this rank's positions, in the order of `modules/context_parallel.py`."""
         assert self.cp_group is not None
-        key, value = (gather_from_sequence_parallel_region(tensor, group=self.cp_group) for tensor in (key, value))
+        key, value = (
+            gather_from_sequence_parallel_region(tensor, group=self.cp_group)
+            for tensor in (key, value)
+        )
         starts = [0, len(key)] if packed is None else _starts(packed)
         held = [
             torch.cat(
@@ -122,7 +144,9 @@ class TorchDotProductAttention(MegatronModule):
         ]
         mine, every = held[self.cp_group.rank()], torch.cat(held)
         ends = torch.tensor(starts[1:], device=query.device)
-        first = torch.tensor(starts, device=query.device)[torch.bucketize(mine, ends, right=True)]  # of the document
+        first = torch.tensor(starts, device=query.device)[
+            torch.bucketize(mine, ends, right=True)
+        ]  # of the document
         mask = (every[None] <= mine[:, None]) & (every[None] >= first[:, None])
         if self.left is not None:
             mask &= mine[:, None] - every[None] <= self.left
@@ -133,7 +157,11 @@ class TorchDotProductAttention(MegatronModule):
         return self._attend(q, k, v, mask)[0].transpose(0, 1).flatten(1)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, heads, S, D] -> [B, N, S, D]; without a mask [S, S keys], causal with the layer's window."""
         length = query.shape[2]

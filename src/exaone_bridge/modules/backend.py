@@ -36,7 +36,14 @@ if HAVE_TE:  # which brings Triton
     from exaone_bridge.modules.fused_attention import FusedSelfAttention
     from exaone_bridge.modules.kernels.swiglu import SwiGLU
 
-__all__ = ["TORCH", "TRANSFORMER_ENGINE", "Backend", "cannot_run", "cross_entropy", "resolve_backend"]
+__all__ = [
+    "TORCH",
+    "TRANSFORMER_ENGINE",
+    "Backend",
+    "cannot_run",
+    "cross_entropy",
+    "resolve_backend",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,9 @@ def _sequential_experts() -> Any:
 
 
 def _grouped_experts() -> Any:
-    linears = GroupedMLPSubmodules(linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear)
+    linears = GroupedMLPSubmodules(
+        linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
+    )
     return functools.partial(GroupedExperts, submodules=linears)
 
 
@@ -141,7 +150,11 @@ def resolve_backend(name: str = "auto") -> Backend:
         UnsupportedConfig: an unknown name, or Transformer Engine asked for where it is not installed.
     """
     if name == "auto":
-        return TRANSFORMER_ENGINE if TRANSFORMER_ENGINE is not None and torch.cuda.is_available() else TORCH
+        return (
+            TRANSFORMER_ENGINE
+            if TRANSFORMER_ENGINE is not None and torch.cuda.is_available()
+            else TORCH
+        )
     if name == "torch":
         return TORCH
     if name == "transformer_engine" and TRANSFORMER_ENGINE is not None:

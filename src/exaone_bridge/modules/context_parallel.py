@@ -21,7 +21,12 @@ _KNOWN = ("p2p", *_WINDOWED, "a2a+p2p")
 
 
 def exchanges(
-    windowed: Sequence[bool], *, heads: int, kv_heads: int, cp: int, asked: str | Sequence[str] | None = None
+    windowed: Sequence[bool],
+    *,
+    heads: int,
+    kv_heads: int,
+    cp: int,
+    asked: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Megatron-Core's `cp_comm_type`, one entry a layer.
 
@@ -66,7 +71,9 @@ def exchanges(
     return chosen
 
 
-def positions_of(rank: int, cp: int, length: int, device: torch.device | str | None = None) -> torch.Tensor:
+def positions_of(
+    rank: int, cp: int, length: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """[S / cp] int64: the positions, of `length` in all, that this rank of context parallelism holds, in its order.
 
     Raises:
@@ -91,5 +98,7 @@ def gathered_in_order(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """
     whole = torch.cat(list(parts), dim=dim)
     length = whole.shape[dim]
-    held = torch.cat([positions_of(rank, len(parts), length, whole.device) for rank in range(len(parts))])
+    held = torch.cat(
+        [positions_of(rank, len(parts), length, whole.device) for rank in range(len(parts))]
+    )
     return whole.index_select(dim, held.argsort())

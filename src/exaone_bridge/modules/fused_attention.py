@@ -21,10 +21,16 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
     than key-value heads, and RoPE of part of a head or without `apply_rope_fusion`.
     """
 
-    _by_kernel: tuple[torch.Tensor | None] | None = None  # the angles of a forward pass that the kernel rotates
+    _by_kernel: tuple[torch.Tensor | None] | None = (
+        None  # the angles of a forward pass that the kernel rotates
+    )
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """As the parent's; the angles are kept from it, and applied where queries and keys come into being."""
         angles = kwargs.get("rotary_pos_emb")
@@ -34,7 +40,9 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         self._by_kernel = (angles[0] if isinstance(angles, tuple) else angles,)
         try:
-            return super().forward(hidden_states, attention_mask, **kwargs | {"rotary_pos_emb": None})
+            return super().forward(
+                hidden_states, attention_mask, **kwargs | {"rotary_pos_emb": None}
+            )
         finally:
             self._by_kernel = None
 
@@ -57,19 +65,45 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
         return qk_norm_rope(mixed, size, weights, eps, angles, pairs)
 
     def _normed(self) -> bool:
-        return isinstance(self.q_layernorm, FusedRMSNorm) and isinstance(self.k_layernorm, FusedRMSNorm)
+        return isinstance(self.q_layernorm, FusedRMSNorm) and isinstance(
+            self.k_layernorm, FusedRMSNorm
+        )
 
     def _fits(self, hidden: torch.Tensor, angles: Any, options: dict[str, Any]) -> bool:
         config, size = self.config, self.hidden_size_per_attention_head
-        elsewhere = ("inference_context", "inference_params", "packed_seq_params", "rotary_pos_cos", "rotary_pos_sin")
-        if any(options.get(name) is not None for name in elsewhere) or not hidden.is_cuda or config.test_mode:
+        elsewhere = (
+            "inference_context",
+            "inference_params",
+            "packed_seq_params",
+            "rotary_pos_cos",
+            "rotary_pos_sin",
+        )
+        if (
+            any(options.get(name) is not None for name in elsewhere)
+            or not hidden.is_cuda
+            or config.test_mode
+        ):
             return False
-        if config.num_query_groups < self.world_size or config.attention_output_gate or size < 32 or size & (size - 1):
+        if (
+            config.num_query_groups < self.world_size
+            or config.attention_output_gate
+            or size < 32
+            or size & (size - 1)
+        ):
             return False
-        bare = all(norm is None or isinstance(norm, IdentityOp) for norm in (self.q_layernorm, self.k_layernorm))
-        if not (bare or self._normed()) or (isinstance(angles, tuple) and angles[0] is not angles[1]):
+        bare = all(
+            norm is None or isinstance(norm, IdentityOp)
+            for norm in (self.q_layernorm, self.k_layernorm)
+        )
+        if not (bare or self._normed()) or (
+            isinstance(angles, tuple) and angles[0] is not angles[1]
+        ):
             return False
         angles = angles[0] if isinstance(angles, tuple) else angles
         if angles is None:
             return not bare  # else there is nothing to do
-        return config.apply_rope_fusion and angles.shape[-1] == size and angles.numel() == angles.shape[0] * size
+        return (
+            config.apply_rope_fusion
+            and angles.shape[-1] == size
+            and angles.numel() == angles.shape[0] * size
+        )

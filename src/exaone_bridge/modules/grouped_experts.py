@@ -46,14 +46,18 @@ def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     size, start = first.numel() * first.element_size(), first.data_ptr()
     storage = first.untyped_storage()
     fits = start - storage.data_ptr() + len(weights) * size <= storage.nbytes()
-    if fits and all(weight.data_ptr() == start + index * size for index, weight in enumerate(weights)):
+    if fits and all(
+        weight.data_ptr() == start + index * size for index, weight in enumerate(weights)
+    ):
         return first.as_strided((len(weights), rows, columns), (rows * columns, columns, 1))
     return torch.stack(tuple(weights))
 
 
 class _GroupedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, ends: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, ends, *weights)
         return torch.nn.functional.grouped_mm(x, stacked(weights).transpose(1, 2), offs=ends)
 
@@ -70,7 +74,9 @@ class _GroupedProducts(torch.autograd.Function):
         return of_x, None, *of_weights
 
 
-def grouped_products(x: torch.Tensor, ends: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def grouped_products(
+    x: torch.Tensor, ends: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Each expert's rows of x times its weight: [T, I] -> [T, O], differentiable in x and the weights.
 
     Args:
@@ -115,12 +121,20 @@ class _Grouped:
     @property
     def takes_ends(self) -> bool:
         """Whether `grouped_mm` can do it: plain bf16 weights on Hopper or later, no bias, wgrad not delayed."""
-        if self.use_bias or self.delay_wgrad_compute or getattr(self, "single_grouped_weight", False):  # type: ignore[attr-defined]
+        if (
+            self.use_bias
+            or self.delay_wgrad_compute
+            or getattr(self, "single_grouped_weight", False)
+        ):  # type: ignore[attr-defined]
             return False
         weight = self.weight0  # type: ignore[attr-defined]
-        plain = type(weight.data) is torch.Tensor and weight.is_cuda and weight.dtype is torch.bfloat16
+        plain = (
+            type(weight.data) is torch.Tensor and weight.is_cuda and weight.dtype is torch.bfloat16
+        )
         return (
-            plain and weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and torch.cuda.get_device_capability() >= (9, 0)
+            plain
+            and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+            and torch.cuda.get_device_capability() >= (9, 0)
         )
 
     def forward(self, x: torch.Tensor, splits: Any) -> Any:
@@ -145,9 +159,13 @@ else:
 class GroupedExperts(TEGroupedMLP):
     """TEGroupedMLP that leaves the token counts on the GPU where its linears can use them there."""
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any
+    ) -> None:
         if config.use_te_activation_func:
-            config = copy.copy(config)  # the parent's fused activation has the probabilities in it, the other has not
+            config = copy.copy(
+                config
+            )  # the parent's fused activation has the probabilities in it, the other has not
             config.bias_activation_fusion, config.use_te_activation_func = True, False
         super().__init__(num_local_experts, config, *args, **kwargs)
 
@@ -171,10 +189,16 @@ class GroupedExperts(TEGroupedMLP):
         return hidden, None
 
     def _grouped(self, hidden: torch.Tensor) -> bool:
-        plain = hidden.dtype is torch.bfloat16 and hidden.shape[0] > 0 and not (self.config.fp8 or self.config.fp4)
+        plain = (
+            hidden.dtype is torch.bfloat16
+            and hidden.shape[0] > 0
+            and not (self.config.fp8 or self.config.fp4)
+        )
         # An adapter around a linear asks for a list.
         linears = (self.linear_fc1, self.linear_fc2)
-        return plain and all(isinstance(linear, _Grouped) and linear.takes_ends for linear in linears)
+        return plain and all(
+            isinstance(linear, _Grouped) and linear.takes_ends for linear in linears
+        )
 
     def _plain(self) -> bool:
         """Whether there is nothing between the linears but SwiGLU: no offloading, no recompute."""

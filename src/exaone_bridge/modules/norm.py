@@ -27,10 +27,14 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise ValueError(f"TorchRMSNorm: normalization is {config.normalization!r}, and must be plain 'RMSNorm'.")
+            raise ValueError(
+                f"TorchRMSNorm: normalization is {config.normalization!r}, and must be plain 'RMSNorm'."
+            )
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # finalize_model_grads sums over tp where set
+        self.weight.sequence_parallel = (
+            config.sequence_parallel
+        )  # finalize_model_grads sums over tp where set
         self._register_load_state_dict_pre_hook(
             lambda state_dict, prefix, *_: state_dict.setdefault(f"{prefix}_extra_state")
         )
@@ -50,8 +54,12 @@ if HAVE_TE:
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-            rows = x.reshape(-1, x.shape[-1]).contiguous()  # keys are a view into the fused projection
-            normed, _, inverse_rms = kernels.rmsnorm_fwd(rows, weight, eps, None, None, TE_DType[x.dtype], 0, False)
+            rows = x.reshape(
+                -1, x.shape[-1]
+            ).contiguous()  # keys are a view into the fused projection
+            normed, _, inverse_rms = kernels.rmsnorm_fwd(
+                rows, weight, eps, None, None, TE_DType[x.dtype], 0, False
+            )
             ctx.save_for_backward(rows, weight, inverse_rms)
             return normed.view(x.shape)
 

@@ -22,12 +22,18 @@ class PostNorm:
     """Mixin over a row-parallel linear: [S, B, I / tp] -> linear, summed over tp -> norm -> [S, B, O]."""
 
     norm: type
-    norm_is_deferred = False  # True: a wrapper that adds an adapter to the output applies the norm after it
+    norm_is_deferred = (
+        False  # True: a wrapper that adds an adapter to the output applies the norm after it
+    )
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
         # The model's own epsilon: Megatron-Core's norms default to 1e-5.
-        self.post_layernorm = self.norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
+        self.post_layernorm = self.norm(
+            config=config, hidden_size=output_size, eps=config.layernorm_epsilon
+        )
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         output, bias = super().forward(hidden)  # type: ignore[misc]

@@ -79,7 +79,9 @@ class ExactGPTModelProvider(GPTModelProvider):
     """
 
     backend: str = "auto"
-    cross_entropy_fusion_impl: str = "te"  # 6 ms of 210 and 5 GiB of 23 less than native (docs/benchmarks.md)
+    cross_entropy_fusion_impl: str = (
+        "te"  # 6 ms of 210 and 5 GiB of 23 less than native (docs/benchmarks.md)
+    )
     rope_scaling_low_freq_factor: float = 1.0
     rope_scaling_high_freq_factor: float = 4.0
     rope_scaling_original_max_positions: int = 8192
@@ -134,7 +136,9 @@ class ExactGPTModelProvider(GPTModelProvider):
         if self.context_parallel_size > 1:
             self._switch_off(cp_comm_type=self._exchanges())
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Transformer Engine cross entropy loss fusion has known stability issues")
+            warnings.filterwarnings(
+                "ignore", "Transformer Engine cross entropy loss fusion has known stability issues"
+            )
             super().finalize()
 
     def _plain_swiglu(self) -> bool:
@@ -147,7 +151,10 @@ class ExactGPTModelProvider(GPTModelProvider):
         layers = range(1, self.num_layers + 1)
         tp = self.tensor_model_parallel_size
         return exchanges(
-            [is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer) for layer in layers],
+            [
+                is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer)
+                for layer in layers
+            ],
             heads=self.num_attention_heads // tp,
             kv_heads=max(1, self.num_query_groups // tp),
             cp=self.context_parallel_size,
@@ -163,10 +170,15 @@ class ExactGPTModelProvider(GPTModelProvider):
                 setattr(self, name, value)
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
     ) -> GPTModel:
         """The GPTModel of this rank (of its chunk `vp_stage`), with exact RoPE and padding that does not count."""
-        model = super().provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        model = super().provide(
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
         if self.rope_scaling:
             model.rotary_pos_emb = Llama3RotaryEmbedding(
                 factor=self.rope_scaling_factor,
@@ -190,7 +202,9 @@ class ExactGPTModelProvider(GPTModelProvider):
         wished = self.__dict__.get("_switched_off", {})
         for name in self.__dataclass_fields__:
             if not name.startswith("_"):
-                result[name] = _ConfigContainerBase._convert_value_to_dict(wished.get(name, getattr(self, name)))
+                result[name] = _ConfigContainerBase._convert_value_to_dict(
+                    wished.get(name, getattr(self, name))
+                )
         return result
 
     def _has_custom_pipeline(self) -> bool:

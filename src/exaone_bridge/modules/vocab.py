@@ -29,7 +29,9 @@ def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
     if layer.output_size <= vocab_size:
         return
 
-    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    def mask(
+        _: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]
+    ) -> tuple[torch.Tensor, Any]:
         logits, bias = output  # [S, B, V / tp], or [S, B, V] where the layer gathered it
         real = kept if logits.shape[-1] == here and layer.output_size != here else kept_gathered
         if real == logits.shape[-1]:

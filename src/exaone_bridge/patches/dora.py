@@ -81,7 +81,9 @@ def make_dora_whole() -> None:
     @functools.wraps(start)
     def start_marked(self: ParallelLinearDoRAAdapter, value: torch.Tensor) -> None:
         start(self, value)
-        if self.input_is_parallel:  # every rank has all of it, and with sequence parallelism sees a part of the tokens
+        if (
+            self.input_is_parallel
+        ):  # every rank has all of it, and with sequence parallelism sees a part of the tokens
             self.weight_magnitude.sequence_parallel = self.config.sequence_parallel
         else:  # cut like the rows, and counted so in the norm of all gradients
             self.weight_magnitude.tensor_model_parallel = True
@@ -115,7 +117,9 @@ class DoRAExport(_Host):
         for task in (task for group in tasks.values() for task in group):
             if task.linear_out_task.megatron_module is not None and task.adapter_key is None:
                 prefix = task.linear_out_task.param_name.partition(".adapter.")[0]
-                adapter, _ = self._get_adapter_wrap_module(prefix, megatron_model, task.linear_out_task.vp_stage)
+                adapter, _ = self._get_adapter_wrap_module(
+                    prefix, megatron_model, task.linear_out_task.vp_stage
+                )
                 if hasattr(adapter, "weight_magnitude"):
                     held[task.global_base_prefix] = adapter
         group = parallel_state.get_pipeline_model_parallel_group()
@@ -131,7 +135,9 @@ class DoRAExport(_Host):
                 self._magnitude_tasks[prefix] = WeightConversionTask(
                     param_name=name,
                     global_param_name=name,
-                    mapping=(ReplicatedMapping if whole else ColumnParallelMapping)(name, f"{prefix}{_MAGNITUDE}"),
+                    mapping=(ReplicatedMapping if whole else ColumnParallelMapping)(
+                        name, f"{prefix}{_MAGNITUDE}"
+                    ),
                     pp_rank=task.linear_out_task.pp_rank,
                     vp_stage=task.linear_out_task.vp_stage,
                     megatron_module=held.get(prefix),
@@ -146,7 +152,9 @@ class DoRAExport(_Host):
             task = self._magnitude_tasks.get(adapter_task.global_base_prefix)
             if task is not None:
                 found = task.mapping.megatron_to_hf(task.param_weight, task.megatron_module)
-                self._magnitudes[adapter_task.global_base_prefix] = next(iter(found.values())).detach()
+                self._magnitudes[adapter_task.global_base_prefix] = next(
+                    iter(found.values())
+                ).detach()
         return super().materialize_adapter_weights(adapter_tasks)
 
     def _refuse_what_peft_misreads(self, megatron_model: Any) -> None:
@@ -156,7 +164,9 @@ class DoRAExport(_Host):
         if not model[0].config.num_moe_experts:
             return
         found = sorted(
-            info[0] for info in self._megatron_global_adapters_info_all_pp_ranks(model) if ".mlp." in info[0]
+            info[0]
+            for info in self._megatron_global_adapters_info_all_pp_ranks(model)
+            if ".mlp." in info[0]
         )
         if found:
             raise UnsupportedConfig(
@@ -167,26 +177,38 @@ class DoRAExport(_Host):
                 remedy="export the merged model (save_hf_pretrained), or adapt linear_qkv and linear_proj only",
             )
 
-    def _magnitudes_by_name(self, megatron_model: Any, names: list[str], prefix: str) -> dict[str, torch.Tensor]:
+    def _magnitudes_by_name(
+        self, megatron_model: Any, names: list[str], prefix: str
+    ) -> dict[str, torch.Tensor]:
         """Hugging Face weight -> its magnitude [rows, 1]; what the host splits B by splits them, too."""
         column = self._magnitudes[prefix][:, None]
-        return self._get_fused_adapter_linear_out_slices(megatron_model, names, column) or {names[0]: column}
+        return self._get_fused_adapter_linear_out_slices(megatron_model, names, column) or {
+            names[0]: column
+        }
 
-    def _merge_lora_adapter_weights(self, megatron_model: Any, converted: dict[str, Any], adapters: Any) -> Any:
+    def _merge_lora_adapter_weights(
+        self, megatron_model: Any, converted: dict[str, Any], adapters: Any
+    ) -> Any:
         """W + s B A, as the host has it; of DoRA m (W + s B A) / |W + s B A|, row by row (equation 5 of the paper)."""
         prefix = adapters[0].global_base_prefix
         if not converted or prefix not in self._magnitudes:
             return super()._merge_lora_adapter_weights(megatron_model, converted, adapters)
         types = {name: weight.dtype for name, weight in converted.items()}
-        whole = {name: weight.float() for name, weight in converted.items()}  # rounded once, at the end
+        whole = {
+            name: weight.float() for name, weight in converted.items()
+        }  # rounded once, at the end
         merged = super()._merge_lora_adapter_weights(megatron_model, whole, adapters)
         magnitudes = self._magnitudes_by_name(megatron_model, list(merged), prefix)
         return {
-            name: (magnitudes[name].to(weight) * weight / weight.norm(dim=1, keepdim=True)).to(types[name])
+            name: (magnitudes[name].to(weight) * weight / weight.norm(dim=1, keepdim=True)).to(
+                types[name]
+            )
             for name, weight in merged.items()
         }
 
-    def stream_adapter_weights_megatron_to_hf(self, megatron_model: Any, *args: Any, **kwargs: Any) -> Iterable[Any]:
+    def stream_adapter_weights_megatron_to_hf(
+        self, megatron_model: Any, *args: Any, **kwargs: Any
+    ) -> Iterable[Any]:
         """The host's stream of A and B, then DoRA's magnitudes by the names that PEFT has for them.
 
         Raises:
@@ -203,4 +225,6 @@ class DoRAExport(_Host):
             for name, magnitude in self._magnitudes_by_name(model, names, prefix).items():
                 vector = magnitude[:, 0].contiguous()
                 on_cpu = kwargs.get("cpu", args[0] if args else True)
-                yield HFWeightTuple(name.removesuffix(".weight") + _MAGNITUDE, vector.cpu() if on_cpu else vector)
+                yield HFWeightTuple(
+                    name.removesuffix(".weight") + _MAGNITUDE, vector.cpu() if on_cpu else vector
+                )

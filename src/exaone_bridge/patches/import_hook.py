@@ -35,7 +35,9 @@ class _Loader:
         with self._around():
             self._inner.exec_module(module)
 
-    def __getattr__(self, name: str) -> object:  # get_source, get_data: tracebacks and resource readers ask for them
+    def __getattr__(
+        self, name: str
+    ) -> object:  # get_source, get_data: tracebacks and resource readers ask for them
         if name == "_inner":  # of a copy that is being made
             raise AttributeError(name)
         return getattr(self._inner, name)

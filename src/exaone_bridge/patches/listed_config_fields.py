@@ -32,7 +32,9 @@ def _wrap(config_class: Any, fields: frozenset[str]) -> None:
     @functools.wraps(inner)
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         plain = {
-            key: value[0] if key in fields and isinstance(value, list) and len(value) in (1, 2) else value
+            key: value[0]
+            if key in fields and isinstance(value, list) and len(value) in (1, 2)
+            else value
             for key, value in config_dict.items()
         }
         return inner(cls, plain, **kwargs)

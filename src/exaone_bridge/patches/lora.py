@@ -22,7 +22,9 @@ from exaone_bridge.patches.dora import make_dora_whole, refuse_inexact_dora
 __all__ = ["adapters_before_post_norms"]
 
 
-def _finish(wrapper: torch.nn.Module, _: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+def _finish(
+    wrapper: torch.nn.Module, _: Any, output: tuple[torch.Tensor, Any]
+) -> tuple[torch.Tensor, Any]:
     return wrapper.to_wrap.post_layernorm(output[0]), output[1]
 
 
@@ -40,7 +42,9 @@ def adapters_before_post_norms() -> None:
         return
 
     @functools.wraps(init)
-    def init_and_defer(self: AdapterWrapper, to_wrap: torch.nn.Module, adapter: torch.nn.Module) -> None:
+    def init_and_defer(
+        self: AdapterWrapper, to_wrap: torch.nn.Module, adapter: torch.nn.Module
+    ) -> None:
         refuse_inexact_dora(self, to_wrap, adapter)
         init(self, to_wrap, adapter)
         if isinstance(to_wrap, PostNorm):

@@ -42,7 +42,12 @@ def tolerate_missing_tokenizer(architectures: Collection[str]) -> None:
 
     @functools.wraps(save)
     def save_without(
-        self: AutoBridge, model: Any, path: Any, hf_tokenizer_path: Any = None, *args: Any, **kwargs: Any
+        self: AutoBridge,
+        model: Any,
+        path: Any,
+        hf_tokenizer_path: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         config = getattr(self.hf_pretrained, "config", self.hf_pretrained)
         if hf_tokenizer_path is not None and ours(config) and _has_none(hf_tokenizer_path):

@@ -25,7 +25,9 @@ def optimizer_places_right() -> None:
         return
 
     @functools.wraps(build)
-    def build_fp32_first(cls: type, *args: Any, **kwargs: Any) -> tuple[dict[Any, tuple[int, int]], list[dict]]:
+    def build_fp32_first(
+        cls: type, *args: Any, **kwargs: Any
+    ) -> tuple[dict[Any, tuple[int, int]], list[dict]]:
         _, ranges = build(cls, *args, **kwargs)
         places: dict[Any, tuple[int, int]] = {}
         for index, group in enumerate(ranges):

@@ -56,7 +56,9 @@ def in_folder(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
     found = {key: value for key, value in row.items() if value is not None}
     for key in ("messages", "conversation"):
         if key in found:
-            found[key] = [{**turn, "content": _located(turn["content"], root)} for turn in found[key]]
+            found[key] = [
+                {**turn, "content": _located(turn["content"], root)} for turn in found[key]
+            ]
     for key in ("images", "videos"):
         if key in found:
             found[key] = [_path(value, root) for value in found[key]]
@@ -66,7 +68,10 @@ def in_folder(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
 def _located(content: Any, root: Path) -> Any:
     if isinstance(content, str):
         return content
-    return [{key: _path(value, root) if key in _MEDIA else value for key, value in part.items()} for part in content]
+    return [
+        {key: _path(value, root) if key in _MEDIA else value for key, value in part.items()}
+        for part in content
+    ]
 
 
 def _path(value: Any, root: Path) -> Any:

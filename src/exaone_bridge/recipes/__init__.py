@@ -19,7 +19,9 @@ from exaone_bridge.recipes.plans import PLANS
 __all__ = ["RECIPES", "recipe"]
 
 # Name -> (model, stage).
-RECIPES: dict[str, tuple[str, str]] = {f"{model}_{stage}_config": (model, stage) for model, stage in PLANS}
+RECIPES: dict[str, tuple[str, str]] = {
+    f"{model}_{stage}_config": (model, stage) for model, stage in PLANS
+}
 
 
 @functools.cache

@@ -26,7 +26,9 @@ from exaone_bridge.recipes.published import CONFIGS
 
 __all__ = ["peft", "pretrain", "sft"]
 
-_PROCESSORS = {"exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"}  # where no folder is named; the run downloads it
+_PROCESSORS = {
+    "exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"
+}  # where no folder is named; the run downloads it
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BIAS_UPDATE_RATE = 1e-3  # of the bias that selects experts; DeepSeek-V3 (2024), section 4.2
 _ADAPTED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -39,7 +41,9 @@ def _provider(model: str, hf_path: str | Path | None) -> Any:
     if hf_path is not None:
         if not (Path(hf_path) / "config.json").is_file():
             raise CheckpointError(
-                hf_path, "config.json is missing", remedy="name a Hugging Face folder on disk; recipes download nothing"
+                hf_path,
+                "config.json is missing",
+                remedy="name a Hugging Face folder on disk; recipes download nothing",
             )
         return AutoBridge.from_hf_pretrained(str(hf_path)).to_megatron_provider(load_weights=False)
     from transformers import CONFIG_MAPPING
@@ -49,7 +53,9 @@ def _provider(model: str, hf_path: str | Path | None) -> Any:
     return AutoBridge.from_hf_config(hf_config).to_megatron_provider(load_weights=False)
 
 
-def _planned(model: str, stage: str, gpu_memory_gb: int, provider: Any, changes: dict[str, Any]) -> Plan:
+def _planned(
+    model: str, stage: str, gpu_memory_gb: int, provider: Any, changes: dict[str, Any]
+) -> Plan:
     """The recipe's plan with the caller's changes, checked against the model and the GPU."""
     plan = plan_of(model, stage, gpu_memory_gb).changed(**changes)
     family = family_of(provider.hf_config["architectures"], where=f"recipe {model}")
@@ -74,7 +80,11 @@ def _spread(provider: Any, plan: Plan) -> None:
     provider.seq_length = plan.seq_length
     provider.pipeline_dtype = torch.bfloat16
     if plan.recompute:
-        provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = "full", "uniform", 1
+        provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = (
+            "full",
+            "uniform",
+            1,
+        )
 
 
 def _start_from(config: ConfigContainer, hf_path: str | Path | None) -> None:
@@ -85,10 +95,14 @@ def _start_from(config: ConfigContainer, hf_path: str | Path | None) -> None:
     else:
         tokenizer.tokenizer_type, tokenizer.vocab_size = "NullTokenizer", config.model.vocab_size
     if hf_path is not None:
-        config.checkpoint.pretrained_checkpoint = str(hf_path)  # the host reads such a folder through our bridge
+        config.checkpoint.pretrained_checkpoint = str(
+            hf_path
+        )  # the host reads such a folder through our bridge
 
 
-def pretrain(model: str, stage: str, gpu_memory_gb: int, hf_path: str | Path | None, **changes: Any) -> ConfigContainer:
+def pretrain(
+    model: str, stage: str, gpu_memory_gb: int, hf_path: str | Path | None, **changes: Any
+) -> ConfigContainer:
     """Training from random weights, or on from those in `hf_path`; the host's mock data until `dataset` is set.
 
     Raises:
@@ -166,7 +180,9 @@ def peft(
     """Training of LoRA or DoRA adapters; routed experts have none. Raises what `pretrain` does, and for a scheme."""
     if not isinstance(scheme, PEFT) and scheme not in _SCHEMES:
         known = tuple(_SCHEMES)
-        raise UnsupportedConfig("peft_scheme", got=scheme, known=known, where=f"recipe {model}_peft_config")
+        raise UnsupportedConfig(
+            "peft_scheme", got=scheme, known=known, where=f"recipe {model}_peft_config"
+        )
     provider = _provider(model, hf_path)
     plan = _planned(model, "peft", gpu_memory_gb, provider, changes)
     config = _fine_tune(model, provider, plan, hf_path, dataset_root, packed, rate=1e-4)

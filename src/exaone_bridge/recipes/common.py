@@ -45,7 +45,9 @@ ENVIRONMENT: dict[str, str | int | float | bool] = {
 }
 
 
-def container(model: Any, plan: Plan, dataset: Any, *, iterations: int, rate: float, warmup: int) -> ConfigContainer:
+def container(
+    model: Any, plan: Plan, dataset: Any, *, iterations: int, rate: float, warmup: int
+) -> ConfigContainer:
     """A run of this many steps: AdamW with a cosine from `rate` to its tenth, bf16 with fp32 gradients, all overlaps.
 
     Args:
@@ -168,7 +170,10 @@ def conversations(
         source = HFDatasetSourceConfig(dataset_name="cord_v2")
     else:
         folder = Path(root).absolute()
-        files = {"train": str(folder / "training.jsonl"), "validation": str(folder / "validation.jsonl")}
+        files = {
+            "train": str(folder / "training.jsonl"),
+            "validation": str(folder / "validation.jsonl"),
+        }
         source = HFDatasetSourceConfig(
             path_or_dataset="json",
             load_kwargs={"data_files": files},

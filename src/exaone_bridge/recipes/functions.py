@@ -52,7 +52,11 @@ def _pretrain(model: str, stage: str) -> Recipe:
     def recipe(gpu_memory_gb: int = 80, hf_path: HFPath = None, **changes: Any) -> ConfigContainer:
         return build.pretrain(model, stage, gpu_memory_gb, hf_path, **changes)
 
-    long = ", on sequences as long as it has positions, cut by context parallelism" if stage != "pretrain" else ""
+    long = (
+        ", on sequences as long as it has positions, cut by context parallelism"
+        if stage != "pretrain"
+        else ""
+    )
     recipe.__doc__ = f"Pretraining of {_TITLES[model]}{long}."
     return recipe
 
@@ -80,7 +84,9 @@ def _peft(model: str, several: bool) -> Recipe:
         packed: bool = several,
         **changes: Any,
     ) -> ConfigContainer:
-        return build.peft(model, peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, **changes)
+        return build.peft(
+            model, peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, **changes
+        )
 
     recipe.__doc__ = f"LoRA or DoRA on {_TITLES[model]}."
     return recipe

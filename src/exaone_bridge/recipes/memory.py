@@ -138,7 +138,9 @@ def estimate(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int =
         plan: how it is spread.
         adapter_rank: of LoRA, with everything else frozen; 0: every parameter is trained.
     """
-    return max(stages(rows, facts, plan, adapter_rank=adapter_rank), key=lambda memory: memory.total)
+    return max(
+        stages(rows, facts, plan, adapter_rank=adapter_rank), key=lambda memory: memory.total
+    )
 
 
 def _stage(rows: tuple[Row, ...], facts: Any, plan: Plan, stage: int, adapter_rank: int) -> Memory:

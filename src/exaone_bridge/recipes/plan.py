@@ -58,11 +58,18 @@ class Plan:
             UnsupportedConfig: neither has a field of that name.
             UnsupportedLayout: the layout is none.
         """
-        known = {field.name for field in fields(self)} - {"layout"}, {field.name for field in fields(self.layout)}
+        known = (
+            {field.name for field in fields(self)} - {"layout"},
+            {field.name for field in fields(self.layout)},
+        )
         for name in changes:
             if not any(name in names for names in known):
-                raise UnsupportedConfig(name, got=changes[name], known=sorted(known[0] | known[1]), where="recipe")
-        own, cut = ({name: value for name, value in changes.items() if name in names} for names in known)
+                raise UnsupportedConfig(
+                    name, got=changes[name], known=sorted(known[0] | known[1]), where="recipe"
+                )
+        own, cut = (
+            {name: value for name, value in changes.items() if name in names} for names in known
+        )
         return replace(self, layout=replace(self.layout, **cut), **own)
 
     def check(self, facts: Facts) -> None:
@@ -74,7 +81,9 @@ class Plan:
         layout, cp = self.layout, self.cp
         for name in ("gpus", "seq_length", "micro_batch", "global_batch"):
             if (size := getattr(self, name)) < 1:
-                raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"give {name} a size")
+                raise UnsupportedLayout(
+                    name, got=size, wanted="at least 1", remedy=f"give {name} a size"
+                )
         experts = int(getattr(facts, "num_experts", 0))
         layout.check(
             layers=facts.num_layers,
@@ -85,11 +94,21 @@ class Plan:
             expert_ffn=int(getattr(facts, "expert_ffn_size", 0)),
         )
         _divides(
-            "gpus", self.gpus, layout.tp * layout.pp * cp, "tp x pp x cp", "change the number of GPUs, or the layout"
+            "gpus",
+            self.gpus,
+            layout.tp * layout.pp * cp,
+            "tp x pp x cp",
+            "change the number of GPUs, or the layout",
         )
         if experts:
             whole = layout.pp * layout.ep * layout.expert_tp
-            _divides("gpus", self.gpus, whole, "pp x ep x etp", "change the number of GPUs, or the layout")
+            _divides(
+                "gpus",
+                self.gpus,
+                whole,
+                "pp x ep x etp",
+                "change the number of GPUs, or the layout",
+            )
             if layout.tp > 1 and not layout.sp:
                 raise UnsupportedLayout(
                     "sp",
@@ -98,12 +117,26 @@ class Plan:
                     remedy="Megatron-Core trains experts with tp only so",
                 )
         size = self.micro_batch * self.dp
-        _divides("global_batch", self.global_batch, size, "micro_batch x data-parallel size", "change the batch")
+        _divides(
+            "global_batch",
+            self.global_batch,
+            size,
+            "micro_batch x data-parallel size",
+            "change the batch",
+        )
         if layout.vpp > 1:
-            remedy = "interleaved stages take as many micro batches as there are stages: raise the batch"
+            remedy = (
+                "interleaved stages take as many micro batches as there are stages: raise the batch"
+            )
             _divides("micro batches", self.micro_batches, layout.pp, "pp", remedy)
         cut = (2 * cp if cp > 1 else 1) * (layout.tp if layout.sp else 1)
-        _divides("seq_length", self.seq_length, cut, "2 x cp (x tp with sp)", "change the sequence's length")
+        _divides(
+            "seq_length",
+            self.seq_length,
+            cut,
+            "2 x cp (x tp with sp)",
+            "change the sequence's length",
+        )
         if self.seq_length > facts.max_positions:
             raise UnsupportedLayout(
                 "seq_length",

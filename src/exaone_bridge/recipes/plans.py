@@ -46,12 +46,24 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         141: Plan(gpus=1, layout=Layout(), seq_length=8192, global_batch=32),
     },
     ("exaone4_32b", "pretrain"): {
-        80: Plan(gpus=64, layout=Layout(tp=8, pp=2, vpp=4, sp=True), seq_length=8192, global_batch=256),
-        141: Plan(gpus=64, layout=Layout(tp=4, pp=2, vpp=4, sp=True), seq_length=8192, global_batch=256),
+        80: Plan(
+            gpus=64, layout=Layout(tp=8, pp=2, vpp=4, sp=True), seq_length=8192, global_batch=256
+        ),
+        141: Plan(
+            gpus=64, layout=Layout(tp=4, pp=2, vpp=4, sp=True), seq_length=8192, global_batch=256
+        ),
     },
     ("exaone4_32b", "128k_pretrain"): {
-        80: Plan(gpus=64, layout=Layout(tp=8, pp=2, sp=True, cp=4), seq_length=131072, global_batch=16, recompute=True),
-        141: Plan(gpus=64, layout=Layout(tp=8, pp=2, sp=True, cp=4), seq_length=131072, global_batch=16),
+        80: Plan(
+            gpus=64,
+            layout=Layout(tp=8, pp=2, sp=True, cp=4),
+            seq_length=131072,
+            global_batch=16,
+            recompute=True,
+        ),
+        141: Plan(
+            gpus=64, layout=Layout(tp=8, pp=2, sp=True, cp=4), seq_length=131072, global_batch=16
+        ),
     },
     ("exaone4_32b", "sft"): {
         80: Plan(gpus=16, layout=Layout(tp=8, pp=2, sp=True), seq_length=4096, global_batch=64),
@@ -61,7 +73,11 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         80: Plan(gpus=4, layout=Layout(tp=4, sp=True), seq_length=4096, global_batch=32),
         141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
     },
-    **{(f"exaone45_{kind}33b", stage): plans for kind in ("", "vl_") for stage, plans in _EXAONE45.items()},
+    **{
+        (f"exaone45_{kind}33b", stage): plans
+        for kind in ("", "vl_")
+        for stage, plans in _EXAONE45.items()
+    },
     ("ernie45_0p3b", "pretrain"): {
         80: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=4, global_batch=256),
         141: Plan(gpus=8, layout=Layout(), seq_length=4096, micro_batch=8, global_batch=256),
@@ -87,18 +103,48 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
         141: Plan(gpus=1, layout=Layout(), seq_length=4096, global_batch=32),
     },
     ("ernie45_300b_a47b", "pretrain"): {
-        80: Plan(gpus=576, layout=Layout(tp=4, pp=9, vpp=2, sp=True, ep=16, etp=1), seq_length=4096, global_batch=2304),
-        141: Plan(gpus=288, layout=Layout(tp=4, pp=9, vpp=2, sp=True, ep=8, etp=1), seq_length=4096, global_batch=2304),
+        80: Plan(
+            gpus=576,
+            layout=Layout(tp=4, pp=9, vpp=2, sp=True, ep=16, etp=1),
+            seq_length=4096,
+            global_batch=2304,
+        ),
+        141: Plan(
+            gpus=288,
+            layout=Layout(tp=4, pp=9, vpp=2, sp=True, ep=8, etp=1),
+            seq_length=4096,
+            global_batch=2304,
+        ),
     },
     ("ernie45_300b_a47b", "sft"): {
-        80: Plan(gpus=144, layout=Layout(tp=8, pp=9, sp=True, ep=16, etp=1), seq_length=4096, global_batch=128),
-        141: Plan(gpus=72, layout=Layout(tp=8, pp=9, sp=True, ep=8, etp=1), seq_length=4096, global_batch=128),
+        80: Plan(
+            gpus=144,
+            layout=Layout(tp=8, pp=9, sp=True, ep=16, etp=1),
+            seq_length=4096,
+            global_batch=128,
+        ),
+        141: Plan(
+            gpus=72,
+            layout=Layout(tp=8, pp=9, sp=True, ep=8, etp=1),
+            seq_length=4096,
+            global_batch=128,
+        ),
     },
     ("ernie45_300b_a47b", "peft"): {
         80: Plan(
-            gpus=16, layout=Layout(tp=8, pp=2, sp=True, ep=8, etp=1), seq_length=4096, global_batch=32, recompute=True
+            gpus=16,
+            layout=Layout(tp=8, pp=2, sp=True, ep=8, etp=1),
+            seq_length=4096,
+            global_batch=32,
+            recompute=True,
         ),
-        141: Plan(gpus=8, layout=Layout(tp=8, sp=True, ep=8, etp=1), seq_length=4096, global_batch=32, recompute=True),
+        141: Plan(
+            gpus=8,
+            layout=Layout(tp=8, sp=True, ep=8, etp=1),
+            seq_length=4096,
+            global_batch=32,
+            recompute=True,
+        ),
     },
 } | {
     (model, stage): dict.fromkeys(

@@ -108,7 +108,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "video_token_id": 68,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
-        "text_config": {field: value for field, value in _EXAONE4.items() if field != "architectures"}
+        "text_config": {
+            field: value for field, value in _EXAONE4.items() if field != "architectures"
+        }
         | _EXAONE4_32B
         | {"vocab_size": 153600, "max_position_embeddings": 262144},
         "vision_config": {
@@ -183,7 +185,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         | {"hidden_size": 64, "out_hidden_size": _TINY["hidden_size"], "dtype": "bfloat16"},
     },
     "exaone4_tiny": EXAONE4_TINY["exaone4"] | _TINY | {"sliding_window": 64},
-    "ernie45_tiny": ERNIE45_TINY["ernie45"] | _TINY | {"moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
+    "ernie45_tiny": ERNIE45_TINY["ernie45"]
+    | _TINY
+    | {"moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
 }
 # The same model, on images (`recipes/functions.py`).
 CONFIGS["exaone45_vl_33b"] = CONFIGS["exaone45_33b"]

@@ -19,11 +19,21 @@ def table() -> str:
         family = family_of(CONFIGS[model]["architectures"], where=model)
         facts = family.read_config(CONFIGS[model])
         for memory, plan in plans.items():
-            needed = estimate(family.rows(facts), facts, plan, adapter_rank=ADAPTER_RANK if stage == "peft" else 0)
-            parts = (needed.parameters, needed.gradients, needed.optimizer, needed.activations, needed.total)
+            needed = estimate(
+                family.rows(facts), facts, plan, adapter_rank=ADAPTER_RANK if stage == "peft" else 0
+            )
+            parts = (
+                needed.parameters,
+                needed.gradients,
+                needed.optimizer,
+                needed.activations,
+                needed.total,
+            )
             figures = {
                 f"{name}, GB": f"{part / GB:.1f}"
-                for name, part in zip(("weights", "gradients", "optimizer", "activations", "all"), parts, strict=True)
+                for name, part in zip(
+                    ("weights", "gradients", "optimizer", "activations", "all"), parts, strict=True
+                )
             }
             row = {"recipe": f"`{model}_{stage}_config`", "GPU, GB": memory} | plan.row() | figures
             if not lines:

@@ -67,7 +67,11 @@ class _CudaMeansCpu(TorchFunctionMode):
     finalize_model_grads.py, clip_grads.py) are on the CPU."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
@@ -78,7 +82,9 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         if _is_cuda(kwargs.get("device")):
             kwargs = kwargs | {"device": _CPU}
-        if kwargs.get("pin_memory"):  # rope_utils.py, get_pos_emb_on_this_cp_rank: pinned for a copy to the device
+        if kwargs.get(
+            "pin_memory"
+        ):  # rope_utils.py, get_pos_emb_on_this_cp_rank: pinned for a copy to the device
             kwargs = kwargs | {"pin_memory": False}
         return func(*args, **kwargs)
 
@@ -109,7 +115,9 @@ def cpu_runtime() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Spawned, the queue's process imports torch anew on every rank; without CUDA a fork is as safe.
         forked_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
-        stack.enter_context(mock.patch.object(filesystem_async, "get_write_results_queue", forked_queue))
+        stack.enter_context(
+            mock.patch.object(filesystem_async, "get_write_results_queue", forked_queue)
+        )
         # The tracker of dropout's random states, one for what tensor-parallel ranks share and one for what they do not.
         stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_rng_state))
         stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_rng_state))

@@ -32,7 +32,9 @@ __all__ = [
 OnEvent = Callable[[int, Any], None] | None
 
 # What torchrun tells its ranks (https://docs.pytorch.org/docs/stable/elastic/run.html), beside TORCHELASTIC_*.
-_TOLD = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+_TOLD = re.compile(
+    r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
 _PATIENCE = timedelta(hours=1)  # while the first rank runs Transformers, the others wait
 
 _joined = False  # this process entered torchrun's world here, and leaves it here
@@ -71,7 +73,9 @@ def _join() -> int:
             if local >= gpus:
                 found = os.environ.get("LOCAL_WORLD_SIZE", str(local + 1))
                 remedy = f"run torchrun with --nproc_per_node {gpus}"
-                raise UnsupportedLayout("ranks of this machine", got=found, wanted=f"one a GPU, {gpus}", remedy=remedy)
+                raise UnsupportedLayout(
+                    "ranks of this machine", got=found, wanted=f"one a GPU, {gpus}", remedy=remedy
+                )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device else "gloo", timeout=_PATIENCE, device_id=device)
@@ -129,11 +133,16 @@ def check_ranks(ranks: int) -> None:
     """
     if under_torchrun() and (found := int(os.environ["WORLD_SIZE"])) % ranks:
         raise UnsupportedLayout(
-            "ranks", got=found, wanted=f"a multiple of {ranks}", remedy=f"run torchrun with --nproc_per_node {ranks}"
+            "ranks",
+            got=found,
+            wanted=f"a multiple of {ranks}",
+            remedy=f"run torchrun with --nproc_per_node {ranks}",
         )
 
 
-def run_world[T](target: Callable[..., T], ranks: int, *args: Any, on_event: OnEvent = None) -> list[T]:
+def run_world[T](
+    target: Callable[..., T], ranks: int, *args: Any, on_event: OnEvent = None
+) -> list[T]:
     """Run `target(*args)` on every rank; all results, in rank order, on every process.
 
     Raises:
@@ -144,6 +153,7 @@ def run_world[T](target: Callable[..., T], ranks: int, *args: Any, on_event: OnE
 
     if not under_torchrun():
         import exaone_bridge.runtime.model  # noqa: F401  half of Megatron-Bridge: once here, not on every rank
+
         with full_fp32():
             return run_ranks(target, ranks, *args, on_event=on_event)
     import torch.distributed as dist
@@ -200,7 +210,11 @@ def run_apart[T](target: Callable[..., T], *args: Any, on_event: OnEvent = None)
         BridgeError: what it raises.
         RankFailure: the process died, or raised what is not ours.
     """
-    return run_alone(_in_new_process, target, *args) if under_torchrun() else target(*args, on_event=on_event)
+    return (
+        run_alone(_in_new_process, target, *args)
+        if under_torchrun()
+        else target(*args, on_event=on_event)
+    )
 
 
 def _in_new_process(target: Callable[..., Any], *args: Any) -> Any:
@@ -212,9 +226,13 @@ def _in_new_process(target: Callable[..., Any], *args: Any) -> Any:
         file = Path(folder) / "question"
         file.write_bytes(pickle.dumps((target, args)))
         command = [sys.executable, "-c", code, str(file)]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
         if ended.returncode:
-            raise RankFailure(f"the process of {target.__name__} ended with {ended.returncode}: {ended.stderr[-2000:]}")
+            raise RankFailure(
+                f"the process of {target.__name__} ended with {ended.returncode}: {ended.stderr[-2000:]}"
+            )
         worked, value = pickle.loads(file.read_bytes())
     if not worked:
         raise value
@@ -241,7 +259,11 @@ def work_folder() -> Iterator[Path]:
     import torch.distributed as dist
 
     _join()
-    with tempfile.TemporaryDirectory(prefix="exaone_bridge-") if is_first() else contextlib.nullcontext("") as path:
+    with (
+        tempfile.TemporaryDirectory(prefix="exaone_bridge-")
+        if is_first()
+        else contextlib.nullcontext("") as path
+    ):
         box = [path]
         dist.broadcast_object_list(box, src=0)
         yield Path(box[0])

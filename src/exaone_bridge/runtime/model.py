@@ -30,7 +30,9 @@ from exaone_bridge.schema.parallel_layout import Layout
 __all__ = ["build", "forward_logits", "load_megatron", "over_context", "provider_of"]
 
 
-Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
+Images = dict[
+    str, torch.Tensor
+]  # a prompt's pixels and grids, by the names of the model's arguments
 
 
 def build(
@@ -52,9 +54,15 @@ def build(
     """
     provider = bridge.to_megatron_provider()
     dtype = dtype or provider.params_dtype
-    fields = layout.provider_overrides() | {"backend": backend, "pipeline_dtype": dtype, "autocast_dtype": dtype}
+    fields = layout.provider_overrides() | {
+        "backend": backend,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+    }
     provider.apply_overrides_and_finalize(dtype, fields | overrides)
-    return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available())
+    return provider.provide_distributed_model(
+        wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available()
+    )
 
 
 def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -76,7 +84,9 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
         provider, _ = load_model_config(str(folder))
     except Exception as error:  # of YAML, of a missing key, of a class that is not allowed: all of them a damaged file
         raise CheckpointError(
-            folder / "run_config.yaml", f"cannot be read ({_first_line(error)})", remedy="restore the checkpoint"
+            folder / "run_config.yaml",
+            f"cannot be read ({_first_line(error)})",
+            remedy="restore the checkpoint",
         ) from error
     for bridge in supported().values():
         if type(provider) is bridge.PROVIDER_CLASS:
@@ -93,24 +103,40 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def load_megatron(bridge: AutoBridge, path: Path, layout: Layout, *, backend: str = "auto") -> list[MegatronModule]:
+def load_megatron(
+    bridge: AutoBridge, path: Path, layout: Layout, *, backend: str = "auto"
+) -> list[MegatronModule]:
     """This rank's model chunks from a Megatron checkpoint, at this layout and backend whatever wrote it.
 
     Raises:
         CheckpointError: files that are missing or damaged.
     """
     try:
-        return bridge.load_megatron_model(path, mp_overrides=layout.provider_overrides() | {"backend": backend})
-    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
-        causes = getattr(error, "failures", None) or {0: (error, None)}  # torch's has one for each rank
+        return bridge.load_megatron_model(
+            path, mp_overrides=layout.provider_overrides() | {"backend": backend}
+        )
+    except (
+        CheckpointException,
+        CheckpointingException,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        causes = getattr(error, "failures", None) or {
+            0: (error, None)
+        }  # torch's has one for each rank
         cause = next(iter(causes.values()))[0]
         raise CheckpointError(
-            path, f"the checkpoint cannot be loaded ({_first_line(cause)})", remedy="restore the missing or cut files"
+            path,
+            f"the checkpoint cannot be loaded ({_first_line(cause)})",
+            remedy="restore the missing or cut files",
         ) from error
 
 
 @contextlib.contextmanager
-def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tensor]]) -> Iterator[None]:
+def _hidden_states(
+    model: list[MegatronModule], into: dict[int, list[torch.Tensor]]
+) -> Iterator[None]:
     """Collect each layer's output [S, B, H] (the whole sequence), keyed by global 0-based layer number."""
 
     def keep(layer: torch.nn.Module, _: Any, output: Any) -> None:
@@ -120,7 +146,11 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
         hidden = over_context(hidden, dim=0)
         into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
 
-    handles = [layer.register_forward_hook(keep) for chunk in unwrap_model(model) for layer in chunk.decoder.layers]
+    handles = [
+        layer.register_forward_hook(keep)
+        for chunk in unwrap_model(model)
+        for layer in chunk.decoder.layers
+    ]
     try:
         yield
     finally:
@@ -129,7 +159,9 @@ def _hidden_states(model: list[MegatronModule], into: dict[int, list[torch.Tenso
 
 
 def _parts(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    parts = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())
+    ]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts
 
@@ -180,9 +212,13 @@ def forward_logits(
     # Attention is causal: what is appended changes nothing before it.
     rows = -count % config.pipeline_model_parallel_size
     columns = -length % (2 * config.tensor_model_parallel_size * config.context_parallel_size)
-    padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(next(model[0].parameters()).device)
+    padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(
+        next(model[0].parameters()).device
+    )
     device = padded.device
-    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [{}] * count
+    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [
+        {}
+    ] * count
     batches = list(zip(padded.split(1), inputs + [{}] * rows, strict=True))
     for chunk in model:
         chunk.eval()
@@ -199,6 +235,7 @@ def forward_logits(
             collect_non_loss_data=True,
         )
     layers = {
-        layer: torch.cat(parts, dim=1).transpose(0, 1)[:count, :length].float().cpu() for layer, parts in hidden.items()
+        layer: torch.cat(parts, dim=1).transpose(0, 1)[:count, :length].float().cpu()
+        for layer, parts in hidden.items()
     }
     return (torch.cat(outputs)[:count, :length] if outputs else None), layers

@@ -44,16 +44,26 @@ def emit(event: Any) -> None:
 
 
 def _rank_main(
-    target: Callable[..., Any], rank: int, ranks: int, folder: str, connection: Any, args: tuple[Any, ...]
+    target: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    folder: str,
+    connection: Any,
+    args: tuple[Any, ...],
 ) -> None:
     global _to_parent
     _to_parent = connection
     gc.freeze()  # what the parent has imported, 700,000 objects: a collection here need not look through it again
     os.setsid()  # a process group of its own, so that what saving a checkpoint starts ends with the rank
-    with contextlib.suppress(AttributeError, OSError):  # Linux: end with the parent, however that ends
+    with contextlib.suppress(
+        AttributeError, OSError
+    ):  # Linux: end with the parent, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):  # what Megatron prints belongs into the log, not between the lines of a progress bar
+    for stream in (
+        1,
+        2,
+    ):  # what Megatron prints belongs into the log, not between the lines of a progress bar
         os.dup2(log, stream)
     try:
         import torch
@@ -75,7 +85,11 @@ def _rank_main(
         message = pickle.dumps(("done", result))
     except BaseException as error:
         traceback.print_exc()
-        reported = error if isinstance(error, BridgeError) else RankFailure(f"rank {rank}: {traceback.format_exc()}")
+        reported = (
+            error
+            if isinstance(error, BridgeError)
+            else RankFailure(f"rank {rank}: {traceback.format_exc()}")
+        )
         message = pickle.dumps(("error", reported))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,7 +99,10 @@ def _rank_main(
 
 
 def run_ranks[T](
-    target: Callable[..., T], ranks: int, *args: Any, on_event: Callable[[int, Any], None] | None = None
+    target: Callable[..., T],
+    ranks: int,
+    *args: Any,
+    on_event: Callable[[int, Any], None] | None = None,
 ) -> list[T]:
     """Run `target(*args)` on each of `ranks` forked ranks; their results, in rank order.
 

@@ -24,7 +24,9 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def read_count(config: Mapping[str, Any], field: str, default: int | None = None, *, least: int = 1) -> int:
+def read_count(
+    config: Mapping[str, Any], field: str, default: int | None = None, *, least: int = 1
+) -> int:
     """A whole number of at least `least`.
 
     Raises:
@@ -44,7 +46,11 @@ def read_number(config: Mapping[str, Any], field: str, default: float | None = N
         UnsupportedConfig: it is something else, or missing without a default.
     """
     value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not 0 <= value <= sys.float_info.max
+    ):
         raise UnsupportedConfig(field, got=value, wanted="a finite number, zero or more")
     return float(value)
 
@@ -73,7 +79,9 @@ def read_divisor(config: Mapping[str, Any], field: str) -> float:
         UnsupportedConfig: it is something else, or missing.
     """
     if not (value := read_number(config, field)):
-        raise UnsupportedConfig(field, got=value, wanted="more than zero, because Transformers divides by it")
+        raise UnsupportedConfig(
+            field, got=value, wanted="more than zero, because Transformers divides by it"
+        )
     return value
 
 
@@ -89,7 +97,10 @@ def check_types(config: Mapping[str, Any]) -> None:
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(field)
         numbers = value if field == "eos_token_id" and isinstance(value, list) else [value]
-        if any(number is not None and (not isinstance(number, int) or isinstance(number, bool)) for number in numbers):
+        if any(
+            number is not None and (not isinstance(number, int) or isinstance(number, bool))
+            for number in numbers
+        ):
             raise UnsupportedConfig(field, got=value, wanted="a token's number or null")
 
 
@@ -110,17 +121,24 @@ def read_dtype(config: Mapping[str, Any]) -> str:
 
 def _first(config: Mapping[str, Any], *fields: str) -> tuple[str, Any]:
     """The first of these fields that the file has, and its value; null is as good as absent."""
-    return next(((field, config[field]) for field in fields if config.get(field) is not None), (fields[0], None))
+    return next(
+        ((field, config[field]) for field in fields if config.get(field) is not None),
+        (fields[0], None),
+    )
 
 
-def check_heads(config: Mapping[str, Any], *, hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> int:
+def check_heads(
+    config: Mapping[str, Any], *, hidden: int, heads: int, kv_heads: int, head_dim: int | None
+) -> int:
     """The width of a head: `head_dim`, or hidden / heads where the configuration has none.
 
     Raises:
         UnsupportedConfig: heads that do not divide, an unsupported activation, or a head that RoPE cannot rotate.
     """
     if heads % kv_heads:
-        raise UnsupportedConfig("num_key_value_heads", got=kv_heads, wanted=f"a divisor of num_attention_heads={heads}")
+        raise UnsupportedConfig(
+            "num_key_value_heads", got=kv_heads, wanted=f"a divisor of num_attention_heads={heads}"
+        )
     if head_dim is None and hidden % heads:
         raise UnsupportedConfig(
             "hidden_size",
@@ -148,7 +166,9 @@ def rope_of(
     field, rope = _first(config, "rope_parameters", "rope_scaling")
     other = config.get("rope_scaling")
     if other is not None and other != rope:  # Transformers would take this one
-        raise UnsupportedConfig("rope_scaling", got=other, wanted=f"absent, or equal to rope_parameters={rope!r}")
+        raise UnsupportedConfig(
+            "rope_scaling", got=other, wanted=f"absent, or equal to rope_parameters={rope!r}"
+        )
     rope = {} if rope is None else rope
     if not isinstance(rope, Mapping):
         raise UnsupportedConfig(field, got=rope, wanted="an object")
@@ -182,7 +202,9 @@ def rewritten(
     """
     names = set(type(facts).__dataclass_fields__)
     if not source:
-        written = {field: getattr(facts, name) for name, field in {**fields, **training_fields}.items()}
+        written = {
+            field: getattr(facts, name) for name, field in {**fields, **training_fields}.items()
+        }
         return {**identity, **written}, names
     config = {key: value for key, value in source.items() if key != "transformers_version"}
     before = read_config(source)

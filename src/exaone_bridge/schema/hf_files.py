@@ -22,7 +22,9 @@ TRAVELLING_FILES = (
 
 def copy_travelling_files(source: Path, target: Path) -> list[str]:
     """Copy them from one folder to another, byte for byte; names of the copied files."""
-    found = sorted({path for pattern in TRAVELLING_FILES for path in source.glob(pattern) if path.is_file()})
+    found = sorted(
+        {path for pattern in TRAVELLING_FILES for path in source.glob(pattern) if path.is_file()}
+    )
     for path in found:
         shutil.copyfile(path, target / path.name)
     return [path.name for path in found]
@@ -30,7 +32,9 @@ def copy_travelling_files(source: Path, target: Path) -> list[str]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether any file of a tokenizer is there."""
-    return any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt"))
+    return any(
+        next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt")
+    )
 
 
 def iteration_folder(path: Path) -> Path:

@@ -32,7 +32,9 @@ def layer_types_of(windows: Sequence[int | None]) -> list[str]:
     return [FULL if window is None else SLIDING for window in windows]
 
 
-def megatron_window(windows: Sequence[int | None]) -> tuple[tuple[int, int] | None, list[int] | None]:
+def megatron_window(
+    windows: Sequence[int | None],
+) -> tuple[tuple[int, int] | None, list[int] | None]:
     """Megatron-Core's `window_size` (keys to the left, keys to the right) and `window_attn_skip_freq` (1 = window).
 
     A window of W keys includes the query's own, so W - 1 lie to its left.

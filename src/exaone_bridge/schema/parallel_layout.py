@@ -34,14 +34,22 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
             if (size := getattr(self, name)) is not None and size < 1:
-                raise UnsupportedLayout(name, got=size, wanted="at least 1", remedy=f"leave --{name} out for 1")
+                raise UnsupportedLayout(
+                    name, got=size, wanted="at least 1", remedy=f"leave --{name} out for 1"
+                )
         if self.vpp > 1 and self.pp == 1:
             raise UnsupportedLayout(
-                "vpp", got=self.vpp, wanted="1 where pp is 1", remedy="virtual stages need a pipeline: raise --pp"
+                "vpp",
+                got=self.vpp,
+                wanted="1 where pp is 1",
+                remedy="virtual stages need a pipeline: raise --pp",
             )
         if self.sp and self.tp == 1:
             raise UnsupportedLayout(
-                "sp", got="on", wanted="off where tp is 1", remedy="sequence parallelism cuts along tp: raise --tp"
+                "sp",
+                got="on",
+                wanted="off where tp is 1",
+                remedy="sequence parallelism cuts along tp: raise --tp",
             )
 
     @property
@@ -54,7 +62,16 @@ class Layout:
         """Ranks that cut each expert."""
         return self.tp if self.etp is None else self.etp
 
-    def check(self, *, layers: int, heads: int, kv_heads: int, ffn: int, experts: int = 0, expert_ffn: int = 0) -> None:
+    def check(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        ffn: int,
+        experts: int = 0,
+        expert_ffn: int = 0,
+    ) -> None:
         """Refuse a model that this layout cannot cut evenly.
 
         Args:
@@ -66,7 +83,9 @@ class Layout:
                 ep, or an expert's width over etp.
         """
         if self.ep > 1 and (not experts or experts % self.ep):
-            wanted = f"a divisor of {experts} experts" if experts else "1 where the model has no experts"
+            wanted = (
+                f"a divisor of {experts} experts" if experts else "1 where the model has no experts"
+            )
             raise UnsupportedLayout("ep", got=self.ep, wanted=wanted, remedy="choose another --ep")
         if experts and expert_ffn % self.expert_tp:
             raise UnsupportedLayout(

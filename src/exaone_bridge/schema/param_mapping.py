@@ -46,7 +46,9 @@ class Kind(StrEnum):
     COLUMN = "column"  # one tensor, cut along its first axis
     ROW = "row"  # one tensor, cut along its last axis
     REPLICATED = "replicated"  # one tensor, whole on every rank
-    VOCAB = "vocab"  # one tensor, cut along its first axis after padding it to what the layout needs
+    VOCAB = (
+        "vocab"  # one tensor, cut along its first axis after padding it to what the layout needs
+    )
     QKV = "qkv"  # q, k, v interleaved by key-value group, cut by group
     GATED = "gated"  # gate over up; each rank holds its cut of both
     SQUEEZED = "squeezed"  # one tensor with a leading axis of one that Megatron has not, whole on every rank
@@ -101,7 +103,10 @@ class Row:
     def expand(self) -> Iterator[tuple[str, tuple[HFTensor, ...]]]:
         """Each concrete Megatron-Core name with its concrete tensors, layer by layer, expert by expert."""
         for numbers in self.numbers():
-            yield _numbered(self.megatron, *numbers), tuple(tensor.numbered(*numbers) for tensor in self.hf)
+            yield (
+                _numbered(self.megatron, *numbers),
+                tuple(tensor.numbered(*numbers) for tensor in self.hf),
+            )
 
     def names(self) -> Iterator[tuple[str, ...]]:
         """The Megatron-Core name of each parameter and the names of its tensors, in the order of `expand`."""
@@ -128,7 +133,9 @@ class Row:
                 yield (layer,)
 
 
-@functools.lru_cache(maxsize=128)  # a checkpoint may have 60,000 names, which are asked for several times
+@functools.lru_cache(
+    maxsize=128
+)  # a checkpoint may have 60,000 names, which are asked for several times
 def _columns(row: Row) -> tuple[list[str], ...]:
     return tuple(_column(name, row) for name in (row.megatron, *(tensor.name for tensor in row.hf)))
 
@@ -142,7 +149,11 @@ def _column(name: str, row: Row) -> list[str]:
         return [f"{before}{layer}{rest}" for layer in row.layers]
     between, _, after = rest.partition("*")
     ends = [f"{expert}{after}" for expert in range(row.experts)]
-    return [start + end for start in [f"{before}{layer}{between}" for layer in row.layers] for end in ends]
+    return [
+        start + end
+        for start in [f"{before}{layer}{between}" for layer in row.layers]
+        for end in ends
+    ]
 
 
 def hf_renamed(row: Row, name_of: Callable[[str], str]) -> Row:
@@ -209,8 +220,14 @@ def embeddings(*, tied: bool, bias: bool = False) -> tuple[Row, ...]:
     head = Row(Kind.VOCAB, "output_layer.weight", (HFTensor("lm_head.weight", "VH"),))
     head_bias = Row(Kind.VOCAB, "output_layer.bias", (_bias("lm_head.bias", "V"),))
     return (
-        Row(Kind.VOCAB, "embedding.word_embeddings.weight", (HFTensor("model.embed_tokens.weight", "VH"),)),
-        Row(Kind.REPLICATED, "decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "H"),)),
+        Row(
+            Kind.VOCAB,
+            "embedding.word_embeddings.weight",
+            (HFTensor("model.embed_tokens.weight", "VH"),),
+        ),
+        Row(
+            Kind.REPLICATED, "decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "H"),)
+        ),
         *(() if tied else (head,)),
         *((head_bias,) if bias else ()),
     )
@@ -230,15 +247,27 @@ def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
             ),
             layers,
         ),
-        Row(Kind.ROW, f"{ours}.linear_proj.weight", (HFTensor(f"{theirs}.o_proj.weight", "HQ"),), layers),
+        Row(
+            Kind.ROW,
+            f"{ours}.linear_proj.weight",
+            (HFTensor(f"{theirs}.o_proj.weight", "HQ"),),
+            layers,
+        ),
     )
     if not bias:
         return weights
-    qkv = tuple(_bias(f"{theirs}.{which}_proj.bias", axis) for which, axis in zip("qkv", "QKK", strict=True))
+    qkv = tuple(
+        _bias(f"{theirs}.{which}_proj.bias", axis) for which, axis in zip("qkv", "QKK", strict=True)
+    )
     return (
         *weights,
         Row(Kind.QKV, f"{ours}.linear_qkv.bias", qkv, layers),
-        Row(Kind.REPLICATED, f"{ours}.linear_proj.bias", (_bias(f"{theirs}.o_proj.bias", "H"),), layers),
+        Row(
+            Kind.REPLICATED,
+            f"{ours}.linear_proj.bias",
+            (_bias(f"{theirs}.o_proj.bias", "H"),),
+            layers,
+        ),
     )
 
 
@@ -255,7 +284,9 @@ def qk_norm(layers: tuple[int, ...]) -> tuple[Row, ...]:
     )
 
 
-def swiglu(layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", width: str = "F") -> tuple[Row, ...]:
+def swiglu(
+    layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", width: str = "F"
+) -> tuple[Row, ...]:
     """A gated feed-forward's projections; `bias`: theirs; `inside`: the module of both sides; `width`: its axis."""
     ours, theirs = f"decoder.layers.*.{inside}", f"model.layers.*.{inside}"
     down = (HFTensor(f"{theirs}.down_proj.weight", f"H{width}"),)
@@ -269,7 +300,12 @@ def swiglu(layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", 
     return (
         *weights,
         Row(Kind.GATED, f"{ours}.linear_fc1.bias", gate_and_up, layers),
-        Row(Kind.REPLICATED, f"{ours}.linear_fc2.bias", (_bias(f"{theirs}.down_proj.bias", "H"),), layers),
+        Row(
+            Kind.REPLICATED,
+            f"{ours}.linear_fc2.bias",
+            (_bias(f"{theirs}.down_proj.bias", "H"),),
+            layers,
+        ),
     )
 
 
@@ -313,7 +349,12 @@ def router(layers: tuple[int, ...], *, weight: str, selection_bias: str) -> tupl
     ours, theirs = "decoder.layers.*.mlp.router", "model.layers.*.mlp"
     bias = HFTensor(f"{theirs}.{selection_bias}", "1E", fp32=True, std=0.02)
     return (
-        Row(Kind.REPLICATED, f"{ours}.weight", (HFTensor(f"{theirs}.{weight}", "EH", fp32=True),), layers),
+        Row(
+            Kind.REPLICATED,
+            f"{ours}.weight",
+            (HFTensor(f"{theirs}.{weight}", "EH", fp32=True),),
+            layers,
+        ),
         Row(Kind.SQUEEZED, f"{ours}.expert_bias", (bias,), layers),
     )
 
@@ -324,7 +365,12 @@ def pre_norm(layers: tuple[int, ...], moe_layers: tuple[int, ...]) -> tuple[Row,
     mlp = HFTensor("model.layers.*.post_attention_layernorm.weight", "H")
     dense = tuple(layer for layer in layers if layer not in moe_layers)
     return (
-        Row(Kind.REPLICATED, "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", (attention,), layers),
+        Row(
+            Kind.REPLICATED,
+            "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
+            (attention,),
+            layers,
+        ),
         Row(Kind.REPLICATED, "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", (mlp,), dense),
         Row(Kind.REPLICATED, "decoder.layers.*.pre_mlp_layernorm.weight", (mlp,), moe_layers),
     )

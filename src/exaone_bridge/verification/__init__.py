@@ -81,7 +81,9 @@ def verify_model(
         mtp=mtp,
     )
     if mtp and (other is not None or is_megatron(source)):
-        raise UnsupportedConfig("--mtp", got=True, wanted="off but for one Hugging Face folder", where="verify")
+        raise UnsupportedConfig(
+            "--mtp", got=True, wanted="off but for one Hugging Face folder", where="verify"
+        )
     if other is not None:
         report = compare(source, Path(other), layout, asked, on_event=on_event)
     elif is_megatron(source):

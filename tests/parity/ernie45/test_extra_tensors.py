@@ -39,7 +39,9 @@ def test_they_are_there(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_export_from_the_checkpoint_alone(tiny: Any, imported: Path, tmp_path: Path, workers: int) -> None:
+def test_export_from_the_checkpoint_alone(
+    tiny: Any, imported: Path, tmp_path: Path, workers: int
+) -> None:
     """Bitwise, fp32 router tensors in a bf16 model and next-token prediction included."""
     source, exported = tiny("ernie45", dtype="bfloat16"), tmp_path / "exported"
     export_checkpoint(imported, exported, workers=workers)
@@ -47,8 +49,15 @@ def test_export_from_the_checkpoint_alone(tiny: Any, imported: Path, tmp_path: P
     for check in (compare_tensors(source, exported), compare_files(source, exported)):
         assert check.holds, check.where
     plain = read_json(source / "config.json")
-    for field in ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index"):
-        plain[field] = plain[field][0]  # lists, which Transformers cannot read, become the numbers it can
+    for field in (
+        "moe_num_experts",
+        "moe_intermediate_size",
+        "moe_layer_start_index",
+        "moe_layer_end_index",
+    ):
+        plain[field] = plain[field][
+            0
+        ]  # lists, which Transformers cannot read, become the numbers it can
     assert compare_configs(plain, read_json(exported / "config.json")).holds
 
 
@@ -57,10 +66,14 @@ def test_import_and_export_of_the_others(host: Any, tiny: Any, tmp_path: Path, n
     import_checkpoint(tiny(name), tmp_path / "megatron", Layout(pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     assert compare_tensors(tiny(name), tmp_path / "exported").holds
-    assert compare_configs(read_json(tiny(name) / "config.json"), read_json(tmp_path / "exported/config.json")).holds
+    assert compare_configs(
+        read_json(tiny(name) / "config.json"), read_json(tmp_path / "exported/config.json")
+    ).holds
 
 
-def test_out_of_reach_stops_the_export_unless_told(tiny: Any, imported: Path, tmp_path: Path) -> None:
+def test_out_of_reach_stops_the_export_unless_told(
+    tiny: Any, imported: Path, tmp_path: Path
+) -> None:
     path = imported / "hf" / "carried.safetensors"
     hidden = path.rename(imported / "hidden")
     try:
@@ -97,7 +110,9 @@ def test_autobridge_carries_them_and_says_so_once(host: Any, tiny: Any, tmp_path
     source = tiny("ernie45")
     (said,) = run_ranks(_save_through_autobridge, 1, source, tmp_path / "exported")
     assert compare_tensors(source, tmp_path / "exported").holds
-    assert len([line for line in said if "carried from the source unchanged: 12 tensors" in line]) == 1
+    assert (
+        len([line for line in said if "carried from the source unchanged: 12 tensors" in line]) == 1
+    )
 
 
 def _export_without_source(source: Path) -> None:

@@ -23,17 +23,23 @@ BRIDGE = "exaone_bridge.bridge.ernie45:Ernie45Bridge"
 
 
 def _router(arithmetic: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Plant:
-    return lambda patch: patch.setattr("exaone_bridge.models.ernie45.router.choose_experts", arithmetic)
+    return lambda patch: patch.setattr(
+        "exaone_bridge.models.ernie45.router.choose_experts", arithmetic
+    )
 
 
-def _sigmoid(logits: torch.Tensor, bias: torch.Tensor, topk: int, norm_min: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _sigmoid(
+    logits: torch.Tensor, bias: torch.Tensor, topk: int, norm_min: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = logits.sigmoid()
     experts = (scores + bias).topk(topk).indices
     chosen = scores.gather(-1, experts)
     return chosen / chosen.sum(-1, keepdim=True), experts
 
 
-def _biased(logits: torch.Tensor, bias: torch.Tensor, topk: int, norm_min: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _biased(
+    logits: torch.Tensor, bias: torch.Tensor, topk: int, norm_min: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     chosen, experts = (logits.softmax(-1) + bias).topk(topk)
     return chosen / chosen.sum(-1, keepdim=True), experts
 
@@ -65,7 +71,9 @@ def _provider(**changes: Any) -> Plant:
 
 
 def _swap_gate_and_up(row: Row) -> Row:
-    return dataclasses.replace(row, hf=row.hf[::-1]) if "experts.linear_fc1" in row.megatron else row
+    return (
+        dataclasses.replace(row, hf=row.hf[::-1]) if "experts.linear_fc1" in row.megatron else row
+    )
 
 
 def _low_precision_rotation(patch: pytest.MonkeyPatch) -> None:
@@ -76,7 +84,9 @@ def _low_precision_rotation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         Fp32RotarySelfAttention,
         "_rotated",
-        lambda self, tensor, angles, packed, which: right(self, tensor, angles.bfloat16().float(), packed, which),
+        lambda self, tensor, angles, packed, which: right(
+            self, tensor, angles.bfloat16().float(), packed, which
+        ),
     )
 
 
@@ -95,7 +105,9 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught_and_located(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_fault_is_caught_and_located(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     plant, layer = FAULTS[fault]
     folder = tiny("ernie45")
     plant(monkeypatch)
@@ -103,20 +115,26 @@ def test_fault_is_caught_and_located(host: Any, tiny: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("field", ["moe_layer_end_index", "moe_layer_interval"])
-def test_schedule_field_ignored(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+def test_schedule_field_ignored(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
     """The tensors on disk tell, before anything runs."""
     import exaone_bridge.models.ernie45.config as module
 
     folder = tiny("ernie45-300b", moe_layer_end_index=5)
     right = module._schedule
     monkeypatch.setattr(
-        module, "_schedule", lambda config, layers: right({k: v for k, v in config.items() if k != field}, layers)
+        module,
+        "_schedule",
+        lambda config, layers: right({k: v for k, v in config.items() if k != field}, layers),
     )
     with pytest.raises(UnmappedTensors, match="tensors that the model needs are missing"):
         verify(folder, Layout())
 
 
-def test_fault_inside_an_export_is_an_error(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_inside_an_export_is_an_error(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Megatron-Bridge's own ERNIE takes any ValueError for a parameter that another stage has, and says nothing."""
     from exaone_bridge.bridge.mapping_registry import SqueezedMapping
 
@@ -129,7 +147,9 @@ def test_fault_inside_an_export_is_an_error(host: Any, tiny: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(ep=2)], ids=str)
-def test_dropped_tensor_stops_the_export(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
+def test_dropped_tensor_stops_the_export(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
     from exaone_bridge.bridge.mapping_registry import SqueezedMapping
 
     monkeypatch.setattr(SqueezedMapping, "megatron_to_hf", lambda self, weights, module: {})
@@ -139,8 +159,16 @@ def test_dropped_tensor_stops_the_export(host: Any, tiny: Any, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=2), Layout(ep=2)], ids=str)
-def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
-    rows_with(BRIDGE, lambda row: None if "experts.linear_fc2.weight*" in row.megatron else row)(monkeypatch)
+def test_dropped_row_stops_the_load(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    rows_with(BRIDGE, lambda row: None if "experts.linear_fc2.weight*" in row.megatron else row)(
+        monkeypatch
+    )
     with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
         verify(tiny("ernie45"), layout)
-    assert len(caught.value.names) in (8, 12, 16)  # a rank's own layers and experts, of 3 x 8: no rank asks another
+    assert len(caught.value.names) in (
+        8,
+        12,
+        16,
+    )  # a rank's own layers and experts, of 3 x 8: no rank asks another

@@ -23,7 +23,9 @@ def _reference_choices(folder: Path, tokens: torch.Tensor) -> Choices:
     """[T, K] sorted experts of each layer, from Transformers' model."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     found: dict[int, list[torch.Tensor]] = {}
     for layer, module in enumerate(model.model.layers):
         if hasattr(module.mlp, "gate"):
@@ -47,7 +49,9 @@ def _our_choices(folder: Path, layout: Layout, tokens: torch.Tensor) -> Choices:
         for layer in chunk.decoder.layers:
             if hasattr(layer.mlp, "router"):
                 layer.mlp.router.register_forward_hook(
-                    lambda router, __, output: found.setdefault(router.layer_number - 1, []).append(output[1])
+                    lambda router, __, output: found.setdefault(router.layer_number - 1, []).append(
+                        output[1]
+                    )
                 )
     forward_logits(model, tokens)
     return {
@@ -59,7 +63,9 @@ def _our_choices(folder: Path, layout: Layout, tokens: torch.Tensor) -> Choices:
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2), Layout(ep=2)], ids=str)
 @pytest.mark.parametrize("std", [0.02, 0.2])
 @pytest.mark.parametrize("name", MOE_NAMES)
-def test_experts_chosen(host: Any, tiny: Any, tmp_path: Path, name: str, std: float, layout: Layout) -> None:
+def test_experts_chosen(
+    host: Any, tiny: Any, tmp_path: Path, name: str, std: float, layout: Layout
+) -> None:
     """Identical, per token and layer; and the bias does choose: without it, other experts are."""
     folder = with_selection_bias(tiny(name), tmp_path / name, std)
     tokens = prompts(387, 2, 64)
@@ -69,7 +75,9 @@ def test_experts_chosen(host: Any, tiny: Any, tmp_path: Path, name: str, std: fl
         ours |= result
     assert ours.keys() == reference.keys()
     assert all(torch.equal(ours[layer], reference[layer]) for layer in reference)
-    (unbiased,) = run_ranks(_reference_choices, 1, with_selection_bias(folder, tmp_path / "unbiased", 0.0), tokens)
+    (unbiased,) = run_ranks(
+        _reference_choices, 1, with_selection_bias(folder, tmp_path / "unbiased", 0.0), tokens
+    )
     assert any(not torch.equal(unbiased[layer], reference[layer]) for layer in reference)
 
 
@@ -80,7 +88,9 @@ def _bf16_routing(folder: Path) -> dict[str, Any]:
 
     from exaone_bridge.runtime.model import build
 
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.layers[3].mlp.gate
+    reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.layers[3].mlp.gate
+    )
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, Layout())
     router = next(chunk for chunk in model).module.decoder.layers[3].mlp.router
@@ -99,7 +109,10 @@ def _bf16_routing(folder: Path) -> dict[str, Any]:
             model[0].module.embedding.word_embeddings.weight.dtype,
         ),
         "exported": {name: weight.dtype for name, weight in exported.items()},
-        "reference types": (reference.weight.dtype, reference.moe_statics.e_score_correction_bias.dtype),
+        "reference types": (
+            reference.weight.dtype,
+            reference.moe_statics.e_score_correction_bias.dtype,
+        ),
     }
 
 
@@ -112,11 +125,15 @@ def test_bf16_model_decides_as_transformers_bf16_model(
     (found,) = run_ranks(_bf16_routing, 1, folder)
     assert torch.equal(*found["experts"])
     expected, ours = found["weights"]
-    assert torch.equal(ours.bfloat16().float(), expected)  # Transformers rounds the weights; the decisions are fp32
+    assert torch.equal(
+        ours.bfloat16().float(), expected
+    )  # Transformers rounds the weights; the decisions are fp32
     assert found["types"] == (torch.float32, torch.float32, torch.float32, torch.bfloat16)
     assert found["reference types"] == (torch.float32, torch.float32)
     kept = {key for key, dtype in found["exported"].items() if dtype is torch.float32}
-    assert kept == {key for key in found["exported"] if "mlp.gate.weight" in key or "moe_statics" in key}
+    assert kept == {
+        key for key in found["exported"] if "mlp.gate.weight" in key or "moe_statics" in key
+    }
 
 
 def _saved_types(folder: Path, target: Path) -> None:
@@ -148,7 +165,9 @@ def test_arithmetic() -> None:
     assert torch.allclose(bounded[0, 0], probabilities[0] / 0.99)
 
 
-def _after_a_step(folder: Path, tokens: torch.Tensor, overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _after_a_step(
+    folder: Path, tokens: torch.Tensor, overrides: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """Router gradients and selection biases after one step's `finalize_model_grads`."""
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -156,11 +175,14 @@ def _after_a_step(folder: Path, tokens: torch.Tensor, overrides: dict[str, Any])
     provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
     provider.apply_overrides_and_finalize(torch.float32, overrides)
     (model,) = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True), use_cpu_initialization=True
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        use_cpu_initialization=True,
     )
     model.train()
     positions = torch.arange(tokens.shape[1] - 1)[None]
-    model(tokens[:1, :-1].contiguous(), positions, None, labels=tokens[:1, 1:].contiguous()).mean().backward()
+    model(
+        tokens[:1, :-1].contiguous(), positions, None, labels=tokens[:1, 1:].contiguous()
+    ).mean().backward()
     finalize_model_grads([model])
     router = model.module.decoder.layers[1].mlp.router
     return {"bias": router.expert_bias.clone(), "gradient": router.weight.main_grad.clone()}
@@ -197,4 +219,8 @@ def test_aux_loss(balanced: Any) -> None:
 
 def test_never_both(balanced: Any) -> None:
     with pytest.raises(UnsupportedConfig, match="one way or the other"):
-        balanced(moe_router_enable_expert_bias=True, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1)
+        balanced(
+            moe_router_enable_expert_bias=True,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=0.1,
+        )

@@ -72,7 +72,11 @@ def _rope(change: Callable[[list[int]], list[int]]) -> Plant:
 
         right = module.megatron_rope
         patch.setattr(module, "megatron_rope", lambda rope: change(right(rope)))
-        patch.setattr(Exaone4Bridge, "megatron_to_hf_config", staticmethod(lambda provider: provider.hf_config))
+        patch.setattr(
+            Exaone4Bridge,
+            "megatron_to_hf_config",
+            staticmethod(lambda provider: provider.hf_config),
+        )
 
     return plant
 
@@ -83,7 +87,9 @@ def _flip(layer: int, window: int | None) -> Plant:
     def at(values: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
         return (*values[:layer], value, *values[layer + 1 :])
 
-    return _facts(windows=lambda windows: at(windows, window), rope=lambda rope: at(rope, window is not None))
+    return _facts(
+        windows=lambda windows: at(windows, window), rope=lambda rope: at(rope, window is not None)
+    )
 
 
 def _permute_heads(model: Any) -> None:
@@ -112,7 +118,10 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
     "epsilon": (_facts(norm_eps=lambda eps: eps / 30), 0),
     "epsilon of the post norms": (_post_norm_epsilon, 0),
     "factor": (_facts(llama3=lambda rope: dataclasses.replace(rope, factor=8.0)), 0),
-    "low frequency factor": (_facts(llama3=lambda rope: dataclasses.replace(rope, low_freq_factor=2.0)), 0),
+    "low frequency factor": (
+        _facts(llama3=lambda rope: dataclasses.replace(rope, low_freq_factor=2.0)),
+        0,
+    ),
     "theta": (_facts(rope_theta=lambda theta: theta * 1.01), 0),
     "layer 5 made global": (_flip(5, None), 5),
     "layer 3 made sliding": (_flip(3, 8), 3),
@@ -121,7 +130,9 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught_and_located(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_fault_is_caught_and_located(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     plant, layer = FAULTS[fault]
     folder = tiny("exaone4")
     plant(monkeypatch)
@@ -136,7 +147,9 @@ def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.Mo
     assert list(caught.value.names) in (names[:4], names[4:])  # a stage's own: no rank asks another
 
 
-def test_row_without_its_parameter_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_without_its_parameter_stops_the_load(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def without_qk_norm(right: Any, *args: Any) -> Any:
         provider = right(*args)
         spec = provider.transformer_layer_spec
@@ -152,11 +165,15 @@ def test_row_without_its_parameter_stops_the_load(host: Any, tiny: Any, monkeypa
         return provider
 
     provider_with(BRIDGE, without_qk_norm)(monkeypatch)
-    with pytest.raises(UnmappedTensors, match="parameters that the rows of this family fill are missing"):
+    with pytest.raises(
+        UnmappedTensors, match="parameters that the rows of this family fill are missing"
+    ):
         verify(tiny("exaone4"), Layout())
 
 
-def test_dropped_tensor_stops_the_export(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_tensor_stops_the_export(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mapping that yields nothing for one parameter: the host would leave the tensor out and say nothing."""
     from megatron.bridge.models.conversion.param_mapping import RowParallelMapping
 
@@ -165,7 +182,11 @@ def test_dropped_tensor_stops_the_export(host: Any, tiny: Any, monkeypatch: pyte
         verify(tiny("exaone4"), Layout())
 
 
-def test_unsayable_schedule_stops_the_export(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exaone_bridge.models.exaone4.provider.megatron_rope", lambda rope: [1] * len(rope))
+def test_unsayable_schedule_stops_the_export(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "exaone_bridge.models.exaone4.provider.megatron_rope", lambda rope: [1] * len(rope)
+    )
     with pytest.raises(UnsupportedConfig, match="no_rope_freq"):
         verify(tiny("exaone4"), Layout())

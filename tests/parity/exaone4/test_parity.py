@@ -32,7 +32,10 @@ LAYOUTS = [
 ]
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "five layers, any pattern": ("exaone4", {"num_hidden_layers": 5, "layer_types": [F, S, S, F, S]}),
+    "five layers, any pattern": (
+        "exaone4",
+        {"num_hidden_layers": 5, "layer_types": [F, S, S, F, S]},
+    ),
     "one layer": ("exaone4", {"num_hidden_layers": 1, "layer_types": [S]}),
     "every layer slides": ("exaone4", {"layer_types": [S] * 8}),
     "no layer slides, yet none has RoPE": ("exaone4", {"layer_types": [F] * 8}),
@@ -40,12 +43,20 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, hybrid": ("exaone4", {"tie_word_embeddings": True}),
     "window of one key": ("exaone4", {"sliding_window": 1}),
     "window longer than the prompt": ("exaone4", {"sliding_window": 200}),
-    "default RoPE": ("exaone4-1.2b", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "default RoPE": (
+        "exaone4-1.2b",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ),
     "llama3 fields": (
         "exaone4-1.2b",
         {
             "rope_parameters": ROPE
-            | {"low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 16, "factor": 4.0}
+            | {
+                "low_freq_factor": 2.0,
+                "high_freq_factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "factor": 4.0,
+            }
         },
     ),
     "large epsilon": ("exaone4", {"rms_norm_eps": 0.1}),
@@ -72,7 +83,9 @@ def test_configurations(host: Any, tiny: Any, case: str) -> None:
     assert_holds(tiny(name, **fields), Layout())
 
 
-@pytest.mark.parametrize("case", ["five layers, any pattern", "multi-query", "tied, hybrid", "bfloat16 on disk"])
+@pytest.mark.parametrize(
+    "case", ["five layers, any pattern", "multi-query", "tied, hybrid", "bfloat16 on disk"]
+)
 def test_configurations_under_tensor_parallelism(host: Any, tiny: Any, case: str) -> None:
     name, fields = CONFIGURATIONS[case]
     assert_holds(tiny(name, **fields), Layout(tp=2))

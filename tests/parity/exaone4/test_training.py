@@ -30,4 +30,6 @@ def test_gradients_and_five_steps_of_adamw(host: Any, tiny: Any, name: str, layo
 
 def _eight_layers(name: str) -> dict[str, Any]:
     """A layer count that every layout above divides."""
-    return {} if name == "exaone4" else {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    return (
+        {} if name == "exaone4" else {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    )

@@ -76,9 +76,16 @@ FAULTS: dict[str, Callable[[Any], None]] = {
 def _theirs(folder: Path, tokens: torch.Tensor, images: list[Images]) -> torch.Tensor:
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
-        return torch.cat([model.eval()(one[None], **each).logits for one, each in zip(tokens, images, strict=True)])
+        return torch.cat(
+            [
+                model.eval()(one[None], **each).logits
+                for one, each in zip(tokens, images, strict=True)
+            ]
+        )
 
 
 def _ours(folder: Path, tokens: torch.Tensor, images: list[Images], fault: str) -> torch.Tensor:
@@ -117,7 +124,9 @@ def test_fault_of_the_tower(compare: Callable[[str], float], fault: str) -> None
     assert compare(fault) > 1e-3  # no fault hides near the tolerance
 
 
-def test_features_in_the_wrong_places(compare: Callable[[str], float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_in_the_wrong_places(
+    compare: Callable[[str], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from exaone_bridge.models.exaone45.model import Exaone45Model
 
     right = Exaone45Model._places
@@ -147,12 +156,16 @@ BEGINS = {
 
 @pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_verify_tells_where(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_verify_tells_where(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     """What the command line runs has images in its prompts, and looks into the tower."""
     build_with(lambda model: FAULTS[fault](model[0].visual))(monkeypatch)
     report = verify(tiny("exaone45"), Layout(), Asked(count=2))
     failing = ["tensors", "logits"] if fault in OF_WEIGHTS else ["logits"]
-    assert [check.name for check in report.checks if not check.holds] == failing and report.location is not None
+    assert [
+        check.name for check in report.checks if not check.holds
+    ] == failing and report.location is not None
     sublayer, module = BEGINS[fault]
     assert report.location.sublayer == f"vision {sublayer}"
     assert report.location.name == ".".join(filter(None, ["model.visual", module]))

@@ -20,7 +20,9 @@ from tests.helpers.exaone45_mtp import formula, ours, prompts_of
 from tests.helpers.training import relative_difference
 
 
-def _compare(folder: Path, layout: Layout, depth: int, overrides: dict[str, Any], rule: int = 0) -> float:
+def _compare(
+    folder: Path, layout: Layout, depth: int, overrides: dict[str, Any], rule: int = 0
+) -> float:
     """The worst difference of logits; everything else is asserted."""
     (expected,) = run_ranks(formula, 1, folder, prompts_of(), depth, rule, torch.float32, layout.cp)
     results = run_ranks(ours, layout.ranks, folder, layout, prompts_of(), depth, overrides)
@@ -39,13 +41,19 @@ def _compare(folder: Path, layout: Layout, depth: int, overrides: dict[str, Any]
                 for mine, theirs in zip(result.losses, expected.losses, strict=bool(result.logits))
             )
             found, gradients = result.gradients, expected.gradients
-            assert {name for name in gradients if relative_difference(found[name], gradients[name]) > 1e-4} == set()
+            assert {
+                name
+                for name in gradients
+                if relative_difference(found[name], gradients[name]) > 1e-4
+            } == set()
             assert all(gradients[name].any() for name in found if name.startswith("mtp."))
     return worst
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(tp=2, sp=True), Layout(tp=2, pp=2), Layout(cp=2), Layout(pp=2, vpp=2)], ids=str
+    "layout",
+    [Layout(), Layout(tp=2, sp=True), Layout(tp=2, pp=2), Layout(cp=2), Layout(pp=2, vpp=2)],
+    ids=str,
 )
 def test_logits_loss_and_gradients(host: Any, tiny: Any, layout: Layout) -> None:
     assert _compare(tiny("exaone45"), layout, 1, {}) <= 1e-4
@@ -104,7 +112,9 @@ def test_what_was_trained_is_exported(host: Any, tiny: Any, tmp_path: Path) -> N
         after = load_file(folder / "model.safetensors")
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], value + 1.0) for name, value in before.items())
-        assert compare_configs(read_json(source / "config.json"), read_json(folder / "config.json")).holds
+        assert compare_configs(
+            read_json(source / "config.json"), read_json(folder / "config.json")
+        ).holds
 
 
 def test_what_was_not_built_is_carried(host: Any, tiny: Any, tmp_path: Path) -> None:
@@ -113,7 +123,9 @@ def test_what_was_not_built_is_carried(host: Any, tiny: Any, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="travel beside the model"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     export_checkpoint(tmp_path / "megatron", tmp_path / "dropped", drop_carried=True)
-    assert not any(name.startswith("mtp.") for name in load_file(tmp_path / "dropped/model.safetensors"))
+    assert not any(
+        name.startswith("mtp.") for name in load_file(tmp_path / "dropped/model.safetensors")
+    )
     text = read_json(tmp_path / "dropped/config.json")["text_config"]
     assert text["num_nextn_predict_layers"] == 0
 
@@ -123,7 +135,9 @@ def test_frozen(host: Any, tiny: Any, frozen: str) -> None:
     """Each is frozen alone; the other learns."""
     (found,) = run_ranks(ours, 1, tiny("exaone45"), Layout(), prompts_of(), 1, {frozen: True})
     moved = {
-        name.startswith("mtp.") for name, value in found.gradients.items() if value.any() and ".visual." not in name
+        name.startswith("mtp.")
+        for name, value in found.gradients.items()
+        if value.any() and ".visual." not in name
     }
     assert moved == {frozen == "freeze_language_model"}
 
@@ -132,7 +146,9 @@ def _swapped(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
     right = MultiTokenPredictionLayer._concat_embeddings
-    patch.setattr(MultiTokenPredictionLayer, "_concat_embeddings", lambda self, a, b: right(self, b, a))
+    patch.setattr(
+        MultiTokenPredictionLayer, "_concat_embeddings", lambda self, a, b: right(self, b, a)
+    )
     return {}
 
 

@@ -13,7 +13,9 @@ from tests.helpers.exaone45_cases import CONFIG
 from tests.helpers.paths import ROOT
 
 
-@pytest.mark.parametrize("side", [12, 16])  # whole windows of six patches; and windows that the border cuts
+@pytest.mark.parametrize(
+    "side", [12, 16]
+)  # whole windows of six patches; and windows that the border cuts
 def test_operations_of_an_image(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Exaone4_5_VisionConfig
@@ -22,9 +24,14 @@ def test_operations_of_an_image(side: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     benchmark = importlib.import_module("train_images")
     vision = read_config(CONFIG).vision
-    config = Exaone4_5_VisionConfig(**{key: value for key, value in CONFIG["vision_config"].items() if key != "dtype"})
+    config = Exaone4_5_VisionConfig(
+        **{key: value for key, value in CONFIG["vision_config"].items() if key != "dtype"}
+    )
     tower = Exaone4_5_VisionModel._from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counted:
-        features = tower(torch.randn(side * side, vision.patch_elements), grid_thw=torch.tensor([[1, side, side]]))
+        features = tower(
+            torch.randn(side * side, vision.patch_elements),
+            grid_thw=torch.tensor([[1, side, side]]),
+        )
         features.pooler_output.sum().backward()
     assert counted.get_total_flops() == benchmark.operations_of_image(vision, side)

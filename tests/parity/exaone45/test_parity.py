@@ -82,14 +82,18 @@ def test_configurations(host: Any, tiny: Any, case: str) -> None:
 def test_import_and_export(host: Any, tiny: Any, tmp_path: Path) -> None:
     """From the Megatron checkpoint alone: tensors, multi-token prediction's too, nested configurations, processors."""
     source = tiny("exaone45")
-    assert set(open_source(source).carried) == {n for n in read_headers(source) if n.startswith("mtp.")}
+    assert set(open_source(source).carried) == {
+        n for n in read_headers(source) if n.startswith("mtp.")
+    }
     assert len(open_source(source).carried) == 15
     import_checkpoint(source, tmp_path / "megatron", Layout(tp=2, pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     checks = (
         compare_tensors(source, tmp_path / "exported"),
         compare_files(source, tmp_path / "exported"),
-        compare_configs(read_json(source / "config.json"), read_json(tmp_path / "exported/config.json")),
+        compare_configs(
+            read_json(source / "config.json"), read_json(tmp_path / "exported/config.json")
+        ),
     )
     assert all(check.holds for check in checks), [check.where for check in checks]
     assert (tmp_path / "exported/preprocessor_config.json").is_file()
@@ -101,7 +105,9 @@ def _exported_from(megatron: Path, source: Path, target: Path) -> None:
     from exaone_bridge.runtime.model import load_megatron
 
     bridge = AutoBridge.from_hf_pretrained(source)
-    bridge.save_hf_pretrained(load_megatron(bridge, megatron, Layout(tp=2, pp=2)), target, show_progress=False)
+    bridge.save_hf_pretrained(
+        load_megatron(bridge, megatron, Layout(tp=2, pp=2)), target, show_progress=False
+    )
 
 
 def test_megatron_core_loads_what_import_wrote(host: Any, tiny: Any, tmp_path: Path) -> None:
@@ -113,7 +119,9 @@ def test_megatron_core_loads_what_import_wrote(host: Any, tiny: Any, tmp_path: P
     assert check.holds, check.where
 
 
-def _logits_of_batch(folder: Path, tokens: torch.Tensor, images: dict[str, torch.Tensor], cp: int) -> Any:
+def _logits_of_batch(
+    folder: Path, tokens: torch.Tensor, images: dict[str, torch.Tensor], cp: int
+) -> Any:
     """A whole batch in one forward pass."""
     from megatron.bridge import AutoBridge
 
@@ -124,12 +132,16 @@ def _logits_of_batch(folder: Path, tokens: torch.Tensor, images: dict[str, torch
         return model.eval()(tokens, torch.arange(tokens.shape[1])[None], None, **images)
 
 
-def _reference(folder: Path, tokens: torch.Tensor, images: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+def _reference(
+    folder: Path, tokens: torch.Tensor, images: list[dict[str, torch.Tensor]]
+) -> torch.Tensor:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
-        return torch.cat([model(one[None], **each).logits for one, each in zip(tokens, images, strict=True)])
+        return torch.cat(
+            [model(one[None], **each).logits for one, each in zip(tokens, images, strict=True)]
+        )
 
 
 def test_one_batch_of_text_images_and_video(host: Any, tiny: Any) -> None:
@@ -154,7 +166,9 @@ def _whole_sequences(folder: Path, tokens: torch.Tensor, images: dict[str, torch
     positions = torch.arange(tokens.shape[1] - 1)[None].expand(len(tokens), -1)
     mask = torch.ones(len(tokens), tokens.shape[1] - 1)
     with torch.no_grad():
-        loss, cut = model.eval()(tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=mask, **images)
+        loss, cut = model.eval()(
+            tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=mask, **images
+        )
     assert cut.shape == loss.shape == (len(tokens), positions.shape[1] // 2)
     return loss
 
@@ -163,9 +177,13 @@ def test_context_parallelism_cuts_whole_sequences(host: Any, tiny: Any) -> None:
     from exaone_bridge.verification.workflow.transformers import together
 
     tokens, images = image_prompts(read_config(CONFIG), 4, seed=5)
-    tokens = torch.cat((tokens, torch.full((4, 5 - tokens.shape[1] % 4), 7)), dim=1)  # S a multiple of four
+    tokens = torch.cat(
+        (tokens, torch.full((4, 5 - tokens.shape[1] % 4), 7)), dim=1
+    )  # S a multiple of four
     (logits,) = run_ranks(_reference, 1, tiny("exaone45"), tokens[:, :-1], images)
-    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
     parts = run_ranks(_whole_sequences, 2, tiny("exaone45"), tokens, together(images))
     assert (gathered_in_order(parts, 1) - expected).abs().max() <= 1e-4
 
@@ -196,9 +214,14 @@ def _refused(folder: Path, cases: list[tuple[torch.Tensor, dict[str, torch.Tenso
 
 def test_wrong_counts_are_refused_with_both_numbers(host: Any, tiny: Any) -> None:
     facts = read_config(CONFIG)
-    tokens, images = prompt_of(facts, [("image", (1, 4, 6)), ("text", 5)], torch.Generator().manual_seed(0))
+    tokens, images = prompt_of(
+        facts, [("image", (1, 4, 6)), ("text", 5)], torch.Generator().manual_seed(0)
+    )
     tokens = tokens[None]
-    video = {"pixel_values_videos": images["pixel_values"], "video_grid_thw": images["image_grid_thw"]}
+    video = {
+        "pixel_values_videos": images["pixel_values"],
+        "video_grid_thw": images["image_grid_thw"],
+    }
     without_grid = {"pixel_values": images["pixel_values"]}
     cut = images | {"pixel_values": images["pixel_values"][:-4]}
     cases = [(tokens[:, 1:], images), (tokens, video), (tokens, without_grid), (tokens, cut)]

@@ -11,7 +11,14 @@ from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.exaone45_cases import batches, step_of_megatron, step_of_transformers
 from tests.helpers.training import relative_difference
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, sp=True), Layout(tp=2, pp=2), Layout(pp=2, vpp=2), Layout(cp=2)]
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=2, sp=True),
+    Layout(tp=2, pp=2),
+    Layout(pp=2, vpp=2),
+    Layout(cp=2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,16 @@ def test_gradients_of_every_parameter(host: Any, tiny: Any, reference: Any, layo
 
 def test_recomputed(host: Any, tiny: Any, reference: Any) -> None:
     """Activations of language model and tower computed again in the backward pass."""
-    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    _compare(run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), batches(), again), reference, lambda name: True)
+    again = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    _compare(
+        run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), batches(), again),
+        reference,
+        lambda name: True,
+    )
 
 
 FROZEN = {
@@ -61,7 +76,9 @@ FROZEN = {
 def test_frozen(host: Any, tiny: Any, reference: Any, which: str, layout: Layout) -> None:
     """Gradients flow through what is frozen to what is not, and only there."""
     switch, is_frozen = FROZEN[which]
-    results = run_ranks(step_of_megatron, layout.ranks, tiny("exaone45"), layout, batches(), {switch: True})
+    results = run_ranks(
+        step_of_megatron, layout.ranks, tiny("exaone45"), layout, batches(), {switch: True}
+    )
     assert all(frozen for _, _, frozen in results)
     _compare(results, reference, lambda name: not is_frozen(name))
 
@@ -72,12 +89,18 @@ def test_text_alone_trains_with_overlapped_reduction(host: Any, tiny: Any) -> No
     ((_, expected),) = run_ranks(step_of_transformers, 1, tiny("exaone45"), data)
     ((_, found, _),) = run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), data, {})
     assert not any(gradient.any() for name, gradient in found.items() if ".visual." in name)
-    assert all(relative_difference(found[name], gradient) <= 1e-4 for name, gradient in expected.items())
+    assert all(
+        relative_difference(found[name], gradient) <= 1e-4 for name, gradient in expected.items()
+    )
 
 
 def _gradients_differ(results: list[Any], reference: tuple[float, dict[str, Any]]) -> bool:
     expected = {name: value for name, value in reference[1].items() if ".visual." in name}
-    return any(relative_difference(found[name], expected[name]) > 1e-3 for _, found, _ in results for name in expected)
+    return any(
+        relative_difference(found[name], expected[name]) > 1e-3
+        for _, found, _ in results
+        for name in expected
+    )
 
 
 def test_fault_gradients_of_cuts_not_summed(

@@ -21,14 +21,21 @@ PUBLISHED = {
     "num_key_value_heads": 2,
     "hidden_size": 64,
 }
-GRIDS = [[1, 16, 22], [1, 4, 6], [2, 10, 8]]  # pixels: 224 x 308, one less than a window, a video of four frames
+GRIDS = [
+    [1, 16, 22],
+    [1, 4, 6],
+    [2, 10, 8],
+]  # pixels: 224 x 308, one less than a window, a video of four frames
 
 
 def _pixels() -> tuple[torch.Tensor, torch.Tensor]:
     """As a processor makes them of random pictures: from 0 to 255, then the mean and deviation of CLIP."""
     grid = torch.tensor(GRIDS)
     pictures = torch.randint(
-        0, 256, (int(grid.prod(-1).sum()), 3, 2 * 14 * 14), generator=torch.Generator().manual_seed(0)
+        0,
+        256,
+        (int(grid.prod(-1).sum()), 3, 2 * 14 * 14),
+        generator=torch.Generator().manual_seed(0),
     )
     mean, std = torch.tensor([0.481, 0.458, 0.408]), torch.tensor([0.269, 0.261, 0.276])
     return ((pictures / 255 - mean[:, None]) / std[:, None]).flatten(1), grid
@@ -37,7 +44,9 @@ def _pixels() -> tuple[torch.Tensor, torch.Tensor]:
 def _theirs(folder: Path, attention: str) -> torch.Tensor:
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
     pixels, grid = _pixels()
     with torch.no_grad():
         return model.model.visual.eval()(pixels, grid_thw=grid).pooler_output
@@ -49,15 +58,22 @@ def _ours(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.dtype]:
 
     from exaone_bridge.runtime.model import build
 
-    visual = unwrap_model(build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype))[0].visual
+    visual = unwrap_model(build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype))[
+        0
+    ].visual
     pixels, grid = _pixels()
     with torch.no_grad():
-        return visual.eval()(pixels, grid_thw=grid).pooler_output, visual.rotary_pos_emb.inv_freq.dtype
+        return visual.eval()(
+            pixels, grid_thw=grid
+        ).pooler_output, visual.rotary_pos_emb.inv_freq.dtype
 
 
 @pytest.fixture(scope="module")
 def folder(host: Any, tiny: Any) -> Path:
-    return tiny("exaone45", **changed(**{f"vision_config__{field}": value for field, value in PUBLISHED.items()}))
+    return tiny(
+        "exaone45",
+        **changed(**{f"vision_config__{field}": value for field, value in PUBLISHED.items()}),
+    )
 
 
 def test_features(folder: Path) -> None:

@@ -14,7 +14,17 @@ SCRIPT = ROOT / "benchmarks" / "convert.py"
 
 
 def test_the_small_benchmark_prints_its_ratios(host: Any, tmp_path: Path) -> None:
-    options = ["--small", "--repeats", "1", "--work", str(tmp_path / "work"), "--only", "load", "--only", "stream"]
+    options = [
+        "--small",
+        "--repeats",
+        "1",
+        "--work",
+        str(tmp_path / "work"),
+        "--only",
+        "load",
+        "--only",
+        "stream",
+    ]
     printed = fork_script(tmp_path, SCRIPT, *options)
     for line in (
         "| planned / plain copy",

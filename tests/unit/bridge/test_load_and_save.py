@@ -34,18 +34,25 @@ CASES = [
     *(("exaone4-1.2b", LLAMA | {"dtype": "bfloat16"}, None, layout) for layout in EVEN),
     ("exaone4-1.2b", LLAMA | {"dtype": "bfloat16"}, torch.float32, Layout(tp=2)),
     ("exaone4", {"dtype": "float16"}, None, Layout(tp=2)),
-    *(("ernie45", {"dtype": "bfloat16", "use_bias": True}, None, layout) for layout in [*EVEN[:2], *EXPERTS]),
+    *(
+        ("ernie45", {"dtype": "bfloat16", "use_bias": True}, None, layout)
+        for layout in [*EVEN[:2], *EXPERTS]
+    ),
     *(("ernie45-300b", {"use_bias": True}, None, layout) for layout in [*EVEN[2:], *EXPERTS]),
     ("ernie45-dense", {"use_bias": True}, None, Layout(tp=2, pp=2)),
 ]
 
 
-def unfilled(bridge: Any, layout: Layout, dtype: torch.dtype | None = None, **fields: Any) -> list[Any]:
+def unfilled(
+    bridge: Any, layout: Layout, dtype: torch.dtype | None = None, **fields: Any
+) -> list[Any]:
     """A model at this layout whose weights are not the checkpoint's."""
 
     provider = bridge.to_megatron_provider(load_weights=False)
     dtype = dtype or provider.params_dtype
-    fields = layout.provider_overrides() | {"pipeline_dtype": dtype, "autocast_dtype": dtype} | fields
+    fields = (
+        layout.provider_overrides() | {"pipeline_dtype": dtype, "autocast_dtype": dtype} | fields
+    )
     provider.apply_overrides_and_finalize(dtype, fields)
     return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
 
@@ -56,7 +63,9 @@ def everything(model: list[Any]) -> dict[tuple[int, str], torch.Tensor]:
     return {(chunk, name): tensor for chunk, name, tensor in parameters_of(model)}
 
 
-def _both_ways(folder: Path, work: Path, layout: Layout, dtype: torch.dtype | None) -> tuple[int, list[Any], Any]:
+def _both_ways(
+    folder: Path, work: Path, layout: Layout, dtype: torch.dtype | None
+) -> tuple[int, list[Any], Any]:
     """How many tensors this rank has, those in which the two loads differ (NaN before either), and why not planned."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
@@ -73,7 +82,9 @@ def _both_ways(folder: Path, work: Path, layout: Layout, dtype: torch.dtype | No
         if load is not None:
             load(model)
         else:
-            MegatronModelBridge.load_weights_hf_to_megatron(bridge._model_bridge, bridge.hf_pretrained, model)
+            MegatronModelBridge.load_weights_hf_to_megatron(
+                bridge._model_bridge, bridge.hf_pretrained, model
+            )
         found.append({key: tensor.detach().clone() for key, tensor in everything(model).items()})
     generic, planned = found
     assert planned.keys() == generic.keys()
@@ -148,7 +159,9 @@ def _load_without_a_word_to_others(folder: Path, layout: Layout) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(ep=2, etp=2)], ids=str)
-def test_the_load_waits_for_nobody_and_says_its_way_once(host: Any, tiny: Any, layout: Layout) -> None:
+def test_the_load_waits_for_nobody_and_says_its_way_once(
+    host: Any, tiny: Any, layout: Layout
+) -> None:
     results = run_ranks(_load_without_a_word_to_others, layout.ranks, tiny("ernie45-300b"), layout)
     assert results[0] == ["Hugging Face -> Megatron-Core: by the plan of copies"]
     assert all(lines == [] for lines in results[1:])
@@ -209,14 +222,19 @@ def _load_the_hosts_way(folder: Path, name: str) -> tuple[list[str], bool]:
     said = Said()
     bridge.load_hf_weights(model, **options)
     expected = everything(right)
-    found = {(chunk, name.replace(".to_wrap.", ".")): tensor for (chunk, name), tensor in everything(model).items()}
+    found = {
+        (chunk, name.replace(".to_wrap.", ".")): tensor
+        for (chunk, name), tensor in everything(model).items()
+    }
     return said.lines, all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_the_plan_does_not_cover_goes_the_hosts_way(name: str, host: Any, tiny: Any) -> None:
     ((lines, equal),) = run_ranks(_load_the_hosts_way, 1, tiny("exaone4"), name)
-    assert lines == [f"Hugging Face -> Megatron-Core: by Megatron-Bridge's own code, because {OTHERS[name][2]}"]
+    assert lines == [
+        f"Hugging Face -> Megatron-Core: by Megatron-Bridge's own code, because {OTHERS[name][2]}"
+    ]
     assert equal
 
 
@@ -239,14 +257,23 @@ def _fsdp_and_others(folder: Path) -> list[str | None]:
 
 def test_fsdp_shards_and_fp8_exports_are_not_planned(host: Any, tiny: Any) -> None:
     ((plain, fsdp, fp8),) = run_ranks(_fsdp_and_others, 1, tiny("exaone4"))
-    assert (plain, fsdp, fp8) == (None, "its parameters are FSDP shards", "FP8 weights are asked for")
+    assert (plain, fsdp, fp8) == (
+        None,
+        "its parameters are FSDP shards",
+        "FP8 weights are asked for",
+    )
 
 
 def _uneven(folder: Path, target: Path) -> tuple[list[str], list[int]]:
     from megatron.bridge import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(folder)
-    model = unfilled(bridge, Layout(pp=2), num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=5)
+    model = unfilled(
+        bridge,
+        Layout(pp=2),
+        num_layers_in_first_pipeline_stage=3,
+        num_layers_in_last_pipeline_stage=5,
+    )
     said = Said()
     bridge.load_hf_weights(model)
     bridge.save_hf_pretrained(model, target, show_progress=False)
@@ -274,7 +301,9 @@ def _load_into(folder: Path, layout: Layout, fields: dict[str, Any], change: str
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout, **fields)
     mlp = unwrap_model(model)[0].decoder.layers[0].mlp
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:  # one rank's fault is found there
+    if (
+        torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    ):  # one rank's fault is found there
         if change == "more":
             mlp.register_parameter("extra", torch.nn.Parameter(torch.ones(1)))
         if change == "less":
@@ -283,10 +312,22 @@ def _load_into(folder: Path, layout: Layout, fields: dict[str, Any], change: str
 
 
 OTHER_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "fewer layers": ({"num_layers": 6, "window_attn_skip_freq": None, "no_rope_freq": None}, "", "has the layers"),
-    "more layers": ({"num_layers": 10, "window_attn_skip_freq": None, "no_rope_freq": None}, "", "has the layers"),
+    "fewer layers": (
+        {"num_layers": 6, "window_attn_skip_freq": None, "no_rope_freq": None},
+        "",
+        "has the layers",
+    ),
+    "more layers": (
+        {"num_layers": 10, "window_attn_skip_freq": None, "no_rope_freq": None},
+        "",
+        "has the layers",
+    ),
     "another width": ({"ffn_hidden_size": 128}, "", "and the configuration makes it"),
-    "one less": ({}, "less", r"rows of this family fill are missing \(decoder\.layers\.4\.mlp\.linear_fc1\.weight\)"),
+    "one less": (
+        {},
+        "less",
+        r"rows of this family fill are missing \(decoder\.layers\.4\.mlp\.linear_fc1\.weight\)",
+    ),
     "one more": ({}, "more", r"parameters without a row \(decoder\.layers\.4\.mlp\.extra\)"),
 }
 
@@ -312,7 +353,9 @@ def _save_twice(folder: Path, target: Path) -> None:
     bridge.save_hf_pretrained(model, target / "random", show_progress=False)
 
 
-def test_a_folder_that_is_there_gets_the_new_weights_and_keeps_the_rest(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_folder_that_is_there_gets_the_new_weights_and_keeps_the_rest(
+    host: Any, tiny: Any, tmp_path: Path
+) -> None:
     """AutoBridge's calls may write into a folder again; each file takes its name when all of them are whole."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")

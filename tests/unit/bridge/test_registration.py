@@ -126,7 +126,9 @@ def test_the_host_first_then_ours() -> None:
     after = 'result["first"] = first\n'
     result = fresh(guard + "import megatron.bridge\n" + FOUND + before + REPORT + after + PRINT)
     assert_ours(result)
-    assert result["first"].startswith("megatron.bridge.models.")  # there was another's claim to take over
+    assert result["first"].startswith(
+        "megatron.bridge.models."
+    )  # there was another's claim to take over
 
 
 # --- in this process ---
@@ -147,7 +149,9 @@ def test_supported(host: Any) -> None:
 
     assert host == exaone_bridge.supported()
     assert host["Exaone4ForCausalLM"] is Exaone4Bridge
-    assert {name: f"{bridge.__module__}.{bridge.__qualname__}" for name, bridge in host.items()} == CLAIMED
+    assert {
+        name: f"{bridge.__module__}.{bridge.__qualname__}" for name, bridge in host.items()
+    } == CLAIMED
     assert f"{Exaone4Bridge.__module__}.{Exaone4Bridge.__qualname__}" == OURS
 
 
@@ -188,7 +192,9 @@ def test_another_claim_is_found_out(host_dispatch: Any, by: str) -> None:
 
     key = transformers.Exaone4ForCausalLM if by == "class" else "Exaone4ForCausalLM"
     try:
-        host_dispatch.register_bridge_implementation(source=key, target=GPTModel, bridge_class=Usurper)
+        host_dispatch.register_bridge_implementation(
+            source=key, target=GPTModel, bridge_class=Usurper
+        )
         with pytest.raises(RegistrationError) as caught:
             exaone_bridge.supported()
     finally:
@@ -232,7 +238,11 @@ def test_the_stream_of_weights_is_ours_too(host_dispatch: Any) -> None:
     Exaone4Bridge.stream_weights_megatron_to_hf = stream  # type: ignore[method-assign]
     try:
         for source in (transformers.Exaone4ForCausalLM, "Exaone4ForCausalLM"):
-            list(host_dispatch.stream_weights_megatron_to_hf((source, object.__new__(GPTModel)), [], object()))
+            list(
+                host_dispatch.stream_weights_megatron_to_hf(
+                    (source, object.__new__(GPTModel)), [], object()
+                )
+            )
     finally:
         Exaone4Bridge.stream_weights_megatron_to_hf = original  # type: ignore[method-assign]
     assert asked == [Exaone4Bridge] * 2
@@ -247,7 +257,9 @@ def test_auto_bridge_uses_ours(host: Any, tiny: Callable[..., Path], name: str) 
     folder = tiny(name)
     bridge = AutoBridge.from_hf_pretrained(folder)
     assert type(bridge._model_bridge) is Exaone4Bridge
-    assert type(AutoBridge.from_hf_config(bridge.hf_pretrained.config)._model_bridge) is Exaone4Bridge
+    assert (
+        type(AutoBridge.from_hf_config(bridge.hf_pretrained.config)._model_bridge) is Exaone4Bridge
+    )
     assert AutoBridge.can_handle(folder)
 
 

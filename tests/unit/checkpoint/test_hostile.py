@@ -32,12 +32,36 @@ from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
 
 TRIES = int(os.environ.get("HOSTILE", "2000"))
-ONE_LAYER = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "vocab_size": 12, "hidden_size": 8}
+ONE_LAYER = {
+    "num_hidden_layers": 1,
+    "layer_types": ["full_attention"],
+    "vocab_size": 12,
+    "hidden_size": 8,
+}
 MORE_MEMORY = 256 * 2**20  # bytes that all inputs together may add
 SECONDS = 5.0  # that one input may take
 
 DEEP = "<deep>"
-NUMBERS = [0, -1, 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 2**70, 1.0, -0.0, 1e400, True, None, "8", [8], {}, "-0"]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2**31,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    2**70,
+    1.0,
+    -0.0,
+    1e400,
+    True,
+    None,
+    "8",
+    [8],
+    {},
+    "-0",
+]
 NAMES = [
     "", "..", ".", "/", "../model.safetensors", "/etc/passwd", "a/b", "a\\b", "\0", "\n", "x" * 5000, "é", "\ud800",
     "%s", "model.safetensors", "__metadata__", "model.norm.weight", "C:\\x", "~", "con.safetensors", "-.safetensors",
@@ -56,7 +80,10 @@ def sound(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     tensors = load_file(sharded / "model.safetensors")
     (sharded / "model.safetensors").unlink()
     names = sorted(tensors)
-    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    files = {
+        name: f"model-0000{1 + number % 2}-of-00002.safetensors"
+        for number, name in enumerate(names)
+    }
     for file in set(files.values()):
         save_file({name: tensors[name] for name in names if files[name] == file}, sharded / file)
     (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
@@ -70,7 +97,9 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def written(value: Any) -> bytes:
     """As JSON without spaces, as safetensors writes it; what is to be deep is deeper than Python's own writer goes."""
-    text = json.dumps(value, separators=(",", ":")).replace(json.dumps(DEEP), "[" * 5000 + "]" * 5000)
+    text = json.dumps(value, separators=(",", ":")).replace(
+        json.dumps(DEEP), "[" * 5000 + "]" * 5000
+    )
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -84,7 +113,11 @@ def mutated_json(noise: random.Random, value: Any) -> Any:
     value = copy.deepcopy(value)
     at = value
     for _ in range(noise.randrange(1, 5)):
-        inner = [key for key in at if isinstance(at[key], dict) and at[key]] if isinstance(at, dict) else []
+        inner = (
+            [key for key in at if isinstance(at[key], dict) and at[key]]
+            if isinstance(at, dict)
+            else []
+        )
         if not inner or noise.random() < 0.3:
             break
         at = at[noise.choice(inner)]
@@ -114,9 +147,9 @@ def mutated_bytes(noise: random.Random, data: bytes) -> bytes:
     changed = bytearray(data)
     match noise.randrange(7):
         case 0:
-            changed[:8] = noise.choice([0, 1, 7, len(data), 2**32, 2**63, 2**64 - 1, noise.randrange(2**20)]).to_bytes(
-                8, "little"
-            )
+            changed[:8] = noise.choice(
+                [0, 1, 7, len(data), 2**32, 2**63, 2**64 - 1, noise.randrange(2**20)]
+            ).to_bytes(8, "little")
         case 1:
             for _ in range(noise.choice([1, 3, 30])):
                 changed[noise.randrange(min(len(data), 3000))] ^= 1 << noise.randrange(8)
@@ -162,7 +195,17 @@ def mutate(noise: random.Random, folder: Path) -> str:
         case "index" if index.exists():
             index.write_bytes(written(mutated_json(noise, json.loads(index.read_text()))))
         case "link":
-            target = noise.choice(["/etc/passwd", "/dev/zero", "..", str(folder), file.name, "../outside", "/dev/null"])
+            target = noise.choice(
+                [
+                    "/etc/passwd",
+                    "/dev/zero",
+                    "..",
+                    str(folder),
+                    file.name,
+                    "../outside",
+                    "/dev/null",
+                ]
+            )
             file.unlink()
             file.symlink_to(target)
         case "config":
@@ -171,7 +214,9 @@ def mutate(noise: random.Random, folder: Path) -> str:
         case _:  # a key twice, which a JSON reader would drop silently
             header, body = split(data)
             name = noise.choice(list(header))
-            text = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}" + "}"
+            text = (
+                json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}" + "}"
+            )
             file.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + body)
     return kind
 
@@ -195,7 +240,9 @@ def surroundings(folder: Path) -> dict[str, Any]:
     return {str(path): path.is_dir() or path.lstat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_a_hostile_folder_is_refused_or_read_right(sound: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_hostile_folder_is_refused_or_read_right(
+    sound: tuple[Path, Path], tmp_path: Path
+) -> None:
     noise = random.Random(7)
     (tmp_path / "outside").write_bytes((sound[0] / "model.safetensors").read_bytes())
     room = tmp_path / "room"
@@ -220,7 +267,9 @@ def test_a_hostile_folder_is_refused_or_read_right(sound: tuple[Path, Path], tmp
         shutil.rmtree(folder)
     assert surroundings(tmp_path) == before
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
-    print(f"{TRIES} hostile folders, slowest {slowest:.2f} s, memory +{grown / 2**20:.0f} MiB: {dict(outcomes)}")
+    print(
+        f"{TRIES} hostile folders, slowest {slowest:.2f} s, memory +{grown / 2**20:.0f} MiB: {dict(outcomes)}"
+    )
     assert slowest < SECONDS and grown < MORE_MEMORY
     assert sum(count for (_, end), count in outcomes.items() if end == "refused") > TRIES // 2
     assert len({kind for kind, _ in outcomes}) == 7
@@ -266,7 +315,10 @@ def test_a_hostile_megatron_checkpoint_is_refused_or_read_whole(
     tries, refused, read = max(100, TRIES // 10), 0, 0
     folder = tmp_path / "megatron"
     shutil.copytree(megatron, folder)
-    metadata, data_file = folder / "iter_0000000" / ".metadata", folder / "iter_0000000" / "__0_0.distcp"
+    metadata, data_file = (
+        folder / "iter_0000000" / ".metadata",
+        folder / "iter_0000000" / "__0_0.distcp",
+    )
     whole, bits = metadata.read_bytes(), data_file.read_bytes()
     for _ in range(tries):
         if noise.random() < 0.7:
@@ -303,7 +355,9 @@ def test_a_chunk_that_lies_elsewhere_is_refused(name: str, megatron: Path, tmp_p
     shutil.copytree(megatron, folder)
     path = folder / "iter_0000000" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
-    index = next(key for key in metadata.storage_data if key.fqn == "embedding.word_embeddings.weight")
+    index = next(
+        key for key in metadata.storage_data if key.fqn == "embedding.word_embeddings.weight"
+    )
     ESCAPES[name](metadata.storage_data[index])
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="no plain file name"):
@@ -311,7 +365,9 @@ def test_a_chunk_that_lies_elsewhere_is_refused(name: str, megatron: Path, tmp_p
     assert not (tmp_path / "output").exists() and not (tmp_path / ".output.partial").exists()
 
 
-def test_chunks_that_overlap_or_leave_gaps_are_refused(megatron: Path, sound: Any, tmp_path: Path) -> None:
+def test_chunks_that_overlap_or_leave_gaps_are_refused(
+    megatron: Path, sound: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "megatron"
     shutil.copytree(megatron, folder)
     path = folder / "iter_0000000" / ".metadata"

@@ -31,7 +31,9 @@ class Run:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Run]:
     """`cli("inspect", folder)`: `exaone-bridge inspect folder`, run here.
 
     The working folder and the temporary files are in `tmp_path`, where a test can see what was left behind.
@@ -95,7 +97,9 @@ def reshard() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def sharded(
-    tiny: Callable[..., Path], reshard: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory
+    tiny: Callable[..., Path],
+    reshard: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The hybrid miniature in three shards."""
     folder = tmp_path_factory.mktemp("sharded") / "exaone4"

@@ -103,7 +103,9 @@ def set_header(change: Callable[[dict[str, Any]], object]) -> Damage:
 
 def overlap(header: dict[str, Any]) -> None:
     """Two tensors of the same size share their bytes."""
-    header[Q_PROJ]["data_offsets"] = header["model.layers.1.self_attn.q_proj.weight"]["data_offsets"]
+    header[Q_PROJ]["data_offsets"] = header["model.layers.1.self_attn.q_proj.weight"][
+        "data_offsets"
+    ]
 
 
 def into_pickles(*names: str) -> Damage:
@@ -144,7 +146,8 @@ def elsewhere(name: str) -> Damage:
         (folder / target).parent.mkdir(exist_ok=True)
         shutil.move(folder / first, folder / target)
         index["weight_map"] = {
-            tensor: str(target) if file == first else file for tensor, file in index["weight_map"].items()
+            tensor: str(target) if file == first else file
+            for tensor, file in index["weight_map"].items()
         }
 
     return in_shards(change)
@@ -164,23 +167,50 @@ def link_out(folder: Path, index: dict[str, Any]) -> None:
 
 SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # files
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), (f"neither {WEIGHTS} nor", "download the weights")),
-    "empty weights": (set_bytes(lambda data: b""), (WEIGHTS, "0 bytes long", "download or copy it again")),
-    "cut in the header": (set_bytes(lambda data: data[:100]), (WEIGHTS, "the whole file has 100", "copy it again")),
-    "cut in the data": (set_bytes(lambda data: data[:-1]), (WEIGHTS, "of a buffer of", "copy it again")),
-    "bytes too many": (set_bytes(lambda data: data + b"\0"), (WEIGHTS, "last 1 bytes", "copy it again")),
-    "overlap": (set_header(overlap), (WEIGHTS, "'model.layers.", "q_proj.weight' overlaps", "copy it again")),
-    "header of nonsense": (set_bytes(lambda data: data[:8] + b"}" + data[9:]), (WEIGHTS, "its header is not valid")),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS).unlink(),
+        (f"neither {WEIGHTS} nor", "download the weights"),
+    ),
+    "empty weights": (
+        set_bytes(lambda data: b""),
+        (WEIGHTS, "0 bytes long", "download or copy it again"),
+    ),
+    "cut in the header": (
+        set_bytes(lambda data: data[:100]),
+        (WEIGHTS, "the whole file has 100", "copy it again"),
+    ),
+    "cut in the data": (
+        set_bytes(lambda data: data[:-1]),
+        (WEIGHTS, "of a buffer of", "copy it again"),
+    ),
+    "bytes too many": (
+        set_bytes(lambda data: data + b"\0"),
+        (WEIGHTS, "last 1 bytes", "copy it again"),
+    ),
+    "overlap": (
+        set_header(overlap),
+        (WEIGHTS, "'model.layers.", "q_proj.weight' overlaps", "copy it again"),
+    ),
+    "header of nonsense": (
+        set_bytes(lambda data: data[:8] + b"}" + data[9:]),
+        (WEIGHTS, "its header is not valid"),
+    ),
     "a folder for weights": (
         lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
         (f"neither {WEIGHTS} nor",),
     ),
-    "pickles": (into_pickles("pytorch_model.bin"), ("'pytorch_model.bin'", "pickles", "refused", "save_pretrained")),
+    "pickles": (
+        into_pickles("pytorch_model.bin"),
+        ("'pytorch_model.bin'", "pickles", "refused", "save_pretrained"),
+    ),
     "pickles in shards": (
         into_pickles("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
         ("'pytorch_model-00001-of-00002.bin'", "refused", "convert them to safetensors"),
     ),
-    "a pickle by another name": (into_pickles("consolidated.00.pth"), ("'consolidated.00.pth'", "refused")),
+    "a pickle by another name": (
+        into_pickles("consolidated.00.pth"),
+        ("'consolidated.00.pth'", "refused"),
+    ),
     # tensors
     "wrong shape": (
         set_tensors(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].T.contiguous()})),
@@ -203,33 +233,65 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("1 tensors that the model needs are missing", Q_PROJ, "download or copy it again"),
     ),
     "many tensors missing": (
-        set_tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if "norm" in name]),
+        set_tensors(
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if "norm" in name]
+        ),
         ("33 tensors that the model needs are missing", "model.layers.0.", "and 28 more"),
     ),
     "tensor extra": (
-        set_tensors(lambda tensors: tensors.update({"model.layers.8.mlp.router.weight": torch.ones(2)})),
-        ("1 tensors that the model has no place for", "model.layers.8.mlp.router.weight", "check that config.json"),
+        set_tensors(
+            lambda tensors: tensors.update({"model.layers.8.mlp.router.weight": torch.ones(2)})
+        ),
+        (
+            "1 tensors that the model has no place for",
+            "model.layers.8.mlp.router.weight",
+            "check that config.json",
+        ),
     ),
     "fewer layers than weights": (
         set_config(num_hidden_layers=7, layer_types=["full_attention"] * 7, sliding_window=None),
-        ("11 tensors that the model has no place for", "model.layers.7.", "check that config.json belongs"),
+        (
+            "11 tensors that the model has no place for",
+            "model.layers.7.",
+            "check that config.json belongs",
+        ),
     ),
     # config.json
-    "no config": (lambda folder: (folder / "config.json").unlink(), ("config.json", "missing", "copy it again")),
-    "config not JSON": (config_text("{'a': 1}"), ("config.json", "not valid JSON", "copy it again")),
-    "config cut": (config_text('{"architectures": ["Exaone4'), ("config.json", "not valid JSON", "copy it again")),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        ("config.json", "missing", "copy it again"),
+    ),
+    "config not JSON": (
+        config_text("{'a': 1}"),
+        ("config.json", "not valid JSON", "copy it again"),
+    ),
+    "config cut": (
+        config_text('{"architectures": ["Exaone4'),
+        ("config.json", "not valid JSON", "copy it again"),
+    ),
     "config empty": (config_text(""), ("config.json", "not valid JSON", "copy it again")),
-    "config a list": (config_text("[1, 2]"), ("config.json", "[1, 2]", "must be a JSON object", "copy it again")),
+    "config a list": (
+        config_text("[1, 2]"),
+        ("config.json", "[1, 2]", "must be a JSON object", "copy it again"),
+    ),
     "config not text": (
         lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"),
         ("config.json", "not UTF-8", "copy it again"),
     ),
-    "unknown rope_type": (set_rope(rope_type="yarn"), ("rope_type is 'yarn'", "one of 'default', 'llama3'")),
+    "unknown rope_type": (
+        set_rope(rope_type="yarn"),
+        ("rope_type is 'yarn'", "one of 'default', 'llama3'"),
+    ),
     "unknown rope_type, old spelling": (
-        set_config(rope_parameters=..., rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0}),
+        set_config(
+            rope_parameters=..., rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0}
+        ),
         ("rope_type is 'linear'", "one of 'default', 'llama3'"),
     ),
-    "half a llama3": (set_rope(low_freq_factor=None), ("low_freq_factor is None", "must be a finite number")),
+    "half a llama3": (
+        set_rope(low_freq_factor=None),
+        ("low_freq_factor is None", "must be a finite number"),
+    ),
     "layer_types too short": (
         set_config(layer_types=["full_attention"] * 7),
         ("layer_types is '7 entries'", "one entry for each of num_hidden_layers=8"),
@@ -244,7 +306,11 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "a pattern of letters": (
         set_config(layer_types=..., sliding_window_pattern="LLLG"),
-        ("sliding_window_pattern is 'LLLG'", "Transformers", """write "layer_types": ['sliding_attention', ...,"""),
+        (
+            "sliding_window_pattern is 'LLLG'",
+            "Transformers",
+            """write "layer_types": ['sliding_attention', ...,""",
+        ),
     ),
     "a pattern of null": (
         set_config(layer_types=None, sliding_window_pattern=None),
@@ -256,12 +322,28 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "no window and no layer_types": (
         set_config(layer_types=..., sliding_window=None, sliding_window_pattern=4),
-        ("layer_types is None", "Transformers divides by zero", "write \"layer_types\": ['full_attention'"),
+        (
+            "layer_types is None",
+            "Transformers divides by zero",
+            "write \"layer_types\": ['full_attention'",
+        ),
     ),
-    "sliding layers, no window": (set_config(sliding_window=None), ("sliding_window is None", "a number of keys")),
-    "unknown activation": (set_config(hidden_act="gelu"), ("hidden_act is 'gelu'", "one of 'silu'")),
-    "unknown dtype": (set_config(dtype="float8_e4m3fn"), ("dtype is 'float8_e4m3fn'", "'bfloat16'")),
-    "a count of text": (set_config(hidden_size="64"), ("hidden_size is '64'", "a positive whole number")),
+    "sliding layers, no window": (
+        set_config(sliding_window=None),
+        ("sliding_window is None", "a number of keys"),
+    ),
+    "unknown activation": (
+        set_config(hidden_act="gelu"),
+        ("hidden_act is 'gelu'", "one of 'silu'"),
+    ),
+    "unknown dtype": (
+        set_config(dtype="float8_e4m3fn"),
+        ("dtype is 'float8_e4m3fn'", "'bfloat16'"),
+    ),
+    "a count of text": (
+        set_config(hidden_size="64"),
+        ("hidden_size is '64'", "a positive whole number"),
+    ),
     "heads not divisible by groups": (
         set_config(num_key_value_heads=3),
         ("num_key_value_heads is 3", "a divisor of num_attention_heads=4"),
@@ -270,10 +352,19 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         set_config(architectures=["LlamaForCausalLM"]),
         ("config.json", "architectures is ['LlamaForCausalLM']", "one of 'Exaone4ForCausalLM'"),
     ),
-    "no architecture": (set_config(architectures=...), ("architectures is None", "one of 'Exaone4ForCausalLM'")),
-    "an empty architecture": (set_config(architectures=[]), ("architectures is []", "one of 'Exaone4ForCausalLM'")),
+    "no architecture": (
+        set_config(architectures=...),
+        ("architectures is None", "one of 'Exaone4ForCausalLM'"),
+    ),
+    "an empty architecture": (
+        set_config(architectures=[]),
+        ("architectures is []", "one of 'Exaone4ForCausalLM'"),
+    ),
     "remote code": (
-        set_config(architectures=["ExaoneForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_exaone.M"}),
+        set_config(
+            architectures=["ExaoneForCausalLM"],
+            auto_map={"AutoModelForCausalLM": "modeling_exaone.M"},
+        ),
         ("auto_map", "modeling_exaone.M", "trust_remote_code", "take it out of config.json"),
     ),
 }
@@ -281,23 +372,37 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
 THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index leads to the parent": (
         elsewhere("../escaped.safetensors"),
-        (INDEX, "'../escaped.safetensors'", "not the plain name", "use a checkpoint that you trust"),
+        (
+            INDEX,
+            "'../escaped.safetensors'",
+            "not the plain name",
+            "use a checkpoint that you trust",
+        ),
     ),
     "index leads to the root": (
         elsewhere("{tmp}/escaped.safetensors"),
         (INDEX, "escaped.safetensors'", "not the plain name", "use a checkpoint that you trust"),
     ),
-    "index leads below": (elsewhere("deep/a.safetensors"), (INDEX, "'deep/a.safetensors'", "not the plain name")),
+    "index leads below": (
+        elsewhere("deep/a.safetensors"),
+        (INDEX, "'deep/a.safetensors'", "not the plain name"),
+    ),
     "shard is a link out": (
         in_shards(link_out),
         ("model-00002-of-00003", "outside.safetensors", "put the file itself"),
     ),
     "shard missing": (
         in_shards(lambda folder, index: (folder / "model-00002-of-00003.safetensors").unlink()),
-        (INDEX, "'model-00002-of-00003.safetensors', which is missing", "download or copy that file again"),
+        (
+            INDEX,
+            "'model-00002-of-00003.safetensors', which is missing",
+            "download or copy that file again",
+        ),
     ),
     "shard cut": (
-        in_shards(lambda folder, index: os.truncate(folder / "model-00003-of-00003.safetensors", 5000)),
+        in_shards(
+            lambda folder, index: os.truncate(folder / "model-00003-of-00003.safetensors", 5000)
+        ),
         ("model-00003-of-00003.safetensors", "copy it again"),
     ),
     "tensor in another shard": (
@@ -308,7 +413,10 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         in_shards(lambda folder, index: index["weight_map"].pop(Q_PROJ)),
         (INDEX, Q_PROJ, "is not in this index", "copy the whole checkpoint again"),
     ),
-    "index without a map": (in_shards(lambda folder, index: index.pop("weight_map")), (INDEX, "has no weight_map")),
+    "index without a map": (
+        in_shards(lambda folder, index: index.pop("weight_map")),
+        (INDEX, "has no weight_map"),
+    ),
     "index not JSON": (
         lambda folder: (folder / INDEX).write_text("<html>"),
         (INDEX, "not valid JSON", "copy it again"),
@@ -318,12 +426,16 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 def arguments_of(command: str, folder: Path) -> list[object]:
     """The command on `folder`; what it would write has a name of its own beside it."""
-    return [command, folder] + ([folder.parent / "output"] if command in ("import", "export") else [])
+    return [command, folder] + (
+        [folder.parent / "output"] if command in ("import", "export") else []
+    )
 
 
 @pytest.mark.parametrize("name", SINGLE_FILE)
 @pytest.mark.parametrize("command", ["inspect", "import", "verify"])
-def test_a_damaged_folder(command: str, name: str, tiny: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_damaged_folder(
+    command: str, name: str, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("exaone4"), folder)
     damage, says = SINGLE_FILE[name]
@@ -333,7 +445,9 @@ def test_a_damaged_folder(command: str, name: str, tiny: Any, tmp_path: Path, re
 
 @pytest.mark.parametrize("name", THREE_SHARDS)
 @pytest.mark.parametrize("command", ["inspect", "import", "verify"])
-def test_damaged_shards(command: str, name: str, sharded: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_damaged_shards(
+    command: str, name: str, sharded: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(sharded, folder)
     damage, says = THREE_SHARDS[name]
@@ -342,7 +456,9 @@ def test_damaged_shards(command: str, name: str, sharded: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("command", ["inspect", "import", "export", "verify"])
-def test_a_folder_that_is_not_there(command: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_folder_that_is_not_there(
+    command: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     says = ("nowhere: this folder does not exist", "name a ")
     refused(arguments_of(command, tmp_path / "nowhere"), *says)
     (tmp_path / "nowhere").write_text("a file")
@@ -351,10 +467,17 @@ def test_a_folder_that_is_not_there(command: str, tmp_path: Path, refused: Calla
 
 @pytest.mark.parametrize("command", ["inspect", "import", "verify"])
 @pytest.mark.parametrize(
-    "fields", [{"tie_word_embeddings": "maybe"}, {"bos_token_id": "one"}, {"use_cache": "yes"}], ids=str
+    "fields",
+    [{"tie_word_embeddings": "maybe"}, {"bos_token_id": "one"}, {"use_cache": "yes"}],
+    ids=str,
 )
 def test_a_field_of_a_type_that_transformers_refuses(
-    command: str, fields: dict[str, object], host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+    command: str,
+    fields: dict[str, object],
+    host: Any,
+    tiny: Any,
+    tmp_path: Path,
+    refused: Callable[..., str],
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("exaone4"), folder)
@@ -395,14 +518,23 @@ def test_remote_code_beside_a_known_architecture_is_refused(
 
 LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "heads over tp": (["--tp", "3"], ("tp is 3", "a divisor of 4 attention heads", "another --tp")),
-    "more ranks than heads": (["--tp", "8"], ("tp is 8", "a divisor of 4 attention heads", "another --tp")),
-    "layers over pp": (["--pp", "3"], ("pp x vpp is 3 x 1", "a divisor of 8 layers", "another --pp or --vpp")),
+    "more ranks than heads": (
+        ["--tp", "8"],
+        ("tp is 8", "a divisor of 4 attention heads", "another --tp"),
+    ),
+    "layers over pp": (
+        ["--pp", "3"],
+        ("pp x vpp is 3 x 1", "a divisor of 8 layers", "another --pp or --vpp"),
+    ),
     "layers over pp x vpp": (
         ["--pp", "4", "--vpp", "4"],
         ("pp x vpp is 4 x 4", "a divisor of 8 layers", "another --pp or --vpp"),
     ),
     "vpp without pp": (["--vpp", "2"], ("vpp is 2", "must be 1 where pp is 1", "raise --pp")),
-    "vpp with pp 1": (["--pp", "1", "--vpp", "2"], ("vpp is 2", "must be 1 where pp is 1", "raise --pp")),
+    "vpp with pp 1": (
+        ["--pp", "1", "--vpp", "2"],
+        ("vpp is 2", "must be 1 where pp is 1", "raise --pp"),
+    ),
 }
 SP = ["--sp", "--tp", "1"], ("sp is on", "off where tp is 1", "raise --tp")
 
@@ -419,7 +551,9 @@ def test_a_layout_that_does_not_fit(
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_sequence_parallelism_without_tp(command: str, tiny: Any, refused: Callable[..., str]) -> None:
+def test_sequence_parallelism_without_tp(
+    command: str, tiny: Any, refused: Callable[..., str]
+) -> None:
     options, says = SP
     refused([command, tiny("exaone4"), *options], *says)
 
@@ -432,10 +566,17 @@ def test_a_layout_that_does_not_fit_the_demo(name: str, refused: Callable[..., s
 
 def test_key_value_heads_over_tp(tiny: Any, refused: Callable[..., str]) -> None:
     folder = tiny("exaone4", num_attention_heads=12, num_key_value_heads=4)
-    refused(["inspect", folder, "--tp", 6], "tp is 6", "a divisor or a multiple of 4 key-value heads", "another --tp")
+    refused(
+        ["inspect", folder, "--tp", 6],
+        "tp is 6",
+        "a divisor or a multiple of 4 key-value heads",
+        "another --tp",
+    )
 
 
-@pytest.mark.parametrize("option", [["--tp", "0"], ["--pp", "-1"], ["--vpp", "two"], ["--tpp", "2"]], ids=str)
+@pytest.mark.parametrize(
+    "option", [["--tp", "0"], ["--pp", "-1"], ["--vpp", "two"], ["--tpp", "2"]], ids=str
+)
 @pytest.mark.parametrize("command", ["inspect", "import", "export", "verify"])
 def test_a_layout_that_is_no_layout(
     command: str, option: list[str], tiny: Any, cli: Cli, snapshot: Snapshot, tmp_path: Path
@@ -453,7 +594,11 @@ def test_a_layout_that_is_no_layout(
 
 def sources_of(tiny: Any) -> dict[str, list[object]]:
     """The arguments before the output; a Hugging Face folder does for `export`, which looks at its output first."""
-    return {"tiny": ["tiny", "exaone4"], "import": ["import", tiny("exaone4")], "export": ["export", tiny("exaone4")]}
+    return {
+        "tiny": ["tiny", "exaone4"],
+        "import": ["import", tiny("exaone4")],
+        "export": ["export", tiny("exaone4")],
+    }
 
 
 OUTPUTS: dict[str, Callable[[Path], object]] = {
@@ -477,7 +622,9 @@ def test_an_output_that_is_there(
 
 
 @pytest.mark.parametrize("command", ["tiny", "import", "export"])
-def test_an_output_in_no_folder(command: str, tiny: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_an_output_in_no_folder(
+    command: str, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     says = ("does not exist", "create that folder first")
     refused([*sources_of(tiny)[command], tmp_path / "no" / "output"], *says)
 
@@ -491,11 +638,19 @@ def test_exporting_an_empty_folder(host: Any, tmp_path: Path, refused: Callable[
     refused(arguments_of("export", tmp_path / "empty"), "empty", *says)
 
 
-def test_exporting_a_hugging_face_folder(host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
-    refused(["export", tiny("exaone4"), tmp_path / "output"], "no Megatron-Bridge checkpoint", "that `import` wrote")
+def test_exporting_a_hugging_face_folder(
+    host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    refused(
+        ["export", tiny("exaone4"), tmp_path / "output"],
+        "no Megatron-Bridge checkpoint",
+        "that `import` wrote",
+    )
 
 
-def test_importing_a_megatron_checkpoint(megatron_folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_importing_a_megatron_checkpoint(
+    megatron_folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     refused(["import", megatron_folder, tmp_path / "output"], "config.json", "missing")
 
 
@@ -509,21 +664,31 @@ def each_shard(folder: Path, change: Callable[[Path], object]) -> None:
 
 
 MEGATRON: dict[str, Damage] = {
-    "run_config.yaml not YAML": lambda folder: (iteration(folder) / "run_config.yaml").write_text("{{{"),
-    "run_config.yaml without a model": lambda folder: (iteration(folder) / "run_config.yaml").write_text("a: 1\n"),
+    "run_config.yaml not YAML": lambda folder: (iteration(folder) / "run_config.yaml").write_text(
+        "{{{"
+    ),
+    "run_config.yaml without a model": lambda folder: (
+        iteration(folder) / "run_config.yaml"
+    ).write_text("a: 1\n"),
     "a shard missing": lambda folder: (iteration(folder) / "__2_0.distcp").unlink(),
     "shards cut": lambda folder: each_shard(folder, lambda path: os.truncate(path, 100)),
     ".metadata missing": lambda folder: (iteration(folder) / ".metadata").unlink(),
-    "the remembered index has no weight_map": lambda folder: (folder / "hf" / INDEX).write_text("{}"),
+    "the remembered index has no weight_map": lambda folder: (folder / "hf" / INDEX).write_text(
+        "{}"
+    ),
     "the remembered index is wrong": lambda folder: set_remembered(folder, lambda file: 5),
-    "the remembered index leads out": lambda folder: set_remembered(folder, lambda file: f"../{file}"),
+    "the remembered index leads out": lambda folder: set_remembered(
+        folder, lambda file: f"../{file}"
+    ),
 }
 
 
 def set_remembered(folder: Path, change: Callable[[str], object]) -> None:
     """Change the file names in the index that the source had, which `export` writes by."""
     path = folder / "hf" / INDEX
-    files = {name: change(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
+    files = {
+        name: change(file) for name, file in json.loads(path.read_text())["weight_map"].items()
+    }
     path.write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
@@ -539,7 +704,12 @@ def test_exporting_a_damaged_checkpoint(
 
 @pytest.mark.parametrize("name", MEGATRON)
 def test_exporting_a_damaged_checkpoint_leaves_no_output(
-    name: str, megatron_folder: Path, tmp_path: Path, cli: Cli, snapshot: Snapshot, request: pytest.FixtureRequest
+    name: str,
+    megatron_folder: Path,
+    tmp_path: Path,
+    cli: Cli,
+    snapshot: Snapshot,
+    request: pytest.FixtureRequest,
 ) -> None:
     folder = tmp_path / "megatron"
     shutil.copytree(megatron_folder, folder)
@@ -557,13 +727,17 @@ def test_exporting_a_damaged_checkpoint_leaves_no_output(
 def stale_index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Shards of other weights, with their index, beside the single file that Transformers reads."""
     save_file(tensors, folder / "old-1.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "old-1.safetensors")}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "old-1.safetensors")})
+    )
 
 
 def hostile_index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Other weights outside the folder, and an index of them beside the single file that Transformers reads."""
     save_file(tensors, folder.parent / "evil.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "../evil.safetensors")}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "../evil.safetensors")})
+    )
 
 
 def stray(name: str) -> Callable[[Path, dict[str, torch.Tensor]], None]:
@@ -580,10 +754,18 @@ BESIDE = {
 
 @pytest.mark.parametrize("name", BESIDE)
 def test_the_weights_that_were_checked_are_the_weights_that_are_read(
-    name: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    host: Any,
+    tiny: Any,
+    tmp_path: Path,
+    cli: Cli,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`model.safetensors` wins, as in Transformers; or the folder is refused."""
-    in_any_order = glob.glob  # the order of the host's files decides: here it is the same on every file system
+    in_any_order = (
+        glob.glob
+    )  # the order of the host's files decides: here it is the same on every file system
     monkeypatch.setattr(glob, "glob", lambda *args, **kwargs: sorted(in_any_order(*args, **kwargs)))
     folder, room = tmp_path / "model", tmp_path / "room"
     shutil.copytree(tiny("exaone4"), folder)
@@ -599,7 +781,9 @@ def test_the_weights_that_were_checked_are_the_weights_that_are_read(
     assert cli("export", tmp_path / "megatron", room / "output").code == 0
     assert [path.name for path in room.iterdir()] == ["output"]
     after = {
-        path: kind for path, kind in snapshot(tmp_path).items() if path.partition("/")[0] not in ("megatron", "room")
+        path: kind
+        for path, kind in snapshot(tmp_path).items()
+        if path.partition("/")[0] not in ("megatron", "room")
     }
     assert after == {path: kind for path, kind in before.items() if path != "room"}
     assert [path.name for path in (room / "output").glob("*safetensors*")] == [WEIGHTS]
@@ -622,16 +806,24 @@ def test_a_backend_that_is_not_there(
         pytest.skip("Transformer Engine is installed here")
     folder = tiny("exaone4")
     output = [] if command == "verify" else [tmp_path / "output"]
-    says = NO_TE if TRANSFORMER_ENGINE is None else ("one of 'auto', 'torch', 'transformer_engine'",)
+    says = (
+        NO_TE if TRANSFORMER_ENGINE is None else ("one of 'auto', 'torch', 'transformer_engine'",)
+    )
     refused([command, folder, *output, "--backend", backend], f"backend is '{backend}'", *says)
 
 
 VERIFY_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no source": ([], ("SOURCE", "a folder")),
-    "no such other": (["{source}", "nowhere"], ("nowhere", "does not exist", "a Megatron checkpoint")),
+    "no such other": (
+        ["{source}", "nowhere"],
+        ("nowhere", "does not exist", "a Megatron checkpoint"),
+    ),
     "an empty other": (["{source}", "tmp"], ("neither model.safetensors", "download the weights")),
     "a type that is none": (["{source}", "--dtype", "int8"], ("--dtype is 'int8'", "'bfloat16'")),
-    "a report in no folder": (["{source}", "--report", "no/report.html"], ("no/report.html", "a folder that is there")),
+    "a report in no folder": (
+        ["{source}", "--report", "no/report.html"],
+        ("no/report.html", "a folder that is there"),
+    ),
     "a folder for a report": (["{source}", "--json", "tmp"], ("output is 'tmp'",)),
 }
 
@@ -648,33 +840,68 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no equals": (["num_hidden_layers"], ("--set is 'num_hidden_layers'", "field=value")),
     "no field": (["=3"], ("--set is '=3'", "field=value")),
     "rope": (['rope_parameters={"rope_type": "yarn"}'], ("rope_type is 'yarn'", "'llama3'")),
-    "rope of a word": (["rope_parameters=yarn"], ("rope_parameters is 'yarn'", "must be an object")),
-    "layer_types": (['layer_types=["full_attention"]'], ("layer_types is '1 entries'", "num_hidden_layers=8")),
-    "layer_types of a number": (["layer_types=5", "num_hidden_layers=3"], ("layer_types is 5", "must be a list of")),
+    "rope of a word": (
+        ["rope_parameters=yarn"],
+        ("rope_parameters is 'yarn'", "must be an object"),
+    ),
+    "layer_types": (
+        ['layer_types=["full_attention"]'],
+        ("layer_types is '1 entries'", "num_hidden_layers=8"),
+    ),
+    "layer_types of a number": (
+        ["layer_types=5", "num_hidden_layers=3"],
+        ("layer_types is 5", "must be a list of"),
+    ),
     "pattern": (["layer_types=null"], ("sliding_window_pattern is 'LLLG'", 'write "layer_types":')),
     "layers": (["num_hidden_layers=0"], ("num_hidden_layers is 0", "a positive whole number")),
-    "layers below none": (["num_hidden_layers=-2"], ("num_hidden_layers is -2", "a positive whole number")),
-    "layers of a word": (["num_hidden_layers=many"], ("num_hidden_layers is 'many'", "a positive whole number")),
-    "layers of true": (["num_hidden_layers=true"], ("num_hidden_layers is True", "a positive whole number")),
-    "heads": (["num_key_value_heads=3"], ("num_key_value_heads is 3", "a divisor of num_attention_heads=4")),
+    "layers below none": (
+        ["num_hidden_layers=-2"],
+        ("num_hidden_layers is -2", "a positive whole number"),
+    ),
+    "layers of a word": (
+        ["num_hidden_layers=many"],
+        ("num_hidden_layers is 'many'", "a positive whole number"),
+    ),
+    "layers of true": (
+        ["num_hidden_layers=true"],
+        ("num_hidden_layers is True", "a positive whole number"),
+    ),
+    "heads": (
+        ["num_key_value_heads=3"],
+        ("num_key_value_heads is 3", "a divisor of num_attention_heads=4"),
+    ),
     "head_dim": (["head_dim=7"], ("head_dim is 7", "even")),
     "epsilon": (["rms_norm_eps=NaN"], ("rms_norm_eps is nan", "a finite number")),
     "dtype": (["dtype=int8"], ("dtype is 'int8'", "'bfloat16'")),
-    "architecture": (['architectures=["LlamaForCausalLM"]'], ("['LlamaForCausalLM']", "'Exaone4ForCausalLM'")),
-    "architecture of a number": (["architectures=5"], ("architectures is 5", "'Exaone4ForCausalLM'")),
+    "architecture": (
+        ['architectures=["LlamaForCausalLM"]'],
+        ("['LlamaForCausalLM']", "'Exaone4ForCausalLM'"),
+    ),
+    "architecture of a number": (
+        ["architectures=5"],
+        ("architectures is 5", "'Exaone4ForCausalLM'"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_make_no_model(name: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_settings_that_make_no_model(
+    name: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     settings, says = SETTINGS[name]
     options = [part for setting in settings for part in ("--set", setting)]
     refused(["tiny", "exaone4", tmp_path / "output", *options], *says)
 
 
 @pytest.mark.parametrize("family", ["nonsense", "", "exaone", "EXAONE4"])
-def test_a_miniature_that_is_not_there(family: str, tmp_path: Path, refused: Callable[..., str]) -> None:
-    refused(["tiny", family, tmp_path / "output"], f"family is '{family}'", "one of 'exaone4', 'exaone4-1.2b'")
+def test_a_miniature_that_is_not_there(
+    family: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    refused(
+        ["tiny", family, tmp_path / "output"],
+        f"family is '{family}'",
+        "one of 'exaone4', 'exaone4-1.2b'",
+    )
 
 
 @pytest.mark.parametrize(
@@ -705,7 +932,9 @@ for arguments in json.loads(sys.stdin.read()):
 """
 
 
-def test_refusals_come_before_megatron_is_imported(tiny: Any, sharded: Path, tmp_path: Path) -> None:
+def test_refusals_come_before_megatron_is_imported(
+    tiny: Any, sharded: Path, tmp_path: Path
+) -> None:
     folders = {}
     for name, (damage, _) in (SINGLE_FILE | THREE_SHARDS).items():
         folders[name] = tmp_path / name.replace(" ", "_") / "model"
@@ -721,15 +950,33 @@ def test_refusals_come_before_megatron_is_imported(tiny: Any, sharded: Path, tmp
     runs += [["import", str(folder), output] for folder in folders.values()]
     runs += [["verify", str(folder)] for folder in folders.values()]
     runs += [
-        [command, good, *more, *options] for command, *more in (["import", output], ["verify"]) for options in layouts
+        [command, good, *more, *options]
+        for command, *more in (["import", output], ["verify"])
+        for options in layouts
     ]
     runs += [["import", missing, output], ["import", good, existing], ["verify", missing]]
-    runs += [["export", missing, output], ["export", good, existing], ["export", good, str(tmp_path / "no" / "output")]]
-    runs += [["tiny", "exaone4", existing], ["demo", "--vpp", "2", "--pp", "1"], ["demo", "--tp", "3"]]
+    runs += [
+        ["export", missing, output],
+        ["export", good, existing],
+        ["export", good, str(tmp_path / "no" / "output")],
+    ]
+    runs += [
+        ["tiny", "exaone4", existing],
+        ["demo", "--vpp", "2", "--pp", "1"],
+        ["demo", "--tp", "3"],
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", BEFORE_MEGATRON], input=json.dumps(runs), text=True, capture_output=True, timeout=300
+        [sys.executable, "-c", BEFORE_MEGATRON],
+        input=json.dumps(runs),
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
-    lines = [json.loads(line) for line in done.stderr.splitlines() if not line.startswith("exaone-bridge: ")]
+    lines = [
+        json.loads(line)
+        for line in done.stderr.splitlines()
+        if not line.startswith("exaone-bridge: ")
+    ]
     assert done.returncode == 0 and len(lines) == len(runs), done.stderr[-2000:]
     for number, (arguments, (command, code, heavy)) in enumerate(zip(runs, lines, strict=True)):
         assert (command, code) == (arguments[0], 2), arguments
@@ -740,7 +987,9 @@ def test_refusals_come_before_megatron_is_imported(tiny: Any, sharded: Path, tmp
 
 def test_the_installed_command_ends_with_two(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("exaone-bridge")
-    done = subprocess.run([command, "inspect", "nowhere"], cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [command, "inspect", "nowhere"], cwd=tmp_path, text=True, capture_output=True, timeout=120
+    )
     says = "exaone-bridge: nowhere: this folder does not exist; name a Hugging Face model folder.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
 
@@ -794,24 +1043,33 @@ def test_a_fault_in_the_middle_leaves_no_output(
     source = megatron_folder if command == "export" else tiny("exaone4")
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, f"_{command}_rank", rank)  # ranks are forked: they have the fault too
+        patch.setattr(
+            convert, f"_{command}_rank", rank
+        )  # ranks are forked: they have the fault too
         run = cli(command, source, tmp_path / "output", "--workers", 2)
     assert run.code == code and says in run.err and run.err.startswith("exaone-bridge: ")
     if command == "import" or rank is refuse:
         assert snapshot(tmp_path) == before
         return
-    assert not (tmp_path / "output").exists()  # an export is begun, and the next one goes on with it
+    assert not (
+        tmp_path / "output"
+    ).exists()  # an export is begun, and the next one goes on with it
     assert [path.name for path in tmp_path.iterdir() if path.name != "tmp"] == [".output.partial"]
     assert cli(command, source, tmp_path / "output").code == 0
     assert [path.name for path in tmp_path.iterdir() if path.name != "tmp"] == ["output"]
-    assert not (tmp_path / "output" / "half.bin").exists() and not (tmp_path / "output" / "deep").exists()
+    assert (
+        not (tmp_path / "output" / "half.bin").exists()
+        and not (tmp_path / "output" / "deep").exists()
+    )
 
 
 def full(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["staging.tempfile.mkdtemp", "convert.write_config", "convert.copy_travelling_files"])
+@pytest.mark.parametrize(
+    "where", ["staging.tempfile.mkdtemp", "convert.write_config", "convert.copy_travelling_files"]
+)
 def test_a_fault_outside_the_ranks_ends_with_three(
     where: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -821,17 +1079,29 @@ def test_a_fault_outside_the_ranks_ends_with_three(
 
 
 def test_a_fault_outside_the_ranks_leaves_nothing(
-    host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    host: Any,
+    tiny: Any,
+    tmp_path: Path,
+    cli: Cli,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(convert, "copy_travelling_files", full)
     before = snapshot(tmp_path)
-    with contextlib.suppress(OSError):  # its traceback is test_a_fault_outside_the_ranks_ends_with_three's
+    with contextlib.suppress(
+        OSError
+    ):  # its traceback is test_a_fault_outside_the_ranks_ends_with_three's
         assert cli("import", tiny("exaone4"), tmp_path / "output").code == 3
     assert snapshot(tmp_path) == before
 
 
 def test_an_interrupt_leaves_nothing_and_is_no_difference(
-    host: Any, tiny: Any, tmp_path: Path, cli: Cli, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    host: Any,
+    tiny: Any,
+    tmp_path: Path,
+    cli: Cli,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

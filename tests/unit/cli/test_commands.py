@@ -28,13 +28,22 @@ from exaone_bridge.models.exaone4 import EXAONE4
 
 COMMANDS = ["demo", "tiny", "inspect", "import", "export", "verify"]
 INDEX = "model.safetensors.index.json"
-TEXT_FILES = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+TEXT_FILES = [
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 Cli = Callable[..., Any]
 Snapshot = Callable[[Path], dict[str, object]]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -97,7 +106,9 @@ def test_help_shows_an_example_that_parses(command: str) -> None:
 def test_help_names_every_command(cli: Cli) -> None:
     run = cli("--help")
     assert run.code == 0
-    assert [command for command in COMMANDS if re.search(rf"^│ {command}\b", run.out, re.MULTILINE)] == COMMANDS
+    assert [
+        command for command in COMMANDS if re.search(rf"^│ {command}\b", run.out, re.MULTILINE)
+    ] == COMMANDS
 
 
 # --- tiny -----------------------------------------------------------------------------------------------------------
@@ -116,14 +127,20 @@ def test_transformers_loads_a_miniature(name: str, cli: Cli, tmp_path: Path) -> 
     assert type(model).__name__ == "Exaone4ForCausalLM" and model.dtype == torch.float32
     state = model.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in tensors_of(folder).items())
-    assert state.keys() - tensors_of(folder).keys() == ({"lm_head.weight"} if name == "exaone4-1.2b" else set())
+    assert state.keys() - tensors_of(folder).keys() == (
+        {"lm_head.weight"} if name == "exaone4-1.2b" else set()
+    )
     assert model(torch.arange(20)[None]).logits.isfinite().all()
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Tensor 텐서 \n\t{é}"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert max(tokenizer.get_vocab().values()) < config_of(folder)["vocab_size"]
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("[BOS]", "[|endofturn|]", "[PAD]")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "[BOS]",
+        "[|endofturn|]",
+        "[PAD]",
+    )
     ids = [config_of(folder)[f"{role}_token_id"] for role in ("bos", "eos", "pad")]
     assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == ids
     generation = GenerationConfig.from_pretrained(folder)
@@ -142,13 +159,17 @@ def test_the_chat_template_of_a_miniature(tiny: Any) -> None:
 
     body = "[|system|]\nBe brief.[|endofturn|]\n[|user|]\nHello[|endofturn|]\n"
     assert rendered() == body
-    thinking, brief = (rendered(add_generation_prompt=True, enable_thinking=wish) for wish in (True, False))
+    thinking, brief = (
+        rendered(add_generation_prompt=True, enable_thinking=wish) for wish in (True, False)
+    )
     assert thinking.startswith(f"{body}[|assistant|]") and thinking.rstrip().endswith("<think>")
     assert brief.startswith(f"{body}[|assistant|]") and brief.rstrip().endswith("</think>")
     with_tools = rendered(tools=[tool])
     assert with_tools.startswith("[|system|]\n# Available Tools") and '"weather"' in with_tools
     assert with_tools.endswith(body)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True)[
+        "input_ids"
+    ]
     assert {357, 358, 359, 361} < set(ids)  # each special token is one token
     assert tokenizer.decode(ids) == thinking
 
@@ -164,21 +185,39 @@ def test_a_miniature_is_away_from_identity(name: str, tiny: Any) -> None:
 
 
 def test_the_seed_makes_the_weights(cli: Cli, snapshot: Snapshot, tmp_path: Path) -> None:
-    runs = [("a", ["--seed", 5]), ("b", ["--seed", 5]), ("c", ["--seed", 6]), ("d", []), ("e", ["--seed", 0])]
+    runs = [
+        ("a", ["--seed", 5]),
+        ("b", ["--seed", 5]),
+        ("c", ["--seed", 6]),
+        ("d", []),
+        ("e", ["--seed", 0]),
+    ]
     made = {}
     for folder, options in runs:
         assert cli("tiny", "exaone4-1.2b", tmp_path / folder, *options).code == 0
         made[folder] = snapshot(tmp_path / folder)
     assert made["a"] == made["b"] and made["d"] == made["e"] and made["a"] != made["d"]
-    assert {file for file in made["a"] if made["a"][file] != made["c"][file]} == {"model.safetensors"}
+    assert {file for file in made["a"] if made["a"][file] != made["c"][file]} == {
+        "model.safetensors"
+    }
     a, c = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "c")
     assert not any(torch.equal(tensor, c[name]) for name, tensor in a.items())
 
 
 def test_settings_are_json_or_words(cli: Cli, tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 5000.0}
-    settings = ["dtype=bfloat16", "tie_word_embeddings=true", "rms_norm_eps=1e-6", "my_field=a=b", "nothing=null"]
-    options = [part for setting in [*settings, f"rope_parameters={json.dumps(rope)}"] for part in ("--set", setting)]
+    settings = [
+        "dtype=bfloat16",
+        "tie_word_embeddings=true",
+        "rms_norm_eps=1e-6",
+        "my_field=a=b",
+        "nothing=null",
+    ]
+    options = [
+        part
+        for setting in [*settings, f"rope_parameters={json.dumps(rope)}"]
+        for part in ("--set", setting)
+    ]
     run = cli("tiny", "exaone4", tmp_path / "model", *options)
     assert run.code == 0 and "8 layers, bfloat16" in run.out
     wanted = {
@@ -191,15 +230,19 @@ def test_settings_are_json_or_words(cli: Cli, tmp_path: Path) -> None:
     wanted |= {"rope_parameters": rope}
     config, stock = config_of(tmp_path / "model"), EXAONE4.tiny["exaone4"]
     assert {field: config[field] for field in wanted} == wanted
-    assert {key: value for key, value in config.items() if key not in {*wanted, "transformers_version"}} == {
-        key: value for key, value in stock.items() if key not in wanted
-    }
+    assert {
+        key: value for key, value in config.items() if key not in {*wanted, "transformers_version"}
+    } == {key: value for key, value in stock.items() if key not in wanted}
     tensors = tensors_of(tmp_path / "model")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16} and "lm_head.weight" not in tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {
+        torch.bfloat16
+    } and "lm_head.weight" not in tensors
 
 
 @pytest.mark.parametrize(("layers", "letters"), [(3, "LLL"), (4, "LLLG"), (10, "LLLGLLLGLL")])
-def test_more_or_fewer_layers_keep_the_pattern(layers: int, letters: str, cli: Cli, tmp_path: Path) -> None:
+def test_more_or_fewer_layers_keep_the_pattern(
+    layers: int, letters: str, cli: Cli, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "model"
@@ -208,7 +251,9 @@ def test_more_or_fewer_layers_keep_the_pattern(layers: int, letters: str, cli: C
     kinds = {"L": "sliding_attention", "G": "full_attention"}
     assert config_of(folder)["layer_types"] == [kinds[letter] for letter in letters]
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert [layer.self_attn.is_sliding for layer in model.model.layers] == [letter == "L" for letter in letters]
+    assert [layer.self_attn.is_sliding for layer in model.model.layers] == [
+        letter == "L" for letter in letters
+    ]
     assert letters in cli("inspect", folder).out.split()
 
 
@@ -221,7 +266,10 @@ def test_layer_types_that_were_given_stay(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_vocabulary_too_small_for_bytes_has_no_tokenizer(cli: Cli, tmp_path: Path) -> None:
     assert cli("tiny", "exaone4", tmp_path / "model", "--set", "vocab_size=200").code == 0
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_name_with_brackets_is_printed(cli: Cli, tmp_path: Path) -> None:
@@ -242,7 +290,9 @@ def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"))
     assert (run.code, run.err) == (0, "")
     facts = facts_of(run.out)
-    assert facts["family"] == "exaone4" and facts["window"] == "8" and facts["heads"] == "4 / 2 x 24"
+    assert (
+        facts["family"] == "exaone4" and facts["window"] == "8" and facts["heads"] == "4 / 2 x 24"
+    )
     assert facts["layers (L windowed, G global)"] == "LLLGLLLG"
     assert facts["RoPE (R yes, - none)"] == "RRR-RRR-"
     assert facts["embeddings"] == "untied" and facts["layout"] == "TP1 x PP1 fits: 1 ranks"
@@ -256,7 +306,10 @@ def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
 
 def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
     facts = facts_of(cli("inspect", tiny("exaone4-1.2b")).out)
-    assert facts["layers (L windowed, G global)"] == "GGGGGG" and facts["RoPE (R yes, - none)"] == "RRRRRR"
+    assert (
+        facts["layers (L windowed, G global)"] == "GGGGGG"
+        and facts["RoPE (R yes, - none)"] == "RRRRRR"
+    )
     assert facts["window"] == "-" and facts["embeddings"] == "tied"
 
 
@@ -267,17 +320,27 @@ def test_inspect_says_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
 
 
 def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
-    lines = cli("inspect", tiny("exaone4"), "--tp", 2, "--pp", 2).out.partition("\nRanks\n")[2].splitlines()
+    lines = (
+        cli("inspect", tiny("exaone4"), "--tp", 2, "--pp", 2)
+        .out.partition("\nRanks\n")[2]
+        .splitlines()
+    )
     head, *ranks = (re.split(" {2,}", line.strip()) for line in lines[:5])
     assert head == ["rank", "place", "layers", "import reads", "parameters", "export writes"]
     assert [rank[:3] for rank in ranks] == [
-        [str(tp + 2 * pp), f"tp{tp} pp{pp} ep0 etp{tp}", f"{4 * pp}-{4 * pp + 3}"] for pp in (0, 1) for tp in (0, 1)
+        [str(tp + 2 * pp), f"tp{tp} pp{pp} ep0 etp{tp}", f"{4 * pp}-{4 * pp + 3}"]
+        for pp in (0, 1)
+        for tp in (0, 1)
     ]
     assert (
-        all(re.fullmatch(r"0\.\d MB", size) for rank in ranks for size in rank[3:]) and len({*map(len, lines[:5])}) == 1
+        all(re.fullmatch(r"0\.\d MB", size) for rank in ranks for size in rank[3:])
+        and len({*map(len, lines[:5])}) == 1
     )
     many = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 8).out
-    assert "\n  ... and 16 more (--json has all)\n" in many and len(re.findall(r"^ +\d+  tp", many, re.MULTILINE)) == 16
+    assert (
+        "\n  ... and 16 more (--json has all)\n" in many
+        and len(re.findall(r"^ +\d+  tp", many, re.MULTILINE)) == 16
+    )
 
 
 def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
@@ -287,7 +350,9 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
     tensors = tensors_of(sharded)
     listed = summary.pop("tensors")
     ranks = summary.pop("ranks")
-    assert [(rank["tp"], rank["pp"], rank["layers"]) for rank in ranks] == [(tp, 0, [list(range(8))]) for tp in (0, 1)]
+    assert [(rank["tp"], rank["pp"], rank["layers"]) for rank in ranks] == [
+        (tp, 0, [list(range(8))]) for tp in (0, 1)
+    ]
     assert sum(rank["written"] for rank in ranks) == summary["bytes"]
     assert sum(rank["held"] for rank in ranks) - sum(rank["read"] for rank in ranks) == 4 * 128
     refused = summary.pop("refused_layouts")
@@ -351,7 +416,10 @@ def drop_tensor(folder: Path, name: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-STRANGE = {f"model.layers.{layer}.mlp.strange": torch.ones(3, layer + 1, dtype=torch.int64) for layer in range(9)}
+STRANGE = {
+    f"model.layers.{layer}.mlp.strange": torch.ones(3, layer + 1, dtype=torch.int64)
+    for layer in range(9)
+}
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -363,7 +431,11 @@ def test_inspect_lists_what_it_refuses(carried: bool, cli: Cli, tiny: Any, tmp_p
     assert bool(mtp) == carried
     add_tensors(folder, **STRANGE, **{"two\nlines": torch.ones(1)})
     run = cli("inspect", folder)
-    assert run.code == 2 and "10 tensors that the model has no place for" in run.err and "and 5 more" in run.err
+    assert (
+        run.code == 2
+        and "10 tensors that the model has no place for" in run.err
+        and "and 5 more" in run.err
+    )
     lines = run.out.splitlines()
     assert [line for line in lines if " -> unclaimed" in line] == [
         f"  {what}, model.safetensors -> unclaimed: the model has no place for it"
@@ -374,7 +446,9 @@ def test_inspect_lists_what_it_refuses(carried: bool, cli: Cli, tiny: Any, tmp_p
     run = cli("inspect", folder, "--json", "--tp", 2)
     assert run.code == 2 and "10 tensors that the model has no place for" in run.err
     summary = json.loads(run.out)
-    assert summary["unclaimed"] == sorted([*STRANGE, "two\nlines"]) and set(summary["carried"]) == mtp
+    assert (
+        summary["unclaimed"] == sorted([*STRANGE, "two\nlines"]) and set(summary["carried"]) == mtp
+    )
     assert summary["missing"] == {} and summary["ranks"][1]["read"] > 0
     assert {name for name, entry in summary["tensors"].items() if entry["megatron"] is None} == {
         *STRANGE, *mtp, "two\nlines",
@@ -401,13 +475,26 @@ def test_inspect_of_a_carried_tensor_of_another_type(cli: Cli, tiny: Any, tmp_pa
     add_tensors(folder, **{name: torch.ones(2, 3, dtype=torch.int64)})
     run = cli("inspect", folder)
     assert (run.code, run.err) == (0, "")
-    assert f"  {name} [2, 3] I64, model.safetensors -> carried beside the model, unchanged" in run.out.splitlines()
+    assert (
+        f"  {name} [2, 3] I64, model.safetensors -> carried beside the model, unchanged"
+        in run.out.splitlines()
+    )
 
 
 def test_inspect_imports_nothing_heavy(tiny: Any) -> None:
     """Neither torch and what comes with it, nor what reads arguments and draws tables, which takes longer than all."""
     code = "import sys; from exaone_bridge.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-    heavy = {"torch", "transformers", "megatron", "safetensors", "numpy", "typer", "click", "rich", "pydantic"}
+    heavy = {
+        "torch",
+        "transformers",
+        "megatron",
+        "safetensors",
+        "numpy",
+        "typer",
+        "click",
+        "rich",
+        "pydantic",
+    }
     for options in ([], ["--json"]):
         done = subprocess.run(
             [sys.executable, "-c", code, "inspect", tiny("exaone4"), *options],
@@ -432,11 +519,16 @@ def test_inspect_imports_nothing_heavy(tiny: Any) -> None:
 
 def test_inspect_ends_quietly_where_nobody_reads(tiny: Any) -> None:
     program = Path(sys.executable).with_name("exaone-bridge")
-    for command in ([program, "inspect", tiny("exaone4"), "--json"], [program, "inspect", "--help"]):
+    for command in (
+        [program, "inspect", tiny("exaone4"), "--json"],
+        [program, "inspect", "--help"],
+    ):
         reader, writer = os.pipe()
         os.close(reader)  # before it writes
         with os.fdopen(writer, "w") as nobody:
-            done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+            )
         assert (done.returncode, done.stderr) == (1, "")
 
 
@@ -449,13 +541,26 @@ def assert_equal_folders(exported: Path, source: Path) -> None:
     config, wanted = config_of(exported), config_of(source)
     assert config == wanted
     assert files_of(exported) == files_of(source)
-    text = {path.name: path.read_bytes() for path in source.iterdir() if not path.name.startswith("model")}
-    assert {path.name: path.read_bytes() for path in exported.iterdir() if not path.name.startswith("model")} == text
+    text = {
+        path.name: path.read_bytes()
+        for path in source.iterdir()
+        if not path.name.startswith("model")
+    }
+    assert {
+        path.name: path.read_bytes()
+        for path in exported.iterdir()
+        if not path.name.startswith("model")
+    } == text
 
 
 @pytest.mark.parametrize("options", [[], ["--workers", 3]], ids=str)
 def test_a_sharded_checkpoint_comes_back(
-    options: list[object], sharded: Path, megatron_folder: Path, cli: Cli, snapshot: Snapshot, tmp_path: Path
+    options: list[object],
+    sharded: Path,
+    megatron_folder: Path,
+    cli: Cli,
+    snapshot: Snapshot,
+    tmp_path: Path,
 ) -> None:
     before = snapshot(megatron_folder)
     run = cli("export", megatron_folder, tmp_path / "exported", *options)
@@ -502,14 +607,19 @@ def test_a_single_file_comes_back(
 def test_a_checkpoint_without_a_tokenizer_comes_back(host: Any, cli: Cli, tmp_path: Path) -> None:
     config = {**EXAONE4.tiny["exaone4"], "dtype": "bfloat16"}
     write_random(tmp_path / "model", config, tokenizer=False)
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     assert cli("import", "model", tmp_path / "megatron", "--tp", 2).code == 0
     assert cli("export", tmp_path / "megatron", "exported").code == 0
     assert_equal_folders(tmp_path / "exported", tmp_path / "model")
     assert cli("verify", "model", "--quick").code == 0
 
 
-def test_a_path_that_is_written_twice_has_its_second_model(host: Any, tiny: Any, cli: Cli, tmp_path: Path) -> None:
+def test_a_path_that_is_written_twice_has_its_second_model(
+    host: Any, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
     for name in EXAONE4.tiny:
         shutil.rmtree(tmp_path / "megatron", ignore_errors=True)
         assert cli("import", tiny(name), tmp_path / "megatron").code == 0
@@ -517,7 +627,9 @@ def test_a_path_that_is_written_twice_has_its_second_model(host: Any, tiny: Any,
         assert_equal_folders(tmp_path / name, tiny(name))
 
 
-def test_export_needs_the_checkpoint_alone(megatron_folder: Path, sharded: Path, cli: Cli, tmp_path: Path) -> None:
+def test_export_needs_the_checkpoint_alone(
+    megatron_folder: Path, sharded: Path, cli: Cli, tmp_path: Path
+) -> None:
     """Neither the source nor the folder `hf` is there: weights and configuration still are."""
     shutil.copytree(megatron_folder, tmp_path / "megatron")
     shutil.rmtree(tmp_path / "megatron" / "hf")
@@ -531,18 +643,27 @@ def test_export_needs_the_checkpoint_alone(megatron_folder: Path, sharded: Path,
     assert not any((tmp_path / "exported" / file).exists() for file in [*TEXT_FILES, INDEX])
 
 
-def test_transformers_loads_an_export(megatron_folder: Path, sharded: Path, cli: Cli, tmp_path: Path) -> None:
+def test_transformers_loads_an_export(
+    megatron_folder: Path, sharded: Path, cli: Cli, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert cli("export", megatron_folder, "exported").code == 0
     tokens = torch.arange(40)[None]
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in ("exported", sharded))
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in ("exported", sharded)
+    )
     assert torch.equal(ours, theirs)
-    assert AutoTokenizer.from_pretrained("exported").chat_template == (sharded / "chat_template.jinja").read_text()
+    assert (
+        AutoTokenizer.from_pretrained("exported").chat_template
+        == (sharded / "chat_template.jinja").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
-def test_what_the_host_wrote_is_exported(name: str, host: Any, tiny: Any, cli: Cli, tmp_path: Path) -> None:
+def test_what_the_host_wrote_is_exported(
+    name: str, host: Any, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
     """At other layouts than ours, with extra states; tensors beside the model come from the folder `hf`."""
     from exaone_bridge.runtime.ranks import run_ranks
     from exaone_bridge.schema.parallel_layout import Layout
@@ -582,12 +703,21 @@ def test_dry_run_writes_nothing(
     command: str, megatron_folder: Path, sharded: Path, cli: Cli, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     before = snapshot(tmp_path)
-    run = cli(command, sharded if command == "import" else megatron_folder, tmp_path / "output", "--dry-run")
-    assert run.code == 0 and "91 tensors, 0.00 GB would be written; nothing was" in " ".join(run.out.split())
+    run = cli(
+        command,
+        sharded if command == "import" else megatron_folder,
+        tmp_path / "output",
+        "--dry-run",
+    )
+    assert run.code == 0 and "91 tensors, 0.00 GB would be written; nothing was" in " ".join(
+        run.out.split()
+    )
     assert snapshot(tmp_path) == before
 
 
-def test_a_conversion_ends_with_its_figures(host: Any, sharded: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_conversion_ends_with_its_figures(
+    host: Any, sharded: Path, cli: Cli, tmp_path: Path
+) -> None:
     run = cli("import", sharded, tmp_path / "megatron")
     (line,) = [line for line in run.out.splitlines() if line.startswith(str(tmp_path / "megatron"))]
     figures = r"91 tensors, 0\.00 GB, \d+\.\d s, \d\.\d\d GB/s, peak memory \d+\.\d\d GiB a process \(\d+ MiB of it"
@@ -609,7 +739,13 @@ def test_a_conversion_ends_with_its_figures(host: Any, sharded: Path, cli: Cli, 
     ids=str,
 )
 def test_verify_holds(
-    name: str, layout: list[object], host: Any, tiny: Any, cli: Cli, snapshot: Snapshot, tmp_path: Path
+    name: str,
+    layout: list[object],
+    host: Any,
+    tiny: Any,
+    cli: Cli,
+    snapshot: Snapshot,
+    tmp_path: Path,
 ) -> None:
     before = snapshot(tiny(name))
     run = cli("verify", tiny(name), "--quick", *layout)
@@ -639,7 +775,9 @@ def test_verify_of_the_working_folder(
     assert cli("verify", ".", "--quick").code == 0
 
 
-def test_verify_sees_a_window_off_by_one(host: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_sees_a_window_off_by_one(
+    host: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from exaone_bridge.models.exaone4 import provider
 
     right = provider.megatron_window
@@ -653,7 +791,10 @@ def test_verify_sees_a_window_off_by_one(host: Any, tiny: Any, cli: Cli, monkeyp
     assert run.code == 1
     verdicts = {row[0]: row[3] for row in rows_of(run.out)[1:]}
     assert verdicts["tensors"] == verdicts["files"] == "holds" and verdicts["logits"] == "DIFFERS"
-    assert "exaone4: logits: max |difference| " in run.err and "hidden states part at layer 0" in run.err
+    assert (
+        "exaone4: logits: max |difference| " in run.err
+        and "hidden states part at layer 0" in run.err
+    )
 
 
 @pytest.fixture
@@ -671,11 +812,16 @@ def layer_2_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layout", [[], ["--tp", 2, "--pp", 4]], ids=str)
 @pytest.mark.usefixtures("layer_2_sees_everything")
-def test_verify_names_the_layer_that_differs_first(layout: list[object], host: Any, tiny: Any, cli: Cli) -> None:
+def test_verify_names_the_layer_that_differs_first(
+    layout: list[object], host: Any, tiny: Any, cli: Cli
+) -> None:
     run = cli("verify", tiny("exaone4"), *layout, "--quick", "--backend", "torch")
     assert run.code == 1
     assert [row[3] for row in rows_of(run.out)[1:]] == ["holds", "holds", "holds", "DIFFERS"]
-    assert run.err.startswith("exaone4: logits: ") and "hidden states part at layer 2, attention" in run.err
+    assert (
+        run.err.startswith("exaone4: logits: ")
+        and "hidden states part at layer 2, attention" in run.err
+    )
     assert len(run.err.splitlines()) == 2 and "usual causes: RoPE" in run.err
 
 
@@ -700,7 +846,10 @@ def change_config(folder: Path) -> None:
 ROUND_TRIP_FAULTS = {
     "tensors": (flip_a_bit, "1 of 91 tensors differ"),
     "config": (change_config, "rms_norm_eps: 0.0003, then 1e-05"),
-    "files": (lambda folder: (folder / "tokenizer_config.json").unlink(), "1 of 4 files differ; tokenizer_config.json"),
+    "files": (
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        "1 of 4 files differ; tokenizer_config.json",
+    ),
 }
 
 
@@ -747,7 +896,9 @@ def test_demo_prints_one_table(host: Any, cli: Cli, tmp_path: Path) -> None:
     assert {tuple(row[4:6]) for row in models} == {("-", "bitwise equal")}
     assert all(0 < float(row[3]) < 2e-5 and float(row[6]) > 0 for row in models)
     assert [int(row[1].replace(",", "")) for row in models][:2] == [345_920, 247_072]
-    assert list((tmp_path / "tmp").iterdir()) == [] and sorted(path.name for path in tmp_path.iterdir()) == ["tmp"]
+    assert list((tmp_path / "tmp").iterdir()) == [] and sorted(
+        path.name for path in tmp_path.iterdir()
+    ) == ["tmp"]
 
 
 @pytest.mark.usefixtures("layer_2_sees_everything")
@@ -786,7 +937,15 @@ def test_a_command_leaves_no_process_behind(
         output = [] if command == "verify" else ["output"]
         source = megatron_folder if command == "export" else tiny("exaone4")
         try:
-            assert cli(command, source, *output, *(["--tp", 2] if command == "verify" else ["--workers", 2])).code == 0
+            assert (
+                cli(
+                    command,
+                    source,
+                    *output,
+                    *(["--tp", 2] if command == "verify" else ["--workers", 2]),
+                ).code
+                == 0
+            )
         finally:
             os.close(writer)
         ready, _, _ = select.select([reader], [], [], 20)

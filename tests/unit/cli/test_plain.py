@@ -45,17 +45,38 @@ def by_us(arguments: list[str]) -> object:
 
 def test_every_option_of_inspect_is_known() -> None:
     command: Any = typer.main.get_command(app)
-    options = {name for option in command.commands["inspect"].params for name in option.opts if name.startswith("--")}
+    options = {
+        name
+        for option in command.commands["inspect"].params
+        for name in option.opts
+        if name.startswith("--")
+    }
     assert options - {"--help"} == {*COUNTS, *FLAGS}
 
 
-PLAIN = ["inspect", "a folder", "--tp", "2", "--json", "--pp=4", "--vpp", "2", "--sp", "--ep", "03", "--etp", "1"]
+PLAIN = [
+    "inspect",
+    "a folder",
+    "--tp",
+    "2",
+    "--json",
+    "--pp=4",
+    "--vpp",
+    "2",
+    "--sp",
+    "--ep",
+    "03",
+    "--etp",
+    "1",
+]
 
 
 def test_plain_arguments_are_read() -> None:
     layout = Layout(tp=2, pp=4, vpp=2, sp=True, ep=3, etp=1)
     assert by_us(PLAIN) == Inspect(Path("a folder"), layout, True) == by_typer(PLAIN)
-    assert by_us(["inspect", "x"]) == Inspect(Path("x"), Layout(), False) == by_typer(["inspect", "x"])
+    assert (
+        by_us(["inspect", "x"]) == Inspect(Path("x"), Layout(), False) == by_typer(["inspect", "x"])
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,18 +23,36 @@ def verdicts(path: Path) -> dict[str, str]:
     return {check["name"]: check["verdict"] for check in json.loads(path.read_text())["checks"]}
 
 
-def test_a_report_is_written_whatever_the_verdict(host: Any, tiny: Any, cli: Cli, tmp_path: Path) -> None:
+def test_a_report_is_written_whatever_the_verdict(
+    host: Any, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny("exaone4"), other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"sliding_window": 9}))
-    outputs = ["--json", "r.json", "--report", "r.html", "--card", "r.md", "--name", "Model-X", "--note", "A copy."]
+    outputs = [
+        "--json",
+        "r.json",
+        "--report",
+        "r.html",
+        "--card",
+        "r.md",
+        "--name",
+        "Model-X",
+        "--note",
+        "A copy.",
+    ]
     run = cli("verify", tiny("exaone4"), "other", "--quick", *outputs)
     assert run.code == 1 and "hidden states part at layer 0, attention" in run.err
     data = json.loads((tmp_path / "r.json").read_text())
-    jsonschema.validate(data, json.loads((files("exaone_bridge.verification.report") / "report.schema.json").read_text()))
+    jsonschema.validate(
+        data,
+        json.loads((files("exaone_bridge.verification.report") / "report.schema.json").read_text()),
+    )
     assert data["location"]["sublayer"] == "attention" and data["location"]["layer"] == 0
-    assert data["command"].startswith("exaone-bridge verify ") and data["command"].endswith("--note 'A copy.'")
+    assert data["command"].startswith("exaone-bridge verify ") and data["command"].endswith(
+        "--note 'A copy.'"
+    )
     assert verdicts(tmp_path / "r.json") == {
         "tensors": "holds",
         "config": "differs",
@@ -47,11 +65,15 @@ def test_a_report_is_written_whatever_the_verdict(host: Any, tiny: Any, cli: Cli
     assert "# Model-X" in card and "A copy." in card and "| config | 1 of 24 keys differ" in card
 
 
-def test_a_megatron_checkpoint_alone(host: Any, megatron_folder: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_megatron_checkpoint_alone(
+    host: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
+) -> None:
     """Its own weights, loaded at another layout than it was written at."""
     run = cli("verify", megatron_folder, "--tp", 2, "--quick", "--json", "r.json")
     assert (run.code, run.err) == (0, "")
-    assert verdicts(tmp_path / "r.json") == dict.fromkeys(("tensors", "config", "files", "logits"), "holds")
+    assert verdicts(tmp_path / "r.json") == dict.fromkeys(
+        ("tensors", "config", "files", "logits"), "holds"
+    )
 
 
 def test_a_megatron_checkpoint_against_its_source(
@@ -60,7 +82,13 @@ def test_a_megatron_checkpoint_against_its_source(
     run = cli("verify", sharded, megatron_folder, "--json", "r.json")
     assert (run.code, run.err) == (0, "")
     assert set(verdicts(tmp_path / "r.json").values()) == {"holds"}
-    assert 0 < max(place["difference"] for place in json.loads((tmp_path / "r.json").read_text())["places"]) < 1e-5
+    assert (
+        0
+        < max(
+            place["difference"] for place in json.loads((tmp_path / "r.json").read_text())["places"]
+        )
+        < 1e-5
+    )
 
 
 def test_a_megatron_checkpoint_against_another_model(
@@ -90,16 +118,25 @@ def test_the_bench_prints_a_line_a_fault(
     monkeypatch.setattr(bench, "self_test", functools.partial(bench.self_test, faults, seeds=1))
     run = cli("verify", "--self-test", "--json", "bench.json")
     assert run.code == (0 if right else 1)
-    assert "one bit on disk" in run.out and f"{2 if right else 1} of 2 faults caught and located" in run.out
-    assert "0 false reports on 1 clean models" in run.out and ("NOT CAUGHT" in run.out) == (not right)
+    assert (
+        "one bit on disk" in run.out
+        and f"{2 if right else 1} of 2 faults caught and located" in run.out
+    )
+    assert "0 false reports on 1 clean models" in run.out and ("NOT CAUGHT" in run.out) == (
+        not right
+    )
     data = json.loads((tmp_path / "bench.json").read_text())
-    assert [outcome["right"] for outcome in data["outcomes"]] == [True, right] and data["clean"] == 1
+    assert [outcome["right"] for outcome in data["outcomes"]] == [True, right] and data[
+        "clean"
+    ] == 1
 
 
 def test_quick_takes_less_than_a_minute_imports_included(tiny: Any) -> None:
     started = time.perf_counter()
     program = Path(sys.executable).with_name("exaone-bridge")
-    done = subprocess.run([program, "verify", tiny("exaone4"), "--quick"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, "verify", tiny("exaone4"), "--quick"], capture_output=True, text=True, check=False
+    )
     seconds = time.perf_counter() - started
     print(f"{seconds:.1f} s")
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,10 @@ def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def _stream(began: Path, megatron: Path, target: Path, workers: int) -> None:
@@ -101,12 +104,16 @@ def killed(run: Callable[..., None], began: Path, args: tuple[Any, ...], after: 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("way", ["stream", "world"])
-def test_killed_at_any_moment(way: str, ranks: int, source: Path, megatron: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment(
+    way: str, ranks: int, source: Path, megatron: Path, tmp_path: Path
+) -> None:
     run, origin = (_stream, megatron) if way == "stream" else (_world, source)
     began = tmp_path / "began"
     started = time.perf_counter()
     assert not killed(run, began, (origin, tmp_path / "whole", ranks), 300)
-    lasted = time.perf_counter() - max(started, began.stat().st_mtime - time.time() + time.perf_counter())
+    lasted = time.perf_counter() - max(
+        started, began.stat().st_mtime - time.time() + time.perf_counter()
+    )
     wanted = digests(tmp_path / "whole")
     assert len(wanted) >= (12 if way == "stream" else 6)
     noise = random.Random(ranks)
@@ -119,14 +126,18 @@ def test_killed_at_any_moment(way: str, ranks: int, source: Path, megatron: Path
             assert digests(target) == wanted
             whole += 1
             target.rename(tmp_path / f"whole{whole}")
-    print(f"{way}, {ranks} ranks: {kills} kills in {lasted:.2f} s, {running} while it ran, {whole} whole before")
+    print(
+        f"{way}, {ranks} ranks: {kills} kills in {lasted:.2f} s, {running} while it ran, {whole} whole before"
+    )
     assert running
     assert not killed(run, began, (origin, target, ranks), 300)
     assert digests(target) == wanted
     assert not staging.partial_folder(target).exists()
 
 
-def test_what_is_there_is_kept_and_what_is_wrong_is_written(megatron: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_is_there_is_kept_and_what_is_wrong_is_written(
+    megatron: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """Complete files stay as they are, down to the time they were written; a file of another kind, or cut, does not."""
     export_checkpoint(megatron, tmp_path / "whole", max_shard_bytes=PARTS)
     wanted = digests(tmp_path / "whole")
@@ -147,13 +158,20 @@ def test_what_is_there_is_kept_and_what_is_wrong_is_written(megatron: Path, tmp_
     done = export_checkpoint(megatron, target, max_shard_bytes=PARTS)
     assert digests(target) == wanted
     assert 0 < done.kept_bytes < done.nbytes
-    unchanged = [file.name for file in before if (target / file.name).stat().st_mtime_ns == before[file]]
-    assert unchanged == [file.name for number, file in enumerate(files) if number not in (1, 2, 3, 4)]
+    unchanged = [
+        file.name for file in before if (target / file.name).stat().st_mtime_ns == before[file]
+    ]
+    assert unchanged == [
+        file.name for number, file in enumerate(files) if number not in (1, 2, 3, 4)
+    ]
 
 
 def test_two_at_once(megatron: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(staging, "_TRIES", 2)
-    with staging.resumable(tmp_path / "output"), pytest.raises(CheckpointError, match="another process is writing"):
+    with (
+        staging.resumable(tmp_path / "output"),
+        pytest.raises(CheckpointError, match="another process is writing"),
+    ):
         export_checkpoint(megatron, tmp_path / "output")
     assert (tmp_path / "output").is_dir()  # the first one's
 
@@ -166,7 +184,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 20 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder],
+        capture_output=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip("only root can mount a small disk")
     try:
@@ -175,8 +197,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything(megatron: Path, source: Path, small_disk: Path) -> None:
-    with pytest.raises(OutputError, match=r"0\.02 GB free, and 0\.04 GB are still to be written; free some space"):
+def test_a_disk_that_is_too_small_is_refused_before_anything(
+    megatron: Path, source: Path, small_disk: Path
+) -> None:
+    with pytest.raises(
+        OutputError, match=r"0\.02 GB free, and 0\.04 GB are still to be written; free some space"
+    ):
         export_checkpoint(megatron, small_disk / "output")
     with pytest.raises(OutputError, match="still to be written"):
         import_checkpoint(source, small_disk / "output", Layout())
@@ -192,7 +218,8 @@ def test_a_disk_that_fills_up(
     with monkeypatch.context() as patch:
         patch.setattr(convert, "check_space", lambda *_: None)
         with pytest.raises(
-            OutputError, match=r"the disk refuses to take more \(No space left on device\); free some space"
+            OutputError,
+            match=r"the disk refuses to take more \(No space left on device\); free some space",
         ):
             export_checkpoint(megatron, target, workers=workers, max_shard_bytes=PARTS)
     assert [path.name for path in small_disk.iterdir()] == [".output.partial"]
@@ -218,10 +245,14 @@ def _save_with_a_full_rank(source: Path, target: Path, layout: Layout, full: int
 
 
 @pytest.mark.parametrize("full", [0, 3])
-def test_one_rank_that_cannot_write_ends_all_of_them(full: int, source: Path, tmp_path: Path) -> None:
+def test_one_rank_that_cannot_write_ends_all_of_them(
+    full: int, source: Path, tmp_path: Path
+) -> None:
     """At once, with the same words; the others do not wait for what it would have sent."""
     started = time.perf_counter()
-    with pytest.raises(OutputError, match=r"the disk refuses to take more \(File too large\); free some space"):
+    with pytest.raises(
+        OutputError, match=r"the disk refuses to take more \(File too large\); free some space"
+    ):
         run_ranks(_save_with_a_full_rank, 4, source, tmp_path / "output", Layout(tp=2, pp=2), full)
     assert time.perf_counter() - started < 60
     assert not (tmp_path / "output").exists()

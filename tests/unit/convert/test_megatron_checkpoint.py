@@ -60,7 +60,9 @@ def _import_ckpt(source: Path, target: Path) -> None:
 def _export_ckpt(source: Path, megatron: Path, target: Path) -> None:
     from megatron.bridge import AutoBridge
 
-    AutoBridge.from_hf_pretrained(source).export_ckpt(megatron, target, show_progress=False, strict=True)
+    AutoBridge.from_hf_pretrained(source).export_ckpt(
+        megatron, target, show_progress=False, strict=True
+    )
 
 
 def _from_auto_config(megatron: Path, source: Path, found: Path) -> None:
@@ -106,7 +108,9 @@ def test_import_ckpt_and_export_ckpt(host: Any, tiny: Any, tmp_path: Path, name:
     files = compare_files(source, tmp_path / "exported")
     assert files.holds, files.where
     _alone(_from_auto_config, tmp_path / "megatron", source, tmp_path / "config.json")
-    assert compare_configs(read_json(source / "config.json"), read_json(tmp_path / "config.json")).holds
+    assert compare_configs(
+        read_json(source / "config.json"), read_json(tmp_path / "config.json")
+    ).holds
 
 
 def test_without_tokenizer(host: Any, tiny: Any, tmp_path: Path) -> None:
@@ -118,7 +122,10 @@ def test_without_tokenizer(host: Any, tiny: Any, tmp_path: Path) -> None:
     _alone(_import_ckpt, source, tmp_path / "megatron")
     _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
     _assert_same(source, tmp_path / "exported")
-    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 @pytest.mark.parametrize(
@@ -136,7 +143,11 @@ def test_saved_at_one_layout_loaded_at_another(
     host: Any, tiny: Any, tmp_path: Path, name: str, saved: Layout, loaded: Layout
 ) -> None:
     """387 words: each layout pads the vocabulary differently."""
-    source = tiny(name) if name == "exaone4" else tiny(name, num_hidden_layers=8, layer_types=["full_attention"] * 8)
+    source = (
+        tiny(name)
+        if name == "exaone4"
+        else tiny(name, num_hidden_layers=8, layer_types=["full_attention"] * 8)
+    )
     run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
     run_ranks(_load, loaded.ranks, source, tmp_path / "megatron", tmp_path / "exported", loaded)
     _assert_same(source, tmp_path / "exported")
@@ -170,7 +181,10 @@ def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path
     (path,) = (tmp_path / "megatron").glob("iter_*/run_config.yaml")
     model = yaml.safe_load(path.read_text())["model"]
     assert model["_target_"] == "exaone_bridge.models.exaone4.provider.Exaone4ModelProvider"
-    spec = {"_target_": "exaone_bridge.models.exaone4.layer_spec.exaone4_block_spec", "_call_": False}
+    spec = {
+        "_target_": "exaone_bridge.models.exaone4.layer_spec.exaone4_block_spec",
+        "_call_": False,
+    }
     assert model["transformer_layer_spec"] == spec
     assert model["bias_activation_fusion"] is True
     assert model["apply_rope_fusion"] is True
@@ -178,16 +192,24 @@ def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path
     assert model["window_size"] == [7, 0]
     assert model["no_rope_freq"] == [0, 0, 0, 1] * 2
     assert json.loads(json.dumps(model["hf_config"])) == {
-        key: value for key, value in read_json(source / "config.json").items() if key != "transformers_version"
+        key: value
+        for key, value in read_json(source / "config.json").items()
+        if key != "transformers_version"
     }
 
 
 def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> None:
     """Four times its bound's size goes through either way; benchmarks/convert.py shows the same at 2.6 and 16 GB."""
     layers = 24
-    config = {**EXAONE4.tiny["exaone4-1.2b"], "dtype": "bfloat16", "hidden_size": 512, "intermediate_size": 4096}
+    config = {
+        **EXAONE4.tiny["exaone4-1.2b"],
+        "dtype": "bfloat16",
+        "hidden_size": 512,
+        "intermediate_size": 4096,
+    }
     write_random(
-        tmp_path / "model", {**config, "num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+        tmp_path / "model",
+        {**config, "num_hidden_layers": layers, "layer_types": ["full_attention"] * layers},
     )
     source = open_source(tmp_path / "model")
     largest = max(tensor.nbytes for tensor in source.tensors.values())
@@ -200,25 +222,36 @@ def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> N
         assert 0 < done.peak_bytes - done.base_bytes < bound
 
 
-@pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"])
+@pytest.mark.parametrize(
+    "name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
+)
 def test_streamed_keys_are_the_hosts(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
     """Names, shapes, types and objects of what is written without a model, against what the host writes of one."""
-    source = tiny(name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {}))
+    source = tiny(
+        name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {})
+    )
     import_checkpoint(source, tmp_path / "ours", Layout(), workers=2)
     run_ranks(_save, 1, source, tmp_path / "host", Layout())
     ours, hosts = (
-        pickle.loads((tmp_path / who / "iter_0000000" / ".metadata").read_bytes()) for who in ("ours", "host")
+        pickle.loads((tmp_path / who / "iter_0000000" / ".metadata").read_bytes())
+        for who in ("ours", "host")
     )
     assert ours.state_dict_metadata.keys() == hosts.state_dict_metadata.keys()
     for key, entry in hosts.state_dict_metadata.items():
         if hasattr(entry, "size"):
-            assert (ours.state_dict_metadata[key].size, ours.state_dict_metadata[key].properties) == (
+            assert (
+                ours.state_dict_metadata[key].size,
+                ours.state_dict_metadata[key].properties,
+            ) == (
                 entry.size,
                 entry.properties,
             )
     tops = [{path.name for path in (tmp_path / who).iterdir()} - {"hf"} for who in ("ours", "host")]
     assert tops[0] == tops[1]
-    inner = [{path.name for path in (tmp_path / who / "iter_0000000").iterdir()} for who in ("ours", "host")]
+    inner = [
+        {path.name for path in (tmp_path / who / "iter_0000000").iterdir()}
+        for who in ("ours", "host")
+    ]
     assert {file for file in inner[1] if not file.endswith(".distcp")} <= inner[0]
 
 
@@ -241,7 +274,9 @@ def test_what_is_streamed_loads_in_the_hosts_loader(
     assert compare_tensors(source, tmp_path / "exported").holds
 
 
-def test_a_checkpoint_with_optimizer_states_is_read_without_them(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_with_optimizer_states_is_read_without_them(
+    host: Any, tiny: Any, tmp_path: Path
+) -> None:
     """As training writes it: optimizer states of the same names, cut as the optimizer cuts them."""
     source = tiny("exaone4")
     import_checkpoint(source, tmp_path / "megatron", Layout())
@@ -260,14 +295,23 @@ def test_a_checkpoint_with_optimizer_states_is_read_without_them(host: Any, tiny
     _assert_same(source, tmp_path / "exported")
 
 
-def test_a_source_reads_one_tensor_at_a_time_from_either_side(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_source_reads_one_tensor_at_a_time_from_either_side(
+    host: Any, tiny: Any, tmp_path: Path
+) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
     import_checkpoint(folder, tmp_path / "megatron", Layout())
     left, right = open_tensors(folder), open_tensors(tmp_path / "megatron")
     assert left.family is right.family and left.facts == right.facts
-    assert {name for name in left.tensors if name not in right.tensors} == set(open_source(folder).carried)
+    assert {name for name in left.tensors if name not in right.tensors} == set(
+        open_source(folder).carried
+    )
     for name, spec in right.tensors.items():
         other = left.tensors[name]
-        assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == (name, other.dtype, other.shape, other.nbytes)
+        assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == (
+            name,
+            other.dtype,
+            other.shape,
+            other.nbytes,
+        )
         assert torch.equal(left.read(name), right.read(name)) and right.read(name).is_contiguous()
     assert sorted(name for group in right.groups() for name in group) == sorted(right.tensors)

@@ -45,18 +45,26 @@ def _imports(script: str) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name
+)
 def test_order_of_imports(script: Path) -> None:
     """Ours before Megatron-Bridge, which else does not import where Transformer Engine is missing."""
     modules = _imports(script.read_text())
-    ours = [number for number, name in enumerate(modules) if name.partition(".")[0] in ("exaone_bridge", "common")]
+    ours = [
+        number
+        for number, name in enumerate(modules)
+        if name.partition(".")[0] in ("exaone_bridge", "common")
+    ]
     hosts = [number for number, name in enumerate(modules) if name.startswith("megatron.bridge")]
     assert ours and ours[0] < min(hosts, default=len(modules))
 
 
 def test_round_trip(host: Any, tiny: Any, tmp_path: Path) -> None:
     folder = tiny("exaone4")
-    printed = fork_script(tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2)
+    printed = fork_script(
+        tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2
+    )
     assert "91 tensors bitwise equal" in printed
     assert compare_tensors(folder, tmp_path / "out" / "exported").holds
 
@@ -76,10 +84,14 @@ def test_train(tiny: Any, tmp_path: Path) -> None:
 def test_images(host: Any, tiny: Any, tmp_path: Path) -> None:
     """It looks: the loss falls below that of knowing all but which side; the frozen tower stays, its merger learns."""
     folder = tiny("exaone45")
-    printed = fork_script(tmp_path, ROOT / "examples/images.py", folder, tmp_path / "out", "--steps", 20)
+    printed = fork_script(
+        tmp_path, ROOT / "examples/images.py", folder, tmp_path / "out", "--steps", 20
+    )
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) == 20
-    assert losses[-1] < 0.8 * math.log(4) / 5  # four sides, of which the first of five letters tells
+    assert (
+        losses[-1] < 0.8 * math.log(4) / 5
+    )  # four sides, of which the first of five letters tells
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     same = {name for name, value in before.items() if torch.equal(after[name], value)}
@@ -93,7 +105,9 @@ def test_readme_python(host: Any, tiny: Any, tmp_path: Path) -> None:
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
     script = tmp_path / "script.py"
     body = block.replace('"LGAI-EXAONE/EXAONE-4.0-1.2B"', repr(str(tiny("exaone4-1.2b"))))
-    script.write_text(body + "\nprint(type(provider).__name__, provider.tensor_model_parallel_size)\n")
+    script.write_text(
+        body + "\nprint(type(provider).__name__, provider.tensor_model_parallel_size)\n"
+    )
     modules = _imports(block)
     assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
     assert fork_script(tmp_path, script).splitlines()[-1] == "Exaone4ModelProvider 2"
@@ -103,7 +117,9 @@ def test_readme_commands() -> None:
     """Each `make` target that the README names exists, and CI calls the test command."""
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     targets = {
-        word for words in re.findall(r"(?:^|`)make ([a-z ]+?)(?:`|  )", readme, re.MULTILINE) for word in words.split()
+        word
+        for words in re.findall(r"(?:^|`)make ([a-z ]+?)(?:`|  )", readme, re.MULTILINE)
+        for word in words.split()
     }
     assert targets == {"demo", "test", "check"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)

@@ -37,13 +37,17 @@ def made(examples: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data` and `model`, as sft.py and lora.py make them."""
     folder = tmp_path_factory.mktemp("made")
     examples.once(folder / "data", examples.write_dataset)
-    examples.once(folder / "model", lambda target: examples.write_model(target, "exaone4_tiny_sft_config"))
+    examples.once(
+        folder / "model", lambda target: examples.write_model(target, "exaone4_tiny_sft_config")
+    )
     return folder
 
 
 def test_data_is_text(made: Path) -> None:
     parts = {
-        name: [json.loads(line) for line in (made / "data" / f"{name}.jsonl").read_text().splitlines()]
+        name: [
+            json.loads(line) for line in (made / "data" / f"{name}.jsonl").read_text().splitlines()
+        ]
         for name in ("training", "validation")
     }
     assert len(parts["training"]) > 2000 and 100 < len(parts["validation"]) < 400
@@ -57,7 +61,9 @@ def test_data_is_text(made: Path) -> None:
     assert known["output"].startswith("Remove any common leading whitespace")
 
 
-@pytest.mark.parametrize("name", ["exaone4_tiny_sft_config", "ernie45_tiny_sft_config", "exaone45_vl_tiny_sft_config"])
+@pytest.mark.parametrize(
+    "name", ["exaone4_tiny_sft_config", "ernie45_tiny_sft_config", "exaone45_vl_tiny_sft_config"]
+)
 def test_tokenizer_is_trained_on_it(examples: Any, made: Path, tmp_path: Path, name: str) -> None:
     """Every text comes back; words are longer than bytes; special tokens have the family's ids; no id is too high."""
     from transformers import AutoTokenizer
@@ -74,9 +80,17 @@ def test_tokenizer_is_trained_on_it(examples: Any, made: Path, tmp_path: Path, n
     assert tokenizer.decode(ids) == text
     assert len(ids) < 0.6 * len(text.encode())
     family = examples.family_of(whole["architectures"], where=name)
-    assert all(json.loads((folder / file).read_text()) == content for file, content in family.processor_files.items())
-    assert {word: tokenizer.convert_tokens_to_ids(word) for word in family.special_tokens} == family.special_tokens
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
+    assert all(
+        json.loads((folder / file).read_text()) == content
+        for file, content in family.processor_files.items()
+    )
+    assert {
+        word: tokenizer.convert_tokens_to_ids(word) for word in family.special_tokens
+    } == family.special_tokens
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (
+        config["bos_token_id"],
+        config["eos_token_id"],
+    )
     assert 1000 < len(tokenizer) <= config["vocab_size"]
     assert max(tokenizer.get_vocab().values()) < config["vocab_size"]
 
@@ -98,7 +112,11 @@ def test_host_reads_the_data(examples: Any, made: Path) -> None:
     sample, tokenizer = _first_sample(config)
     text = tokenizer.detokenize(sample["input_ids"])
     assert text.startswith("What does the ")
-    assert tokenizer.detokenize(sample["input_ids"][: sample["answer_start_idx"]]).rstrip().endswith("do?")
+    assert (
+        tokenizer.detokenize(sample["input_ids"][: sample["answer_start_idx"]])
+        .rstrip()
+        .endswith("do?")
+    )
     assert sample["input_ids"][-1] == tokenizer.eod == 361 or len(sample["input_ids"]) == 256
 
 
@@ -118,13 +136,26 @@ def test_configured(
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
-    made = tmp_path if script == "sft_images" else made  # its data and its model are others: it makes them
+    made = (
+        tmp_path if script == "sft_images" else made
+    )  # its data and its model are others: it makes them
     found: list[Any] = []
-    sizes = {"tp": 2, "pp": 2, "iters": 20, "rate": 1e-3, "micro-batch": 1, "global-batch": 8, "save-every": 5}
+    sizes = {
+        "tp": 2,
+        "pp": 2,
+        "iters": 20,
+        "rate": 1e-3,
+        "micro-batch": 1,
+        "global-batch": 8,
+        "save-every": 5,
+    }
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
-    importlib.import_module(script).main([*arguments, "--save", str(made), "--dry-run"], adjust=found.append)
-    assert "8 layers, hidden 256, vocabulary 2048; TP2 PP2 EP1 CP1, sequence 256, batch 1 / 8, 20 steps" in (
-        capsys.readouterr().out
+    importlib.import_module(script).main(
+        [*arguments, "--save", str(made), "--dry-run"], adjust=found.append
+    )
+    assert (
+        "8 layers, hidden 256, vocabulary 2048; TP2 PP2 EP1 CP1, sequence 256, batch 1 / 8, 20 steps"
+        in (capsys.readouterr().out)
     )
     (config,) = found
     for name, value in config.env_vars.items():
@@ -132,10 +163,17 @@ def test_configured(
     runtime_config_update(config)
     assert config.data_parallel_size == 1 and config.model.sequence_parallel
     assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-3, 1e-4)
-    assert (config.checkpoint.save_interval, config.checkpoint.save) == (5, str(made / "checkpoints"))
+    assert (config.checkpoint.save_interval, config.checkpoint.save) == (
+        5,
+        str(made / "checkpoints"),
+    )
     assert config.scheduler.lr_warmup_iters == 2 and config.scheduler.lr_decay_iters == 20
     if script == "sft_images":
-        assert config.dataset.hf_processor_path == config.checkpoint.pretrained_checkpoint == str(made / "model")
+        assert (
+            config.dataset.hf_processor_path
+            == config.checkpoint.pretrained_checkpoint
+            == str(made / "model")
+        )
         assert config.dataset.source.adapter_kwargs == {"root": str(made / "data")}
         assert config.dataset.pad_to_max_length  # stages of a pipeline exchange what has one size
     elif script != "pretrain":
@@ -167,7 +205,9 @@ def _adapted(model_folder: Path, output: Path, tokens: torch.Tensor) -> torch.Te
 def _logits(folder: Path, tokens: torch.Tensor, adapter: Path | None) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     if adapter is not None:
         from peft import PeftModel
 
@@ -188,7 +228,9 @@ def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
     assert (adapted - merged).abs().mean() <= 0.1 * (adapted - base).abs().mean()
 
 
-def test_once_is_whole_or_not_there(examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_is_whole_or_not_there(
+    examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(folder: Path) -> None:
         folder.mkdir()
         raise OSError("disk full")

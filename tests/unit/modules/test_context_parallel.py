@@ -21,9 +21,9 @@ def _megatron_cores_cut(length: int) -> list[int]:
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     batch = {"tokens": torch.arange(length)[None]}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=torch.distributed.group.WORLD)["tokens"][
-        0
-    ].tolist()
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=torch.distributed.group.WORLD
+    )["tokens"][0].tolist()
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3])
@@ -39,7 +39,9 @@ def test_a_length_that_cannot_be_cut_is_refused() -> None:
 
 
 def test_windows_never_go_round_the_ring() -> None:
-    assert exchanges([True, True, True, False], heads=8, kv_heads=2, cp=2) == ["all_gather"] * 3 + ["p2p"]
+    assert exchanges([True, True, True, False], heads=8, kv_heads=2, cp=2) == ["all_gather"] * 3 + [
+        "p2p"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +61,18 @@ def test_what_transformer_engine_cannot_do_is_refused(asked: Any, words: str) ->
 
 def test_what_the_user_asked_for_stands() -> None:
     assert exchanges([True, False], heads=4, kv_heads=2, cp=2, asked="a2a") == ["a2a", "a2a"]
-    assert exchanges([True, False], heads=4, kv_heads=2, cp=2, asked=["all_gather", "a2a+p2p"])[1] == "a2a+p2p"
+    assert (
+        exchanges([True, False], heads=4, kv_heads=2, cp=2, asked=["all_gather", "a2a+p2p"])[1]
+        == "a2a+p2p"
+    )
 
 
 def test_the_provider_chooses_by_layer_and_remembers_the_wish(host: Any, tiny: Any) -> None:
     from megatron.bridge import AutoBridge
 
-    provider = AutoBridge.from_hf_pretrained(tiny("exaone4")).to_megatron_provider(load_weights=False)
+    provider = AutoBridge.from_hf_pretrained(tiny("exaone4")).to_megatron_provider(
+        load_weights=False
+    )
     provider.context_parallel_size = 2
     provider.finalize()
     assert provider.cp_comm_type == (["all_gather"] * 3 + ["p2p"]) * 2

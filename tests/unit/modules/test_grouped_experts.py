@@ -36,6 +36,8 @@ def test_products_and_gradients_are_those_of_each_expert(counts: list[int], adja
 
     rows = list(zip(x.detach().split(counts), upstream.split(counts), weights, strict=True))
     torch.testing.assert_close(y, torch.cat([part @ weight.t() for part, _, weight in rows]))
-    torch.testing.assert_close(x.grad, torch.cat([gradient @ weight for _, gradient, weight in rows]))
+    torch.testing.assert_close(
+        x.grad, torch.cat([gradient @ weight for _, gradient, weight in rows])
+    )
     for part, gradient, weight in rows:
         torch.testing.assert_close(weight.grad, gradient.t() @ part)

@@ -12,6 +12,9 @@ from tests.helpers.paths import ROOT
 def test_kernels_are_their_formulas() -> None:
     script = ROOT / "tests" / "helpers" / "kernel_formulas.py"
     done = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, str(script)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,9 +13,13 @@ from tests.helpers.packing import worst_on_cpu
 LENGTHS = [48, 16, 32]  # longer and shorter than the window of the hybrid miniature
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(cp=2), Layout(tp=2, sp=True, cp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2), Layout(cp=2), Layout(tp=2, sp=True, cp=2)], ids=str
+)
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
-def test_packed_documents_equal_the_same_alone(host: Any, tiny: Any, name: str, layout: Layout) -> None:
+def test_packed_documents_equal_the_same_alone(
+    host: Any, tiny: Any, name: str, layout: Layout
+) -> None:
     if name == "ernie45" and layout.tp > 1 and not layout.sp:
         pytest.skip("evaluated with sequence parallelism below: the router's tokens are the same")
     assert worst_on_cpu(tiny(name), layout, LENGTHS) <= 1e-5

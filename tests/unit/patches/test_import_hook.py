@@ -74,7 +74,9 @@ BODY = "import sys\nsys.events_for_tests.append(__name__.rpartition('.')[2])\n"
 # --- the hook ---
 
 
-def test_the_module_executes_inside_the_context(package: Callable[..., Path], events: Events) -> None:
+def test_the_module_executes_inside_the_context(
+    package: Callable[..., Path], events: Events
+) -> None:
     package(**{"sub.py": BODY})
     around_import(SUB, noting(events))
     assert events == []  # nothing happens before the import
@@ -89,14 +91,21 @@ def test_the_module_executes_inside_the_context(package: Callable[..., Path], ev
 def test_a_hooked_package_executes_inside_with_all_that_it_imports(
     package: Callable[..., Path], events: Events
 ) -> None:
-    package(**{"__init__.py": f"{BODY}from {MAIN} import sub\nsys.events_for_tests.append('end')\n", "sub.py": BODY})
+    package(
+        **{
+            "__init__.py": f"{BODY}from {MAIN} import sub\nsys.events_for_tests.append('end')\n",
+            "sub.py": BODY,
+        }
+    )
     around_import(MAIN, noting(events))
     module = importlib.import_module(SUB)
     assert events == ["enter", MAIN, "sub", "end", "exit"]
     assert sys.modules[MAIN].sub is module
 
 
-def test_two_hooked_modules_keep_their_own_contexts(package: Callable[..., Path], events: Events) -> None:
+def test_two_hooked_modules_keep_their_own_contexts(
+    package: Callable[..., Path], events: Events
+) -> None:
     package(**{"__init__.py": f"{BODY}import {SUB}\n", "sub.py": BODY})
     around_import(MAIN, noting(events, " outer"))
     around_import(SUB, noting(events, " inner"))
@@ -107,7 +116,9 @@ def test_two_hooked_modules_keep_their_own_contexts(package: Callable[..., Path]
 def test_an_exception_leaves_the_context_and_the_next_import_tries_again(
     package: Callable[..., Path], events: Events
 ) -> None:
-    package(**{"sub.py": BODY + "if len(sys.events_for_tests) < 3:\n    raise KeyError('planted')\n"})
+    package(
+        **{"sub.py": BODY + "if len(sys.events_for_tests) < 3:\n    raise KeyError('planted')\n"}
+    )
     around_import(SUB, noting(events))
     with pytest.raises(KeyError, match="planted"):
         importlib.import_module(SUB)
@@ -117,7 +128,9 @@ def test_an_exception_leaves_the_context_and_the_next_import_tries_again(
     assert events == ["enter", "sub", "exit"] * 2
 
 
-def test_an_exception_of_the_context_stops_the_import(package: Callable[..., Path], events: Events) -> None:
+def test_an_exception_of_the_context_stops_the_import(
+    package: Callable[..., Path], events: Events
+) -> None:
     package(**{"sub.py": BODY})
 
     @contextlib.contextmanager
@@ -131,8 +144,12 @@ def test_an_exception_of_the_context_stops_the_import(package: Callable[..., Pat
     assert events == ["sub"] and SUB not in sys.modules
 
 
-def test_the_module_is_as_python_would_have_made_it(package: Callable[..., Path], events: Events) -> None:
-    body = BODY + "def spoken():\n    return 'here'\n\n\ndef fails():\n    raise KeyError('planted')\n"
+def test_the_module_is_as_python_would_have_made_it(
+    package: Callable[..., Path], events: Events
+) -> None:
+    body = (
+        BODY + "def spoken():\n    return 'here'\n\n\ndef fails():\n    raise KeyError('planted')\n"
+    )
     folder = package(**{"sub.py": body, "data.txt": "some text"})
     around_import(SUB, noting(events))
     around_import(MAIN, noting(events))
@@ -203,7 +220,9 @@ def test_there_is_one_finder_and_it_is_asked_first() -> None:
     del import_hook._hooks["no_such_module_for_tests"]
 
 
-def test_the_finder_comes_back_where_somebody_took_it_away(package: Callable[..., Path], events: Events) -> None:
+def test_the_finder_comes_back_where_somebody_took_it_away(
+    package: Callable[..., Path], events: Events
+) -> None:
     package(**{"sub.py": BODY})
     sys.meta_path.remove(import_hook._finder)
     around_import(SUB, noting(events))
@@ -220,14 +239,18 @@ def test_a_missing_module_is_missing_as_ever(package: Callable[..., Path], event
     assert importlib.util.find_spec(f"{MAIN}.absent") is None
 
 
-def test_looking_for_a_module_does_not_execute_it(package: Callable[..., Path], events: Events) -> None:
+def test_looking_for_a_module_does_not_execute_it(
+    package: Callable[..., Path], events: Events
+) -> None:
     folder = package(**{"sub.py": BODY})
     around_import(SUB, noting(events))
     spec = importlib.util.find_spec(SUB)
     assert spec is not None and spec.origin == str(folder / "sub.py") and events == []
 
 
-def test_a_module_that_is_imported_already_is_left_alone(package: Callable[..., Path], events: Events) -> None:
+def test_a_module_that_is_imported_already_is_left_alone(
+    package: Callable[..., Path], events: Events
+) -> None:
     package(**{"sub.py": BODY})
     module = importlib.import_module(SUB)
     around_import(SUB, noting(events))
@@ -239,7 +262,9 @@ def test_a_package_without_init_still_imports(package: Callable[..., Path], even
     importlib.invalidate_caches()
     around_import(MAIN, noting(events))
     module = importlib.import_module(MAIN)
-    assert module.__spec__.origin is None and len(list(module.__path__)) == 1  # a namespace: no code to be around
+    assert (
+        module.__spec__.origin is None and len(list(module.__path__)) == 1
+    )  # a namespace: no code to be around
 
 
 # --- the guard ---
@@ -313,12 +338,15 @@ def a_transformer_engine(folder: Path) -> None:
 
 
 without_te = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed here"
+    importlib.util.find_spec("transformer_engine") is not None,
+    reason="Transformer Engine is installed here",
 )
 
 
 @without_te
-def test_the_placeholder_is_there_during_the_guarded_module_only(guarded: Callable[..., str]) -> None:
+def test_the_placeholder_is_there_during_the_guarded_module_only(
+    guarded: Callable[..., str],
+) -> None:
     out = guarded("""
         from megatron.bridge.peft import before
         assert before.found == "transformer_engine", before.found

@@ -18,7 +18,13 @@ TOLERANCE = 1e-4
 
 
 def _adapted(
-    folder: Path, layout: Layout, kind: str, targets: list[str], tokens: torch.Tensor, output: Path, std: float = 0.3
+    folder: Path,
+    layout: Layout,
+    kind: str,
+    targets: list[str],
+    tokens: torch.Tensor,
+    output: Path,
+    std: float = 0.3,
 ) -> dict[str, Any]:
     """On a rank: logits without adapters, with random ones, and with them switched off; merged and adapter exports."""
     from megatron.bridge import AutoBridge
@@ -33,7 +39,9 @@ def _adapted(
     found: dict[str, Any] = {"base": forward_logits(model, tokens)[0]}
     peft = {"lora": LoRA, "dora": DoRA}[kind](dim=4, alpha=8, target_modules=targets)
     model = peft(model, training=False)
-    torch.manual_seed(7)  # the same numbers on every rank: replicated halves of an adapter stay replicated
+    torch.manual_seed(
+        7
+    )  # the same numbers on every rank: replicated halves of an adapter stay replicated
     with torch.no_grad():
         for chunk in model:
             for name, parameter in chunk.named_parameters():
@@ -58,7 +66,9 @@ def _adapted(
 def _transformers(folder: Path, tokens: torch.Tensor, adapter: Path | None = None) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     if adapter is not None:
         from peft import PeftModel
 
@@ -69,7 +79,9 @@ def _transformers(folder: Path, tokens: torch.Tensor, adapter: Path | None = Non
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
 @pytest.mark.parametrize("target", ["linear_proj", "linear_fc2", "linear_qkv", "linear_fc1"])
-def test_lora_as_trained_is_lora_as_exported(host: Any, tiny: Any, tmp_path: Path, target: str, layout: Layout) -> None:
+def test_lora_as_trained_is_lora_as_exported(
+    host: Any, tiny: Any, tmp_path: Path, target: str, layout: Layout
+) -> None:
     """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
     folder = tiny("exaone4")
     tokens = prompts(387, 2, 40)
@@ -96,7 +108,9 @@ def test_the_check_catches_the_hosts_order(
     (result,) = run_ranks(_adapted, 1, folder, Layout(), "lora", [target], tokens, tmp_path)
     (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
     difference = (result["adapted"] - merged).abs().max()
-    assert not difference <= 100 * TOLERANCE  # not a number where the unnormalised outputs have grown too large
+    assert (
+        not difference <= 100 * TOLERANCE
+    )  # not a number where the unnormalised outputs have grown too large
 
 
 ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -132,14 +146,18 @@ def _assert_one_model(
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
-def test_dora_as_trained_is_dora_as_exported(host: Any, tiny: Any, tmp_path: Path, layout: Layout) -> None:
+def test_dora_as_trained_is_dora_as_exported(
+    host: Any, tiny: Any, tmp_path: Path, layout: Layout
+) -> None:
     """All four linears; magnitudes away from where they start."""
     _assert_one_model(tiny("exaone4"), layout, "dora", ALL, tmp_path)
     vectors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(name.endswith("lora_magnitude_vector") for name in vectors) == 8 * 7
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("lora", Layout()), ("dora", Layout(tp=2, sp=True))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("lora", Layout()), ("dora", Layout(tp=2, sp=True))], ids=str
+)
 def test_pre_norm_linears(host: Any, tiny: Any, tmp_path: Path, kind: str, layout: Layout) -> None:
     """ERNIE 4.5, dense: the adapter takes the normalised input, on the torch backend as with Transformer Engine."""
     _assert_one_model(tiny("ernie45-dense"), layout, kind, ALL, tmp_path)
@@ -150,7 +168,9 @@ EXPERTS = ["*.experts.*linear_fc1", "*.experts.*linear_fc2"]
 
 
 def test_attention_of_a_mixture_of_experts(host: Any, tiny: Any, tmp_path: Path) -> None:
-    _assert_one_model(tiny("ernie45", num_nextn_predict_layers=0), Layout(), "dora", ATTENTION, tmp_path)
+    _assert_one_model(
+        tiny("ernie45", num_nextn_predict_layers=0), Layout(), "dora", ATTENTION, tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,14 @@ def test_feed_forward_of_a_mixture_of_experts(
     host: Any, tiny: Any, tmp_path: Path, targets: list[str], layout: Layout
 ) -> None:
     """Trained and exported merged; the adapter alone is refused, because PEFT takes it for the fused experts'."""
-    _assert_one_model(tiny("ernie45", num_nextn_predict_layers=0), layout, "lora", targets, tmp_path, in_peft=False)
+    _assert_one_model(
+        tiny("ernie45", num_nextn_predict_layers=0),
+        layout,
+        "lora",
+        targets,
+        tmp_path,
+        in_peft=False,
+    )
 
 
 def _dora_faults(folder: Path) -> tuple[str, str, bool]:
@@ -174,7 +201,10 @@ def _dora_faults(folder: Path) -> tuple[str, str, bool]:
 
     said = []
     bridge = AutoBridge.from_hf_pretrained(folder)
-    for options in ({"target_modules": EXPERTS}, {"target_modules": ["linear_qkv"], "dropout": 0.1}):
+    for options in (
+        {"target_modules": EXPERTS},
+        {"target_modules": ["linear_qkv"], "dropout": 0.1},
+    ):
         with pytest.raises(UnsupportedConfig) as caught:
             DoRA(**options)(build(bridge, Layout()))
         said.append(str(caught.value))
@@ -184,7 +214,9 @@ def _dora_faults(folder: Path) -> tuple[str, str, bool]:
 
 
 def test_dora_that_would_be_wrong_is_refused(host: Any, tiny: Any) -> None:
-    ((experts, dropout, marked),) = run_ranks(_dora_faults, 1, tiny("ernie45", num_nextn_predict_layers=0))
+    ((experts, dropout, marked),) = run_ranks(
+        _dora_faults, 1, tiny("ernie45", num_nextn_predict_layers=0)
+    )
     assert "routed experts" in experts and "use LoRA for experts" in experts
     assert "dropout is 0.1" in dropout and "set dropout=0.0" in dropout
     assert marked

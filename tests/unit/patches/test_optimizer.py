@@ -25,9 +25,12 @@ def _train_and_save(folder: Any, ours: bool) -> dict[str, list[bool]]:
     provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
     provider.apply_overrides_and_finalize(torch.bfloat16, {})
     (model,) = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True), use_cpu_initialization=True
+        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True),
+        use_cpu_initialization=True,
     )
-    settings = OptimizerConfig(lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True)
+    settings = OptimizerConfig(
+        lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+    )
     optimizer = get_megatron_optimizer(settings, [model])
     for parameter in model.parameters():
         parameter.main_grad.normal_()
@@ -44,7 +47,10 @@ def _train_and_save(folder: Any, ours: bool) -> dict[str, list[bool]]:
             ]
             if all(found[names[parameter]]):
                 found[names[parameter]].append(
-                    torch.equal(states["param"].bfloat16().flatten(), parameter.detach().bfloat16().flatten())
+                    torch.equal(
+                        states["param"].bfloat16().flatten(),
+                        parameter.detach().bfloat16().flatten(),
+                    )
                 )
     return found
 
@@ -72,9 +78,17 @@ def _remembered_after_load(folder: Any, layout: Layout) -> tuple[bool, bool, str
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, layout)
-    parameter = next(parameter for name, parameter in unwrap_model(model[0]).named_parameters() if "linear_fc1" in name)
-    parameter._high_precision_init_val = torch.full_like(parameter, float("nan"), dtype=torch.bfloat16)
-    parameter.get_high_precision_init_val = MethodType(lambda self: self._high_precision_init_val, parameter)
+    parameter = next(
+        parameter
+        for name, parameter in unwrap_model(model[0]).named_parameters()
+        if "linear_fc1" in name
+    )
+    parameter._high_precision_init_val = torch.full_like(
+        parameter, float("nan"), dtype=torch.bfloat16
+    )
+    parameter.get_high_precision_init_val = MethodType(
+        lambda self: self._high_precision_init_val, parameter
+    )
     right = parameter.detach().clone()
     with torch.no_grad():
         parameter.zero_()
@@ -86,7 +100,9 @@ def _remembered_after_load(folder: Any, layout: Layout) -> tuple[bool, bool, str
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2, vpp=2)], ids=str)
 def test_fp8_parameters_remember_what_was_loaded(host: Any, tiny: Any, layout: Layout) -> None:
-    for remembered, loaded, kept in run_ranks(_remembered_after_load, layout.ranks, tiny("exaone4"), layout):
+    for remembered, loaded, kept in run_ranks(
+        _remembered_after_load, layout.ranks, tiny("exaone4"), layout
+    ):
         assert loaded
         assert remembered
         assert kept == "None"

@@ -28,7 +28,12 @@ from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import hf_tensors
 from tests.helpers.paths import ROOT
 
-CASES = [(name, memory) for name, key in RECIPES.items() for memory in PLANS[key] if "tiny" not in name or memory == 80]
+CASES = [
+    (name, memory)
+    for name, key in RECIPES.items()
+    for memory in PLANS[key]
+    if "tiny" not in name or memory == 80
+]
 # Parameters of the published models, as their cards have them, in billions.
 BILLIONS = {
     "exaone4_1p2b": 1.28,
@@ -60,13 +65,17 @@ def _validated(config: Any, gpus: int, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("name", "memory"), CASES)
-def test_recipe(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, memory: int) -> None:
+def test_recipe(
+    host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, memory: int
+) -> None:
     monkeypatch.chdir(tmp_path)
     model, stage = RECIPES[name]
     plan = plan_of(model, stage, memory)
     config = recipe(name)(gpu_memory_gb=memory)
     if stage == "peft":
-        config.checkpoint.pretrained_checkpoint = str(tmp_path)  # must be there; nothing is read yet
+        config.checkpoint.pretrained_checkpoint = str(
+            tmp_path
+        )  # must be there; nothing is read yet
     _validated(config, plan.gpus, monkeypatch)
     provider = config.model
     assert config.data_parallel_size == plan.dp
@@ -77,19 +86,27 @@ def test_recipe(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name
     assert config.ddp.overlap_grad_reduce and config.ddp.overlap_param_gather
     assert provider.sequence_parallel == (provider.tensor_model_parallel_size > 1)
     assert (config.peft is not None) == (stage == "peft")
-    assert provider.vocab_size == language_config(CONFIGS[model])["vocab_size"] == config.tokenizer.vocab_size
+    assert (
+        provider.vocab_size
+        == language_config(CONFIGS[model])["vocab_size"]
+        == config.tokenizer.vocab_size
+    )
     assert not config.tokenizer.use_tokenizer_vocab_size
     assert provider.calculate_per_token_loss == (stage in ("sft", "peft"))
     if model.startswith("exaone45"):
         assert provider.freeze_vision_model and not provider.freeze_language_model
         assert provider.freeze_vision_projection == ("_vl_" not in model)
-    wished = provider.to_cfg_dict()  # what this machine's backend had to switch off is on again on a GPU
+    wished = (
+        provider.to_cfg_dict()
+    )  # what this machine's backend had to switch off is on again on a GPU
     assert wished["cross_entropy_loss_fusion"] and wished["bias_activation_fusion"]
     if provider.num_moe_experts:
         assert wished["moe_grouped_gemm"] and wished["moe_permute_fusion"]
         assert wished["moe_token_dispatcher_type"] == "alltoall"
         assert provider.moe_router_enable_expert_bias == ("pretrain" in stage)
-        assert provider.moe_aux_loss_coeff == 0.0 and provider.moe_router_load_balancing_type == "none"
+        assert (
+            provider.moe_aux_loss_coeff == 0.0 and provider.moe_router_load_balancing_type == "none"
+        )
     # The model is the published one, and so is the configuration that an export writes.
     exported = host[CONFIGS[model]["architectures"][0]].megatron_to_hf_config(provider)
     read = family_of(exported["architectures"], where=name).read_config
@@ -116,7 +133,11 @@ def test_parameters_are_the_published_number(model: str) -> None:
     assert count / 1e9 == pytest.approx(BILLIONS[model], rel=0.01)
     one = Plan(gpus=1, layout=Layout(), seq_length=4096, global_batch=1)
     found = estimate(rows, facts, one)
-    assert (found.parameters, found.gradients, found.optimizer) == (2 * count, 4 * count, 12 * count)
+    assert (found.parameters, found.gradients, found.optimizer) == (
+        2 * count,
+        4 * count,
+        12 * count,
+    )
 
 
 def _held(folder: Path, layout: Layout) -> int:
@@ -126,8 +147,13 @@ def _held(folder: Path, layout: Layout) -> int:
     from exaone_bridge.runtime.model import build
 
     model = build(AutoBridge.from_hf_pretrained(folder), layout)
-    return sum(parameter.numel() for chunk in model for name, parameter in chunk.named_parameters()) + sum(
-        buffer.numel() for chunk in model for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")
+    return sum(
+        parameter.numel() for chunk in model for name, parameter in chunk.named_parameters()
+    ) + sum(
+        buffer.numel()
+        for chunk in model
+        for name, buffer in chunk.named_buffers()
+        if name.endswith("expert_bias")
     )
 
 
@@ -140,7 +166,9 @@ def _held(folder: Path, layout: Layout) -> int:
     ],
     ids=str,
 )
-def test_parameters_of_a_rank_are_the_models(host: Any, tiny: Any, name: str, layout: Layout) -> None:
+def test_parameters_of_a_rank_are_the_models(
+    host: Any, tiny: Any, name: str, layout: Layout
+) -> None:
     """The formula's stages against what Megatron-Core builds there."""
     folder = tiny(name, vocab_size=388)
     config = json.loads((folder / "config.json").read_text())
@@ -148,7 +176,9 @@ def test_parameters_of_a_rank_are_the_models(host: Any, tiny: Any, name: str, la
     facts = family.read_config(config)
     plan = Plan(gpus=layout.ranks, layout=layout, seq_length=64, global_batch=2 * layout.ranks)
     built = run_ranks(_held, layout.ranks, folder, layout)
-    assert {stage.parameters for stage in stages(family.rows(facts), facts, plan)} == {2 * count for count in built}
+    assert {stage.parameters for stage in stages(family.rows(facts), facts, plan)} == {
+        2 * count for count in built
+    }
 
 
 def test_activations_follow_the_paper() -> None:
@@ -157,7 +187,9 @@ def test_activations_follow_the_paper() -> None:
     one = Plan(gpus=8, layout=Layout(), seq_length=4096, global_batch=8)
 
     def layers(plan: Plan) -> float:
-        logits = 8 * plan.seq_length * plan.micro_batch * facts.vocab_size / plan.layout.tp / plan.cp
+        logits = (
+            8 * plan.seq_length * plan.micro_batch * facts.vocab_size / plan.layout.tp / plan.cp
+        )
         return estimate(rows, facts, plan).activations - logits
 
     cut = {sp: layers(one.changed(tp=8, sp=sp)) for sp in (True, False)}
@@ -166,7 +198,9 @@ def test_activations_follow_the_paper() -> None:
     assert layers(one.changed(cp=4)) == pytest.approx(layers(one) / 4)
     assert layers(one.changed(micro_batch=2, global_batch=16)) == pytest.approx(2 * layers(one))
     kept = facts.num_layers * 2 * 4096 * facts.hidden_size
-    assert layers(one.changed(recompute=True)) == pytest.approx(kept + layers(one) / facts.num_layers)
+    assert layers(one.changed(recompute=True)) == pytest.approx(
+        kept + layers(one) / facts.num_layers
+    )
     # The first stage of a pipeline keeps as many micro batches as there are stages: no less in all.
     first = estimate(rows, facts, one.changed(pp=8, global_batch=8)).activations
     assert first == pytest.approx(layers(one))
@@ -184,7 +218,11 @@ def test_activations_follow_the_paper() -> None:
         ("exaone4_1p2b_pretrain_config", {"global_batch": 100}, "global_batch is 100"),
         ("exaone4_1p2b_pretrain_config", {"ep": 2}, "ep is 2"),
         ("exaone4_1p2b_pretrain_config", {"cp": 4, "seq_length": 4100}, "seq_length is 4100"),
-        ("exaone4_1p2b_pretrain_config", {"seq_length": 131072}, "at most the model's 65536 positions"),
+        (
+            "exaone4_1p2b_pretrain_config",
+            {"seq_length": 131072},
+            "at most the model's 65536 positions",
+        ),
         ("exaone4_1p2b_pretrain_config", {"seq_length": 65536}, "memory of a GPU is 80 GB"),
         ("exaone4_32b_sft_config", {"gpus": 8, "pp": 1}, "memory of a GPU is 80 GB"),
         ("exaone4_32b_pretrain_config", {"global_batch": 4}, "micro batches is 1"),
@@ -210,7 +248,9 @@ def test_a_recipe_is_a_function_of_the_package(host: Any) -> None:
         assert ("peft_scheme" in parameters) == (stage == "peft") and ("packed" in parameters) == (
             stage in ("sft", "peft")
         )
-        assert "packed" not in parameters or parameters["packed"].default == (not re.search("_tiny|_vl_", model))
+        assert "packed" not in parameters or parameters["packed"].default == (
+            not re.search("_tiny|_vl_", model)
+        )
         assert found.__doc__ and ("positions" in found.__doc__) == ("k_" in stage)
 
 
@@ -227,12 +267,16 @@ def test_wrong_arguments_are_refused(host: Any, tmp_path: Path) -> None:
         recipe("exaone4_1p2b_sft_config")(hf_path="LGAI-EXAONE/EXAONE-4.0-1.2B")
 
 
-def test_folder_gives_configuration_tokenizer_and_weights(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_folder_gives_configuration_tokenizer_and_weights(
+    host: Any, tiny: Any, tmp_path: Path
+) -> None:
     folder = tiny("exaone4-1.2b")
     config = recipe("exaone4_tiny_peft_config")("dora", hf_path=folder, dataset_root=tmp_path)
     assert config.model.num_layers == 6 and config.model.hf_config["tie_word_embeddings"]
     assert config.tokenizer.tokenizer_type == "HuggingFaceTokenizer"
-    assert config.tokenizer.tokenizer_model == config.checkpoint.pretrained_checkpoint == str(folder)
+    assert (
+        config.tokenizer.tokenizer_model == config.checkpoint.pretrained_checkpoint == str(folder)
+    )
     assert type(config.peft).__name__ == "DoRA"
     assert config.dataset.dataset_root == str(tmp_path)
 

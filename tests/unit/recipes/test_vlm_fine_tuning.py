@@ -59,7 +59,10 @@ def processor(host: Any, folder: Path) -> Any:
         return AutoProcessor.from_pretrained(folder)
     made = object.__new__(Exaone4_5_Processor)
     made.tokenizer = AutoTokenizer.from_pretrained(folder)
-    made.image_processor, made.video_processor = Qwen2VLImageProcessorPil.from_pretrained(folder), None
+    made.image_processor, made.video_processor = (
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+        None,
+    )
     made.chat_template = made.tokenizer.chat_template
     for kind in ("image", "video"):
         token = f"<|{kind}_pad|>"
@@ -88,7 +91,9 @@ def _dataset(config: Any) -> Any:
     from megatron.bridge.data.builders import DirectHFSFTDatasetBuilder
 
     config.dataset.finalize()
-    train, validation, test = DirectHFSFTDatasetBuilder(config.dataset).build(DatasetBuildContext(10, 5, 0))
+    train, validation, test = DirectHFSFTDatasetBuilder(config.dataset).build(
+        DatasetBuildContext(10, 5, 0)
+    )
     assert len(train) == 10 and len(validation) == 5 and test is None
     return train
 
@@ -96,7 +101,9 @@ def _dataset(config: Any) -> Any:
 def _batches(config: Any) -> list[dict[str, Any]]:
     """Two and two; the first has a sample without pictures and one with two; the last is words alone."""
     dataset = _dataset(config)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn, sampler=range(6))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, collate_fn=dataset.collate_fn, sampler=range(6)
+    )
     return [*loader, dataset.collate_fn([dataset[0], dataset[5]])]
 
 
@@ -105,7 +112,9 @@ def _lines(data: Path) -> list[tuple[list[Path], str, str]]:
     found = []
     for line in (data / "training.jsonl").read_text().splitlines():
         user, assistant = (turn["content"] for turn in json.loads(line)["messages"])
-        found.append(([data / part["path"] for part in user[:-1]], user[-1]["text"], assistant[0]["text"]))
+        found.append(
+            ([data / part["path"] for part in user[:-1]], user[-1]["text"], assistant[0]["text"])
+        )
     return found
 
 
@@ -127,16 +136,26 @@ def _theirs(folder: Path, data: Path) -> tuple[float, dict[str, torch.Tensor]]:
     losses = []
     lines = _lines(data)
     for pictures, question, answer in (lines[number] for pair in ORDER for number in pair):
-        seen = pixels([Image.open(each) for each in pictures], return_tensors="pt") if pictures else {}
+        seen = (
+            pixels([Image.open(each) for each in pictures], return_tensors="pt") if pictures else {}
+        )
         places = [int(grid.prod()) // 4 for grid in seen.get("image_grid_thw", ())]
-        asked = "".join(f"<vision>{'<|image_pad|>' * count}</vision>" for count in places) + question
-        before = tokenizer(f"[|user|]\n{asked}[|endofturn|]\n[|assistant|]\n", return_tensors="pt")["input_ids"]
+        asked = (
+            "".join(f"<vision>{'<|image_pad|>' * count}</vision>" for count in places) + question
+        )
+        before = tokenizer(f"[|user|]\n{asked}[|endofturn|]\n[|assistant|]\n", return_tensors="pt")[
+            "input_ids"
+        ]
         after = tokenizer(f"{answer}[|endofturn|]", return_tensors="pt")["input_ids"]
-        logits = model(torch.cat((before, after), 1), use_cache=False, **seen).logits[0, before.shape[1] - 1 : -1]
+        logits = model(torch.cat((before, after), 1), use_cache=False, **seen).logits[
+            0, before.shape[1] - 1 : -1
+        ]
         losses.append(torch.nn.functional.cross_entropy(logits, after[0], reduction="none"))
     loss = torch.cat(losses).mean()
     loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    gradients = {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
     return loss.item(), gradients
 
 
@@ -153,14 +172,21 @@ def _ours(
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
-    names = ("freeze_vision_model", "freeze_vision_projection", "freeze_language_model", "calculate_per_token_loss")
+    names = (
+        "freeze_vision_model",
+        "freeze_vision_projection",
+        "freeze_language_model",
+        "calculate_per_token_loss",
+    )
     fields = {name: getattr(config.model, name) for name in names}
     provider.apply_overrides_and_finalize(torch.float32, layout.provider_overrides() | fields)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     model = provider.provide_distributed_model(ddp_config=ddp, use_cpu_initialization=True)
     get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
     nothing = SimpleNamespace(start=lambda: None, stop=lambda: None)
-    state = SimpleNamespace(cfg=config, timers=lambda *_, **__: nothing, straggler_timer=_Straggler())
+    state = SimpleNamespace(
+        cfg=config, timers=lambda *_, **__: nothing, straggler_timer=_Straggler()
+    )
     model[0].train()
     model[0].zero_grad_buffer()
     done = get_forward_backward_func()(
@@ -180,7 +206,9 @@ def _ours(
         loss = (both[0] / both[1]).item()
     with torch.no_grad():
         for parameter in model[0].parameters():
-            parameter.data.copy_(parameter.main_grad) if parameter.requires_grad else parameter.data.zero_()
+            parameter.data.copy_(
+                parameter.main_grad
+            ) if parameter.requires_grad else parameter.data.zero_()
     weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
     return loss, {name: value.clone() for name, value in weights if not name.startswith("mtp.")}
 
@@ -227,7 +255,9 @@ def test_loss_and_gradients(
                 assert gradient.any() and relative_difference(found[name], gradient) <= 1e-4, name
 
 
-def test_the_comparison_can_fail(folder: Path, data: Path, found_processor: None, reference: Any) -> None:
+def test_the_comparison_can_fail(
+    folder: Path, data: Path, found_processor: None, reference: Any
+) -> None:
     """Learning the questions too, or a picture in another's place, is seen."""
     config = _config(folder, data)
     batches = _batches(config)
@@ -251,26 +281,43 @@ def test_what_is_learned(folder: Path, data: Path, processor: Any, found_process
             pictures, question, answer = lines[number]
             learned = batch["labels"][row] != -100
             assert torch.equal(learned, batch["loss_mask"][row] > 0)
-            assert processor.tokenizer.decode(batch["labels"][row][learned]) == f"{answer}[|endofturn|]"
+            assert (
+                processor.tokenizer.decode(batch["labels"][row][learned])
+                == f"{answer}[|endofturn|]"
+            )
             words = processor.tokenizer.decode(batch["input_ids"][row])
-            assert words.count("<vision>") == len(pictures) == words.count("</vision>") and question in words
+            assert (
+                words.count("<vision>") == len(pictures) == words.count("</vision>")
+                and question in words
+            )
             assert words.count("<|image_pad|>") == 16 * len(pictures)
             # Each word is the next one's label.
-            assert torch.equal(batch["labels"][row][learned], batch["input_ids"][row].roll(-1)[learned])
+            assert torch.equal(
+                batch["labels"][row][learned], batch["input_ids"][row].roll(-1)[learned]
+            )
         assert (batch["visual_inputs"].pixel_values is None) == (pair == (0, 5))
 
 
-def test_mock_data_and_energon_find_the_collation(folder: Path, processor: Any, found_processor: None) -> None:
+def test_mock_data_and_energon_find_the_collation(
+    folder: Path, processor: Any, found_processor: None
+) -> None:
     from megatron.bridge.data.base import DatasetBuildContext
     from megatron.bridge.data.builders import MockVLMSFTDatasetBuilder, MockVLMSFTDatasetConfig
     from megatron.bridge.data.energon.hf_task_encoder import HFTaskEncoder
 
     mock = MockVLMSFTDatasetConfig(
-        seq_length=256, hf_processor_path=str(folder), image_size=(32, 24), num_images=2, num_base_examples=3
+        seq_length=256,
+        hf_processor_path=str(folder),
+        image_size=(32, 24),
+        num_images=2,
+        num_base_examples=3,
     )
     dataset, _, _ = MockVLMSFTDatasetBuilder(mock).build(DatasetBuildContext(4, 0, 0))
     batch = dataset.collate_fn([dataset[0], dataset[1]])
-    assert batch["visual_inputs"].image_grid_thw.tolist() == [[1, 6, 8]] * 4 and batch["loss_mask"].sum() > 20
+    assert (
+        batch["visual_inputs"].image_grid_thw.tolist() == [[1, 6, 8]] * 4
+        and batch["loss_mask"].sum() > 20
+    )
     again = HFTaskEncoder(processor, seq_length=256).collate_fn([dataset[0], dataset[1]])
     assert torch.equal(again["input_ids"], batch["input_ids"])
 
@@ -297,7 +344,9 @@ def _asked(*parts: Any, answer: str = "yes", **more: Any) -> dict[str, Any]:
     return {"conversation": [{"role": role, "content": content} for role, content in turns], **more}
 
 
-def test_pictures_beside_the_conversation_and_turns_before_the_last(processor: Any, data: Path) -> None:
+def test_pictures_beside_the_conversation_and_turns_before_the_last(
+    processor: Any, data: Path
+) -> None:
     """`images` fill parts in their order; every answer is learned, and an empty thought before it is not."""
     from PIL import Image
 
@@ -315,7 +364,9 @@ def test_pictures_beside_the_conversation_and_turns_before_the_last(processor: A
     learned = batch["labels"][0][batch["loss_mask"][0] > 0]
     assert processor.tokenizer.decode(learned) == "yes[|endofturn|]quite[|endofturn|]"
     assert batch["input_ids"].shape[1] % 8 == 0
-    smaller = exaone45_collate([_asked({"type": "image", "image": wide})], processor, max_pixels=256)
+    smaller = exaone45_collate(
+        [_asked({"type": "image", "image": wide})], processor, max_pixels=256
+    )
     assert smaller["visual_inputs"].image_grid_thw.prod() <= 16  # of 4 x 4 pixels
 
 
@@ -333,7 +384,9 @@ def test_wrong_conversations_are_refused(processor: Any) -> None:
     with pytest.raises(VisionInputError, match="made 2 places of a conversation that has 1"):
         exaone45_collate([_asked(here, {"type": "text", "text": "<|image_pad|>"})], processor)
     with pytest.raises(VisionInputError, match="has images beyond the 40 that are kept"):
-        exaone45_collate([_asked({"type": "text", "text": "word " * 9}, here)], processor, sequence_length=40)
+        exaone45_collate(
+            [_asked({"type": "text", "text": "word " * 9}, here)], processor, sequence_length=40
+        )
 
 
 def test_packed_rows_are_not_cut(folder: Path, data: Path, found_processor: None) -> None:
@@ -341,24 +394,38 @@ def test_packed_rows_are_not_cut(folder: Path, data: Path, found_processor: None
     config.dataset.in_batch_packing_pad_to_multiple_of = 4
     with pytest.raises(VisionInputError, match="words on each of the 2 ranks that share it"):
         run_ranks(_ours, 2, folder, Layout(cp=2), config, _batches(config))
-    with pytest.raises(UnsupportedLayout, match="cp is 2, and must be 1 where conversations with images are packed"):
+    with pytest.raises(
+        UnsupportedLayout, match="cp is 2, and must be 1 where conversations with images are packed"
+    ):
         recipe("exaone45_vl_33b_sft_config")(packed=True, gpus=32, cp=2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="Transformers' videos need torchvision")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="Transformers' videos need torchvision"
+)
 def test_videos(processor: Any) -> None:
     """Words, pixels and grids are the processor's own."""
     from PIL import Image
 
     from exaone_bridge.models.exaone45.collate import exaone45_collate
 
-    frames = torch.randint(0, 255, (4, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    seen = _asked({"type": "video", "video": frames}, {"type": "image", "image": Image.new("RGB", (32, 32))})
+    frames = torch.randint(
+        0, 255, (4, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    seen = _asked(
+        {"type": "video", "video": frames}, {"type": "image", "image": Image.new("RGB", (32, 32))}
+    )
     batch = exaone45_collate([seen], processor, sequence_length=256)
     text = processor.apply_chat_template(seen["conversation"], tokenize=False)
-    expected = processor(text=[text], videos=[frames], images=[Image.new("RGB", (32, 32))], return_tensors="pt")
+    expected = processor(
+        text=[text], videos=[frames], images=[Image.new("RGB", (32, 32))], return_tensors="pt"
+    )
     words = expected["input_ids"][0]
     assert torch.equal(batch["input_ids"][0, : len(words)], words)
-    assert int((words == processor.video_token_id).sum()) * 4 == int(expected["video_grid_thw"].prod()) > 0
+    assert (
+        int((words == processor.video_token_id).sum()) * 4
+        == int(expected["video_grid_thw"].prod())
+        > 0
+    )
     for name in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw"):
         assert torch.equal(getattr(batch["visual_inputs"], name), expected[name]), name

@@ -35,7 +35,11 @@ def attributes() -> dict[str, Any]:
         "random": random,
         "filesystem_async": filesystem_async,
     }
-    return {f"{name}.{key}": value for name, module in modules.items() for key, value in vars(module).items()}
+    return {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in vars(module).items()
+    }
 
 
 def assert_nothing_is_patched(before: dict[str, Any]) -> None:
@@ -72,7 +76,9 @@ def test_the_device_is_the_cpu() -> None:
         assert not torch.cuda.is_available()  # what asks whether there is a GPU is told the truth
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7", torch.device("cuda"), torch.device("cuda", 1)], ids=str)
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:0", "cuda:7", torch.device("cuda"), torch.device("cuda", 1)], ids=str
+)
 def test_tensors_made_on_cuda_are_on_the_cpu(device: Any) -> None:
     like = torch.ones(2)
     with cpu_runtime():
@@ -105,7 +111,11 @@ def test_moving_to_cuda_is_nothing() -> None:
             assert tensor.to(device=device) is tensor
             assert tensor.to(device, non_blocking=True) is tensor
             assert model.to(device) is model and model.weight is weight and weight.device == CPU
-        assert tensor.cuda() is tensor and tensor.cuda(0) is tensor and tensor.cuda(non_blocking=True) is tensor
+        assert (
+            tensor.cuda() is tensor
+            and tensor.cuda(0) is tensor
+            and tensor.cuda(non_blocking=True) is tensor
+        )
         assert model.cuda() is model and model.cuda(0).weight is weight
         assert weight.cuda() is weight  # a parameter stays one
 
@@ -120,7 +130,11 @@ def test_what_to_does_beside_moving_is_still_done() -> None:
             tensor.to(torch.float64),
             tensor.to(torch.zeros(1, dtype=torch.float64)),
         ):
-            assert moved.dtype == torch.float64 and moved.device == CPU and moved.tolist() == [0.0, 1.0, 2.0]
+            assert (
+                moved.dtype == torch.float64
+                and moved.device == CPU
+                and moved.tolist() == [0.0, 1.0, 2.0]
+            )
         copied = tensor.to("cuda", copy=True)
         assert copied is not tensor and torch.equal(copied, tensor)
 
@@ -170,8 +184,12 @@ def test_the_tracker_of_random_states_forks() -> None:
         found.append(torch.rand(3))
         with tracker.fork("apart"):
             apart = torch.cat([apart, torch.rand(4)])
-    assert torch.equal(torch.cat(found), plain)  # the stream outside the forks goes on as if there were none
-    assert torch.equal(apart, torch.rand(8, generator=torch.Generator().manual_seed(2)))  # a fork goes on with its own
+    assert torch.equal(
+        torch.cat(found), plain
+    )  # the stream outside the forks goes on as if there were none
+    assert torch.equal(
+        apart, torch.rand(8, generator=torch.Generator().manual_seed(2))
+    )  # a fork goes on with its own
     assert torch.equal(shared, torch.rand(2, generator=torch.Generator().manual_seed(3)))
 
 
@@ -195,12 +213,16 @@ def test_streams_are_nothing_to_wait_for() -> None:
         assert made.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("asked", [{}, {"backend": None}, {"backend": "nccl"}, {"backend": "gloo"}], ids=repr)
+@pytest.mark.parametrize(
+    "asked", [{}, {"backend": None}, {"backend": "nccl"}, {"backend": "gloo"}], ids=repr
+)
 def test_a_world_is_on_gloo(tmp_path: Path, asked: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     with cpu_runtime():
-        dist.init_process_group(**asked, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            **asked, init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
         try:
             assert dist.get_backend() == "gloo"
             tensor = torch.ones(2, device="cuda")
@@ -264,7 +286,9 @@ def test_every_patch_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(mock.patch, "object", spy)
         context = cpu_runtime()
         context.__enter__()
-    assert len(patched) >= 14 and all(getattr(target, name) is not value for target, name, value in patched)
+    assert len(patched) >= 14 and all(
+        getattr(target, name) is not value for target, name, value in patched
+    )
     context.__exit__(None, None, None)
     assert not [name for target, name, value in patched if getattr(target, name) is not value]
 
@@ -283,7 +307,9 @@ def test_outside_nothing_is_patched(restored: dict[str, Any]) -> None:
 def test_contexts_nest(restored: dict[str, Any]) -> None:
     with cpu_runtime():
         with cpu_runtime():
-            assert torch.zeros(3, device="cuda").device == CPU and torch.cuda.current_device() == CPU
+            assert (
+                torch.zeros(3, device="cuda").device == CPU and torch.cuda.current_device() == CPU
+            )
         assert torch.zeros(3, device="cuda").device == CPU and torch.cuda.current_device() == CPU
         assert torch.ones(1).cuda().device == CPU
     assert_nothing_is_patched(restored)
@@ -292,16 +318,22 @@ def test_contexts_nest(restored: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "error", [ValueError("planted"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()], ids=repr
 )
-def test_an_exception_inside_goes_out_and_restores(restored: dict[str, Any], error: BaseException) -> None:
+def test_an_exception_inside_goes_out_and_restores(
+    restored: dict[str, Any], error: BaseException
+) -> None:
     with pytest.raises(type(error)) as caught, cpu_runtime(), cpu_runtime():
         raise error
     assert caught.value is error
     assert_nothing_is_patched(restored)
 
 
-def test_a_failing_entry_restores(restored: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_entry_restores(
+    restored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.delattr(torch.cuda, "empty_cache")  # the last of the answers has nothing to take the place of
+        patch.delattr(
+            torch.cuda, "empty_cache"
+        )  # the last of the answers has nothing to take the place of
         with pytest.raises(AttributeError), cpu_runtime():
             raise AssertionError("not reached")
     assert_nothing_is_patched(restored)
@@ -316,7 +348,9 @@ def test_as_a_decorator(restored: dict[str, Any]) -> None:
     assert_nothing_is_patched(restored)
 
 
-def test_where_cuda_is_available_nothing_changes(restored: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_cuda_is_available_nothing_changes(
+    restored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     now = attributes()
     with cpu_runtime():

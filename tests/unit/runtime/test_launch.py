@@ -25,7 +25,9 @@ def _as_rank(patch: pytest.MonkeyPatch, rank: int, ranks: int = 2) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_rank_says_what_all_have_met(rank: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_first_rank_says_what_all_have_met(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     _as_rank(monkeypatch, rank)
     monkeypatch.setattr(sys, "argv", ["exaone-bridge", "verify", "/nowhere", "--tp", "2"])
     with pytest.raises(SystemExit) as end:
@@ -40,7 +42,9 @@ def test_another_number_of_ranks_is_refused_before_anything_is_computed(
 ) -> None:
     _as_rank(monkeypatch, 0)
     monkeypatch.setattr(launch, "run_alone", None)  # nothing gets as far
-    monkeypatch.setattr(sys, "argv", ["exaone-bridge", "verify", str(tiny("exaone4")), "--pp", "4", "--quick"])
+    monkeypatch.setattr(
+        sys, "argv", ["exaone-bridge", "verify", str(tiny("exaone4")), "--pp", "4", "--quick"]
+    )
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2 and "--nproc_per_node 4" in capsys.readouterr().err

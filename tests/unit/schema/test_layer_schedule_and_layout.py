@@ -156,7 +156,9 @@ def test_layouts_that_cut_evenly(layout: Layout) -> None:
 )
 def test_refused_tensor_parallelism(tp: int, change: dict[str, int]) -> None:
     model = MODEL | change
-    wanted = f"a divisor of {model['heads']} attention heads and of feed-forward width {model['ffn']}"
+    wanted = (
+        f"a divisor of {model['heads']} attention heads and of feed-forward width {model['ffn']}"
+    )
     assert "--tp" in layout_refusal("tp", str(tp), wanted, lambda: Layout(tp=tp).check(**model))
 
 
@@ -172,10 +174,14 @@ def test_key_value_heads_may_be_fewer_than_ranks(tp: int, kv_heads: int) -> None
     Layout(tp=tp).check(layers=1, heads=12, kv_heads=kv_heads, ffn=12)
 
 
-@pytest.mark.parametrize(("pp", "vpp", "layers"), [(3, 1, 8), (16, 1, 8), (2, 3, 8), (4, 4, 8), (2, 2, 30)])
+@pytest.mark.parametrize(
+    ("pp", "vpp", "layers"), [(3, 1, 8), (16, 1, 8), (2, 3, 8), (4, 4, 8), (2, 2, 30)]
+)
 def test_refused_pipelines(pp: int, vpp: int, layers: int) -> None:
     wanted, layout = f"a divisor of {layers} layers", Layout(pp=pp, vpp=vpp)
-    message = layout_refusal("pp x vpp", f"{pp} x {vpp}", wanted, lambda: layout.check(**MODEL | {"layers": layers}))
+    message = layout_refusal(
+        "pp x vpp", f"{pp} x {vpp}", wanted, lambda: layout.check(**MODEL | {"layers": layers})
+    )
     assert "--pp" in message and "--vpp" in message
 
 

@@ -14,7 +14,11 @@ from exaone_bridge.models.exaone4.weights import exaone4_rows
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.param_mapping import HFTensor, Kind, Row, expected_hf, expected_megatron
 
-MODELS: dict[str, dict[str, Any]] = {**TINY, "1.2B": CONFIGS["exaone4_1p2b"], "32B": CONFIGS["exaone4_32b"]}
+MODELS: dict[str, dict[str, Any]] = {
+    **TINY,
+    "1.2B": CONFIGS["exaone4_1p2b"],
+    "32B": CONFIGS["exaone4_32b"],
+}
 
 # One untied layer: Megatron-Core name -> kind, and Hugging Face names with their axes, in order.
 ONE_LAYER = {
@@ -33,7 +37,10 @@ ONE_LAYER = {
         Kind.REPLICATED,
         "model.layers.0.self_attn.k_norm.weight D",
     ),
-    "decoder.layers.0.self_attention.linear_proj.weight": (Kind.ROW, "model.layers.0.self_attn.o_proj.weight HQ"),
+    "decoder.layers.0.self_attention.linear_proj.weight": (
+        Kind.ROW,
+        "model.layers.0.self_attn.o_proj.weight HQ",
+    ),
     "decoder.layers.0.self_attention.linear_proj.post_layernorm.weight": (
         Kind.REPLICATED,
         "model.layers.0.post_attention_layernorm.weight H",
@@ -69,7 +76,9 @@ def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
     config, facts = MODELS[name], read_config(MODELS[name])
     with torch.device("meta"):
         model = Exaone4ForCausalLM(Exaone4Config(**copy.deepcopy(config)))
-    real = {key: tuple(tensor.shape) for key, tensor in model.named_parameters()}  # a tied lm_head is not repeated
+    real = {
+        key: tuple(tensor.shape) for key, tensor in model.named_parameters()
+    }  # a tied lm_head is not repeated
     assert expected_hf(exaone4_rows(facts), facts.dims) == real
     assert ("lm_head.weight" in real) == (not config["tie_word_embeddings"])
 
@@ -103,12 +112,17 @@ def test_one_layer_by_hand() -> None:
     }
     assert found == ONE_LAYER
     assert expected_megatron(one_layer(tie_word_embeddings=False)) == ONE_LAYER.keys()
-    assert expected_megatron(one_layer(tie_word_embeddings=True)) == ONE_LAYER.keys() - {"output_layer.weight"}
+    assert expected_megatron(one_layer(tie_word_embeddings=True)) == ONE_LAYER.keys() - {
+        "output_layer.weight"
+    }
 
 
 def test_layers_are_numbered_globally_from_zero() -> None:
     rows = exaone4_rows(read_config(TINY["exaone4"]))
-    for names, prefix in ((expected_megatron(rows), "decoder.layers."), (expected_hf(rows, _DIMS), "model.layers.")):
+    for names, prefix in (
+        (expected_megatron(rows), "decoder.layers."),
+        (expected_hf(rows, _DIMS), "model.layers."),
+    ):
         numbers = {int(name.split(".")[2]) for name in names if name.startswith(prefix)}
         assert numbers == set(range(8))
 

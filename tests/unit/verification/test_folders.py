@@ -48,9 +48,14 @@ def into_shards(folder: Path) -> None:
     """The same tensors in two files, in another order."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
-    weight_map = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    weight_map = {
+        name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))
+    }
     for file in set(weight_map.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if weight_map[name] == file},
+            folder / file,
+        )
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -75,7 +80,9 @@ def test_not_a_number_equals_itself_bit_by_bit(pair: tuple[Path, Path]) -> None:
     for folder in pair:
         change(folder, lambda tensors: tensors[DOWN].fill_(float("nan")))
     assert compare_tensors(*pair).holds
-    change(pair[1], lambda tensors: tensors[DOWN].view(torch.int32).add_(1))  # NaN too, of another payload
+    change(
+        pair[1], lambda tensors: tensors[DOWN].view(torch.int32).add_(1)
+    )  # NaN too, of another payload
     assert not compare_tensors(*pair).holds
 
 
@@ -90,7 +97,11 @@ def test_minus_zero_is_not_zero(pair: tuple[Path, Path]) -> None:
 def test_one_flipped_bit_differs(where: str, sharded: bool, pair: tuple[Path, Path]) -> None:
     def flip(tensors: Tensors) -> None:
         data = tensors[DOWN].view(torch.uint8).flatten()
-        place, bit = {"first bit": (0, 1), "middle": (len(data) // 2, 16), "last bit": (len(data) - 1, 128)}[where]
+        place, bit = {
+            "first bit": (0, 1),
+            "middle": (len(data) // 2, 16),
+            "last bit": (len(data) - 1, 128),
+        }[where]
         data[place] ^= bit
 
     change(pair[1], flip)
@@ -102,7 +113,9 @@ def test_one_flipped_bit_differs(where: str, sharded: bool, pair: tuple[Path, Pa
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 4096])
-def test_a_bit_is_seen_wherever_the_pieces_end(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bit_is_seen_wherever_the_pieces_end(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large tensors are read piece by piece; here the pieces are small."""
     monkeypatch.setattr(digests, "_PIECE", piece)
     tensors = {"a": torch.arange(1000, dtype=torch.int64), "b": torch.zeros(0), "c": torch.ones(3)}
@@ -114,7 +127,11 @@ def test_a_bit_is_seen_wherever_the_pieces_end(piece: int, tmp_path: Path, monke
         data.view(torch.uint8)[place] ^= 1
         save_file(tensors | {"a": data}, tmp_path / "right" / SINGLE)
         left, right = (digest_folder(tmp_path / name) for name in ("left", "right"))
-        assert {name: left[name] == right[name] for name in tensors} == {"a": False, "b": True, "c": True}
+        assert {name: left[name] == right[name] for name in tensors} == {
+            "a": False,
+            "b": True,
+            "c": True,
+        }
 
 
 def test_a_digest_is_that_of_the_bytes_whether_read_or_streamed(tiny: Any) -> None:
@@ -125,7 +142,9 @@ def test_a_digest_is_that_of_the_bytes_whether_read_or_streamed(tiny: Any) -> No
     one = tensors[DOWN.replace("mlp", "mlp.experts.0")]
     digest = hashlib.sha256(one.view(torch.uint8).numpy().tobytes()).hexdigest()
     assert read[DOWN.replace("mlp", "mlp.experts.0")] == Digest("BF16", tuple(one.shape), digest)
-    assert digest_stream([("t", one.t())])["t"].sha256 != digest  # the order of the rows counts, not of the memory
+    assert (
+        digest_stream([("t", one.t())])["t"].sha256 != digest
+    )  # the order of the rows counts, not of the memory
     assert digest_stream([("t", one.t())]) == digest_stream([("t", one.t().contiguous())])
 
 
@@ -160,8 +179,12 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], object], int, str]] = {
     "swapped": (
         lambda tensors: tensors.update(
             {
-                "model.layers.0.self_attn.k_proj.weight": tensors["model.layers.0.self_attn.v_proj.weight"],
-                "model.layers.0.self_attn.v_proj.weight": tensors["model.layers.0.self_attn.k_proj.weight"].clone(),
+                "model.layers.0.self_attn.k_proj.weight": tensors[
+                    "model.layers.0.self_attn.v_proj.weight"
+                ],
+                "model.layers.0.self_attn.v_proj.weight": tensors[
+                    "model.layers.0.self_attn.k_proj.weight"
+                ].clone(),
             }
         ),
         2,
@@ -193,8 +216,14 @@ def test_tensors_that_cannot_be_read_are_bad_input(pair: tuple[Path, Path]) -> N
 # --- configurations -------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -204,12 +233,19 @@ JSON = st.recursive(
 def test_equal_configs_hold_in_any_order(config: dict[str, Any]) -> None:
     shuffled = json.loads(json.dumps(dict(reversed(config.items()))))
     check = compare_configs(config, shuffled)
-    assert check.holds and check.figure == f"{len(config.keys() - {'transformers_version'})} keys equal"
+    assert (
+        check.holds
+        and check.figure == f"{len(config.keys() - {'transformers_version'})} keys equal"
+    )
 
 
 def test_the_version_stamp_does_not_count() -> None:
-    assert compare_configs({"a": 1, "transformers_version": "5.0"}, {"a": 1, "transformers_version": "5.1"}).holds
-    assert compare_configs({"a": 1}, {"a": 1, "transformers_version": "5.1"}) == Check("config", "1 keys equal", True)
+    assert compare_configs(
+        {"a": 1, "transformers_version": "5.0"}, {"a": 1, "transformers_version": "5.1"}
+    ).holds
+    assert compare_configs({"a": 1}, {"a": 1, "transformers_version": "5.1"}) == Check(
+        "config", "1 keys equal", True
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,13 +264,17 @@ def test_the_version_stamp_does_not_count() -> None:
         ({"a": "x"}, {"A": "x"}, "A: '(absent)', then 'x'; a: 'x', then '(absent)'"),
     ],
 )
-def test_a_key_that_differs_is_named(left: dict[str, Any], right: dict[str, Any], where: str) -> None:
+def test_a_key_that_differs_is_named(
+    left: dict[str, Any], right: dict[str, Any], where: str
+) -> None:
     check = compare_configs({"same": 0} | left, right | {"same": 0})
     count = len(left.keys() | right.keys())
     assert check == Check("config", f"{count} of {count + 1} keys differ", False, where)
 
 
-@pytest.mark.parametrize(("left", "right"), [(1, True), (0, False), (24, 24.0), ([1], [1.0]), ({"a": 1}, {"a": True})])
+@pytest.mark.parametrize(
+    ("left", "right"), [(1, True), (0, False), (24, 24.0), ([1], [1.0]), ({"a": 1}, {"a": True})]
+)
 def test_a_value_of_another_type_differs(left: object, right: object) -> None:
     assert not compare_configs({"a": left}, {"a": right}).holds
 
@@ -251,7 +291,8 @@ def test_no_files_are_equal_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"],
 )
 @pytest.mark.parametrize("fault", ["changed", "longer", "missing", "emptied"])
 def test_a_file_that_differs_is_named(fault: str, name: str, pair: tuple[Path, Path]) -> None:
@@ -260,14 +301,18 @@ def test_a_file_that_differs_is_named(fault: str, name: str, pair: tuple[Path, P
     if fault == "missing":
         path.unlink()
     else:
-        path.write_bytes({"changed": data[:-1] + b"X", "longer": data + b"\n", "emptied": b""}[fault])
+        path.write_bytes(
+            {"changed": data[:-1] + b"X", "longer": data + b"\n", "emptied": b""}[fault]
+        )
     for left, right in (pair, pair[::-1]):
         assert compare_files(left, right) == Check("files", "1 of 4 files differ", False, name)
 
 
 def test_a_file_that_was_added_is_named(pair: tuple[Path, Path]) -> None:
     (pair[1] / "special_tokens_map.json").write_text("{}")
-    assert compare_files(*pair) == Check("files", "1 of 5 files differ", False, "special_tokens_map.json")
+    assert compare_files(*pair) == Check(
+        "files", "1 of 5 files differ", False, "special_tokens_map.json"
+    )
 
 
 def test_weights_and_config_are_not_among_the_files(pair: tuple[Path, Path]) -> None:

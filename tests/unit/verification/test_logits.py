@@ -34,7 +34,11 @@ def run(tiny: Any) -> tuple[Any, tuple[Any, ...], Traced]:
     """Facts, points and Transformers' run of the hybrid miniature."""
     source = open_source(tiny("exaone4"))
     points = points_of(source.rows)
-    return source.facts, points, run_reference(load(source.folder, torch.float32), points, prompts(387, 2, 21))
+    return (
+        source.facts,
+        points,
+        run_reference(load(source.folder, torch.float32), points, prompts(387, 2, 21)),
+    )
 
 
 def places(run: Any, ours: Traced) -> tuple[Place, ...]:
@@ -59,7 +63,9 @@ def test_every_place_of_every_layer_is_on_both_sides(name: str, host: Any, tiny:
     assert {point.layer for point in points} == {None, *range(source.facts.num_layers)}
     kinds = {point.sublayer for point in points}
     assert kinds == {"embedding", "norm", "attention", "mlp", "layer"} | (
-        {"router"} if "E" in "".join(tensor.axes for row in source.rows for tensor in row.hf) else set()
+        {"router"}
+        if "E" in "".join(tensor.axes for row in source.rows for tensor in row.hf)
+        else set()
     )
 
 
@@ -70,7 +76,11 @@ def _seen_by_megatron(folder: Any, points: Any) -> set[str]:
     from exaone_bridge.schema.parallel_layout import Layout
     from exaone_bridge.verification.workflow.megatron import run_ours
 
-    return set(run_ours(build(AutoBridge.from_hf_pretrained(folder), Layout()), points, prompts(387, 1, 5)).values)
+    return set(
+        run_ours(
+            build(AutoBridge.from_hf_pretrained(folder), Layout()), points, prompts(387, 1, 5)
+        ).values
+    )
 
 
 def test_equal_sides_part_nowhere(run: Any) -> None:
@@ -79,29 +89,48 @@ def test_equal_sides_part_nowhere(run: Any) -> None:
     assert found[-1].name == LOGITS and found[0].sublayer == "embedding"
     assert [place.layer for place in found if place.sublayer == "layer"] == list(range(8))
     check = compare_logits([run[2]], [copy_of(run[2])], found)
-    assert check.holds and check.values["max"] == 0 and check.values["top1"] == 1 and check.values["positions"] == 42
+    assert (
+        check.holds
+        and check.values["max"] == 0
+        and check.values["top1"] == 1
+        and check.values["positions"] == 42
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens", "model.layers.0.self_attn.q_norm", "model.layers.5.mlp", LOGITS]
 )
 @pytest.mark.parametrize("at", [(0, 0), (1, 20), (1, 7)])
-def test_one_number_beyond_rounding_is_found_where_it_is(name: str, at: tuple[int, int], run: Any) -> None:
+def test_one_number_beyond_rounding_is_found_where_it_is(
+    name: str, at: tuple[int, int], run: Any
+) -> None:
     ours = copy_of(run[2])
     value = ours.logits if name == LOGITS else ours.values[name]
     value[*at, 3] += 1e-3 * value[at].abs().max()
     location = locate(places(run, ours))
-    assert location is not None and location.name == name and location.causes == CAUSES[location.sublayer]
+    assert (
+        location is not None
+        and location.name == name
+        and location.causes == CAUSES[location.sublayer]
+    )
     assert (name == LOGITS) == (not compare_logits([run[2]], [ours], places(run, ours)).holds)
 
 
 def test_the_first_place_is_the_first_of_the_arithmetic(run: Any) -> None:
     ours = copy_of(run[2])
-    for name in ("model.layers.6", "model.layers.2.post_attention_layernorm", "model.layers.2.mlp", "model.norm"):
+    for name in (
+        "model.layers.6",
+        "model.layers.2.post_attention_layernorm",
+        "model.layers.2.mlp",
+        "model.norm",
+    ):
         ours.values[name] += 1
     location = locate(places(run, ours))
     assert location is not None and (location.layer, location.sublayer) == (2, "norm")
-    assert str(location) == "hidden states part at layer 2, norm (model.layers.2.post_attention_layernorm)"
+    assert (
+        str(location)
+        == "hidden states part at layer 2, norm (model.layers.2.post_attention_layernorm)"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -169,20 +198,38 @@ def test_positions_behind_a_routers_tie_do_not_count(run: Any) -> None:
     assert "16 behind a router's tie left out" in check.figure
     ours.logits[1, 4] += 1
     assert not compare_logits([tied], [ours], places_of(points, [tied], [ours], facts)).holds
-    nothing = Traced(reference.logits, reference.values, reference.sensitivity, torch.zeros(2, 21, dtype=torch.bool))
-    assert not compare_logits([nothing], [reference], places_of(points, [nothing], [reference], facts)).holds
+    nothing = Traced(
+        reference.logits,
+        reference.values,
+        reference.sensitivity,
+        torch.zeros(2, 21, dtype=torch.bool),
+    )
+    assert not compare_logits(
+        [nothing], [reference], places_of(points, [nothing], [reference], facts)
+    ).holds
 
 
 def test_half_precision_may_be_as_far_as_transformers_and_a_tenth(run: Any) -> None:
     reference = run[2]
 
     def away(by: float) -> Traced:
-        noise = torch.randn(reference.logits.shape, generator=torch.Generator().manual_seed(int(by * 1000)))
+        noise = torch.randn(
+            reference.logits.shape, generator=torch.Generator().manual_seed(int(by * 1000))
+        )
         return Traced(reference.logits + by * noise)
 
-    for ours, holds in ((0.5, True), (1.0, True), (1.08, True), (1.13, False), (3.0, False), (float("nan"), False)):
+    for ours, holds in (
+        (0.5, True),
+        (1.0, True),
+        (1.08, True),
+        (1.13, False),
+        (3.0, False),
+        (float("nan"), False),
+    ):
         side = Traced(reference.logits * float("nan")) if ours != ours else away(ours)
-        assert compare_half_precision([reference], [away(1.0)], [side], "bfloat16").holds == holds, ours
+        assert (
+            compare_half_precision([reference], [away(1.0)], [side], "bfloat16").holds == holds
+        ), ours
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -190,7 +237,11 @@ def test_half_precision_may_be_as_far_as_transformers_and_a_tenth(run: Any) -> N
 
 def test_the_bound_follows_from_roundoff_terms_and_amplification(run: Any) -> None:
     rounding = Rounding(run[0], 21)
-    assert rounding.bound(100, 0.1) == rounding.bound(100, 1) == pytest.approx(2**0.5 * UNIT_ROUNDOFF * 10)
+    assert (
+        rounding.bound(100, 0.1)
+        == rounding.bound(100, 1)
+        == pytest.approx(2**0.5 * UNIT_ROUNDOFF * 10)
+    )
     assert rounding.bound(400, 3) == pytest.approx(6 * rounding.bound(100, 1))
     assert rounding.bound(1e30, 1) == rounding.bound(1, 1e30) == CEILING
     terms = [rounding.terms(layer, kind) for layer in range(8) for kind in ("attention", "layer")]
@@ -208,7 +259,9 @@ def test_a_small_change_becomes_what_the_model_makes_of_it(run: Any) -> None:
 def test_the_reference_is_transformers_eager_model(tiny: Any, run: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny("exaone4"), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny("exaone4"), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         output = model(prompts(387, 2, 21), output_hidden_states=True, use_cache=False)
     values = run[2].values
@@ -236,7 +289,9 @@ def test_a_tie_is_where_a_nudge_changes_the_experts(host: Any, tiny: Any) -> Non
     with torch.no_grad():
         bias[order[3]] += scores[order[2]] - scores[order[3]]
     tied = run_reference(model, points, tokens).decided
-    assert tied is not None and tied[0, :10].all() and not tied[0, 10:].any()  # attention carries it to later positions
+    assert (
+        tied is not None and tied[0, :10].all() and not tied[0, 10:].any()
+    )  # attention carries it to later positions
 
 
 @pytest.mark.parametrize("topk", [1, 3, 8])
@@ -255,7 +310,9 @@ def test_prompts_are_the_seeds_and_use_the_whole_vocabulary() -> None:
     words = prompts(50, 3, 400)
     assert words.shape == (3, 400) and words.dtype == torch.int64
     assert set(words.flatten().tolist()) == set(range(50))
-    assert torch.equal(words, prompts(50, 3, 400)) and not torch.equal(words, prompts(50, 3, 400, seed=1))
+    assert torch.equal(words, prompts(50, 3, 400)) and not torch.equal(
+        words, prompts(50, 3, 400, seed=1)
+    )
     assert not torch.equal(words[0], words[1])
 
 
@@ -279,9 +336,21 @@ def test_prompts_pass_window_and_ropes_own_length_where_that_is_affordable(
 
 
 def test_points_say_how_to_look(tiny: Any) -> None:
-    takes = {point.hf: (point.take, point.megatron) for point in points_of(open_source(tiny("exaone4")).rows)}
-    assert takes["model.layers.2.mlp"] == (Take.INPUT, "decoder.layers.2.mlp.linear_fc2.post_layernorm")
-    takes = {point.hf: (point.take, point.megatron) for point in points_of(open_source(tiny("ernie45")).rows)}
+    takes = {
+        point.hf: (point.take, point.megatron)
+        for point in points_of(open_source(tiny("exaone4")).rows)
+    }
+    assert takes["model.layers.2.mlp"] == (
+        Take.INPUT,
+        "decoder.layers.2.mlp.linear_fc2.post_layernorm",
+    )
+    takes = {
+        point.hf: (point.take, point.megatron)
+        for point in points_of(open_source(tiny("ernie45")).rows)
+    }
     assert takes["model.layers.2.mlp"] == (Take.OUTPUT, "decoder.layers.2.mlp")
-    assert takes["model.layers.0.input_layernorm"] == (Take.FUSED_NORM, "decoder.layers.0.self_attention.linear_qkv")
+    assert takes["model.layers.0.input_layernorm"] == (
+        Take.FUSED_NORM,
+        "decoder.layers.0.self_attention.linear_qkv",
+    )
     assert takes["model.layers.1.mlp.gate"] == (Take.ROUTER, "decoder.layers.1.mlp.router")

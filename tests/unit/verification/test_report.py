@@ -28,12 +28,16 @@ GOOD, BAD = (
     Check("config", "1 of 2 keys differ", False, "a: 1, then 2"),
 )
 SKIPPED = Check.not_run("generation", "it needs the whole model")
-LOGITS = Check("logits", "max |difference| nan", False, "here", "1e-5", {"max": float("nan"), "bound": 1e-5})
+LOGITS = Check(
+    "logits", "max |difference| nan", False, "here", "1e-5", {"max": float("nan"), "bound": 1e-5}
+)
 
 
 def places(first: int | None = None, layers: int = 3) -> tuple[Place, ...]:
     kinds = ("attention", "norm", "router", "mlp", "layer")
-    inner = [(f"model.layers.{layer}.{kind}", layer, kind) for layer in range(layers) for kind in kinds]
+    inner = [
+        (f"model.layers.{layer}.{kind}", layer, kind) for layer in range(layers) for kind in kinds
+    ]
     every = [("model.embed_tokens", None, "embedding"), *inner, ("logits", None, "output layer")]
     return tuple(
         Place(*each, 0.0 if not at else 1e-6 if first is None or at < first else 0.5, 2e-5)
@@ -43,9 +47,20 @@ def places(first: int | None = None, layers: int = 3) -> tuple[Place, ...]:
 
 def report(*checks: Check, parts: int | None = None, **more: Any) -> Report:
     found = places(parts)
-    model = {"family": "exaone4", "parameters": 345920, "num_layers": 3, "layers": "LLG", "dtype": "float32"}
+    model = {
+        "family": "exaone4",
+        "parameters": 345920,
+        "num_layers": 3,
+        "layers": "LLG",
+        "dtype": "float32",
+    }
     tensors = {"model.norm.weight": {"dtype": "F32", "shape": [64], "sha256": "0" * 64}}
-    defaults: dict[str, Any] = {"model": model, "places": found, "location": locate(found), "tensors": tensors}
+    defaults: dict[str, Any] = {
+        "model": model,
+        "places": found,
+        "location": locate(found),
+        "tensors": tensors,
+    }
     defaults |= {
         "versions": versions(),
         "setup": {"prompts": [[3, 65]], "seed": 0},
@@ -55,19 +70,30 @@ def report(*checks: Check, parts: int | None = None, **more: Any) -> Report:
 
 
 def schema() -> Any:
-    return json.loads((files("exaone_bridge.verification.report") / "report.schema.json").read_text())
+    return json.loads(
+        (files("exaone_bridge.verification.report") / "report.schema.json").read_text()
+    )
 
 
 def test_a_report_holds_only_if_every_check_that_ran_does() -> None:
-    assert not Report("m", "TP1").holds and not Report("m", "TP1", (SKIPPED,)).holds  # nothing was checked
+    assert (
+        not Report("m", "TP1").holds and not Report("m", "TP1", (SKIPPED,)).holds
+    )  # nothing was checked
     assert Report("m", "TP1", (GOOD, SKIPPED)).holds and Report("m", "TP1", (GOOD,)).faults() == ""
     found = Report("m", "TP1", (GOOD, BAD))
     assert not found.holds and found.faults() == "m: config: 1 of 2 keys differ; a: 1, then 2"
-    assert [check.verdict for check in (GOOD, BAD, SKIPPED)] == [Verdict.HOLDS, Verdict.DIFFERS, Verdict.NOT_RUN]
+    assert [check.verdict for check in (GOOD, BAD, SKIPPED)] == [
+        Verdict.HOLDS,
+        Verdict.DIFFERS,
+        Verdict.NOT_RUN,
+    ]
 
 
 def test_the_round_trip_is_every_check_but_those_of_the_arithmetic() -> None:
-    assert Report("m", "TP1", (GOOD, LOGITS)).round_trip and not Report("m", "TP1", (GOOD, BAD)).round_trip
+    assert (
+        Report("m", "TP1", (GOOD, LOGITS)).round_trip
+        and not Report("m", "TP1", (GOOD, BAD)).round_trip
+    )
 
 
 def test_a_report_says_where_and_why() -> None:
@@ -76,7 +102,9 @@ def test_a_report_says_where_and_why() -> None:
     assert found.location.sublayer == "router" and "sigmoid" in found.faults()
     assert report(GOOD).first_differing_layer == "-"
     sublayers = set(schema()["$defs"]["sublayer"]["enum"])
-    assert CAUSES.keys() == sublayers and MARKS.keys() == {name for name in sublayers if not name.startswith(TOWER)}
+    assert CAUSES.keys() == sublayers and MARKS.keys() == {
+        name for name in sublayers if not name.startswith(TOWER)
+    }
 
 
 @pytest.mark.parametrize("parts", [None, 2])
@@ -84,16 +112,28 @@ def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> 
     """Between the embedding of words and the first layer, in the order of the arithmetic."""
     kinds = ("embedding", "norm", "attention", "layer", "merger", "features")
     tower = [
-        Place(f"visual.{kind}", None, TOWER + kind, 0.5 if parts is not None and at >= parts else 1e-6, 2e-5)
+        Place(
+            f"visual.{kind}",
+            None,
+            TOWER + kind,
+            0.5 if parts is not None and at >= parts else 1e-6,
+            2e-5,
+        )
         for at, kind in enumerate(kinds)
     ]
     language = places()
     every = (language[0], *tower, *language[1:])
     found = report(GOOD, LOGITS, places=every, location=locate(every))
     found.write_json(tmp_path / "report.json")
-    jsonschema.Draft202012Validator(schema()).validate(json.loads((tmp_path / "report.json").read_text()))
-    unnamed = [dataclasses.replace(place, sublayer=place.sublayer.removeprefix(TOWER)) for place in every]
-    assert differences_png(every) != differences_png(unnamed)  # as many places, and no tower below them
+    jsonschema.Draft202012Validator(schema()).validate(
+        json.loads((tmp_path / "report.json").read_text())
+    )
+    unnamed = [
+        dataclasses.replace(place, sublayer=place.sublayer.removeprefix(TOWER)) for place in every
+    ]
+    assert differences_png(every) != differences_png(
+        unnamed
+    )  # as many places, and no tower below them
     if parts is None:
         assert found.location is None and found.first_differing_layer == "-"
         return
@@ -108,7 +148,11 @@ def test_json_is_what_the_schema_says(parts: int | None, tmp_path: Path) -> None
     found.write_json(tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
     jsonschema.Draft202012Validator(schema()).validate(data)
-    assert data == found.to_json() and data["verdict"] == "differs" and data["checks"][3]["values"]["max"] is None
+    assert (
+        data == found.to_json()
+        and data["verdict"] == "differs"
+        and data["checks"][3]["values"]["max"] is None
+    )
     assert (data["location"] is None) == (parts is None)
 
 
@@ -127,11 +171,19 @@ def test_the_schema_is_of_every_field_that_a_report_has() -> None:
 
 
 def test_html_holds_everything_and_needs_no_other_file() -> None:
-    found = report(GOOD, Check("config", "1 <b> of 2", False, "a & b"), SKIPPED, parts=8, other="<other>")
+    found = report(
+        GOOD, Check("config", "1 <b> of 2", False, "a & b"), SKIPPED, parts=8, other="<other>"
+    )
     page = html_of(found)
     assert "&lt;other&gt;" in page and "1 &lt;b&gt; of 2" in page and "a &amp; b" in page
-    assert "Hidden states part at layer 1, router" in page and all(escape(cause) in page for cause in CAUSES["router"])
-    assert page.count('class="verdict holds"') > 5 and 'class="verdict differs"' in page and "not run" in page
+    assert "Hidden states part at layer 1, router" in page and all(
+        escape(cause) in page for cause in CAUSES["router"]
+    )
+    assert (
+        page.count('class="verdict holds"') > 5
+        and 'class="verdict differs"' in page
+        and "not run" in page
+    )
     assert not re.search(r'(src|href)="(?!data:)', page)
     (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(image) == differences_png(found.places)
@@ -148,13 +200,19 @@ def colours(data: bytes) -> dict[tuple[int, int, int], int]:
 def test_the_plot_marks_what_is_beyond_the_bound(layers: int) -> None:
     blue, red = (0x17, 0x69, 0xAA), (0xC6, 0x28, 0x28)
     good, bad = (colours(differences_png(places(first, layers))) for first in (None, 3))
-    assert good[blue] > bad[blue] > 0 and bad[red] > 2 * good[red] > 0  # the legend has one red mark
+    assert (
+        good[blue] > bad[blue] > 0 and bad[red] > 2 * good[red] > 0
+    )  # the legend has one red mark
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_the_plot_takes_any_number(value: float) -> None:
-    assert differences_png((Place("logits", None, "output layer", value, 1e-5),)).startswith(b"\x89PNG")
-    assert differences_png((Place("logits", None, "output layer", value, value),)).startswith(b"\x89PNG")
+    assert differences_png((Place("logits", None, "output layer", value, 1e-5),)).startswith(
+        b"\x89PNG"
+    )
+    assert differences_png((Place("logits", None, "output layer", value, value),)).startswith(
+        b"\x89PNG"
+    )
 
 
 def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:
@@ -162,7 +220,10 @@ def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:
     write_card(report(GOOD, seconds=1.0), path, name="M-1B", note="In miniature.")
     first = path.read_text()
     assert "# M-1B" in first and "In miniature." in first and "`exaone-bridge verify m`" in first
-    assert "| tensors | 91 tensors bitwise equal | equal | holds |" in first and "1 verifications" in first
+    assert (
+        "| tensors | 91 tensors bitwise equal | equal | holds |" in first
+        and "1 verifications" in first
+    )
     write_card(report(GOOD, SKIPPED, dtype="bfloat16"), path, name="M-1B")
     assert path.read_text().count("\n## ") == 2 and "it needs the whole model" in path.read_text()
     write_card(report(GOOD, BAD, seconds=2.0), path, name="M-1B")
@@ -178,6 +239,15 @@ def test_every_published_configuration_has_a_card_that_holds() -> None:
     names = (*exaone, "ERNIE-4.5-0.3B", "ERNIE-4.5-21B-A3B", "ERNIE-4.5-300B-A47B")
     assert cards.keys() == set(names)
     for name, text in cards.items():
-        assert text.startswith("<!-- Written by `exaone-bridge verify --card`") and f"\n# {name}\n" in text
-        assert text.count("\n## ") >= 4 and text.count(" s: `exaone-bridge verify ") == text.count("\n## ")
-        assert "| differs |" not in text and "bfloat16, backend" in text and ("TP2" in text or "EP4" in text)
+        assert (
+            text.startswith("<!-- Written by `exaone-bridge verify --card`")
+            and f"\n# {name}\n" in text
+        )
+        assert text.count("\n## ") >= 4 and text.count(" s: `exaone-bridge verify ") == text.count(
+            "\n## "
+        )
+        assert (
+            "| differs |" not in text
+            and "bfloat16, backend" in text
+            and ("TP2" in text or "EP4" in text)
+        )

@@ -21,7 +21,9 @@ def test_there_are_at_least_forty_faults_of_all_families() -> None:
     }
     kinds = {fault.begins[1] for fault in FAULTS if fault.begins}
     tower = {"embedding", "norm", "attention", "mlp", "merger", "features"}
-    assert kinds == {"embedding", "norm", "attention", "router", "mlp", "output layer"} | {f"vision {x}" for x in tower}
+    assert kinds == {"embedding", "norm", "attention", "router", "mlp", "output layer"} | {
+        f"vision {x}" for x in tower
+    }
 
 
 def test_every_fault_is_caught_and_no_clean_model_is(host: Any, record_property: Any) -> None:
@@ -43,15 +45,30 @@ def test_the_bench_itself_can_fail(host: Any) -> None:
         one,
     )
     result = self_test(faults, seeds=0)
-    assert [outcome.right for outcome in result.outcomes] == [False, False, False, True] and not result.holds
-    assert [line.split(": ")[1] for line in result.faults().splitlines()] == ["nothing", "elsewhere", "by another"]
-    assert "NOT CAUGHT" in result.outcomes[0].cells() and "2 mlp WRONG" in result.outcomes[1].cells()
-    assert result.score().startswith("1 of 4 faults caught and located; 0 false reports on 0 clean models.")
+    assert [outcome.right for outcome in result.outcomes] == [
+        False,
+        False,
+        False,
+        True,
+    ] and not result.holds
+    assert [line.split(": ")[1] for line in result.faults().splitlines()] == [
+        "nothing",
+        "elsewhere",
+        "by another",
+    ]
+    assert (
+        "NOT CAUGHT" in result.outcomes[0].cells() and "2 mlp WRONG" in result.outcomes[1].cells()
+    )
+    assert result.score().startswith(
+        "1 of 4 faults caught and located; 0 false reports on 0 clean models."
+    )
 
 
 def outcome(**more: Any) -> Outcome:
     check, where = Check("logits", "", False), Location("model.layers.1.mlp", 1, "mlp", ())
-    return Outcome("f", "m", ("logits",), (1, "mlp"), (check,), where, HostVerdict(0.9, 0.0), **more)
+    return Outcome(
+        "f", "m", ("logits",), (1, "mlp"), (check,), where, HostVerdict(0.9, 0.0), **more
+    )
 
 
 def test_a_false_report_fails_the_bench() -> None:
@@ -62,7 +79,13 @@ def test_a_false_report_fails_the_bench() -> None:
 
 @pytest.mark.parametrize(
     ("last", "weight", "caught"),
-    [(0.0, 0.0, False), (0.0, 0.0999, False), (0.0, 0.11, True), (3.0, 0.0, True), (float("nan"), 0.0, True)],
+    [
+        (0.0, 0.0, False),
+        (0.0, 0.0999, False),
+        (0.0, 0.11, True),
+        (3.0, 0.0, True),
+        (float("nan"), 0.0, True),
+    ],
 )
 def test_the_hosts_criteria(last: float, weight: float, caught: bool) -> None:
     logits = torch.ones(2, 5, 8)
@@ -70,6 +93,12 @@ def test_the_hosts_criteria(last: float, weight: float, caught: bool) -> None:
     found[1, -1, 0] += last
     found[:, 0] -= 7  # no other position counts
     before = {"a": torch.zeros(3), "b": torch.ones(3)}
-    verdict = host_verdict(logits, found, before, {"a": torch.full((3,), weight), "new": torch.ones(1)})
+    verdict = host_verdict(
+        logits, found, before, {"a": torch.full((3,), weight), "new": torch.ones(1)}
+    )
     assert verdict.caught == caught and verdict.asked
-    assert not HostVerdict.nothing().asked and HostVerdict.nothing().cells() == ["-", "-", "not asked"]
+    assert not HostVerdict.nothing().asked and HostVerdict.nothing().cells() == [
+        "-",
+        "-",
+        "not asked",
+    ]

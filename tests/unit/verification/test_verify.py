@@ -57,15 +57,30 @@ def test_verify_is_a_function_of_the_package() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("exaone4", Layout(tp=2, sp=True, cp=2)), ("ernie45", Layout(pp=2, ep=2))], ids=str
+    ("name", "layout"),
+    [("exaone4", Layout(tp=2, sp=True, cp=2)), ("ernie45", Layout(pp=2, ep=2))],
+    ids=str,
 )
 def test_every_check_of_a_model_holds(name: str, layout: Layout, host: Any, tiny: Any) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, gradients=True)
     assert report.holds, report.faults()
-    assert set(verdicts(report)) == {"tensors", "config", "files", "logits", "generation", "gradients"}
+    assert set(verdicts(report)) == {
+        "tensors",
+        "config",
+        "files",
+        "logits",
+        "generation",
+        "gradients",
+    }
     assert report.check("generation").values["prompts"] == ["plain", *CHATS]
-    assert 0 < report.check("logits").values["relative"] < report.check("logits").values["bound"] / 3
-    assert 0 < report.check("gradients").values["relative"] < report.check("gradients").values["bound"] / 3
+    assert (
+        0 < report.check("logits").values["relative"] < report.check("logits").values["bound"] / 3
+    )
+    assert (
+        0
+        < report.check("gradients").values["relative"]
+        < report.check("gradients").values["bound"] / 3
+    )
     assert report.tensors.keys() == open_source(tiny(name)).tensors.keys()
     assert {place.layer for place in report.places} == {None, *range(report.model["num_layers"])}
 
@@ -87,7 +102,9 @@ def test_half_precision(name: str, host: Any, tiny: Any, monkeypatch: pytest.Mon
     assert verdicts(report)["logits"] == "differs" and report.first_differing_layer == "2"
 
 
-def test_gradients_that_are_not_summed_differ(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_are_not_summed_differ(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The norms of queries and keys see some heads on each rank: without the last step their gradients are partial."""
     import megatron.core.distributed as distributed
 
@@ -110,7 +127,9 @@ def test_streamed_transformers_is_transformers(name: str, dtype: str, host: Any,
     expected = run_reference(load(source.folder, torch.float32), points, tokens)
     model = streamed_transformers(source, torch.float32)
     found = run_reference(model, points, tokens)
-    assert torch.equal(found.logits, expected.logits) and list(found.values) == list(expected.values)
+    assert torch.equal(found.logits, expected.logits) and list(found.values) == list(
+        expected.values
+    )
     assert all(torch.equal(found.values[each], expected.values[each]) for each in expected.values)
     layers = [value for each, value in model.named_parameters() if ".layers." in each]
     assert layers and all(value.is_meta for value in layers)  # nothing of them is held
@@ -121,7 +140,8 @@ def test_a_reader_reads_what_safetensors_reads(tiny: Any) -> None:
     reader, expected = Reader(open_source(folder).tensors), load_file(folder / "model.safetensors")
     assert reader.keys() == expected.keys() and len(reader) == len(expected)
     assert all(
-        torch.equal(reader[name], value) and reader[name].dtype == value.dtype for name, value in expected.items()
+        torch.equal(reader[name], value) and reader[name].dtype == value.dtype
+        for name, value in expected.items()
     )
 
 
@@ -130,7 +150,9 @@ def test_a_reader_reads_what_safetensors_reads(tiny: Any) -> None:
     [("exaone4", Layout(tp=2, pp=2)), ("exaone4-1.2b", Layout(pp=2)), ("ernie45", Layout(ep=2))],
     ids=str,
 )
-def test_layer_by_layer_holds_at_any_layout(name: str, layout: Layout, host: Any, tiny: Any) -> None:
+def test_layer_by_layer_holds_at_any_layout(
+    name: str, layout: Layout, host: Any, tiny: Any
+) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, stream=True)
     assert report.holds, report.faults()
     assert verdicts(report) == dict.fromkeys(("tensors", "config", "files", "logits"), "holds") | {
@@ -138,16 +160,25 @@ def test_layer_by_layer_holds_at_any_layout(name: str, layout: Layout, host: Any
     }
 
 
-def test_layer_by_layer_sees_a_table_that_is_wrong(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_by_layer_sees_a_table_that_is_wrong(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import dataclasses
 
     def swap(row: Any) -> Any:
-        return dataclasses.replace(row, hf=row.hf[::-1]) if "linear_fc1.weight" in row.megatron else row
+        return (
+            dataclasses.replace(row, hf=row.hf[::-1])
+            if "linear_fc1.weight" in row.megatron
+            else row
+        )
 
     rows_with(EXAONE, swap)(monkeypatch)
     report = verify_model(tiny("exaone4"), stream=True, quick=True)
     assert verdicts(report)["tensors"] == "holds" and verdicts(report)["logits"] == "differs"
-    assert report.location is not None and (report.location.layer, report.location.sublayer) == (0, "mlp")
+    assert report.location is not None and (report.location.layer, report.location.sublayer) == (
+        0,
+        "mlp",
+    )
 
 
 def test_layer_by_layer_sees_a_bit(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +189,17 @@ def test_layer_by_layer_sees_a_bit(host: Any, tiny: Any, monkeypatch: pytest.Mon
     def flip(self: Any, *args: Any) -> dict[str, torch.Tensor]:
         found = right(self, *args)
         return {
-            name: (value.view(torch.int32) ^ 1).view(torch.float32) if "layers.6.mlp" in name else value
+            name: (value.view(torch.int32) ^ 1).view(torch.float32)
+            if "layers.6.mlp" in name
+            else value
             for name, value in found.items()
         }
 
     monkeypatch.setattr(RowParallelMapping, "megatron_to_hf", flip)
     report = verify_model(tiny("exaone4"), stream=True, quick=True)
-    assert {name for name, verdict in verdicts(report).items() if verdict == "differs"} == {"tensors"}
+    assert {name for name, verdict in verdicts(report).items() if verdict == "differs"} == {
+        "tensors"
+    }
     assert report.check("tensors").where == "model.layers.6.mlp.down_proj.weight differs"
 
 
@@ -196,13 +231,20 @@ def test_a_copy_is_equal(host: Any, tiny: Any, other: Path) -> None:
 def test_another_layer_is_found(host: Any, tiny: Any, other: Path) -> None:
     edit(other, lambda tensors: tensors["model.layers.4.mlp.up_proj.weight"].mul_(1.01))
     report = verify_model(tiny("exaone4"), other, generation=False)
-    assert not report.holds and str(report.location).startswith("hidden states part at layer 4, mlp")
+    assert not report.holds and str(report.location).startswith(
+        "hidden states part at layer 4, mlp"
+    )
 
 
 def test_a_model_that_cannot_run_differs(host: Any, tiny: Any, other: Path) -> None:
     edit(other, lambda tensors: tensors.pop("model.layers.4.mlp.up_proj.weight"))
     report = verify_model(tiny("exaone4"), other)
-    assert verdicts(report) == {"tensors": "differs", "config": "holds", "files": "holds", "logits": "differs"}
+    assert verdicts(report) == {
+        "tensors": "differs",
+        "config": "holds",
+        "files": "holds",
+        "logits": "differs",
+    }
     assert "model.layers.4.mlp.up_proj.weight" in report.check("logits").where
 
 
@@ -221,7 +263,11 @@ def test_a_folder_that_cannot_be_read_is_bad_input(tiny: Any, other: Path) -> No
 
 
 def test_generation_is_compared_prompt_by_prompt() -> None:
-    before = {"plain": Generated((1, 2), (3, 4)), "chat": Generated((5,), (6,)), "tools": Generated(refused="no tools")}
+    before = {
+        "plain": Generated((1, 2), (3, 4)),
+        "chat": Generated((5,), (6,)),
+        "tools": Generated(refused="no tools"),
+    }
     assert compare_generated(before, dict(before)).holds
     assert "tools (refused by the template)" in compare_generated(before, dict(before)).figure
     faults = {
@@ -237,11 +283,17 @@ def test_generation_is_compared_prompt_by_prompt() -> None:
 
 def test_a_template_may_refuse_a_conversation(tiny: Any, other: Path) -> None:
     template = other / "chat_template.jinja"
-    template.write_text("{%- if tools %}{{ raise_exception('no tools here') }}{%- endif %}" + template.read_text())
+    template.write_text(
+        "{%- if tools %}{{ raise_exception('no tools here') }}{%- endif %}" + template.read_text()
+    )
     found = generate(load(other, torch.float32), other, [1, 2, 3])
-    assert [name for name, each in found.items() if each.refused] == ["chat, tools", "chat, tool called"]
+    assert [name for name, each in found.items() if each.refused] == [
+        "chat, tools",
+        "chat, tool called",
+    ]
     assert (
-        found["chat, tools"].refused == "no tools here" and len(found["chat"].words) == len(found["plain"].words) == 8
+        found["chat, tools"].refused == "no tools here"
+        and len(found["chat"].words) == len(found["plain"].words) == 8
     )
     assert found["chat"].prompt != found["chat, thinking"].prompt
 
@@ -270,7 +322,9 @@ def _streaming(*models: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("run", [_as_torchrun, _streaming])
-def test_ranks_that_are_there_already_are_used(run: Callable[..., Any], host: Any, tiny: Any) -> None:
+def test_ranks_that_are_there_already_are_used(
+    run: Callable[..., Any], host: Any, tiny: Any
+) -> None:
     from exaone_bridge.runtime.ranks import run_ranks
 
     first, second = run_ranks(run, 2, tiny("exaone4"))
@@ -284,7 +338,11 @@ def test_a_megatron_checkpoint_in_torchruns_world(host: Any, tiny: Any, tmp_path
 
     import_checkpoint(tiny("exaone4"), tmp_path / "megatron", Layout())
     first, second = run_ranks(_as_torchrun, 2, tiny("exaone4"), tmp_path / "megatron")
-    assert first == second == dict.fromkeys(["tensors", "config", "files", "logits", "generation"], "holds")
+    assert (
+        first
+        == second
+        == dict.fromkeys(["tensors", "config", "files", "logits", "generation"], "holds")
+    )
 
 
 def _apart(folder: Path) -> list[str]:
@@ -294,9 +352,16 @@ def _apart(folder: Path) -> list[str]:
     from exaone_bridge.convert.convert import export_checkpoint
     from exaone_bridge.runtime.launch import run_apart
 
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "MASTER_PORT": "1"}
+    os.environ |= {
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "MASTER_PORT": "1",
+    }
     said = []
-    for target, arguments in ((export_checkpoint, (folder / "nowhere", folder / "out")), (os._exit, (3,))):
+    for target, arguments in (
+        (export_checkpoint, (folder / "nowhere", folder / "out")),
+        (os._exit, (3,)),
+    ):
         with pytest.raises(BridgeError) as refused:
             run_apart(target, *arguments)
         said.append(f"{type(refused.value).__name__}: {refused.value}")

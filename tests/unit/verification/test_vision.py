@@ -22,7 +22,9 @@ from tests.helpers.fault_injection import build_with
 
 @pytest.fixture(scope="module")
 def report(host: Any, tiny: Any) -> Report:
-    return exaone_bridge.verify(tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, gradients=True)
+    return exaone_bridge.verify(
+        tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, gradients=True
+    )
 
 
 def test_gradients_are_of_the_tower_too(report: Report) -> None:
@@ -42,16 +44,23 @@ def test_every_place_is_far_from_its_bound(host: Any, tiny: Any, report: Report)
 def test_the_card_tells_of_tower_images_and_prediction(report: Report, tmp_path: Path) -> None:
     write_card(report, tmp_path / "card.md", name="M")
     text = (tmp_path / "card.md").read_text()
-    assert "3 of 65 positions, 2 of 7 positions, 3 of 65 positions with 5 images and 1 video." in text
+    assert (
+        "3 of 65 positions, 2 of 7 positions, 3 of 65 positions with 5 images and 1 video." in text
+    )
     assert "vision tower of 4 blocks, hidden 48, heads 4/2 x 12, feed-forward 56" in text
-    assert "windows of 24, full attention at 1, 3; multi-token prediction 1 further, 1 layer on disk." in text
+    assert (
+        "windows of 24, full attention at 1, 3; multi-token prediction 1 further, 1 layer on disk."
+        in text
+    )
 
 
 def _trained(folder: Path, target: Path, name: str) -> Path:
     """A copy with one tensor doubled."""
     shutil.copytree(folder, target)
     tensors = load_file(target / "model.safetensors")
-    save_file(tensors | {name: tensors[name] * 2}, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {name: tensors[name] * 2}, target / "model.safetensors", metadata={"format": "pt"}
+    )
     return target
 
 
@@ -66,11 +75,18 @@ def test_two_folders_are_asked_about_their_images(host: Any, tiny: Any, tmp_path
     assert not found.check("tensors").holds and not found.check("logits").holds
 
 
-def test_prediction_that_is_built_goes_through_the_model(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prediction_that_is_built_goes_through_the_model(
+    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its tensors are the model's own then: what is changed there is seen."""
-    found = exaone_bridge.verify(tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, mtp=True)
+    found = exaone_bridge.verify(
+        tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, mtp=True
+    )
     assert found.holds, found.faults()
-    assert found.setup["built"] == ["mtp_num_layers"] and found.check("tensors").values["tensors"] == 160
+    assert (
+        found.setup["built"] == ["mtp_num_layers"]
+        and found.check("tensors").values["tensors"] == 160
+    )
     with pytest.raises(UnsupportedConfig, match="multi-token prediction that can be built"):
         exaone_bridge.verify(tiny("exaone4"), mtp=True)
 
@@ -82,12 +98,19 @@ def test_prediction_that_is_built_goes_through_the_model(host: Any, tiny: Any, m
 
     build_with(spoil)(monkeypatch)
     found = exaone_bridge.verify(tiny("exaone45"), generation=False, mtp=True)
-    assert found.check("tensors").values["names"] == ["mtp.fc.weight"] and found.check("logits").holds
+    assert (
+        found.check("tensors").values["names"] == ["mtp.fc.weight"] and found.check("logits").holds
+    )
 
 
 def test_prompts_with_images_are_as_long_as_is_affordable() -> None:
     """The published window would make prompts of 8201 positions, and attention's scores of 10 GB a layer."""
     facts = read_config(CONFIGS["exaone45_33b"])
     tokens, images = image_prompts(facts, 4, 0, 64)
-    assert tokens.shape == (4, 64) and [len(each.get("image_grid_thw", ())) for each in images] == [1, 3, 1, 0]
+    assert tokens.shape == (4, 64) and [len(each.get("image_grid_thw", ())) for each in images] == [
+        1,
+        3,
+        1,
+        0,
+    ]
     assert image_prompts(facts, 1, 0)[0].shape == (1, 2 * 4096 + 9)

@@ -22,7 +22,15 @@ from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
 from exaone_bridge.errors import CheckpointError
 
-__all__ = ["DTYPE_BYTES", "INDEX", "TensorInfo", "TensorSpec", "read_file_header", "read_headers", "read_json"]
+__all__ = [
+    "DTYPE_BYTES",
+    "INDEX",
+    "TensorInfo",
+    "TensorSpec",
+    "read_file_header",
+    "read_headers",
+    "read_json",
+]
 
 # Bytes per element. Other dtypes of safetensors (complex, MX scales, sub-byte floats) are refused: no family has them.
 DTYPE_BYTES: Final[Mapping[str, int]] = (
@@ -36,11 +44,15 @@ _SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
-_MAX_JSON_BYTES: Final = 100_000_000  # MAX_HEADER_SIZE of safetensors; no index or config comes near
+_MAX_JSON_BYTES: Final = (
+    100_000_000  # MAX_HEADER_SIZE of safetensors; no index or config comes near
+)
 _MAX_INT: Final = 2**63 - 1  # a header's numbers are 64-bit, and so are their products
 # A header as safetensors writes it: up to the first name, and of an entry the name and the text of type and shape.
 _HEAD: Final = re.compile(r'\{(?:"__metadata__":(\{[^{}\\]*\}),)?(?=")')
-_ENTRY: Final = re.compile(r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*\]),"data_offsets":')
+_ENTRY: Final = re.compile(
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*\]),"data_offsets":'
+)
 
 # Names and values come from files that are not trusted: on one line, and never long.
 _quote = reprlib.Repr(maxstring=200, maxdict=4, maxother=60).repr
@@ -70,7 +82,9 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
-_TENSOR: Final = functools.partial(tuple.__new__, TensorInfo)  # as its own __new__, without a call in Python
+_TENSOR: Final = functools.partial(
+    tuple.__new__, TensorInfo
+)  # as its own __new__, without a call in Python
 
 
 def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -87,11 +101,17 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
         header_bytes = int.from_bytes(stream.read(8), "little")
         data_at = 8 + header_bytes
         if header_bytes > _MAX_JSON_BYTES:
-            raise _damaged(path, f"its header claims {header_bytes} bytes, and may have {_MAX_JSON_BYTES}")
+            raise _damaged(
+                path, f"its header claims {header_bytes} bytes, and may have {_MAX_JSON_BYTES}"
+            )
         if data_at > file_bytes:
-            raise _damaged(path, f"its header claims {header_bytes} bytes, and the whole file has {file_bytes}")
+            raise _damaged(
+                path, f"its header claims {header_bytes} bytes, and the whole file has {file_bytes}"
+            )
         data = stream.read(header_bytes)
-    return _as_safetensors_writes(path, data, data_at, file_bytes) or _in_any_order(path, data, data_at, file_bytes)
+    return _as_safetensors_writes(path, data, data_at, file_bytes) or _in_any_order(
+        path, data, data_at, file_bytes
+    )
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -105,7 +125,9 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             and the files disagree about which tensors there are and which file holds each.
     """
     if not folder.is_dir():
-        raise CheckpointError(folder, "is not a folder", remedy="give the folder of config.json and the weights")
+        raise CheckpointError(
+            folder, "is not a folder", remedy="give the folder of config.json and the weights"
+        )
     # The order of transformers.modeling_utils._get_resolved_checkpoint_files (5.12).
     single, index = folder / _SINGLE, folder / INDEX
     if single.is_file():
@@ -116,7 +138,9 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         problem = f"its weights are pickles ({_quote(pickles[0])}), refused because loading them runs code"
         remedy = "convert them to safetensors with Transformers' save_pretrained"
         raise CheckpointError(folder, problem, remedy=remedy)
-    raise CheckpointError(folder, f"holds neither {_SINGLE} nor {INDEX}", remedy="download the weights into it")
+    raise CheckpointError(
+        folder, f"holds neither {_SINGLE} nor {INDEX}", remedy="download the weights into it"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,7 +152,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with _open(path) as (stream, file_bytes):
         if file_bytes > _MAX_JSON_BYTES:
-            raise _damaged(path, f"is {file_bytes} bytes long, and a JSON file may have {_MAX_JSON_BYTES}")
+            raise _damaged(
+                path, f"is {file_bytes} bytes long, and a JSON file may have {_MAX_JSON_BYTES}"
+            )
         return _parse(path, stream.read(file_bytes), "it")
 
 
@@ -139,17 +165,25 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         raise _damaged(index, "has no weight_map from tensors to files")
     if not set(map(type, weight_map.values())) <= {str}:
         name, shard = next(pair for pair in weight_map.items() if not isinstance(pair[1], str))
-        raise _damaged(index, f"maps tensor {_quote(name)} to {_quote(shard)}, which is no file name")
+        raise _damaged(
+            index, f"maps tensor {_quote(name)} to {_quote(shard)}, which is no file name"
+        )
 
     whole = "download or copy the whole checkpoint again"
     tensors: dict[str, TensorInfo] = {}
     found: dict[str, object] = {}  # the weight_map that the files themselves make
     for shard in sorted(set(weight_map.values())):
-        if not shard.endswith(".safetensors") or not shard.isprintable() or any(s in shard for s in ("/", "\\", "..")):
+        if (
+            not shard.endswith(".safetensors")
+            or not shard.isprintable()
+            or any(s in shard for s in ("/", "\\", ".."))
+        ):
             problem = f"lists the file {_quote(shard)}, which is not the plain name of a .safetensors file beside it"
             raise CheckpointError(index, problem, remedy="use a checkpoint that you trust")
         path = index.with_name(shard)
-        if not os.path.isfile(path):  # unlike Path.is_file, also False for a name that no file system takes
+        if not os.path.isfile(
+            path
+        ):  # unlike Path.is_file, also False for a name that no file system takes
             problem = f"lists the file {_quote(shard)}, which is missing"
             raise CheckpointError(index, problem, remedy="download or copy that file again")
         held, _ = read_file_header(_at_home(path))
@@ -160,9 +194,19 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         found |= dict.fromkeys(held, shard)
 
     if found != weight_map:
-        name = min(name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name))
-        says = f"is in {_quote(weight_map[name])} by this index" if name in weight_map else "is not in this index"
-        holds = f"is in {_quote(found[name])} in fact" if name in found else "is in none of its files"
+        name = min(
+            name
+            for name in found.keys() | weight_map.keys()
+            if found.get(name) != weight_map.get(name)
+        )
+        says = (
+            f"is in {_quote(weight_map[name])} by this index"
+            if name in weight_map
+            else "is not in this index"
+        )
+        holds = (
+            f"is in {_quote(found[name])} in fact" if name in found else "is in none of its files"
+        )
         raise CheckpointError(index, f"tensor {_quote(name)} {says}, and {holds}", remedy=whole)
     return tensors
 
@@ -194,7 +238,9 @@ def _as_safetensors_writes(
     if text[head.end() :] != ",".join(entries) + "}" or data_at + ends[-1] != file_bytes:
         return None
     offsets = map(data_at.__add__, ends)
-    tensors = map(_TENSOR, zip(names, dtypes, shapes, itertools.repeat(path), offsets, sizes, strict=False))
+    tensors = map(
+        _TENSOR, zip(names, dtypes, shapes, itertools.repeat(path), offsets, sizes, strict=False)
+    )
     found = dict(zip(names, tensors, strict=True))
     return None if len(found) < len(names) or "__metadata__" in found else (found, metadata)
 
@@ -203,7 +249,11 @@ def _kind(dtype: str, shape: str) -> tuple[str, tuple[int, ...], int] | None:
     """A type, a shape and its bytes; None: there is something wrong with it."""
     lengths = json.loads(shape)
     nbytes = _nbytes(dtype, lengths)
-    return None if nbytes is None or max(lengths, default=0) > _MAX_INT else (dtype, tuple(lengths), nbytes)
+    return (
+        None
+        if nbytes is None or max(lengths, default=0) > _MAX_INT
+        else (dtype, tuple(lengths), nbytes)
+    )
 
 
 def _in_any_order(
@@ -212,14 +262,20 @@ def _in_any_order(
     """The tensors of a header, however it is written, and its metadata."""
     header = _parse(path, data, "its header")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise _damaged(path, f"its __metadata__ is {_quote(metadata)}, and must map text to text")
     tensors = [_tensor(path, name, entry, data_at, file_bytes) for name, entry in header.items()]
     tensors.sort(key=operator.attrgetter("offset", "nbytes"))
     at = data_at
     for tensor in tensors:
         if tensor.offset != at:
-            fault = "overlaps the tensor before it" if tensor.offset < at else "follows bytes that no tensor owns"
+            fault = (
+                "overlaps the tensor before it"
+                if tensor.offset < at
+                else "follows bytes that no tensor owns"
+            )
             raise _damaged(path, f"tensor {_quote(tensor.name)} {fault}")
         at += tensor.nbytes
     if at != file_bytes:
@@ -231,17 +287,25 @@ def _tensor(path: Path, name: str, entry: object, data_at: int, file_bytes: int)
     """One entry of a header; its data_offsets count from `data_at`, in bytes."""
     if not (isinstance(entry, dict) and entry.keys() == _FIELDS and _well_typed(**entry)):
         wanted = "a dtype, a shape and two data_offsets in whole numbers from 0 up"
-        raise _damaged(path, f"tensor {_quote(name)} is described by {_quote(entry)}, and must have {wanted}")
+        raise _damaged(
+            path, f"tensor {_quote(name)} is described by {_quote(entry)}, and must have {wanted}"
+        )
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
         problem = f"tensor {_quote(name)} has dtype {_quote(dtype)}, and must have one of {', '.join(DTYPE_BYTES)}"
         raise CheckpointError(path, problem, remedy="save it in one of these dtypes")
     buffer_bytes = file_bytes - data_at
     if not begin <= end <= buffer_bytes:
-        raise _damaged(path, f"tensor {_quote(name)} lies at bytes {begin} to {end} of a buffer of {buffer_bytes}")
+        raise _damaged(
+            path,
+            f"tensor {_quote(name)} lies at bytes {begin} to {end} of a buffer of {buffer_bytes}",
+        )
     nbytes = _nbytes(dtype, shape)
     if nbytes is None:
-        raise _damaged(path, f"tensor {_quote(name)} has shape {_quote(shape)}, which is larger than 64 bits count")
+        raise _damaged(
+            path,
+            f"tensor {_quote(name)} has shape {_quote(shape)}, which is larger than 64 bits count",
+        )
     if nbytes != end - begin:
         problem = f"has {end - begin} bytes, and {dtype} of shape {_quote(shape)} takes {nbytes}"
         raise _damaged(path, f"tensor {_quote(name)} {problem}")
@@ -253,7 +317,9 @@ def _nbytes(dtype: str, shape: list[int]) -> int | None:
     nbytes = DTYPE_BYTES[dtype]
     for length in shape:
         nbytes *= length
-        if nbytes > _MAX_INT:  # stops here: the product of a million large lengths would take minutes
+        if (
+            nbytes > _MAX_INT
+        ):  # stops here: the product of a million large lengths would take minutes
             return None
     return nbytes
 
@@ -272,7 +338,9 @@ def _at_home(path: Path) -> Path:
     """`path`, unless it is a link to a file that is not the checkpoint's own."""
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     # The hub cache: snapshots/<revision>/<file> links to ../../blobs/<hash> (huggingface_hub.file_download).
-    in_hub_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    in_hub_cache = (
+        folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    )
     if not target.is_relative_to(folder) and not in_hub_cache:
         problem = f"is a link to {_quote(str(target))}, which is outside the checkpoint's folder"
         raise CheckpointError(path, problem, remedy="put the file itself there")
@@ -282,7 +350,9 @@ def _at_home(path: Path) -> Path:
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """`path` open for reading, and its size in bytes."""
-    if not os.path.isfile(path):  # before open, which would wait for a writer where `path` is a named pipe
+    if not os.path.isfile(
+        path
+    ):  # before open, which would wait for a writer where `path` is a named pipe
         raise _damaged(path, "is missing or is not a file")
     try:
         with open(path, "rb") as stream:
@@ -299,7 +369,9 @@ def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
         # "-0" is a float to safetensors, and can be no length or offset; the hook is slow, and seldom needed.
         parse_int = _integer if "-0" in text else None
         value = json.loads(text, object_pairs_hook=_unique, parse_int=parse_int)
-        if "\\u" in text:  # may spell half a surrogate pair, which is no text: encode raises a ValueError
+        if (
+            "\\u" in text
+        ):  # may spell half a surrogate pair, which is no text: encode raises a ValueError
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise _damaged(path, f"{what} is not UTF-8 text from byte {error.start} on") from error

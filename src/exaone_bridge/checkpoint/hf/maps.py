@@ -33,7 +33,12 @@ class TensorMaps:
     def __enter__(self) -> TensorMaps:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._maps.clear()  # each is unmapped when the last view of it goes
         while self._files:
             os.close(self._files.popitem()[1])
@@ -51,7 +56,9 @@ class TensorMaps:
             mapped = self._maps.get(info.file) or self._map(info)
         if info.offset + info.nbytes > len(mapped):
             raise _cut(info)
-        flat = torch.frombuffer(mapped, dtype=dtype, count=math.prod(info.shape), offset=info.offset)
+        flat = torch.frombuffer(
+            mapped, dtype=dtype, count=math.prod(info.shape), offset=info.offset
+        )
         return flat.view(info.shape)
 
     def _map(self, info: TensorInfo) -> mmap.mmap:
@@ -86,4 +93,6 @@ class TensorMaps:
 
 
 def _cut(info: TensorInfo) -> CheckpointError:
-    return CheckpointError(info.file, f"ends within {info.name}", remedy="download or copy it again")
+    return CheckpointError(
+        info.file, f"ends within {info.name}", remedy="download or copy it again"
+    )

@@ -93,7 +93,11 @@ class ShardWriter:
         resumed = set()
         for file, header in shards.headers.items():
             path = folder / file
-            if path.is_file() and not path.is_symlink() and path.stat().st_size == shards.sizes[file]:
+            if (
+                path.is_file()
+                and not path.is_symlink()
+                and path.stat().st_size == shards.sizes[file]
+            ):
                 with path.open("rb") as stream:
                     if stream.read(len(header)) == header:
                         resumed.add(file)
@@ -159,7 +163,9 @@ def _same(handle: int, at: int, pieces: Sequence[Buffer]) -> bool:
         for begin in range(0, len(piece), _STEP):
             wanted = piece[begin : begin + _STEP]
             found = bytearray(len(wanted))
-            if os.preadv(handle, [found], at) != len(wanted) or found != wanted:  # a bytearray compares by memcmp
+            if (
+                os.preadv(handle, [found], at) != len(wanted) or found != wanted
+            ):  # a bytearray compares by memcmp
                 return False
             at += len(wanted)
     return True

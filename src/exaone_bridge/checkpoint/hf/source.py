@@ -22,7 +22,15 @@ from exaone_bridge.schema.model_family import Facts, Family
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import Row, expected_hf, fp32_names
 
-__all__ = ["HFSource", "check_layout", "open_source", "plan_of", "refuse_names", "refuse_shape", "survey"]
+__all__ = [
+    "HFSource",
+    "check_layout",
+    "open_source",
+    "plan_of",
+    "refuse_names",
+    "refuse_shape",
+    "survey",
+]
 
 # Configuration's spelling -> safetensors'.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -54,7 +62,11 @@ class HFSource:
     def of_the_model(self) -> Mapping[str, TensorInfo]:
         """Those of `tensors` that are neither carried nor unclaimed."""
         others = self.carried.keys() | self.unclaimed.keys()
-        return {name: info for name, info in self.tensors.items() if name not in others} if others else self.tensors
+        return (
+            {name: info for name, info in self.tensors.items() if name not in others}
+            if others
+            else self.tensors
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -134,7 +146,9 @@ def survey(folder: Path) -> HFSource:
         UnsupportedConfig: a configuration that is not modelled, or an architecture that nobody claims.
     """
     if not folder.is_dir():
-        raise CheckpointError(folder, "this folder does not exist", remedy="name a Hugging Face model folder")
+        raise CheckpointError(
+            folder, "this folder does not exist", remedy="name a Hugging Face model folder"
+        )
     path = folder / "config.json"
     config = read_json(path)
     family = _family(config, path)
@@ -182,7 +196,10 @@ def _few(names: set[str]) -> str:
 
 
 def _check_shapes(
-    expected: Mapping[str, tuple[int, ...]], model_dtype: str, fp32: set[str], tensors: Mapping[str, TensorInfo]
+    expected: Mapping[str, tuple[int, ...]],
+    model_dtype: str,
+    fp32: set[str],
+    tensors: Mapping[str, TensorInfo],
 ) -> None:
     found = [tensors[name] for name in expected]
     others = {info.name for info in found if info.dtype != model_dtype}

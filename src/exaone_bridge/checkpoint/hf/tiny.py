@@ -40,7 +40,9 @@ def random_weights(
         yield tensor.name, noise.to(torch.float32 if tensor.fp32 else dtype)
 
 
-def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, tokenizer: bool = True) -> None:
+def write_random(
+    target: Path, config: Mapping[str, Any], *, seed: int = 0, tokenizer: bool = True
+) -> None:
     """Write a Hugging Face folder of this configuration with random weights.
 
     Args:
@@ -58,12 +60,17 @@ def write_random(target: Path, config: Mapping[str, Any], *, seed: int = 0, toke
     facts = family.read_config(config)
     tensors = (*hf_tensors(family.rows(facts)).values(), *family.carried_tensors(facts))
     dtype: torch.dtype = getattr(torch, facts.dtype)
-    sizes = {each.name: math.prod(each.shape(facts.dims)) * (4 if each.fp32 else dtype.itemsize) for each in tensors}
+    sizes = {
+        each.name: math.prod(each.shape(facts.dims)) * (4 if each.fp32 else dtype.itemsize)
+        for each in tensors
+    }
     with staged(target) as folder:
         write_weights(folder, random_weights(tensors, facts.dims, dtype, seed), plan_shards(sizes))
         write_config(folder, config)
         if tokenizer and facts.vocab_size >= 256 + len(family.special_tokens):
-            _write_tokenizer(folder, family, facts.vocab_size, {**language_config(dict(config)), **config})
+            _write_tokenizer(
+                folder, family, facts.vocab_size, {**language_config(dict(config)), **config}
+            )
 
 
 def _byte_alphabet() -> list[str]:
@@ -73,8 +80,12 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _write_tokenizer(folder: Path, family: Family, vocab_size: int, config: Mapping[str, Any]) -> None:
-    special = {text: number for text, number in family.special_tokens.items() if number < vocab_size}
+def _write_tokenizer(
+    folder: Path, family: Family, vocab_size: int, config: Mapping[str, Any]
+) -> None:
+    special = {
+        text: number for text, number in family.special_tokens.items() if number < vocab_size
+    }
     free = (number for number in range(vocab_size) if number not in special.values())
     vocab = {character: next(free) for character in _byte_alphabet()}
     vocab |= {f"<unused{number}>": number for number in free}
@@ -83,7 +94,12 @@ def _write_tokenizer(folder: Path, family: Family, vocab_size: int, config: Mapp
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for text, number in sorted(special.items(), key=lambda item: item[1])
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     files: dict[str, Any] = {
         "tokenizer.json": {
             "version": "1.0",
@@ -104,7 +120,11 @@ def _write_tokenizer(folder: Path, family: Family, vocab_size: int, config: Mapp
         | _named_tokens(special, config),
         "generation_config.json": {
             "_from_model_config": True,
-            **{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config},
+            **{
+                key: config[key]
+                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                if key in config
+            },
         },
     }
     files |= family.processor_files
@@ -118,7 +138,9 @@ def _named_tokens(special: Mapping[str, int], config: Mapping[str, Any]) -> dict
     named = {}
     for role in ("bos", "eos", "pad"):
         number = config.get(f"{role}_token_id")
-        number = number[0] if isinstance(number, list) and number else number  # several ends of a text: the first
+        number = (
+            number[0] if isinstance(number, list) and number else number
+        )  # several ends of a text: the first
         if isinstance(number, int) and number in by_number:
             named[f"{role}_token"] = by_number[number]
     return named

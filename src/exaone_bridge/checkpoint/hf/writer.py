@@ -44,7 +44,9 @@ def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES
     }
 
 
-def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], files: Mapping[str, str]) -> None:
+def write_weights(
+    folder: Path, weights: Iterable[tuple[str, torch.Tensor]], files: Mapping[str, str]
+) -> None:
     """Write tensors to the shards that `files` names; each shard as soon as its last tensor has come.
 
     Args:
@@ -52,7 +54,9 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], fil
         weights: every tensor of `files`, in any order.
         files: tensor -> file name; the index is written where there are several, or another name than the usual.
     """
-    wanted = {file: {name for name, of in files.items() if of == file} for file in set(files.values())}
+    wanted = {
+        file: {name for name, of in files.items() if of == file} for file in set(files.values())
+    }
     held: dict[str, dict[str, torch.Tensor]] = {file: {} for file in wanted}
     total = 0
     for name, tensor in weights:
@@ -63,7 +67,9 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], fil
             save_file(held.pop(file), folder / file, metadata={"format": "pt"})
             as_usual(folder / file)
     if held:
-        raise RuntimeError(f"{folder}: the stream of weights ended before {sorted(held)} was complete.")
+        raise RuntimeError(
+            f"{folder}: the stream of weights ended before {sorted(held)} was complete."
+        )
     if set(wanted) != {"model.safetensors"}:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -71,7 +77,9 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], fil
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """`config.json` as `save_pretrained` writes it: sorted keys, two spaces, and Transformers' version."""
-    text = json.dumps({**config, "transformers_version": version("transformers")}, indent=2, sort_keys=True)
+    text = json.dumps(
+        {**config, "transformers_version": version("transformers")}, indent=2, sort_keys=True
+    )
     (folder / "config.json").write_text(text + "\n")
 
 

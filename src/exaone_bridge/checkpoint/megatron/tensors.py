@@ -85,7 +85,9 @@ def read_into(info: TensorInfo, tensor: torch.Tensor) -> None:
         at = 0
         while at < len(view):
             if not (read := file.readinto(view[at:])):
-                raise CheckpointError(info.file, f"ends within {info.name}", remedy="download or copy it again")
+                raise CheckpointError(
+                    info.file, f"ends within {info.name}", remedy="download or copy it again"
+                )
             at += read
 
 
@@ -128,7 +130,9 @@ class MegatronSource:
         self.folder = iteration_folder(path)
         self.config = config
         self.stored = TorchDist(self.folder)
-        self.family = family_of(config["architectures"], where=str(path)).holding(self.stored.tensors)
+        self.family = family_of(config["architectures"], where=str(path)).holding(
+            self.stored.tensors
+        )
         self.facts = self.family.read_config(config)
         dtype = getattr(torch, self.facts.dtype)
         plan = plan_of(self.family.rows(self.facts), self.facts, Layout())
@@ -163,8 +167,12 @@ class MegatronSource:
             )
         if not _fits(stored, lead, shape, may_be_padded=part.row.kind == "vocab"):
             wanted = f"{list(shape)} at {list(lead)}" if lead else str(list(shape))
-            problem = f"{key} has shape {list(stored.shape)}, and the configuration makes it {wanted}"
-            raise CheckpointError(self.folder, problem, remedy="check that run_config.yaml belongs to these weights")
+            problem = (
+                f"{key} has shape {list(stored.shape)}, and the configuration makes it {wanted}"
+            )
+            raise CheckpointError(
+                self.folder, problem, remedy="check that run_config.yaml belongs to these weights"
+            )
         return key, lead
 
     def read(self, name: str) -> torch.Tensor:
@@ -179,12 +187,16 @@ class MegatronSource:
         for copy in place.part.cuts[0].copies:
             if copy.tensor == place.tensor:
                 target = tensor[tuple(slice(begin, end) for begin, end in copy.hf)]
-                shaped = target.view((1,) * len(before) + tuple(end - begin for begin, end in copy.megatron))
+                shaped = target.view(
+                    (1,) * len(before) + tuple(end - begin for begin, end in copy.megatron)
+                )
                 self.stored.read_into(shaped, place.key, place.lead, (*before, *copy.megatron))
         return tensor
 
 
-def _fits(stored: StoredTensor, lead: tuple[int, ...], shape: tuple[int, ...], *, may_be_padded: bool) -> bool:
+def _fits(
+    stored: StoredTensor, lead: tuple[int, ...], shape: tuple[int, ...], *, may_be_padded: bool
+) -> bool:
     if len(stored.shape) != len(lead) + len(shape):
         return False
     outer, inner = stored.shape[: len(lead)], stored.shape[len(lead) :]

@@ -135,11 +135,17 @@ class TorchDist:
             self.tensors: Mapping[str, StoredTensor] = dict(_tensors(metadata))
         except FileNotFoundError as error:
             raise CheckpointError(
-                path, "the checkpoint's metadata is missing", remedy="name a folder that `import` wrote"
+                path,
+                "the checkpoint's metadata is missing",
+                remedy="name a folder that `import` wrote",
             ) from error
-        except Exception as error:  # of pickle, or of objects that are not what their class says: a damaged file
+        except (
+            Exception
+        ) as error:  # of pickle, or of objects that are not what their class says: a damaged file
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise CheckpointError(path, f"cannot be read ({text})", remedy="restore the checkpoint") from error
+            raise CheckpointError(
+                path, f"cannot be read ({text})", remedy="restore the checkpoint"
+            ) from error
         self._held: tuple[object, dict[_Chunk, torch.Tensor]] = (None, {})
         # of those whose chunks are known to cover them, each element once: the chunks of each parameter
         self._by_lead: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
@@ -161,12 +167,20 @@ class TorchDist:
             prove_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
             self._by_lead[key] = {}
         for chunk in self._near(key, lead):
-            meet = [(max(b, cb), min(e, ce)) for (b, e), (cb, ce) in zip(box, chunk.box, strict=True)]
+            meet = [
+                (max(b, cb), min(e, ce)) for (b, e), (cb, ce) in zip(box, chunk.box, strict=True)
+            ]
             if any(b >= e for b, e in meet):
                 continue
             source = self._chunk(key, chunk)
-            there = source[tuple(slice(b - cb, e - cb) for (b, e), (cb, _) in zip(meet, chunk.box, strict=True))]
-            here = target[tuple(slice(b - tb, e - tb) for (b, e), (tb, _) in zip(meet, box, strict=True))]
+            there = source[
+                tuple(
+                    slice(b - cb, e - cb) for (b, e), (cb, _) in zip(meet, chunk.box, strict=True)
+                )
+            ]
+            here = target[
+                tuple(slice(b - tb, e - tb) for (b, e), (tb, _) in zip(meet, box, strict=True))
+            ]
             here.copy_(there)
 
     def _near(self, key: str, lead: tuple[int, ...]) -> list[_Chunk]:
@@ -174,12 +188,16 @@ class TorchDist:
         found = self._by_lead[key]
         if not found:
             for chunk in self.tensors[key].chunks:
-                for place in itertools.product(*(range(begin, end) for begin, end in chunk.box[: len(lead)])):
+                for place in itertools.product(
+                    *(range(begin, end) for begin, end in chunk.box[: len(lead)])
+                ):
                     found.setdefault(place, []).append(chunk)
         return found[lead]
 
     def _fault(self, key: str) -> Callable[[Box, str], CheckpointError]:
-        return lambda box, fault: CheckpointError(self.folder, f"in {key} {box} {fault}", remedy=_RESTORE)
+        return lambda box, fault: CheckpointError(
+            self.folder, f"in {key} {box} {fault}", remedy=_RESTORE
+        )
 
     def _chunk(self, key: str, chunk: _Chunk) -> torch.Tensor:
         held = self._held[1]
@@ -188,14 +206,24 @@ class TorchDist:
             path = self.folder / chunk.file
             try:
                 with path.open("rb", buffering=0) as file:
-                    tensor = torch.load(_Slice(file, chunk.offset, chunk.length), map_location="cpu", weights_only=True)
+                    tensor = torch.load(
+                        _Slice(file, chunk.offset, chunk.length),
+                        map_location="cpu",
+                        weights_only=True,
+                    )
             except Exception as error:
                 text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise CheckpointError(
                     path, f"the checkpoint cannot be loaded: {key} ({text})", remedy=_RESTORE
                 ) from error
-            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or tensor.dtype != self.tensors[key].dtype:
-                raise CheckpointError(path, f"holds something else than {key} should be", remedy=_RESTORE)
+            if (
+                not isinstance(tensor, torch.Tensor)
+                or tensor.shape != shape
+                or tensor.dtype != self.tensors[key].dtype
+            ):
+                raise CheckpointError(
+                    path, f"holds something else than {key} should be", remedy=_RESTORE
+                )
             held[chunk] = tensor
         return held[chunk]
 
@@ -208,10 +236,20 @@ def _tensors(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
         shape = tuple(map(int, entry.size))
         for chunk in entry.chunks:
             info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            if info.relative_path != Path(info.relative_path).name or info.relative_path in ("", "..", "."):
-                raise ValueError(f"a chunk lies in {info.relative_path!r}, which is no plain file name")
-            box = tuple((int(o), int(o + s)) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            if len(box) != len(shape) or any(not 0 <= b <= e <= n for (b, e), n in zip(box, shape, strict=True)):
+            if info.relative_path != Path(info.relative_path).name or info.relative_path in (
+                "",
+                "..",
+                ".",
+            ):
+                raise ValueError(
+                    f"a chunk lies in {info.relative_path!r}, which is no plain file name"
+                )
+            box = tuple(
+                (int(o), int(o + s)) for o, s in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
+            if len(box) != len(shape) or any(
+                not 0 <= b <= e <= n for (b, e), n in zip(box, shape, strict=True)
+            ):
                 raise ValueError(f"a chunk of {key} leaves it")
             chunks.append(_Chunk(box, info.relative_path, int(info.offset), int(info.length)))
         yield key, StoredTensor(entry.properties.dtype, shape, tuple(chunks))

@@ -114,7 +114,9 @@ def write_parameters(
             os.close(handle)
 
 
-def _read(parameter: Parameter, tensors: Mapping[str, TensorInfo], handles: dict[Path, int]) -> torch.Tensor:
+def _read(
+    parameter: Parameter, tensors: Mapping[str, TensorInfo], handles: dict[Path, int]
+) -> torch.Tensor:
     """The parameter, with leading axes of one: its tensors' rows go from the file to their place without a detour."""
     cut = parameter.part.cuts[0]
     infos = [tensors[name] for name in parameter.names]
@@ -132,13 +134,18 @@ def _read(parameter: Parameter, tensors: Mapping[str, TensorInfo], handles: dict
         target = data[begin * row_bytes : end * row_bytes]
         while target:
             if not (read := os.preadv(handles[info.file], [target], at)):
-                raise CheckpointError(info.file, f"ends within {info.name}", remedy="download or copy it again")
+                raise CheckpointError(
+                    info.file, f"ends within {info.name}", remedy="download or copy it again"
+                )
             target, at = target[read:], at + read
     return result
 
 
 def write_metadata(
-    folder: Path, parameters: list[Parameter], tensors: Mapping[str, TensorInfo], written: Iterable[Written]
+    folder: Path,
+    parameters: list[Parameter],
+    tensors: Mapping[str, TensorInfo],
+    written: Iterable[Written],
 ) -> None:
     """Write `.metadata`, and the file with what is no tensor: the common state, and one empty extra state for all."""
     state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
@@ -150,12 +157,18 @@ def write_metadata(
         if entry is None:
             properties = TensorProperties(dtype=DTYPES[tensors[name].dtype])
             shape = torch.Size(parameter.outer + parameter.part.cuts[0].shape)
-            entry = state[parameter.key] = TensorStorageMetadata(properties=properties, size=shape, chunks=[])
+            entry = state[parameter.key] = TensorStorageMetadata(
+                properties=properties, size=shape, chunks=[]
+            )
         assert isinstance(entry, TensorStorageMetadata)
         shape = parameter.part.cuts[0].shape
         offsets = torch.Size(parameter.lead + (0,) * len(shape))
-        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size((1,) * len(parameter.lead) + shape)))
-        storage[MetadataIndex(parameter.key, offsets)] = _StorageInfo(where.file, where.offset, where.length)
+        entry.chunks.append(
+            ChunkStorageMetadata(offsets, torch.Size((1,) * len(parameter.lead) + shape))
+        )
+        storage[MetadataIndex(parameter.key, offsets)] = _StorageInfo(
+            where.file, where.offset, where.length
+        )
     empty = sorted({parameter.extra_state for parameter in parameters} - {None})  # type: ignore[type-var]
     common = {
         "checkpoint_version": 3.0,
@@ -168,10 +181,14 @@ def write_metadata(
         torch.save([value], blobs)
         for key in keys:
             state[str(key)] = BytesStorageMetadata()
-            storage[MetadataIndex(str(key))] = _StorageInfo("__objects.distcp", begin, blobs.tell() - begin)
+            storage[MetadataIndex(str(key))] = _StorageInfo(
+                "__objects.distcp", begin, blobs.tell() - begin
+            )
     (folder / "__objects.distcp").write_bytes(blobs.getvalue())
     metadata = Metadata(
-        state_dict_metadata=state, storage_data=storage, storage_meta=StorageMeta(checkpoint_id=str(folder))
+        state_dict_metadata=state,
+        storage_data=storage,
+        storage_meta=StorageMeta(checkpoint_id=str(folder)),
     )
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)

@@ -78,7 +78,9 @@ def plan_here(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
     if not placed.even:  # of other stages nothing is known here
         stages = tuple(placed.layers if stage == placed.pp else () for stage in range(layout.pp))
     words = (0, "embedding.word_embeddings.weight"), (len(placed.layers) - 1, "output_layer.weight")
-    here = next((placed.parameters[key].shape[0] for key in words if key in placed.parameters), None)
+    here = next(
+        (placed.parameters[key].shape[0] for key in words if key in placed.parameters), None
+    )
     return plan_of(
         rows,
         facts,
@@ -102,7 +104,9 @@ def matched(plan: Plan, placed: Placed) -> list[tuple[Held, torch.Tensor]]:
         what = "parameters that the rows of this family fill are missing"
         raise UnmappedTensors(what, missing, where=where, remedy=_ADVICE)
     if strange := [
-        _global(name, placed.layers[chunk]) for chunk, name in placed.parameters if (chunk, name) not in wanted
+        _global(name, placed.layers[chunk])
+        for chunk, name in placed.parameters
+        if (chunk, name) not in wanted
     ]:
         raise UnmappedTensors("parameters without a row", strange, where=where, remedy=_ADVICE)
     for key, held in wanted.items():
@@ -144,7 +148,9 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
             remedy=_ADVICE,
         )
     parameters = matched(plan, placed)
-    tensors = {name: info for name, info in read_headers(folder).items() if not family.is_carried(name)}
+    tensors = {
+        name: info for name, info in read_headers(folder).items() if not family.is_carried(name)
+    }
     expected = expected_hf(rows, facts.dims)
     refuse_names(folder, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
     for name, shape in expected.items():
@@ -163,13 +169,22 @@ def fill(parameters: list[tuple[Held, torch.Tensor]], tensors: Mapping[str, Tens
     parameters = sorted(parameters, key=lambda pair: -pair[1].numel())
     with TensorMaps() as maps, ThreadPoolExecutor(copying_threads()) as pool:
         moved = list(pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, maps), parameters))
-    return Moved(len(parameters), sum(nbytes for nbytes, _ in moved), sum(nbytes for nbytes, cut in moved if cut))
+    return Moved(
+        len(parameters),
+        sum(nbytes for nbytes, _ in moved),
+        sum(nbytes for nbytes, cut in moved if cut),
+    )
 
 
 def copying_threads() -> int:
     """Cores of this machine for each of its ranks, and no more than memory keeps up with."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or (dist.get_world_size() if dist.is_initialized() else 1))
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ranks = int(
+        os.environ.get("LOCAL_WORLD_SIZE")
+        or (dist.get_world_size() if dist.is_initialized() else 1)
+    )
     return max(1, min(_MOST_THREADS, cores // ranks))
 
 
@@ -198,7 +213,12 @@ def _fill_one(
 
 
 def _same_bits(target: torch.Tensor, source: torch.Tensor) -> bool:
-    return target.device.type == "cpu" and target.dtype == source.dtype and target.numel() > 0 and target.dim() > 0
+    return (
+        target.device.type == "cpu"
+        and target.dtype == source.dtype
+        and target.numel() > 0
+        and target.dim() > 0
+    )
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

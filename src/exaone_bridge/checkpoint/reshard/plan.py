@@ -19,7 +19,19 @@ from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import Kind, Row
 
-__all__ = ["Box", "Copy", "Cut", "Held", "Part", "Plan", "Rank", "elements", "make_plan", "ordinal_of", "writer"]
+__all__ = [
+    "Box",
+    "Copy",
+    "Cut",
+    "Held",
+    "Part",
+    "Plan",
+    "Rank",
+    "elements",
+    "make_plan",
+    "ordinal_of",
+    "writer",
+]
 
 Box = tuple[tuple[int, int], ...]  # (begin, end) along each axis
 
@@ -83,7 +95,9 @@ class Part:
 
     def read_bytes(self, rank: Rank) -> int:
         """Bytes of the Hugging Face tensors that one parameter of this rank is made of."""
-        return sum(elements(copy.hf) * self.itemsizes[copy.tensor] for copy in self.cut(rank).copies)
+        return sum(
+            elements(copy.hf) * self.itemsizes[copy.tensor] for copy in self.cut(rank).copies
+        )
 
     def held_bytes(self, rank: Rank) -> int:
         """Bytes of one parameter on this rank, padding included."""
@@ -139,7 +153,9 @@ class Plan:
             if "*" not in part.row.megatron:
                 first = is_first(part.row)
                 if rank.pp == (0 if first else last):
-                    yield Held(0 if first else len(self.stages[last]) - 1, name, part, (), cut, False)
+                    yield Held(
+                        0 if first else len(self.stages[last]) - 1, name, part, (), cut, False
+                    )
                 if self.tied and name == _TIED[0] and rank.pp == last and last > 0:
                     yield Held(len(self.stages[last]) - 1, _TIED[1], part, (), cut, True)
                 continue
@@ -154,14 +170,18 @@ class Plan:
                         yield Held(chunk, start + after, part, (layer,), cut, False)
                         continue
                     for number, expert in enumerate(self.experts[rank.ep]):
-                        yield Held(chunk, f"{start}{number}{after}", part, (layer, expert), cut, False)
+                        yield Held(
+                            chunk, f"{start}{number}{after}", part, (layer, expert), cut, False
+                        )
 
     def count(self, part: Part, rank: Rank) -> int:
         """How many parameters of this part the rank holds, copies of a tied embedding included."""
         last = len(self.stages) - 1
         if "*" not in part.row.megatron:
             own = int(rank.pp == (0 if is_first(part.row) else last))
-            return own + int(self.tied and part.row.megatron == _TIED[0] and rank.pp == last and last > 0)
+            return own + int(
+                self.tied and part.row.megatron == _TIED[0] and rank.pp == last and last > 0
+            )
         layers = frozenset(part.row.layers)
         here = sum(layer in layers for chunk in self.stages[rank.pp] for layer in chunk)
         return here * (len(self.experts[rank.ep]) if part.per_expert else 1)
@@ -179,22 +199,33 @@ class Plan:
         per_stage = self.layout.ranks // self.layout.pp
         written = [0] * self.layout.ranks
         for order, part in enumerate(self.parts):
-            nbytes = sum(math.prod(shape) * size for shape, size in zip(part.shapes, part.itemsizes, strict=True))
+            nbytes = sum(
+                math.prod(shape) * size
+                for shape, size in zip(part.shapes, part.itemsizes, strict=True)
+            )
             experts = part.row.experts or 1
             cutters = self.layout.expert_tp if part.per_expert else self.layout.tp
             dealt = self.layout.ep if part.per_expert else 1
             replicas = per_stage // (cutters * dealt)
             period = cutters * replicas  # of `writer`
-            seconds = Counter((expert * dealt // experts, expert % period) for expert in range(experts))
+            seconds = Counter(
+                (expert * dealt // experts, expert % period) for expert in range(experts)
+            )
             layers = frozenset(part.row.layers)
             for stage, chunks in enumerate(self.stages):
                 here = [layer for chunk in chunks for layer in chunk if layer in layers]
                 if "*" not in part.row.megatron:
-                    here = [0] if stage == (0 if is_first(part.row) else len(self.stages) - 1) else []
+                    here = (
+                        [0] if stage == (0 if is_first(part.row) else len(self.stages) - 1) else []
+                    )
                 firsts = Counter(ordinal_of(order, (layer,)) % period for layer in here)
-                for (first, times), ((owner, second), each) in itertools.product(firsts.items(), seconds.items()):
+                for (first, times), ((owner, second), each) in itertools.product(
+                    firsts.items(), seconds.items()
+                ):
                     cutter, replica = writer(first + second, cutters, replicas)
-                    written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += times * each * nbytes
+                    written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += (
+                        times * each * nbytes
+                    )
         return written
 
     @property
@@ -253,7 +284,9 @@ def make_plan(
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
     parts = tuple(
-        _part(row, dims, layout, itemsize, vocab_rows) for row in rows if row.layers or "*" not in row.megatron
+        _part(row, dims, layout, itemsize, vocab_rows)
+        for row in rows
+        if row.layers or "*" not in row.megatron
     )
     each = experts // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
@@ -272,7 +305,9 @@ def even_stages(layers: int, layout: Layout) -> tuple[tuple[tuple[int, ...], ...
     )
 
 
-def _part(row: Row, dims: Mapping[str, int], layout: Layout, itemsize: int, vocab_rows: int | None) -> Part:
+def _part(
+    row: Row, dims: Mapping[str, int], layout: Layout, itemsize: int, vocab_rows: int | None
+) -> Part:
     shapes = tuple(tensor.shape(dims) for tensor in row.hf)
     ranks = 1 if row.kind in _CUT_BY_NOBODY else layout.expert_tp if row.experts else layout.tp
     cuts = tuple(_cut(row, shapes, dims, rank, ranks, vocab_rows) for rank in range(ranks))
@@ -299,7 +334,9 @@ def _cut(
             source = (*_whole(first[:-1]), (rank * here, (rank + 1) * here))
             return Cut(shape, (Copy(0, source, _whole(shape)),))
         case Kind.VOCAB:
-            return _vocabulary(first, rank, _even(row, vocab_rows or -(-first[0] // ranks) * ranks, ranks))
+            return _vocabulary(
+                first, rank, _even(row, vocab_rows or -(-first[0] // ranks) * ranks, ranks)
+            )
         case Kind.GATED | Kind.COLUMN:
             here = _even(row, first[0], ranks)
             pieces = [(tensor, rank * here, here) for tensor in range(len(shapes))]
@@ -313,7 +350,11 @@ def _cut(
 def _vocabulary(shape: tuple[int, ...], rank: int, here: int) -> Cut:
     real = max(0, min(here, shape[0] - rank * here))
     others = _whole(shape[1:])
-    copies = (Copy(0, ((rank * here, rank * here + real), *others), ((0, real), *others)),) if real else ()
+    copies = (
+        (Copy(0, ((rank * here, rank * here + real), *others), ((0, real), *others)),)
+        if real
+        else ()
+    )
     return Cut((here, *shape[1:]), copies, (((real, here), *others),) if real < here else ())
 
 
@@ -327,7 +368,9 @@ def _interleaved(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tup
     ]
 
 
-def _window(pieces: Iterable[tuple[int, int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _window(
+    pieces: Iterable[tuple[int, int, int]], begin: int, end: int
+) -> Iterator[tuple[int, int, int]]:
     """The pieces, or cuts of them, that lie at rows `begin` to `end` of their stack.
 
     Where tp exceeds the key-value heads a group is cut too (megatron/core/transformer/attention.py, SelfAttention: the
@@ -344,7 +387,11 @@ def _window(pieces: Iterable[tuple[int, int, int]], begin: int, end: int) -> Ite
 def _stacked(pieces: Iterable[tuple[int, int, int]], others: tuple[int, ...]) -> Cut:
     copies, at = [], 0
     for tensor, first, rows in pieces:
-        copies.append(Copy(tensor, ((first, first + rows), *_whole(others)), ((at, at + rows), *_whole(others))))
+        copies.append(
+            Copy(
+                tensor, ((first, first + rows), *_whole(others)), ((at, at + rows), *_whole(others))
+            )
+        )
         at += rows
     return Cut((at, *others), tuple(copies))
 
@@ -357,5 +404,7 @@ def _even(row: Row, size: int, ranks: int) -> int:
     if size % ranks:
         option = "etp" if row.experts else "tp"
         wanted = f"a divisor of {size}, the length of {row.megatron} along the axis that is cut"
-        raise UnsupportedLayout(option, got=ranks, wanted=wanted, remedy=f"choose another --{option}")
+        raise UnsupportedLayout(
+            option, got=ranks, wanted=wanted, remedy=f"choose another --{option}"
+        )
     return size // ranks

@@ -77,7 +77,9 @@ def into(target: Path, write: Callable[[Path], None]) -> None:
         place = target.with_name(f"{target.name}.weights") if there else target
         with together():
             if dist.get_rank() == 0:
-                folder = stack.enter_context(_replaced(target, place) if there else resumable(place))
+                folder = stack.enter_context(
+                    _replaced(target, place) if there else resumable(place)
+                )
         folder = partial_folder(place)
         write(folder)
         with together():
@@ -126,7 +128,10 @@ def save(
     ]
     specs += carried.values()
     sizes = {spec.name: spec.nbytes for spec in specs}
-    shards = lay_out(specs, files if files and files.keys() == sizes.keys() else plan_shards(sizes, MAX_SHARD_BYTES))
+    shards = lay_out(
+        specs,
+        files if files and files.keys() == sizes.keys() else plan_shards(sizes, MAX_SHARD_BYTES),
+    )
     made: list[Any] = [None]
     with together():
         plan = plan_here(rows, facts, placed)
@@ -144,7 +149,14 @@ def save(
         pool = stack.enter_context(_Writers(out))
         for held, tensor in parameters:
             if not held.replica:
-                pool.put(_mine(held, tensor, expert if held.part.per_expert else dense, order[id(held.part)]))
+                pool.put(
+                    _mine(
+                        held,
+                        tensor,
+                        expert if held.part.per_expert else dense,
+                        order[id(held.part)],
+                    )
+                )
         if (failure := pool.finish()) is not None:
             raise _said(folder, failure)
         if dist.get_rank() == 0:
@@ -209,7 +221,11 @@ def check_space_in(folder: Path, nbytes: int) -> None:
 def _check_dtype(held: Held, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     wanted = torch.float32 if held.part.row.hf[0].fp32 else dtype
     if tensor.dtype != wanted:
-        raise OutputError(held.name, f"has type {tensor.dtype}, and the model's is {wanted}", remedy="cast it first")
+        raise OutputError(
+            held.name,
+            f"has type {tensor.dtype}, and the model's is {wanted}",
+            remedy="cast it first",
+        )
 
 
 def _mine(
@@ -234,27 +250,49 @@ def _mine(
     )
 
 
-def _gathered(tensor: torch.Tensor, cuts: tuple[Cut, ...], group: Any, chosen: int, here: bool) -> list[torch.Tensor]:
+def _gathered(
+    tensor: torch.Tensor, cuts: tuple[Cut, ...], group: Any, chosen: int, here: bool
+) -> list[torch.Tensor]:
     """All ranks' cuts on the chosen rank; as bytes, which every backend can send."""
     mine = tensor.contiguous().view(-1).view(torch.uint8)
-    everyones = [mine if rank == chosen else torch.empty_like(mine) for rank in range(len(cuts))] if here else None
+    everyones = (
+        [mine if rank == chosen else torch.empty_like(mine) for rank in range(len(cuts))]
+        if here
+        else None
+    )
     dist.gather(mine, everyones, group=group, group_dst=chosen)
     if everyones is None:
         return []
-    return [part.view(tensor.dtype).view(cut.shape) for part, cut in zip(everyones, cuts, strict=True)]
+    return [
+        part.view(tensor.dtype).view(cut.shape) for part, cut in zip(everyones, cuts, strict=True)
+    ]
 
 
-def _pieces(shape: tuple[int, ...], number: int, cuts: tuple[Cut, ...], held: list[torch.Tensor]) -> list[memoryview]:
+def _pieces(
+    shape: tuple[int, ...], number: int, cuts: tuple[Cut, ...], held: list[torch.Tensor]
+) -> list[memoryview]:
     """The bytes of one Hugging Face tensor: where whole rows lie in the cuts, those rows; else put together."""
     copies = [
-        (copy, part) for cut, part in zip(cuts, held, strict=True) for copy in cut.copies if copy.tensor == number
+        (copy, part)
+        for cut, part in zip(cuts, held, strict=True)
+        for copy in cut.copies
+        if copy.tensor == number
     ]
     copies.sort(key=lambda pair: pair[0].hf)
     boxes = [
-        (copy, part[tuple(slice(begin, end) for begin, end in copy.megatron)].reshape([e - b for b, e in copy.hf]))
+        (
+            copy,
+            part[tuple(slice(begin, end) for begin, end in copy.megatron)].reshape(
+                [e - b for b, e in copy.hf]
+            ),
+        )
         for copy, part in copies
     ]
-    if all(span == (0, length) for copy, _ in boxes for span, length in zip(copy.hf[1:], shape[1:], strict=True)):
+    if all(
+        span == (0, length)
+        for copy, _ in boxes
+        for span, length in zip(copy.hf[1:], shape[1:], strict=True)
+    ):
         return [_bytes(source) for _, source in boxes]
     whole = torch.empty(shape, dtype=held[0].dtype)
     for copy, source in boxes:

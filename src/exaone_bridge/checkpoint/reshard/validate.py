@@ -48,13 +48,18 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
         count = len(columns[0])
         for names, shape in zip(columns[1:], part.shapes, strict=True):
             if (found := list(map(shapes.get, names))).count(shape) != count:
-                name, other = next(pair for pair in zip(names, found, strict=True) if pair[1] != shape)
+                name, other = next(
+                    pair for pair in zip(names, found, strict=True) if pair[1] != shape
+                )
                 raise PlanError(name, f"has shape {other}, and the plan says {shape}")
             used += names
         if missing := set(part.row.layers) - layers:
             raise PlanError(part.row.megatron, f"is in layer {min(missing)}, which no rank holds")
         if part.row.experts and len(experts) != part.row.experts:
-            raise PlanError(part.row.megatron, f"has {part.row.experts} experts, and {len(experts)} are dealt out")
+            raise PlanError(
+                part.row.megatron,
+                f"has {part.row.experts} experts, and {len(experts)} are dealt out",
+            )
         parameters += count
         total += count * sum(math.prod(shape) for shape in part.shapes)
         padding += count * sum(elements(box) for cut in part.cuts for box in cut.padding)
@@ -102,11 +107,15 @@ def _prove_part(part: Part) -> None:
             if not 0 <= copy.tensor < len(part.shapes):
                 raise PlanError(here, f"is filled from tensor {copy.tensor} of {len(part.shapes)}")
             if _lengths(copy.hf) != _lengths(copy.megatron):
-                raise PlanError(here, f"{copy.megatron} is filled from {copy.hf}, which has other lengths")
+                raise PlanError(
+                    here, f"{copy.megatron} is filled from {copy.hf}, which has other lengths"
+                )
             used[copy.tensor].append(copy.hf)
         filled = [copy.megatron for copy in cut.copies]
         if cut.padding and row.kind is not Kind.VOCAB:
-            raise PlanError(here, f"has padding at {cut.padding[0]}, which only a vocabulary may have")
+            raise PlanError(
+                here, f"has padding at {cut.padding[0]}, which only a vocabulary may have"
+            )
         prove_cover(cut.shape, [*filled, *cut.padding], _fault(here))
     for tensor, shape, boxes in zip(row.hf, part.shapes, used, strict=True):
         prove_cover(shape, boxes, _fault(tensor.name))
@@ -121,39 +130,59 @@ def _lengths(box: Box) -> list[int]:
     return [end - begin for begin, end in box if end - begin != 1]
 
 
-def prove_cover(shape: tuple[int, ...], boxes: list[Box], fault: Callable[[Box, str], Exception]) -> None:
+def prove_cover(
+    shape: tuple[int, ...], boxes: list[Box], fault: Callable[[Box, str], Exception]
+) -> None:
     """Every element of `shape` lies in exactly one box: each is inside, no two meet, and their sizes add up.
 
     Raises:
         what `fault` makes of the box that is wrong, and of what is wrong with it.
     """
     for box in boxes:
-        if len(box) != len(shape) or any(not 0 <= b < e <= n for (b, e), n in zip(box, shape, strict=True)):
+        if len(box) != len(shape) or any(
+            not 0 <= b < e <= n for (b, e), n in zip(box, shape, strict=True)
+        ):
             raise fault(box, f"is empty or outside {list(shape)}")
     ordered = sorted(boxes)
-    open_: list[Box] = []  # those that reach past the beginning of the box at hand along the first axis
+    open_: list[
+        Box
+    ] = []  # those that reach past the beginning of the box at hand along the first axis
     for box in ordered:
         open_ = [other for other in open_ if other[0][1] > box[0][0]]
         for other in open_:
-            if all(b < other_e and other_b < e for (b, e), (other_b, other_e) in zip(box, other, strict=True)):
+            if all(
+                b < other_e and other_b < e
+                for (b, e), (other_b, other_e) in zip(box, other, strict=True)
+            ):
                 raise fault(box, f"is used twice, by {other} too")
         open_.append(box)
     covered = sum(map(elements, boxes))
     if covered != math.prod(shape):
-        raise fault(tuple((0, n) for n in shape), f"has {math.prod(shape)} elements, of which {covered} are used")
+        raise fault(
+            tuple((0, n) for n in shape),
+            f"has {math.prod(shape)} elements, of which {covered} are used",
+        )
 
 
 def _prove_places(plan: Plan) -> None:
     """Each rank's cuts are those that the layout gives it: nobody's share is left out, or held by the wrong rank."""
     layout = plan.layout
     ranks = plan.ranks()
-    if len(ranks) != layout.ranks or len(plan.stages) != layout.pp or len(plan.experts) != layout.ep:
+    if (
+        len(ranks) != layout.ranks
+        or len(plan.stages) != layout.pp
+        or len(plan.experts) != layout.ep
+    ):
         here = f"{len(ranks)} ranks, {len(plan.stages)} stages and {len(plan.experts)} hands of experts"
         raise PlanError(str(layout), f"has {layout.ranks} ranks, and the plan has {here}")
     for part in plan.parts:
         wanted = layout.expert_tp if part.per_expert else layout.tp
-        if len(part.cuts) not in (1, wanted) or (len(part.cuts) == 1 and part.row.kind not in _ALONE and wanted > 1):
-            raise PlanError(part.row.megatron, f"is cut in {len(part.cuts)}, and {wanted} ranks hold it")
+        if len(part.cuts) not in (1, wanted) or (
+            len(part.cuts) == 1 and part.row.kind not in _ALONE and wanted > 1
+        ):
+            raise PlanError(
+                part.row.megatron, f"is cut in {len(part.cuts)}, and {wanted} ranks hold it"
+            )
         for stage in range(layout.pp):
             group = [rank for rank in ranks if rank.pp == stage]
             holders = {(rank.ep, rank.etp) if part.per_expert else rank.tp for rank in group}

@@ -24,10 +24,22 @@ from exaone_bridge.schema.hf_config import (
 )
 from exaone_bridge.schema.model_family import dense_dims
 
-__all__ = ["ARCHITECTURES", "DENSE", "MOE", "Ernie45Facts", "first_pool", "read_config", "write_config"]
+__all__ = [
+    "ARCHITECTURES",
+    "DENSE",
+    "MOE",
+    "Ernie45Facts",
+    "first_pool",
+    "read_config",
+    "write_config",
+]
 
 DENSE, MOE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
-ARCHITECTURES = (MOE, DENSE, "Ernie4_5_ForCausalLM")  # the last is how published dense configurations spell it
+ARCHITECTURES = (
+    MOE,
+    DENSE,
+    "Ernie4_5_ForCausalLM",
+)  # the last is how published dense configurations spell it
 MODEL_TYPES = {DENSE: "ernie4_5", MOE: "ernie4_5_moe"}
 
 # Lists [N] or [N, N] in some configurations: a value for each pool of experts, of which text models have the first.
@@ -128,7 +140,9 @@ def first_pool(config: Mapping[str, Any], field: str) -> Any:
     if not isinstance(value, list | tuple):
         return value
     if len(value) not in (1, 2):
-        raise UnsupportedConfig(field, got=value, wanted="a number, [N] or [N, M]: a value for each pool of experts")
+        raise UnsupportedConfig(
+            field, got=value, wanted="a number, [N] or [N, M]: a value for each pool of experts"
+        )
     return value[0]
 
 
@@ -136,8 +150,13 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Lists reduced to the first pool's value, and a null that Transformers derives from another field, derived."""
     plain = {**config, **{field: first_pool(config, field) for field in LISTED if field in config}}
     # Ernie4_5Config.__post_init__; the other class derives nothing
-    if config.get("model_type") == MODEL_TYPES[DENSE] and plain.get("num_key_value_heads", ...) is None:
-        plain["num_key_value_heads"] = plain.get("num_attention_heads", _DEFAULTS[False]["num_attention_heads"])
+    if (
+        config.get("model_type") == MODEL_TYPES[DENSE]
+        and plain.get("num_key_value_heads", ...) is None
+    ):
+        plain["num_key_value_heads"] = plain.get(
+            "num_attention_heads", _DEFAULTS[False]["num_attention_heads"]
+        )
     return plain
 
 
@@ -151,7 +170,9 @@ def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
         UnsupportedConfig: a field that is malformed, not modelled, or that Transformers cannot run.
     """
     config = _plain(config)
-    is_moe = config.get("model_type") == MODEL_TYPES[MOE] or MOE in (config.get("architectures") or ())
+    is_moe = config.get("model_type") == MODEL_TYPES[MOE] or MOE in (
+        config.get("architectures") or ()
+    )
     default = _DEFAULTS[is_moe]
     heads = read_count(config, "num_attention_heads", default["num_attention_heads"])
     kv_heads = read_count(config, "num_key_value_heads", default["num_key_value_heads"])
@@ -178,7 +199,8 @@ def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
         tied=read_flag(config, "tie_word_embeddings", True),
         rope_theta=theta,
         bias=read_flag(config, "use_bias", False),
-        head_bias=is_moe and read_flag(config, "use_bias", False),  # Ernie4_5ForCausalLM's lm_head never has one
+        head_bias=is_moe
+        and read_flag(config, "use_bias", False),  # Ernie4_5ForCausalLM's lm_head never has one
         moe=moe,
         mtp_layers=read_count(config, "num_nextn_predict_layers", 0, least=0),
         dtype=read_dtype(config),
@@ -186,7 +208,13 @@ def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
     )
 
 
-_NO_EXPERTS = {"num_experts": 0, "topk": 0, "expert_ffn_size": 0, "num_shared_experts": 0, "norm_min": 0.0}
+_NO_EXPERTS = {
+    "num_experts": 0,
+    "topk": 0,
+    "expert_ffn_size": 0,
+    "num_shared_experts": 0,
+    "norm_min": 0.0,
+}
 
 
 def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +235,11 @@ def _schedule(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     kinds = config.get("mlp_layer_types")
     if kinds is not None:
         known = ("dense", "sparse")
-        if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        if (
+            not isinstance(kinds, list | tuple)
+            or len(kinds) != layers
+            or any(kind not in known for kind in kinds)
+        ):
             wanted = f"a list of {known[0]!r} and {known[1]!r}, one for each of num_hidden_layers={layers}"
             raise UnsupportedConfig("mlp_layer_types", got=kinds, wanted=wanted)
         return tuple(kind == "sparse" for kind in kinds)
@@ -274,7 +306,9 @@ def write_config(facts: Ernie45Facts, source: Mapping[str, Any]) -> dict[str, An
             config.pop(key, None)
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": facts.rope_theta}
     if source and read_config(config).head_bias != facts.head_bias:
-        raise UnsupportedConfig("head_bias", got=facts.head_bias, wanted="as use_bias says", where="provider")
+        raise UnsupportedConfig(
+            "head_bias", got=facts.head_bias, wanted="as use_bias says", where="provider"
+        )
     return config
 
 
@@ -283,7 +317,11 @@ def _write_schedule(moe: tuple[bool, ...]) -> dict[str, int]:
     layers = len(moe)
     sparse = [layer for layer, here in enumerate(moe) if here]
     if not sparse:  # a start behind the last layer
-        return {"moe_layer_start_index": layers, "moe_layer_end_index": layers - 1, "moe_layer_interval": 1}
+        return {
+            "moe_layer_start_index": layers,
+            "moe_layer_end_index": layers - 1,
+            "moe_layer_interval": 1,
+        }
     for interval in range(1, layers + 1):
         fields = {
             "moe_layer_start_index": sparse[0],
@@ -292,4 +330,6 @@ def _write_schedule(moe: tuple[bool, ...]) -> dict[str, int]:
         }
         if _schedule(fields, layers) == moe:
             return fields
-    raise UnsupportedConfig("moe_layer_freq", got=moe, wanted="every n-th layer between two of them", where="provider")
+    raise UnsupportedConfig(
+        "moe_layer_freq", got=moe, wanted="every n-th layer between two of them", where="provider"
+    )

@@ -39,7 +39,9 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
         if moe
         else functools.partial(
             MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(backend.column_linear_pre_norm, backend.row_linear, backend.activation),
+            submodules=MLPSubmodules(
+                backend.column_linear_pre_norm, backend.row_linear, backend.activation
+            ),
         )
     )
     return ModuleSpec(
@@ -62,10 +64,15 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
     )
 
 
-def ernie45_block_spec(config: Ernie45ModelProvider, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def ernie45_block_spec(
+    config: Ernie45ModelProvider, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage (of its chunk `vp_stage`), each as the global schedule says."""
     backend = resolve_backend(config.backend)
     first = get_transformer_layer_offset(config, vp_stage)
     here = range(first, first + get_num_layers_to_build(config, vp_stage))
-    specs = [ernie45_layer_spec(backend, moe=config.is_moe_layer(layer), bias=config.add_bias_linear) for layer in here]
+    specs = [
+        ernie45_layer_spec(backend, moe=config.is_moe_layer(layer), bias=config.add_bias_linear)
+        for layer in here
+    ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)

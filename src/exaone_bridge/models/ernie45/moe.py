@@ -35,7 +35,9 @@ class UnbiasedMoELayer(MoELayer):
             config = copy.copy(config)
             config.add_bias_linear = False
         super().__init__(config, submodules=submodules, **kwargs)
-        if isinstance(self.experts, GroupedExperts) and AlltoAllTokenDispatcher.suits(self.token_dispatcher):
+        if isinstance(self.experts, GroupedExperts) and AlltoAllTokenDispatcher.suits(
+            self.token_dispatcher
+        ):
             self.token_dispatcher = AlltoAllTokenDispatcher(
                 self.num_local_experts,
                 self.local_expert_indices,
@@ -57,10 +59,15 @@ class BiasedSharedExpertMLP(SharedExpertMLP):
         UnsupportedConfig: overlap with the dispatcher, which would drop the last bias.
     """
 
-    def __init__(self, *, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: Any) -> None:
+    def __init__(
+        self, *, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: Any
+    ) -> None:
         if config.moe_shared_expert_overlap:
             raise UnsupportedConfig(
-                "moe_shared_expert_overlap", got=True, wanted="off where shared experts have biases", where="provider"
+                "moe_shared_expert_overlap",
+                got=True,
+                wanted="off where shared experts have biases",
+                where="provider",
             )
         fc1, fc2 = _biased(submodules.linear_fc1), _biased(submodules.linear_fc2)
         submodules = dataclasses.replace(submodules, linear_fc1=fc1, linear_fc2=fc2)
@@ -78,6 +85,8 @@ def moe_builder(backend: Backend, router: type, *, shared_bias: bool) -> Any:
     Whether there are shared experts is the config's `moe_shared_expert_intermediate_size`: None for none.
     """
     linears = MLPSubmodules(backend.column_linear, backend.row_linear, backend.activation)
-    shared = functools.partial(BiasedSharedExpertMLP if shared_bias else SharedExpertMLP, submodules=linears)
+    shared = functools.partial(
+        BiasedSharedExpertMLP if shared_bias else SharedExpertMLP, submodules=linears
+    )
     submodules = MoESubmodules(experts=backend.experts(), shared_experts=shared, router=router)
     return functools.partial(UnbiasedMoELayer, submodules=submodules)

@@ -28,12 +28,16 @@ class MoEModelProvider(ExactGPTModelProvider):
     moe_aux_loss_coeff: float | list[float] = 0.0
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
-    moe_permute_fusion: bool = True  # 5% of a step of six layers of ERNIE 21B at 8192 (docs/benchmarks.md)
+    moe_permute_fusion: bool = (
+        True  # 5% of a step of six layers of ERNIE 21B at 8192 (docs/benchmarks.md)
+    )
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether this layer (global, 0-based) is a mixture of experts."""
         freq = self.moe_layer_freq
-        return bool(self.num_moe_experts) and (layer % freq == 0 if isinstance(freq, int) else bool(freq[layer]))
+        return bool(self.num_moe_experts) and (
+            layer % freq == 0 if isinstance(freq, int) else bool(freq[layer])
+        )
 
     def finalize(self) -> None:
         """Check the way of balancing, and choose what runs on this machine's backend.
@@ -52,7 +56,11 @@ class MoEModelProvider(ExactGPTModelProvider):
             )
         if resolve_backend(self.backend).name == "torch":
             # alltoall counts tokens on CUDA streams of its own; grouped GEMM and permutation are Transformer Engine's
-            self._switch_off(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False, moe_permute_fusion=False)
+            self._switch_off(
+                moe_token_dispatcher_type="allgather",
+                moe_grouped_gemm=False,
+                moe_permute_fusion=False,
+            )
         # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our
         # router does not mind the first, our experts have none of the second (models/ernie45/router.py, models/ernie45/moe.py).
         linear_biases = self.add_bias_linear
@@ -66,5 +74,9 @@ class MoEModelProvider(ExactGPTModelProvider):
     def _has_aux_loss(self) -> bool:
         kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        coefficients = coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
-        return any(kind != "none" and coeff for kind, coeff in zip(kinds, coefficients, strict=True))
+        coefficients = (
+            coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
+        )
+        return any(
+            kind != "none" and coeff for kind, coeff in zip(kinds, coefficients, strict=True)
+        )

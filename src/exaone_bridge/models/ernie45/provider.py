@@ -37,19 +37,28 @@ class Ernie45ModelProvider(MoEModelProvider):
     rotary_interleaved: bool = True
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0  # Ernie4_5Attention.__init__; stock: 0.1
-    should_pad_vocab: bool = True  # stock: False, which fails where tp does not divide the vocabulary
+    should_pad_vocab: bool = (
+        True  # stock: False, which fails where tp does not divide the vocabulary
+    )
     bias_activation_fusion: bool = True
-    bias_dropout_fusion: bool = False  # as a rule no bias, no dropout: a plain add, without torch.compile's guards
+    bias_dropout_fusion: bool = (
+        False  # as a rule no bias, no dropout: a plain add, without torch.compile's guards
+    )
     apply_rope_fusion: bool = True  # Transformer Engine's kernel rotates in fp32 too
     moe_norm_min: float = 1e-12
     output_bias: bool = False
     mtp_layers_carried: int = 0
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
     ) -> GPTModel:
         """The GPTModel of this rank (of its chunk `vp_stage`)."""
-        model = super().provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        model = super().provide(
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
         if self.output_bias:
             add_output_bias(model)
         return model
@@ -90,7 +99,9 @@ def facts_of(provider: Ernie45ModelProvider) -> Ernie45Facts:
         num_experts=provider.num_moe_experts if any(moe) else 0,
         topk=provider.moe_router_topk if any(moe) else 0,
         expert_ffn_size=expert_ffn,
-        num_shared_experts=(provider.moe_shared_expert_intermediate_size or 0) // expert_ffn if any(moe) else 0,
+        num_shared_experts=(provider.moe_shared_expert_intermediate_size or 0) // expert_ffn
+        if any(moe)
+        else 0,
         norm_min=provider.moe_norm_min if any(moe) else 0.0,
         mtp_layers=provider.mtp_layers_carried,
     )

@@ -92,8 +92,12 @@ class SelectionBiasRouter(TopKRouter):
         length, batch, experts = logits.shape
         padding = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.view(-1, experts), padding_mask=padding)
-        weights_TK, experts_TK = choose_experts(logits_TE, self.expert_bias, self.topk, self.norm_min)
-        weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK.type_as(logits_TE))
+        weights_TK, experts_TK = choose_experts(
+            logits_TE, self.expert_bias, self.topk, self.norm_min
+        )
+        weights_TE = torch.zeros_like(logits_TE).scatter(
+            1, experts_TK, weights_TK.type_as(logits_TE)
+        )
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, experts_TK, True)
         if self.config.moe_expert_capacity_factor is not None:
             weights_TE, chosen_TE = apply_router_token_dropping(
@@ -106,17 +110,26 @@ class SelectionBiasRouter(TopKRouter):
             )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             weights_TE = self._with_aux_losses(weights_TE, logits_TE, length, batch, padding)
-        if self.enable_expert_bias and torch.is_grad_enabled():  # `_apply_expert_bias`, less torch.compile
+        if (
+            self.enable_expert_bias and torch.is_grad_enabled()
+        ):  # `_apply_expert_bias`, less torch.compile
             with torch.no_grad():
                 counted = chosen_TE if padding is None else chosen_TE & ~padding[:, None]
                 self.local_tokens_per_expert += counted.sum(dim=0)
         return weights_TE, chosen_TE
 
     def _with_aux_losses(
-        self, weights: torch.Tensor, logits: torch.Tensor, length: int, batch: int, padding: torch.Tensor | None
+        self,
+        weights: torch.Tensor,
+        logits: torch.Tensor,
+        length: int,
+        batch: int,
+        padding: torch.Tensor | None,
     ) -> torch.Tensor:
         """TopKRouter's own, on unbiased probabilities, as in its `routing`."""
-        choice, scores = compute_routing_scores_for_aux_loss(logits, self.topk, "softmax", padding_mask=padding)
+        choice, scores = compute_routing_scores_for_aux_loss(
+            logits, self.topk, "softmax", padding_mask=padding
+        )
         masked = {"with_padding_mask": padding is not None}
         weights = self._apply_aux_loss(weights, scores, choice, **masked)
         weights = self._apply_seq_aux_loss(weights, scores, choice, length, batch, **masked)

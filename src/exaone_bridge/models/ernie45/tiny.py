@@ -78,7 +78,13 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }
 
-SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|begin_of_sentence|>": 3, "<|end_of_sentence|>": 4}
+SPECIAL_TOKENS = {
+    "<unk>": 0,
+    "<s>": 1,
+    "</s>": 2,
+    "<|begin_of_sentence|>": 3,
+    "<|end_of_sentence|>": 4,
+}
 
 CHAT_TEMPLATE = """\
 {{- "<|begin_of_sentence|>" }}

@@ -25,7 +25,14 @@ from exaone_bridge.schema.hf_config import (
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING, layer_types_of, windows_of
 from exaone_bridge.schema.model_family import dense_dims
 
-__all__ = ["ARCHITECTURE", "MODEL_TYPE", "Exaone4Facts", "Llama3Rope", "read_config", "write_config"]
+__all__ = [
+    "ARCHITECTURE",
+    "MODEL_TYPE",
+    "Exaone4Facts",
+    "Llama3Rope",
+    "read_config",
+    "write_config",
+]
 
 ARCHITECTURE, MODEL_TYPE = "Exaone4ForCausalLM", "exaone4"
 
@@ -125,8 +132,12 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
 
 def _window(config: Mapping[str, Any]) -> int | None:
     window = config.get("sliding_window", 4096)
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise UnsupportedConfig("sliding_window", got=window, wanted="null or a positive whole number of keys")
+    if window is not None and (
+        not isinstance(window, int) or isinstance(window, bool) or window < 1
+    ):
+        raise UnsupportedConfig(
+            "sliding_window", got=window, wanted="null or a positive whole number of keys"
+        )
     return window
 
 
@@ -137,14 +148,20 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     if kinds is None:
         kinds = _kinds_from_pattern(config.get("sliding_window_pattern", 4), window, layers)
     if not isinstance(kinds, list | tuple) or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UnsupportedConfig("layer_types", got=kinds, wanted=f"a list of {FULL!r} and {SLIDING!r}")
+        raise UnsupportedConfig(
+            "layer_types", got=kinds, wanted=f"a list of {FULL!r} and {SLIDING!r}"
+        )
     if len(kinds) != layers:
         raise UnsupportedConfig(
-            "layer_types", got=f"{len(kinds)} entries", wanted=f"one entry for each of num_hidden_layers={layers}"
+            "layer_types",
+            got=f"{len(kinds)} entries",
+            wanted=f"one entry for each of num_hidden_layers={layers}",
         )
     if window is None and SLIDING in kinds:
         raise UnsupportedConfig(
-            "sliding_window", got=None, wanted="a number of keys, because layer_types has sliding layers"
+            "sliding_window",
+            got=None,
+            wanted="a number of keys, because layer_types has sliding layers",
         )
     return windows_of(kinds, window)
 
@@ -235,7 +252,10 @@ def _write_schedule(facts: Exaone4Facts, default_window: int) -> dict[str, Any]:
     windows = {window for window in facts.windows if window is not None}
     if len(windows) > 1:
         raise UnsupportedConfig(
-            "window_size", got=sorted(windows), wanted="one window for all sliding layers", where="provider"
+            "window_size",
+            got=sorted(windows),
+            wanted="one window for all sliding layers",
+            where="provider",
         )
     window = next(iter(windows)) if windows else None if all(facts.rope) else default_window
     if facts.rope != tuple(window is None or here is not None for here in facts.windows):

@@ -42,18 +42,24 @@ def exaone4_layer_spec(backend: Backend) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(backend.column_linear, backend.row_linear_post_norm, backend.activation),
+                submodules=MLPSubmodules(
+                    backend.column_linear, backend.row_linear_post_norm, backend.activation
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def exaone4_block_spec(config: ExactGPTModelProvider, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def exaone4_block_spec(
+    config: ExactGPTModelProvider, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage (of its chunk `vp_stage`), and the final norm of the same backend.
 
     Megatron-Core would choose the final norm by what is installed, not by which backend was asked for.
     """
     backend = resolve_backend(config.backend)
     count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[exaone4_layer_spec(backend)] * count, layer_norm=backend.norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[exaone4_layer_spec(backend)] * count, layer_norm=backend.norm
+    )

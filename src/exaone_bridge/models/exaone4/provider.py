@@ -30,10 +30,14 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
     qk_layernorm: bool = True
     position_embedding_type: str = "rope"
     hidden_dropout: float = 0.0
-    should_pad_vocab: bool = True  # stock: False, which fails where tp does not divide the vocabulary
+    should_pad_vocab: bool = (
+        True  # stock: False, which fails where tp does not divide the vocabulary
+    )
     apply_rope_fusion: bool = True  # 8% of a 1.2B step at 8192 (docs/benchmarks.md)
     bias_activation_fusion: bool = True
-    bias_dropout_fusion: bool = False  # no bias, no dropout: a plain add, without torch.compile's guards (4%)
+    bias_dropout_fusion: bool = (
+        False  # no bias, no dropout: a plain add, without torch.compile's guards (4%)
+    )
 
 
 def exaone4_provider(facts: Exaone4Facts, hf_config: Mapping[str, Any]) -> Exaone4ModelProvider:

@@ -30,7 +30,10 @@ __all__ = ["exaone45_collate"]
 _ASSISTANT, _END = "[|assistant|]", "[|endofturn|]"
 _OTHERS = {role: f"[|{role}|]" for role in ("system", "user", "tool")}
 _NO_THOUGHT = "\n<think>\n\n</think>\n\n"  # before an answer without reasoning: at inference it is in the prompt
-_KINDS = {"image": ("image", "path", "url", "base64"), "video": ("video", "path", "url")}  # where a part may have it
+_KINDS = {
+    "image": ("image", "path", "url", "base64"),
+    "video": ("video", "path", "url"),
+}  # where a part may have it
 _VISUAL = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -94,7 +97,9 @@ def exaone45_collate(
     else:
         fill = {"input_ids": pad, "labels": IGNORE_INDEX}
         batch = {
-            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill.get(name, 0))
+            name: pad_sequence(
+                [row[name] for row in rows], batch_first=True, padding_value=fill.get(name, 0)
+            )
             for name in rows[0]
         }
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(len(rows), 1)
@@ -107,7 +112,9 @@ def exaone45_collate(
             ignore_index=IGNORE_INDEX,
         )
     parts = {name: [seen[name] for seen in visual if name in seen] for name in _VISUAL}
-    batch["visual_inputs"] = GenericVisualInputs(**{name: torch.cat(each) for name, each in parts.items() if each})
+    batch["visual_inputs"] = GenericVisualInputs(
+        **{name: torch.cat(each) for name, each in parts.items() if each}
+    )
     return batch
 
 
@@ -120,12 +127,17 @@ def _boundaries(processor: Any) -> AssistantMaskBoundaryConfig:
         assistant_end=_END,
         role_start_markers=_OTHERS,
         trim_leading_token_ids=tokenize_text_without_special_tokens(tokenizer, "\n"),
-        trim_leading_token_sequences=(tokenize_text_without_special_tokens(tokenizer, _NO_THOUGHT),),
+        trim_leading_token_sequences=(
+            tokenize_text_without_special_tokens(tokenizer, _NO_THOUGHT),
+        ),
     )
 
 
 def _row(
-    example: Mapping[str, Any], processor: Any, boundaries: AssistantMaskBoundaryConfig, pixels: Mapping[str, int]
+    example: Mapping[str, Any],
+    processor: Any,
+    boundaries: AssistantMaskBoundaryConfig,
+    pixels: Mapping[str, int],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """One conversation's words, labels, masks and positions [S], and its pixels and grids."""
     conversation, media = _opened(example)
@@ -136,7 +148,9 @@ def _row(
     # The turns are found before places are multiplied: no image is prepared for that.
     skipped = torch.tensor([processor.image_token_id, processor.video_token_id])
     turns = {"conversation": conversation, **options}
-    learned = build_assistant_loss_mask(turns, plain, tokenizer, skipped, boundary_config=boundaries)
+    learned = build_assistant_loss_mask(
+        turns, plain, tokenizer, skipped, boundary_config=boundaries
+    )
     seen: dict[str, torch.Tensor] = {}
     if media["image"]:
         seen |= processor.image_processor(images=media["image"], return_tensors="pt", **pixels)
@@ -151,9 +165,15 @@ def _row(
                 f"{kind}s: the chat template made {int(places.sum())} places of a conversation that has {len(grids)}; "
                 f"name each in one part of type {kind}, and write no {_token(processor, kind)} into words."
             )
-        repeats[places] = grids.prod(-1) // getattr(processor, f"{kind}_processor").merge_size ** 2 if len(grids) else 1
+        repeats[places] = (
+            grids.prod(-1) // getattr(processor, f"{kind}_processor").merge_size ** 2
+            if len(grids)
+            else 1
+        )
     words = plain.repeat_interleave(repeats)
-    labels, loss_mask = build_shifted_labels_and_loss_mask(words, learned.repeat_interleave(repeats), skipped)
+    labels, loss_mask = build_shifted_labels_and_loss_mask(
+        words, learned.repeat_interleave(repeats), skipped
+    )
     row = {
         "input_ids": words,
         "labels": labels,
@@ -178,14 +198,20 @@ def _opened(example: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str,
         content = turn["content"]
         if not isinstance(content, str):
             content = [_part(part, waiting, media) for part in content]
-        conversation.append({**{key: value for key, value in turn.items() if value is not None}, "content": content})
+        conversation.append(
+            {**{key: value for key, value in turn.items() if value is not None}, "content": content}
+        )
     for kind, left in waiting.items():
         if left:
-            raise VisionInputError(f"{kind}s: the example has {len(left)} more than its conversation has parts for.")
+            raise VisionInputError(
+                f"{kind}s: the example has {len(left)} more than its conversation has parts for."
+            )
     return conversation, media
 
 
-def _part(part: Mapping[str, Any], waiting: dict[str, list[Any]], media: dict[str, list[Any]]) -> dict[str, Any]:
+def _part(
+    part: Mapping[str, Any], waiting: dict[str, list[Any]], media: dict[str, list[Any]]
+) -> dict[str, Any]:
     kind = part.get("type")
     if kind not in _KINDS:
         return {key: value for key, value in part.items() if value is not None}
@@ -199,7 +225,9 @@ def _part(part: Mapping[str, Any], waiting: dict[str, list[Any]], media: dict[st
     return {"type": kind}
 
 
-def _check_length(row: Mapping[str, torch.Tensor], seen: Any, processor: Any, length: int | None) -> None:
+def _check_length(
+    row: Mapping[str, torch.Tensor], seen: Any, processor: Any, length: int | None
+) -> None:
     """No feature's place may be cut off: the features are there, whole."""
     words = row["input_ids"]
     if not seen or length is None or len(words) <= length:

@@ -24,7 +24,14 @@ from exaone_bridge.schema.hf_config import (
     read_number,
 )
 
-__all__ = ["ARCHITECTURE", "MODEL_TYPE", "Exaone45Facts", "VisionFacts", "read_config", "write_config"]
+__all__ = [
+    "ARCHITECTURE",
+    "MODEL_TYPE",
+    "Exaone45Facts",
+    "VisionFacts",
+    "read_config",
+    "write_config",
+]
 
 ARCHITECTURE, MODEL_TYPE = "Exaone4_5_ForConditionalGeneration", "exaone4_5"
 TEXT, VISION = "text_config", "vision_config"
@@ -47,7 +54,9 @@ class VisionFacts:
     merge_size: int  # patches along each side of the square that becomes one word
     window_size: int  # pixels
     out_size: int  # the language model's hidden size
-    full_attention: tuple[int, ...]  # blocks whose patches see their whole image; the others see their window
+    full_attention: tuple[
+        int, ...
+    ]  # blocks whose patches see their whole image; the others see their window
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +91,9 @@ class Exaone45Facts(Exaone4Facts):
     @property
     def text(self) -> Exaone4Facts:
         """The language model alone."""
-        return Exaone4Facts(**{field.name: getattr(self, field.name) for field in fields(Exaone4Facts)})
+        return Exaone4Facts(
+            **{field.name: getattr(self, field.name) for field in fields(Exaone4Facts)}
+        )
 
     @property
     def mtp_layers(self) -> int:
@@ -129,9 +140,15 @@ def read_config(config: Mapping[str, Any]) -> Exaone45Facts:
         )
     image, video = (_word(config, field, default, facts.vocab_size) for field, default in _TOKENS)
     if image == video:
-        raise UnsupportedConfig("video_token_id", got=video, wanted="another word than image_token_id")
+        raise UnsupportedConfig(
+            "video_token_id", got=video, wanted="another word than image_token_id"
+        )
     return Exaone45Facts(
-        **{field.name: getattr(facts, field.name) for field in fields(Exaone4Facts) if field.name != "tied"},
+        **{
+            field.name: getattr(facts, field.name)
+            for field in fields(Exaone4Facts)
+            if field.name != "tied"
+        },
         tied=bool(config.get("tie_word_embeddings", False)),
         vision=tower,
         image_token=image,
@@ -153,7 +170,9 @@ def _word(config: Mapping[str, Any], field: str, default: int, vocab_size: int) 
     return number
 
 
-def _nested(config: Mapping[str, Any], field: str, model_types: tuple[str, ...]) -> Mapping[str, Any]:
+def _nested(
+    config: Mapping[str, Any], field: str, model_types: tuple[str, ...]
+) -> Mapping[str, Any]:
     nested = config.get(field)
     if nested is None:  # Transformers takes the class's defaults
         nested = {}
@@ -166,10 +185,16 @@ def _nested(config: Mapping[str, Any], field: str, model_types: tuple[str, ...])
 
 def _dtype(config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
     """One type for the whole model: Transformers writes it in each of the three."""
-    said = [each for each in (config, *nested) if any(each.get(name) is not None for name in ("dtype", "torch_dtype"))]
+    said = [
+        each
+        for each in (config, *nested)
+        if any(each.get(name) is not None for name in ("dtype", "torch_dtype"))
+    ]
     found = [read_dtype(each) for each in said or [config]]
     if len(set(found)) > 1:
-        raise UnsupportedConfig("dtype", got=found, wanted="one type for the whole model, its towers included")
+        raise UnsupportedConfig(
+            "dtype", got=found, wanted="one type for the whole model, its towers included"
+        )
     return found[0]
 
 
@@ -177,7 +202,9 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionFacts:
     heads, hidden = read_count(vision, "num_heads", 16), read_count(vision, "hidden_size", 3584)
     kv_heads = read_count(vision, "num_key_value_heads", 8)
     if heads % kv_heads:
-        raise UnsupportedConfig("vision_config.num_key_value_heads", got=kv_heads, wanted=f"a divisor of {heads} heads")
+        raise UnsupportedConfig(
+            "vision_config.num_key_value_heads", got=kv_heads, wanted=f"a divisor of {heads} heads"
+        )
     if hidden % heads or hidden // heads % 4:
         wanted = f"num_heads={heads} times a multiple of four, because RoPE rotates pairs in rows and in columns"
         raise UnsupportedConfig("vision_config.hidden_size", got=hidden, wanted=wanted)
@@ -186,7 +213,9 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionFacts:
     depth = read_count(vision, "depth", 32)
     blocks = vision.get("fullatt_block_indexes", (7, 15, 23, 31))
     if not isinstance(blocks, list | tuple) or any(type(block) is not int for block in blocks):
-        raise UnsupportedConfig("vision_config.fullatt_block_indexes", got=blocks, wanted="a list of blocks' numbers")
+        raise UnsupportedConfig(
+            "vision_config.fullatt_block_indexes", got=blocks, wanted="a list of blocks' numbers"
+        )
     patch, merge = read_count(vision, "patch_size", 14), read_count(vision, "spatial_merge_size", 2)
     window = read_count(vision, "window_size", 112)
     if window < patch * merge:
@@ -241,7 +270,9 @@ def write_config(facts: Exaone45Facts, source: Mapping[str, Any]) -> dict[str, A
     nested = {TEXT: dict(config.get(TEXT) or {}), VISION: dict(config.get(VISION) or {})}
     text = read_text(nested[TEXT])
     if before.text != facts.text:  # but for what the whole model's fields say
-        nested[TEXT] = write_text(replace(facts.text, tied=text.tied, dtype=text.dtype), nested[TEXT])
+        nested[TEXT] = write_text(
+            replace(facts.text, tied=text.tied, dtype=text.dtype), nested[TEXT]
+        )
     nested[TEXT] |= _written(before, facts, _MTP_FIELDS)
     nested[VISION] |= _written(before.vision, facts.vision, _VISION_FIELDS)
     config |= _written(before, facts, _FIELDS)
@@ -253,22 +284,40 @@ def write_config(facts: Exaone45Facts, source: Mapping[str, Any]) -> dict[str, A
 
 
 def _written_whole(facts: Exaone45Facts) -> dict[str, Any]:
-    text = write_text(facts.text, {}) | _written(None, facts, _MTP_FIELDS if facts.mtp_depth else {})
+    text = write_text(facts.text, {}) | _written(
+        None, facts, _MTP_FIELDS if facts.mtp_depth else {}
+    )
     del text["architectures"]
-    vision = {"model_type": _VISION_TYPE, "dtype": facts.dtype} | _written(None, facts.vision, _VISION_FIELDS)
+    vision = {"model_type": _VISION_TYPE, "dtype": facts.dtype} | _written(
+        None, facts.vision, _VISION_FIELDS
+    )
     whole = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": facts.dtype}
     return whole | _written(None, facts, _FIELDS) | {TEXT: text, VISION: vision}
 
 
 def _written(before: object, facts: object, names: Mapping[str, str]) -> dict[str, Any]:
     """Field -> value of the facts that have changed."""
-    values = {field: getattr(facts, name) for name, field in names.items() if _changed(before, facts, name)}
-    return {field: list(value) if isinstance(value, tuple) else value for field, value in values.items()}
+    values = {
+        field: getattr(facts, name)
+        for name, field in names.items()
+        if _changed(before, facts, name)
+    }
+    return {
+        field: list(value) if isinstance(value, tuple) else value for field, value in values.items()
+    }
 
 
 def _changed(before: object, facts: object, name: str) -> bool:
     return before is None or bool(getattr(before, name) != getattr(facts, name))
 
 
-_FIELDS = {"image_token": "image_token_id", "video_token": "video_token_id", "tied": "tie_word_embeddings"}
-_MTP_FIELDS = {"mtp_depth": _MTP_DEPTH, "mtp_shared": "mtp_share_layers", "mtp_loss_scale": "mtp_loss_scaling_factor"}
+_FIELDS = {
+    "image_token": "image_token_id",
+    "video_token": "video_token_id",
+    "tied": "tie_word_embeddings",
+}
+_MTP_FIELDS = {
+    "mtp_depth": _MTP_DEPTH,
+    "mtp_shared": "mtp_share_layers",
+    "mtp_loss_scale": "mtp_loss_scaling_factor",
+}

@@ -35,7 +35,12 @@ class Exaone45Model(GPTModel):
 
     @classmethod
     def made_of(
-        cls, language_model: GPTModel, visual: torch.nn.Module | None, vision: VisionFacts, image: int, video: int
+        cls,
+        language_model: GPTModel,
+        visual: torch.nn.Module | None,
+        vision: VisionFacts,
+        image: int,
+        video: int,
     ) -> Exaone45Model:
         """This GPTModel, in place. Megatron-Bridge's provider names the class of what it builds, and takes no other.
 
@@ -45,7 +50,11 @@ class Exaone45Model(GPTModel):
         """
         language_model.__class__ = cls
         assert isinstance(language_model, cls)
-        language_model.vision, language_model.image_token, language_model.video_token = vision, image, video
+        language_model.vision, language_model.image_token, language_model.video_token = (
+            vision,
+            image,
+            video,
+        )
         if visual is not None:
             language_model.visual = visual
         return language_model
@@ -93,7 +102,9 @@ class Exaone45Model(GPTModel):
                 (self.video_token, "video", pixel_values_videos, video_grid_thw),
             ]
             decoder_input = self._embedded(input_ids, position_ids, kinds)
-        output = super().forward(input_ids, position_ids, attention_mask, decoder_input, labels, *args, **others)
+        output = super().forward(
+            input_ids, position_ids, attention_mask, decoder_input, labels, *args, **others
+        )
         return (output, others["loss_mask"]) if cut and whole_mask is not None else output
 
     def _is_whole(self, position_ids: torch.Tensor | None) -> bool:
@@ -109,7 +120,11 @@ class Exaone45Model(GPTModel):
         ranks = self.pg_collection.cp.size()
         if ranks == 1 or packed is None or packed.cu_seqlens_q is None:
             return
-        ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        ends = (
+            packed.cu_seqlens_q
+            if packed.cu_seqlens_q_padded is None
+            else packed.cu_seqlens_q_padded
+        )
         if int(ends[-1]) == input_ids.shape[1]:
             raise VisionInputError(
                 f"a packed row has all its {input_ids.shape[1]} words on each of the {ranks} ranks that share it; "
@@ -123,7 +138,9 @@ class Exaone45Model(GPTModel):
         kinds: list[tuple[int, str, torch.Tensor | None, torch.Tensor | None]],
     ) -> torch.Tensor | None:
         """[S, B, H] (this rank's cut, with sequence parallelism); None: words only, and nothing of the tower to do."""
-        given = [(token, kind, self._features(kind, pixels, grid)) for token, kind, pixels, grid in kinds]
+        given = [
+            (token, kind, self._features(kind, pixels, grid)) for token, kind, pixels, grid in kinds
+        ]
         if all(features is None for _, _, features in given):
             if not self._is_trained():
                 return None
@@ -139,7 +156,9 @@ class Exaone45Model(GPTModel):
             places, rows = self._places(input_ids, token, kind, len(features))
             here = (places[:, 1] >= cut.start) & (places[:, 1] < cut.stop)
             sample, word = places[here].unbind(1)
-            embedded = embedded.index_put((word - cut.start, sample), features[rows[here]].to(embedded.dtype))
+            embedded = embedded.index_put(
+                (word - cut.start, sample), features[rows[here]].to(embedded.dtype)
+            )
         return embedded
 
     def _is_trained(self) -> bool:
@@ -151,7 +170,9 @@ class Exaone45Model(GPTModel):
         first = self.pg_collection.tp.rank() * length if self.config.sequence_parallel else 0
         return range(first, first + length)
 
-    def _features(self, kind: str, pixels: torch.Tensor | None, grid: torch.Tensor | None) -> torch.Tensor | None:
+    def _features(
+        self, kind: str, pixels: torch.Tensor | None, grid: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """[words, H] of all images, or of all videos."""
         if pixels is None or grid is None or not len(grid):
             if pixels is not None and len(pixels):
@@ -181,7 +202,9 @@ class Exaone45Model(GPTModel):
         number = (whole.flatten().cumsum(0) - 1).view_as(whole)
         group = self.pg_collection.cp
         if group.size() > 1:
-            number = number[:, positions_of(group.rank(), group.size(), whole.shape[1], whole.device)]
+            number = number[
+                :, positions_of(group.rank(), group.size(), whole.shape[1], whole.device)
+            ]
         return mine.nonzero(), number[mine]
 
     def _over_context(self, mine: torch.Tensor) -> torch.Tensor:
@@ -189,6 +212,9 @@ class Exaone45Model(GPTModel):
         group = self.pg_collection.cp
         if group.size() == 1:
             return mine
-        parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        parts = [
+            torch.empty_like(mine, memory_format=torch.contiguous_format)
+            for _ in range(group.size())
+        ]
         dist.all_gather(parts, mine.contiguous(), group=group)
         return gathered_in_order(parts, 1)

@@ -29,7 +29,9 @@ __all__ = ["PredictionLayer", "mtp_block_spec"]
 class PredictionLayer(TransformerLayer):
     """A transformer layer that has the model's window, and RoPE, or has not, whatever its number."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, windowed: bool, rotated: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, windowed: bool, rotated: bool, **kwargs: Any
+    ) -> None:
         own = copy.copy(config)
         own.window_attn_skip_freq = [int(windowed)] * config.num_layers
         own.no_rope_freq = [int(not rotated)] * config.num_layers
@@ -53,7 +55,11 @@ def mtp_block_spec(
     count = get_mtp_num_layers_to_build(config, vp_stage=vp_stage)
     if not count:
         return None
-    inner = replace(layer, module=PredictionLayer, params={**layer.params, "windowed": windowed, "rotated": rotated})
+    inner = replace(
+        layer,
+        module=PredictionLayer,
+        params={**layer.params, "windowed": windowed, "rotated": rotated},
+    )
     spec = ModuleSpec(
         module=MultiTokenPredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
@@ -64,4 +70,6 @@ def mtp_block_spec(
             layer_norm=backend.norm,
         ),
     )
-    return MultiTokenPredictionBlockSubmodules(layer_specs=[spec] * (1 if config.mtp_use_repeated_layer else count))
+    return MultiTokenPredictionBlockSubmodules(
+        layer_specs=[spec] * (1 if config.mtp_use_repeated_layer else count)
+    )

@@ -28,13 +28,20 @@ def prompt_of(
             continue
         time, rows, columns = piece
         features = time * rows * columns // facts.vision.merge_size**2
-        words.append(torch.full((features,), facts.image_token if kind == "image" else facts.video_token))
-        given[kind].append((torch.tensor(piece), _pixels(facts.vision, time * rows * columns, generator)))
+        words.append(
+            torch.full((features,), facts.image_token if kind == "image" else facts.video_token)
+        )
+        given[kind].append(
+            (torch.tensor(piece), _pixels(facts.vision, time * rows * columns, generator))
+        )
     arguments: dict[str, torch.Tensor] = {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
         if given[kind]:
             grids, pixels = zip(*given[kind], strict=True)
-            arguments |= {f"pixel_values{suffix}": torch.cat(pixels), f"{kind}_grid_thw": torch.stack(grids)}
+            arguments |= {
+                f"pixel_values{suffix}": torch.cat(pixels),
+                f"{kind}_grid_thw": torch.stack(grids),
+            }
     return torch.cat(words), arguments
 
 
@@ -67,7 +74,13 @@ def image_prompts(
     small, large = (1, side, 2 * side), (1, (window + 1) * side, (2 * window + 1) * side)
     kinds: list[list[tuple[str, Piece]]] = [
         [("text", 5), ("image", large), ("text", 7)],
-        [("image", small), ("text", 3), ("image", large), ("text", 1), ("image", (1, 3 * side, side))],
+        [
+            ("image", small),
+            ("text", 3),
+            ("image", large),
+            ("text", 1),
+            ("image", (1, 3 * side, side)),
+        ],
         [("text", 2), ("video", (2, (window + 1) * side, side)), ("text", 2), ("image", small)],
         [("text", 9)],
     ]

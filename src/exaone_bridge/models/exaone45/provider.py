@@ -68,16 +68,27 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
     @property
     def vision_facts(self) -> VisionFacts:
         """What `vision` says."""
-        return VisionFacts(**{**self.vision, "full_attention": tuple(self.vision["full_attention"])})
+        return VisionFacts(
+            **{**self.vision, "full_attention": tuple(self.vision["full_attention"])}
+        )
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
     ) -> Exaone45Model:
         """EXAONE 4.0's model of this rank (of its chunk `vp_stage`); on the first stage, with the tower."""
-        language_model = super().provide(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        language_model = super().provide(
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
         facts = self.vision_facts
-        tower = build_tower(facts, self, self.init_method_std) if language_model.pre_process else None
-        model = Exaone45Model.made_of(language_model, tower, facts, self.image_token_id, self.video_token_id)
+        tower = (
+            build_tower(facts, self, self.init_method_std) if language_model.pre_process else None
+        )
+        model = Exaone45Model.made_of(
+            language_model, tower, facts, self.image_token_id, self.video_token_id
+        )
         for name, parameter in model.named_parameters():
             if self.is_frozen(name):
                 parameter.requires_grad_(False)
@@ -97,7 +108,9 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
             return self.freeze_mtp_model
         if name.startswith("visual.merger."):
             return self.freeze_vision_projection
-        return self.freeze_vision_model if name.startswith("visual.") else self.freeze_language_model
+        return (
+            self.freeze_vision_model if name.startswith("visual.") else self.freeze_language_model
+        )
 
 
 def exaone45_provider(facts: Exaone45Facts, hf_config: Mapping[str, Any]) -> Exaone45ModelProvider:
@@ -105,8 +118,13 @@ def exaone45_provider(facts: Exaone45Facts, hf_config: Mapping[str, Any]) -> Exa
     text = exaone4_provider(dataclasses.replace(facts.text, tied=facts.tied), hf_config)
     given = {each.name: getattr(text, each.name) for each in fields(text) if each.init}
     return Exaone45ModelProvider(
-        **given | {"mtp_use_repeated_layer": facts.mtp_shared, "mtp_loss_scaling_factor": facts.mtp_loss_scale},
-        vision=dataclasses.asdict(facts.vision) | {"full_attention": list(facts.vision.full_attention)},
+        **given
+        | {
+            "mtp_use_repeated_layer": facts.mtp_shared,
+            "mtp_loss_scaling_factor": facts.mtp_loss_scale,
+        },
+        vision=dataclasses.asdict(facts.vision)
+        | {"full_attention": list(facts.vision.full_attention)},
         image_token_id=facts.image_token,
         video_token_id=facts.video_token,
         mtp_depth=facts.mtp_depth,

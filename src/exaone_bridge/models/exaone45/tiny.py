@@ -57,7 +57,12 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 # The tokenizer's names of what holds an image's place, and of its borders (`processing_exaone4_5.py`).
-SPECIAL_TOKENS = TEXT_TOKENS | {"<|image_pad|>": 67, "<|video_pad|>": 68, "<vision>": 73, "</vision>": 74}
+SPECIAL_TOKENS = TEXT_TOKENS | {
+    "<|image_pad|>": 67,
+    "<|video_pad|>": 68,
+    "<vision>": 73,
+    "</vision>": 74,
+}
 
 # A turn is words, or a list of parts; each image and video leaves one word, which the processor multiplies.
 CHAT_TEMPLATE = TEXT_TEMPLATE.replace(
@@ -79,6 +84,9 @@ _PROCESSOR: dict[str, Any] = {
 }
 PROCESSOR_FILES: dict[str, dict[str, Any]] = {
     "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **_PROCESSOR},
-    "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **_PROCESSOR},
+    "video_preprocessor_config.json": {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        **_PROCESSOR,
+    },
     "processor_config.json": {"processor_class": "Exaone4_5_Processor"},
 }

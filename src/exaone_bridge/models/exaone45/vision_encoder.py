@@ -32,7 +32,9 @@ class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
         super().__init__(dim)
         frequencies = self._buffers.pop("inv_freq")
         self._non_persistent_buffers_set.discard("inv_freq")
-        self.__dict__["inv_freq"] = 1.0 / (self.theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
+        self.__dict__["inv_freq"] = 1.0 / (
+            self.theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
+        )
         assert frequencies is not None
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,9 @@ class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
         return super().forward(position_ids)
 
 
-def build_tower(vision: VisionFacts, config: TransformerConfig, init_std: float) -> Exaone4_5_VisionModel:
+def build_tower(
+    vision: VisionFacts, config: TransformerConfig, init_std: float
+) -> Exaone4_5_VisionModel:
     """The tower of these facts, in the model's type; where activations are recomputed, its blocks' are too.
 
     Args:
@@ -63,7 +67,9 @@ def build_tower(vision: VisionFacts, config: TransformerConfig, init_std: float)
         initializer_range=init_std,
     )
     with contextlib.nullcontext() if config.perform_initialization else no_init_weights():
-        tower = Exaone4_5_VisionModel._from_config(theirs, attn_implementation="sdpa", dtype=config.params_dtype)
+        tower = Exaone4_5_VisionModel._from_config(
+            theirs, attn_implementation="sdpa", dtype=config.params_dtype
+        )
     tower.rotary_pos_emb = _Fp32Angles(vision.head_dim // 2)
     if config.recompute_granularity == "full":
         tower.gradient_checkpointing_enable({"use_reentrant": False})
@@ -79,5 +85,7 @@ def build_tower(vision: VisionFacts, config: TransformerConfig, init_std: float)
 
 def smallest_image(vision: VisionFacts, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels [patches, elements of one] and grid [1, 3] of a grey image that is one word."""
-    pixels = torch.zeros(vision.merge_size**2, vision.patch_elements, dtype=like.dtype, device=like.device)
+    pixels = torch.zeros(
+        vision.merge_size**2, vision.patch_elements, dtype=like.dtype, device=like.device
+    )
     return pixels, torch.tensor([[1, vision.merge_size, vision.merge_size]], device=like.device)

@@ -15,7 +15,13 @@ from exaone_bridge.models.exaone4.weights import exaone4_rows
 from exaone_bridge.models.exaone45.config import Exaone45Facts, VisionFacts
 from exaone_bridge.schema.param_mapping import HFTensor, Kind, Row, hf_renamed
 
-__all__ = ["CARRIED", "carried_tensors", "exaone45_rows", "exaone45_rows_with_mtp", "without_carried"]
+__all__ = [
+    "CARRIED",
+    "carried_tensors",
+    "exaone45_rows",
+    "exaone45_rows_with_mtp",
+    "without_carried",
+]
 
 CARRIED = r"mtp\..+"  # which Transformers ignores (`_keys_to_ignore_on_load_unexpected`)
 
@@ -25,7 +31,13 @@ _BIAS_STD = 0.1
 def exaone45_rows(facts: Exaone45Facts) -> tuple[Row, ...]:
     """Every parameter of an EXAONE 4.5 model."""
     language = (hf_renamed(row, _in_language_model) for row in exaone4_rows(facts))
-    return (*language, *(Row(Kind.REPLICATED, _of_tower(tensor.name), (tensor,)) for tensor in _tower(facts.vision)))
+    return (
+        *language,
+        *(
+            Row(Kind.REPLICATED, _of_tower(tensor.name), (tensor,))
+            for tensor in _tower(facts.vision)
+        ),
+    )
 
 
 def _in_language_model(name: str) -> str:
@@ -81,12 +93,26 @@ def _mtp(facts: Exaone45Facts) -> Iterator[Row]:
         for row in exaone4_rows(facts.text):
             if row.layers:
                 inside = row.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
-                yield dataclasses.replace(hf_renamed(row, _in_prediction(depth)), megatron=inside, layers=())
+                yield dataclasses.replace(
+                    hf_renamed(row, _in_prediction(depth)), megatron=inside, layers=()
+                )
         if depth == 0:
             yield Row(Kind.COLUMN, f"{name}.eh_proj.weight", (HFTensor("mtp.fc.weight", "HJ"),))
-            yield Row(Kind.REPLICATED, f"{name}.enorm.weight", (HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),))
-            yield Row(Kind.REPLICATED, f"{name}.hnorm.weight", (HFTensor("mtp.pre_fc_norm_hidden.weight", "H"),))
-            yield Row(Kind.REPLICATED, f"{name}.final_layernorm.weight", (HFTensor("mtp.norm.weight", "H"),))
+            yield Row(
+                Kind.REPLICATED,
+                f"{name}.enorm.weight",
+                (HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),),
+            )
+            yield Row(
+                Kind.REPLICATED,
+                f"{name}.hnorm.weight",
+                (HFTensor("mtp.pre_fc_norm_hidden.weight", "H"),),
+            )
+            yield Row(
+                Kind.REPLICATED,
+                f"{name}.final_layernorm.weight",
+                (HFTensor("mtp.norm.weight", "H"),),
+            )
 
 
 def _in_prediction(depth: int) -> Callable[[str], str]:

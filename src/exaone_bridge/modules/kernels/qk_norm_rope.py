@@ -19,7 +19,9 @@ _TOKENS = 16  # of one program, for one group of heads
 
 @triton.jit
 def _turns(angles, row, low_at, batch, inside, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    angle = tl.load(angles + (row // batch)[:, None] * (2 * HALF) + low_at, inside, other=0.0).to(tl.float32)
+    angle = tl.load(angles + (row // batch)[:, None] * (2 * HALF) + low_at, inside, other=0.0).to(
+        tl.float32
+    )
     return tl.cos(angle), tl.sin(angle)
 
 
@@ -32,7 +34,9 @@ def _forward(  # type: ignore[no-untyped-def]
     group = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     index = tl.arange(0, HALF)[None, :]
-    low_at = 2 * index if PAIRS else index  # what is rotated together: neighbours, or one of each half
+    low_at = (
+        2 * index if PAIRS else index
+    )  # what is rotated together: neighbours, or one of each half
     high_at = low_at + 1 if PAIRS else low_at + HALF
     inside = (row < rows)[:, None] & (index < HALF)
     if ROTATE:
@@ -46,7 +50,9 @@ def _forward(  # type: ignore[no-untyped-def]
             high = high.to(tl.float32)
             if NORM:
                 weight = query_weight if head < QUERIES else key_weight
-                inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
+                inverse = tl.rsqrt(
+                    (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps
+                )[:, None]
                 low *= inverse * tl.load(weight + low_at).to(tl.float32)
                 high *= inverse * tl.load(weight + high_at).to(tl.float32)
             if ROTATE:
@@ -70,7 +76,9 @@ def _backward(  # type: ignore[no-untyped-def]
     group = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     index = tl.arange(0, HALF)[None, :]
-    low_at = 2 * index if PAIRS else index  # what is rotated together: neighbours, or one of each half
+    low_at = (
+        2 * index if PAIRS else index
+    )  # what is rotated together: neighbours, or one of each half
     high_at = low_at + 1 if PAIRS else low_at + HALF
     inside = (row < rows)[:, None] & (index < HALF)
     if ROTATE:
@@ -98,14 +106,18 @@ def _backward(  # type: ignore[no-untyped-def]
                 weight = query_weight if head < QUERIES else key_weight
                 low = tl.load(mixed + offset + low_at, inside, other=0.0).to(tl.float32)
                 high = tl.load(mixed + offset + high_at, inside, other=0.0).to(tl.float32)
-                inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
+                inverse = tl.rsqrt(
+                    (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps
+                )[:, None]
                 low *= inverse
                 high *= inverse
                 sum_low += tl.sum(of_low * low, 0)[None, :]
                 sum_high += tl.sum(of_high * high, 0)[None, :]
                 of_low *= tl.load(weight + low_at).to(tl.float32)
                 of_high *= tl.load(weight + high_at).to(tl.float32)
-                along = ((tl.sum(of_low * low, 1) + tl.sum(of_high * high, 1)) / (2 * HALF))[:, None]
+                along = ((tl.sum(of_low * low, 1) + tl.sum(of_high * high, 1)) / (2 * HALF))[
+                    :, None
+                ]
                 of_low = inverse * (of_low - low * along)
                 of_high = inverse * (of_high - high * along)
                 if head >= QUERIES - 1:  # after the last query, and after the key
@@ -132,11 +144,21 @@ class _QKNormRope(torch.autograd.Function):
         query = mixed.new_empty(length, batch, groups * queries, dim)
         key, value = (mixed.new_empty(length, batch, groups, dim) for _ in range(2))
         grid, numbers = (triton.cdiv(length * batch, _TOKENS), groups), (length * batch, batch, eps)
-        sizes = {"GROUPS": groups, "QUERIES": queries, "HALF": dim // 2, "TOKENS": _TOKENS, "PAIRS": pairs}
+        sizes = {
+            "GROUPS": groups,
+            "QUERIES": queries,
+            "HALF": dim // 2,
+            "TOKENS": _TOKENS,
+            "PAIRS": pairs,
+        }
         sizes |= {"NORM": query_weight is not None, "ROTATE": angles is not None}
-        _forward[grid](mixed, query, key, value, query_weight, key_weight, angles, *numbers, **sizes)
+        _forward[grid](
+            mixed, query, key, value, query_weight, key_weight, angles, *numbers, **sizes
+        )
         # Without norms the gradient does not depend on what was split.
-        ctx.save_for_backward(mixed if query_weight is not None else None, query_weight, key_weight, angles)
+        ctx.save_for_backward(
+            mixed if query_weight is not None else None, query_weight, key_weight, angles
+        )
         ctx.launch = mixed.shape, grid, numbers, sizes
         return query, key, value
 
@@ -147,7 +169,9 @@ class _QKNormRope(torch.autograd.Function):
         of_mixed = gradients[0].new_empty(shape)
         of_weights = None
         if mixed is not None:
-            of_weights = mixed.new_empty(grid[0] * grid[1], 2, 2 * sizes["HALF"], dtype=torch.float32)
+            of_weights = mixed.new_empty(
+                grid[0] * grid[1], 2, 2 * sizes["HALF"], dtype=torch.float32
+            )
         gradients = tuple(gradient.contiguous() for gradient in gradients)
         _backward[grid](
             mixed, *gradients, query_weight, key_weight, angles, of_mixed, of_weights, *numbers, **sizes
@@ -155,7 +179,13 @@ class _QKNormRope(torch.autograd.Function):
         if of_weights is None:
             return of_mixed, None, None, None, None
         of_query_weight, of_key_weight = of_weights.sum(0)
-        return of_mixed, of_query_weight.type_as(query_weight), of_key_weight.type_as(key_weight), None, None
+        return (
+            of_mixed,
+            of_query_weight.type_as(query_weight),
+            of_key_weight.type_as(key_weight),
+            None,
+            None,
+        )
 
 
 def qk_norm_rope(
@@ -181,5 +211,7 @@ def qk_norm_rope(
     if angles is not None:
         angles = angles.reshape(mixed.shape[0], -1).float().contiguous()
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    result = _QKNormRope.apply(mixed.contiguous(), *(weights or (None, None)), angles, (dim, eps, pairs))
+    result = _QKNormRope.apply(
+        mixed.contiguous(), *(weights or (None, None)), angles, (dim, eps, pairs)
+    )
     return result

@@ -55,7 +55,11 @@ def _backward(  # type: ignore[no-untyped-def]
         gradient *= scale
         of_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
         tl.store(of_x + row * 2 * width + columns, of_gate.to(of_x.dtype.element_ty), inside)
-        tl.store(of_x + row * 2 * width + width + columns, (gradient * silu).to(of_x.dtype.element_ty), inside)
+        tl.store(
+            of_x + row * 2 * width + width + columns,
+            (gradient * silu).to(of_x.dtype.element_ty),
+            inside,
+        )
     if WEIGHTED:
         tl.store(of_weights + row, total)
 
@@ -66,7 +70,9 @@ class _SwiGLU(torch.autograd.Function):
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
         if rows:
-            _forward[rows, triton.cdiv(width, _BLOCK)](x, weights, y, width, BLOCK=_BLOCK, WEIGHTED=weights is not None)
+            _forward[rows, triton.cdiv(width, _BLOCK)](
+                x, weights, y, width, BLOCK=_BLOCK, WEIGHTED=weights is not None
+            )
         ctx.save_for_backward(x, weights)
         return y
 
@@ -77,7 +83,9 @@ class _SwiGLU(torch.autograd.Function):
         of_weights = None if weights is None else torch.empty_like(weights, dtype=torch.float32)
         if x.shape[0]:
             numbers = {"BLOCK": _BLOCK, "WEIGHTED": weights is not None}
-            _backward[x.shape[0],](x, weights, gradient.contiguous(), of_x, of_weights, x.shape[1] // 2, **numbers)
+            _backward[x.shape[0],](
+                x, weights, gradient.contiguous(), of_x, of_weights, x.shape[1] // 2, **numbers
+            )
         return of_x, of_weights.to(weights.dtype) if of_weights is not None else None
 
 

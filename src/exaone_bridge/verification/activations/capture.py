@@ -36,7 +36,9 @@ class Traced:
 def routing_weights(output: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, E] weights, zero where not chosen, and [T, E] bool, chosen, of a Transformers router's output."""
     chosen = next(item for item in output if not item.is_floating_point())
-    floats = [item for item in output if item.is_floating_point()]  # logits first, the chosen experts' weights last
+    floats = [
+        item for item in output if item.is_floating_point()
+    ]  # logits first, the chosen experts' weights last
     weights, experts = floats[-1], floats[0].shape[-1]
     whole = torch.zeros(chosen.shape[0], experts, device=chosen.device)
     picked = torch.zeros_like(whole, dtype=torch.bool).scatter(1, chosen, True)
@@ -53,7 +55,10 @@ def _tensor(output: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def hf_hooks(
-    model: torch.nn.Module, points: Iterable[Point], length: int, keep: Callable[[Point, torch.Tensor, Any], None]
+    model: torch.nn.Module,
+    points: Iterable[Point],
+    length: int,
+    keep: Callable[[Point, torch.Tensor, Any], None],
 ) -> Iterator[None]:
     """Call `keep(point, output [N, S, features], chosen experts [N, S, E] or None)` as Transformers runs."""
     modules = dict(model.named_modules())
@@ -62,7 +67,11 @@ def hf_hooks(
         def look(_: Any, __: Any, output: Any) -> None:
             if point.take is Take.ROUTER:
                 weights, chosen = routing_weights(output)
-                keep(point, weights.view(-1, length, weights.shape[-1]), chosen.view(-1, length, weights.shape[-1]))
+                keep(
+                    point,
+                    weights.view(-1, length, weights.shape[-1]),
+                    chosen.view(-1, length, weights.shape[-1]),
+                )
                 return
             value = _tensor(output)
             if value.ndim == 4:  # [N, heads, S, D]
@@ -71,7 +80,11 @@ def hf_hooks(
 
         return look
 
-    handles = [modules[point.hf].register_forward_hook(hook(point)) for point in points if point.hf in modules]
+    handles = [
+        modules[point.hf].register_forward_hook(hook(point))
+        for point in points
+        if point.hf in modules
+    ]
     try:
         yield
     finally:
@@ -80,7 +93,9 @@ def hf_hooks(
 
 
 @contextlib.contextmanager
-def megatron_hooks(model: list[Any], points: Iterable[Point], into: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+def megatron_hooks(
+    model: list[Any], points: Iterable[Point], into: dict[str, list[torch.Tensor]]
+) -> Iterator[None]:
     """Append each microbatch's value [B, S, features] at every point that this rank holds.
 
     A vision tower runs once for a microbatch's images and once for its videos: [patches, features] each.
@@ -91,14 +106,20 @@ def megatron_hooks(model: list[Any], points: Iterable[Point], into: dict[str, li
     from megatron.core.utils import get_model_config, unwrap_model
 
     config = get_model_config(model[0])
-    table = [point for point in points if not (point.heads and config.tensor_model_parallel_size > 1)]
+    table = [
+        point for point in points if not (point.heads and config.tensor_model_parallel_size > 1)
+    ]
     handles = []
     for chunk in unwrap_model(model):
         modules = _by_global_number(chunk)
         for point in table:
             if point.sublayer == "embedding" and not chunk.pre_process:
                 continue
-            again = config.mtp_num_layers or 0 if point.sublayer == "embedding" and chunk.post_process else 0
+            again = (
+                config.mtp_num_layers or 0
+                if point.sublayer == "embedding" and chunk.post_process
+                else 0
+            )
             if (module := modules.get(point.megatron)) is not None:
                 handles.append(_watch(module, point, config, into, again))
     try:
@@ -110,17 +131,28 @@ def megatron_hooks(model: list[Any], points: Iterable[Point], into: dict[str, li
 
 def _by_global_number(chunk: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """A chunk numbers its layers from zero: name -> module, by the layer's number in the whole model."""
-    numbers = {f"decoder.layers.{here}": layer.layer_number - 1 for here, layer in enumerate(chunk.decoder.layers)}
+    numbers = {
+        f"decoder.layers.{here}": layer.layer_number - 1
+        for here, layer in enumerate(chunk.decoder.layers)
+    }
     found = {}
     for name, module in chunk.named_modules():
         parts = name.split(".")
         here = ".".join(parts[:3])
-        found[".".join(["decoder.layers", str(numbers[here]), *parts[3:]]) if here in numbers else name] = module
+        found[
+            ".".join(["decoder.layers", str(numbers[here]), *parts[3:]])
+            if here in numbers
+            else name
+        ] = module
     return found
 
 
 def _watch(
-    module: torch.nn.Module, point: Point, config: Any, into: dict[str, list[torch.Tensor]], again: int = 0
+    module: torch.nn.Module,
+    point: Point,
+    config: Any,
+    into: dict[str, list[torch.Tensor]],
+    again: int = 0,
 ) -> Any:
     """Keep what this module puts out, less the `again` calls that follow each one for something else."""
     from exaone_bridge.runtime.model import over_context
@@ -128,11 +160,15 @@ def _watch(
     def keep(value: torch.Tensor) -> None:
         """[S, B, ...] -> [B, S, features]; a copy, because residuals are added in place."""
         value = over_context(value, dim=0)
-        into.setdefault(point.hf, []).append(value.detach().flatten(2).transpose(0, 1).float().cpu().clone())
+        into.setdefault(point.hf, []).append(
+            value.detach().flatten(2).transpose(0, 1).float().cpu().clone()
+        )
 
     if point.take is Take.PATCHES:
         return module.register_forward_hook(
-            lambda _, __, output: into.setdefault(point.hf, []).append(_tensor(output).detach().float().cpu())
+            lambda _, __, output: into.setdefault(point.hf, []).append(
+                _tensor(output).detach().float().cpu()
+            )
         )
     calls = itertools.cycle((True, *(False,) * again))
 
@@ -145,7 +181,11 @@ def _watch(
                 keep(_whole(arguments[0], config))
             case Take.FUSED_NORM:
                 hidden = _whole(arguments[0], config)
-                keep(torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], linear.layer_norm_weight, linear.eps))
+                keep(
+                    torch.nn.functional.rms_norm(
+                        hidden, hidden.shape[-1:], linear.layer_norm_weight, linear.eps
+                    )
+                )
             case Take.QUERY | Take.KEY | Take.VALUE:
                 keep(_part(value, point.take, config))
             case Take.ROUTER:
@@ -153,7 +193,9 @@ def _watch(
                 keep(_whole(value.reshape(-1, batch, value.shape[-1]), config))
             case Take.OUTPUT:
                 bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-                if isinstance(bias, torch.Tensor) and bias.ndim == 1:  # left to be added with the residual
+                if (
+                    isinstance(bias, torch.Tensor) and bias.ndim == 1
+                ):  # left to be added with the residual
                     value = value + bias
                 keep(value if point.heads else _whole(value, config))
 
@@ -166,7 +208,9 @@ def _part(fused: torch.Tensor, take: Take, config: Any) -> torch.Tensor:
     per_group = config.num_attention_heads // groups
     length, batch = fused.shape[:2]
     heads = fused.view(length, batch, groups, per_group + 2, config.kv_channels)
-    which = {Take.QUERY: slice(0, per_group), Take.KEY: slice(-2, -1), Take.VALUE: slice(-1, None)}[take]
+    which = {Take.QUERY: slice(0, per_group), Take.KEY: slice(-2, -1), Take.VALUE: slice(-1, None)}[
+        take
+    ]
     return heads[..., which, :].flatten(2)
 
 

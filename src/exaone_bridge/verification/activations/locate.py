@@ -33,7 +33,10 @@ CAUSES: dict[str, tuple[str, ...]] = {
         "experts permuted, a shared expert dropped or counted twice",
         "another activation function",
     ),
-    "layer": ("a residual that is scaled, dropped or added at another place", "layers in another order"),
+    "layer": (
+        "a residual that is scaled, dropped or added at another place",
+        "layers in another order",
+    ),
     "vision embedding": (
         "pixels cut into patches by another rule, or channels and frames in another order",
         "another tensor loaded as the patches' projection",
@@ -48,8 +51,15 @@ CAUSES: dict[str, tuple[str, ...]] = {
         "the fused projection cut by the rule of as many key-value heads as queries",
         "RoPE of rows and columns: swapped, or another theta",
     ),
-    "vision mlp": ("gate and up swapped", "a bias that was not loaded", "another activation function"),
-    "vision layer": ("a residual that is scaled, dropped or added at another place", "blocks in another order"),
+    "vision mlp": (
+        "gate and up swapped",
+        "a bias that was not loaded",
+        "another activation function",
+    ),
+    "vision layer": (
+        "a residual that is scaled, dropped or added at another place",
+        "blocks in another order",
+    ),
     "vision merger": (
         "patches that become one word in another order",
         "its two linears swapped, or their biases not loaded",

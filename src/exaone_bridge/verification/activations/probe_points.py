@@ -73,11 +73,17 @@ def _tower(rows: tuple[Row, ...]) -> Iterator[Point]:
         prefix = row.hf[0].name.removesuffix(row.megatron)
         block = int(parts[2]) if parts[1] == "blocks" else None
         if block is None:
-            found = [(parts[:2], "embedding" if parts[1] == "patch_embed" else "merger"), (parts[:1], "features")]
+            found = [
+                (parts[:2], "embedding" if parts[1] == "patch_embed" else "merger"),
+                (parts[:1], "features"),
+            ]
         elif "norm" in parts[3]:
             found = [(parts[:4], "norm")]
         else:
-            found = [(parts[:4], "attention" if "attn" in parts[3] else "mlp"), (parts[:3], "layer")]
+            found = [
+                (parts[:4], "attention" if "attn" in parts[3] else "mlp"),
+                (parts[:3], "layer"),
+            ]
         for module, sublayer in found:
             name = ".".join(module)
             yield Point(prefix + name, None, TOWER + sublayer, name, Take.PATCHES, block=block)
@@ -93,22 +99,34 @@ def _inside(rows: tuple[Row, ...]) -> Iterator[Point]:
             name = _module(tensors[0].name)
             if row.kind is Kind.QKV and megatron.endswith(".weight"):
                 for tensor, take in zip(tensors, (Take.QUERY, Take.KEY, Take.VALUE), strict=True):
-                    yield Point(_module(tensor.name), here, "attention", _module(megatron), take, heads=True)
+                    yield Point(
+                        _module(tensor.name), here, "attention", _module(megatron), take, heads=True
+                    )
             elif megatron.endswith(".router.weight"):
                 yield Point(name, here, "router", _module(megatron), Take.ROUTER)
             elif megatron == "embedding.word_embeddings.weight":
                 yield Point(name, None, "embedding", "embedding", Take.OUTPUT)
-            elif row.kind is Kind.REPLICATED and "norm" in megatron.rpartition(".")[0] + name.rpartition(".")[2]:
+            elif (
+                row.kind is Kind.REPLICATED
+                and "norm" in megatron.rpartition(".")[0] + name.rpartition(".")[2]
+            ):
                 fused = megatron.endswith(".layer_norm_weight")
                 heads = tensors[0].axes == "D"
                 yield Point(
-                    name, here, "norm", _module(megatron), Take.FUSED_NORM if fused else Take.OUTPUT, heads=heads
+                    name,
+                    here,
+                    "norm",
+                    _module(megatron),
+                    Take.FUSED_NORM if fused else Take.OUTPUT,
+                    heads=heads,
                 )
 
 
 def _sublayers(rows: tuple[Row, ...]) -> Iterator[Point]:
     """Attention, feed-forward and the whole of each layer; a norm inside the last linear is not part of a sublayer."""
-    expanded = {megatron: tensors for row in rows if not row.experts for megatron, tensors in row.expand()}
+    expanded = {
+        megatron: tensors for row in rows if not row.experts for megatron, tensors in row.expand()
+    }
     for row in rows:
         if row.kind is not Kind.QKV or not row.megatron.endswith(".weight"):
             continue

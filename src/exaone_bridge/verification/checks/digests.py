@@ -44,7 +44,10 @@ def digest_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, Digest]:
     found: dict[str, Digest] = {}
     buffer = memoryview(bytearray(_PIECE))
     for path in sorted({tensor.file for tensor in tensors.values()}):
-        inside = sorted((tensor for tensor in tensors.values() if tensor.file == path), key=lambda each: each.offset)
+        inside = sorted(
+            (tensor for tensor in tensors.values() if tensor.file == path),
+            key=lambda each: each.offset,
+        )
         with path.open("rb", buffering=0) as file:
             for tensor in inside:
                 file.seek(tensor.offset)
@@ -75,5 +78,7 @@ def digest_stream(weights: Iterable[tuple[str, Any]]) -> dict[str, Digest]:
     for name, tensor in weights:
         flat = tensor.detach().cpu().contiguous().view(-1)
         data = flat.view(torch.uint8).numpy() if flat.numel() else b""
-        found[name] = Digest(spelled[tensor.dtype], tuple(tensor.shape), hashlib.sha256(data).hexdigest())
+        found[name] = Digest(
+            spelled[tensor.dtype], tuple(tensor.shape), hashlib.sha256(data).hexdigest()
+        )
     return found

@@ -35,8 +35,16 @@ def compare_digests(first: Mapping[str, Digest], second: Mapping[str, Digest]) -
             faults.append(f"{name} is {a.dtype} {list(a.shape)}, then {b.dtype} {list(b.shape)}")
         elif a.sha256 != b.sha256:
             faults.append(f"{name} differs")
-    figure = f"{len(first)} tensors bitwise equal" if not faults else f"{len(faults)} of {len(first)} tensors differ"
-    values = {"tensors": len(first), "differing": len(faults), "names": [fault.split(" ")[0] for fault in faults]}
+    figure = (
+        f"{len(first)} tensors bitwise equal"
+        if not faults
+        else f"{len(faults)} of {len(first)} tensors differ"
+    )
+    values = {
+        "tensors": len(first),
+        "differing": len(faults),
+        "names": [fault.split(" ")[0] for fault in faults],
+    }
     return _check("tensors", figure, faults, values)
 
 
@@ -48,9 +56,16 @@ def compare_configs(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
     """Key by key, both ways, less the version stamp."""
     keys = (left.keys() | right.keys()) - {"transformers_version"}
     faulty = [key for key in sorted(keys) if _text(left, key) != _text(right, key)]
-    faults = [f"{key}: {left.get(key, '(absent)')!r}, then {right.get(key, '(absent)')!r}" for key in faulty]
-    figure = f"{len(keys)} keys equal" if not faults else f"{len(faults)} of {len(keys)} keys differ"
-    return _check("config", figure, faults, {"keys": len(keys), "differing": len(faults), "names": faulty})
+    faults = [
+        f"{key}: {left.get(key, '(absent)')!r}, then {right.get(key, '(absent)')!r}"
+        for key in faulty
+    ]
+    figure = (
+        f"{len(keys)} keys equal" if not faults else f"{len(faults)} of {len(keys)} keys differ"
+    )
+    return _check(
+        "config", figure, faults, {"keys": len(keys), "differing": len(faults), "names": faulty}
+    )
 
 
 def _text(config: Mapping[str, Any], key: str) -> str | None:
@@ -73,6 +88,8 @@ def compare_files(left: Path, right: Path) -> Check:
         if not ((left / name).is_file() and (right / name).is_file())
         or (left / name).read_bytes() != (right / name).read_bytes()
     ]
-    figure = f"{len(names)} files equal" if not faults else f"{len(faults)} of {len(names)} files differ"
+    figure = (
+        f"{len(names)} files equal" if not faults else f"{len(faults)} of {len(names)} files differ"
+    )
     values = {"files": len(names), "differing": len(faults), "names": faults}
     return Check("files", figure, not faults, ", ".join(faults[:_NAMED]), values=values)

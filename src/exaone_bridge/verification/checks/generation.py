@@ -32,7 +32,9 @@ _QUESTION = {"role": "user", "content": "What is the weather in Seoul? 서울 �
 _CALL = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Seoul"}}}],
+    "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Seoul"}}}
+    ],
 }
 _ANSWER = {"role": "tool", "name": "weather", "content": '{"degrees": 21}'}
 
@@ -66,7 +68,9 @@ def _chats(folder: Path) -> dict[str, Generated]:
     found = {}
     for name, (messages, settings) in CHATS.items():
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **settings
+            )
             found[name] = Generated(tuple(tokenizer(text, add_special_tokens=False).input_ids))
         except TemplateError as error:
             found[name] = Generated(refused=str(error))
@@ -110,9 +114,16 @@ def compare_generated(before: Mapping[str, Generated], after: Mapping[str, Gener
         elif (a.prompt, a.refused) != (b.prompt, b.refused):
             faults.append(f"{name}: the template makes another prompt")
         elif a.words != b.words:
-            first = next(at for at, pair in enumerate(zip(a.words, b.words, strict=True)) if pair[0] != pair[1])
+            first = next(
+                at
+                for at, pair in enumerate(zip(a.words, b.words, strict=True))
+                if pair[0] != pair[1]
+            )
             faults.append(f"{name}: word {first} is {a.words[first]}, then {b.words[first]}")
-    names = ", ".join(f"{name} (refused by the template)" if each.refused else name for name, each in before.items())
+    names = ", ".join(
+        f"{name} (refused by the template)" if each.refused else name
+        for name, each in before.items()
+    )
     count = sum(len(each.words) for each in before.values())
     figure = f"{count} greedy words, {len(before)} prompts: {names}"
     if faults:

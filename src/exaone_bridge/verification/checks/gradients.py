@@ -34,13 +34,17 @@ def gradients_of_transformers(
     return clean, change / NUDGE
 
 
-def _backward(model: Any, tokens: torch.Tensor, images: Sequence[Images], nudge: float) -> Gradients:
+def _backward(
+    model: Any, tokens: torch.Tensor, images: Sequence[Images], nudge: float
+) -> Gradients:
     def add_noise(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         return output + nudge * noise * output.detach().square().mean(-1, keepdim=True).sqrt()
 
     model.zero_grad()
-    handles = [each.register_forward_hook(add_noise) for each in embeddings_of(model)] if nudge else []
+    handles = (
+        [each.register_forward_hook(add_noise) for each in embeddings_of(model)] if nudge else []
+    )
     tokens = tokens.to(model.device)
     pictures = {name: value.to(model.device) for name, value in together(images).items()}
     logits = model(tokens[:, :-1], use_cache=False, **pictures).logits
@@ -61,12 +65,18 @@ def _on_disk(name: str, gradient: torch.Tensor) -> Gradients:
         return {name: gradient.clone()}
     found: Gradients = {}
     for expert, own in enumerate(gradient):
-        parts = zip(("gate", "up"), own.chunk(2), strict=True) if leaf == "gate_up_proj" else [("down", own)]
+        parts = (
+            zip(("gate", "up"), own.chunk(2), strict=True)
+            if leaf == "gate_up_proj"
+            else [("down", own)]
+        )
         found |= {f"{module}.{expert}.{which}_proj.weight": part.clone() for which, part in parts}
     return found
 
 
-def _forward_step(batches: Iterator[tuple[torch.Tensor, Images]], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward_step(
+    batches: Iterator[tuple[torch.Tensor, Images]], model: Any
+) -> tuple[torch.Tensor, Any]:
     from megatron.core import parallel_state
 
     from exaone_bridge.modules.context_parallel import positions_of
@@ -104,7 +114,9 @@ def gradients_of_megatron(
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
     device = next(model[0].parameters()).device
-    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [{}] * len(tokens)
+    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [
+        {}
+    ] * len(tokens)
     data = list(zip(tokens.to(device).split(1), inputs, strict=True))
     for chunk in model:
         chunk.train()
@@ -123,7 +135,8 @@ def gradients_of_megatron(
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)  # exported as if they were the weights
     return {
-        name: weight.clone().float() for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False)
+        name: weight.clone().float()
+        for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False)
     }
 
 
@@ -143,16 +156,29 @@ def compare_gradients(
     """
     expected, amplification = reference
     differences = {
-        name: _relative(ours[name], expected[name]) if name in ours else float("inf") for name in sorted(expected)
+        name: _relative(ours[name], expected[name]) if name in ours else float("inf")
+        for name in sorted(expected)
     }
     rounding = Rounding(facts, positions)
     # There and back, and the gradient itself, a sum over all positions.
     terms = 3 * rounding.terms(None, "output layer", is_last=True) + positions
     bound = rounding.bound(terms, amplification)
-    worst = max(differences, key=lambda name: differences[name] if differences[name] == differences[name] else 9e9)
-    faults = [f"{name} differs by {value:.1e}" for name, value in differences.items() if not value <= bound]
+    worst = max(
+        differences,
+        key=lambda name: differences[name] if differences[name] == differences[name] else 9e9,
+    )
+    faults = [
+        f"{name} differs by {value:.1e}"
+        for name, value in differences.items()
+        if not value <= bound
+    ]
     figure = f"{len(differences)} gradients, the worst of {worst}"
-    values = {"gradients": len(differences), "relative": differences[worst], "bound": bound, "worst": worst}
+    values = {
+        "gradients": len(differences),
+        "relative": differences[worst],
+        "bound": bound,
+        "worst": worst,
+    }
     return Check(
         "gradients",
         figure,

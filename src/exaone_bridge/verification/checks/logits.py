@@ -64,7 +64,9 @@ def _figures(references: Sequence[Traced], ours: Sequence[Traced], bound: float)
     found = torch.cat([mine.logits[_mask(run)] for run, mine in zip(references, ours, strict=True)])
     difference = (found - expected).abs()
     logs, ours_logs = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-    kl = (logs.exp() * (logs - ours_logs)).sum(-1).abs()  # rounding can make it a little less than zero
+    kl = (
+        (logs.exp() * (logs - ours_logs)).sum(-1).abs()
+    )  # rounding can make it a little less than zero
     total = sum(run.logits.shape[0] * run.logits.shape[1] for run in references)
     return Figures(
         positions=len(expected),
@@ -84,10 +86,14 @@ def _max(values: torch.Tensor) -> float:
 
 
 def _mask(run: Traced) -> torch.Tensor:
-    return torch.ones(run.logits.shape[:2], dtype=torch.bool) if run.decided is None else run.decided
+    return (
+        torch.ones(run.logits.shape[:2], dtype=torch.bool) if run.decided is None else run.decided
+    )
 
 
-def compare_logits(references: Sequence[Traced], ours: Sequence[Traced], places: Sequence[Place]) -> Check:
+def compare_logits(
+    references: Sequence[Traced], ours: Sequence[Traced], places: Sequence[Place]
+) -> Check:
     """The line for fp32: every position of every prompt within the bound of rounding; NaN never holds.
 
     Args:
@@ -109,7 +115,10 @@ def compare_half_precision(
     """
 
     def distance(side: Sequence[Traced]) -> float:
-        gaps = [(mine.logits - run.logits).abs().flatten() for run, mine in zip(references, side, strict=True)]
+        gaps = [
+            (mine.logits - run.logits).abs().flatten()
+            for run, mine in zip(references, side, strict=True)
+        ]
         return torch.cat(gaps).mean().item()
 
     whole = [dataclasses.replace(run, decided=None) for run in references]
@@ -139,15 +148,22 @@ def places_of(
     table = {point.hf: point for point in points}
     rounding = Rounding(facts, max(run.logits.shape[1] for run in references))
     places = []
-    names = max((run.values for run in references), key=len)  # a vision tower is in those that have images
+    names = max(
+        (run.values for run in references), key=len
+    )  # a vision tower is in those that have images
     for name in (*names, LOGITS):
         point = table.get(name)
         if point is not None and point.heads and any(name not in run.values for run in ours):
             continue  # tensor parallelism: a rank has some heads only
         layer, sublayer = (None, "output layer") if point is None else (point.layer, point.sublayer)
         tower = point if point is not None and point.take is Take.PATCHES else None
-        runs = [number for number, run in enumerate(references) if name == LOGITS or name in run.values]
-        pairs = [(_of(references[n], name), _of(ours[n], name), None if tower else references[n].decided) for n in runs]
+        runs = [
+            number for number, run in enumerate(references) if name == LOGITS or name in run.values
+        ]
+        pairs = [
+            (_of(references[n], name), _of(ours[n], name), None if tower else references[n].decided)
+            for n in runs
+        ]
         if theirs is None:
             difference = max((_worst(_relative(a, b), mask) for a, b, mask in pairs), key=_nan_last)
             amplification = max(run.sensitivity.get(name, 1.0) for run in references)
@@ -158,7 +174,9 @@ def places_of(
             bound = rounding.bound(terms, amplification)
         else:
             difference = _typical([_relative(a, b) for a, b, _ in pairs])
-            other = [_relative(a, _of(theirs[n], name)) for (a, _, _), n in zip(pairs, runs, strict=True)]
+            other = [
+                _relative(a, _of(theirs[n], name)) for (a, _, _), n in zip(pairs, runs, strict=True)
+            ]
             bound = 2 * _typical(other)
         places.append(Place(name, layer, sublayer, difference, bound))
     return tuple(places)

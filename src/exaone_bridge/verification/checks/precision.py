@@ -12,7 +12,9 @@ from typing import Any
 __all__ = ["BF16_RATIO", "UNIT_ROUNDOFF", "Rounding"]
 
 UNIT_ROUNDOFF = 2.0**-24  # of fp32, to nearest
-CEILING = 2.0**-9  # a model that amplifies rounding beyond this cannot be verified in fp32, and does not hold
+CEILING = (
+    2.0**-9
+)  # a model that amplifies rounding beyond this cannot be verified in fp32, and does not hold
 _TOWER_THETA = 1e4  # Transformers' `Exaone4_5_VisionRotaryEmbedding`
 BF16_RATIO = 1.1  # of distances from fp32: two runs of one precision are that far from each other
 
@@ -39,7 +41,11 @@ class Rounding:
         keys = self.length if window is None else min(window, self.length)
         # An angle is position x frequency, rounded once: an error of u x angle, mean square over the frequencies
         # theta^-2x, 0 <= x < 1.
-        angles = self.length**2 / (2 * math.log(max(self.facts.rope_theta, 2.0))) if self.facts.rope[layer] else 0.0
+        angles = (
+            self.length**2 / (2 * math.log(max(self.facts.rope_theta, 2.0)))
+            if self.facts.rope[layer]
+            else 0.0
+        )
         return 2 * self.hidden + self.hidden + 2 * self.head + 2 * keys + self.heads + angles
 
     def _mlp(self) -> float:
@@ -47,7 +53,9 @@ class Rounding:
 
     def _tower(self) -> float:
         """Of a vision tower, whose features take the place of words: patches, each block, and the merger after them."""
-        return 0.0 if getattr(self.facts, "vision", None) is None else self.tower_terms(None, "merger")
+        return (
+            0.0 if getattr(self.facts, "vision", None) is None else self.tower_terms(None, "merger")
+        )
 
     def tower_terms(self, block: int | None, sublayer: str) -> float:
         """Terms summed on the way to this place of a vision tower: of its embedding, of a block, or of its merger."""
@@ -57,8 +65,14 @@ class Rounding:
         if block is None:
             last = self.tower_terms(vision.depth - 1, "layer")
             return last + vision.hidden_size * (1 + 2 * vision.merge_size**2)
-        before = vision.patch_elements + sum(self._block_attention(each) + self._block_mlp() for each in range(block))
-        return float(before + self._block_attention(block) + (0 if sublayer == "attention" else self._block_mlp()))
+        before = vision.patch_elements + sum(
+            self._block_attention(each) + self._block_mlp() for each in range(block)
+        )
+        return float(
+            before
+            + self._block_attention(block)
+            + (0 if sublayer == "attention" else self._block_mlp())
+        )
 
     def _block_attention(self, block: int) -> float:
         vision = self.facts.vision
@@ -87,4 +101,6 @@ class Rounding:
 
         Never above the ceiling: a fault may not hide behind a model that amplifies everything.
         """
-        return min(CEILING, math.sqrt(2) * UNIT_ROUNDOFF * math.sqrt(terms) * max(1.0, amplification))
+        return min(
+            CEILING, math.sqrt(2) * UNIT_ROUNDOFF * math.sqrt(terms) * max(1.0, amplification)
+        )

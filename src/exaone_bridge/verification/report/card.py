@@ -10,7 +10,9 @@ from exaone_bridge.verification.report.report import Report
 
 __all__ = ["card_section", "write_card"]
 
-_HEAD = "<!-- Written by `exaone-bridge verify --card`. Do not edit: run the commands below again. -->"
+_HEAD = (
+    "<!-- Written by `exaone-bridge verify --card`. Do not edit: run the commands below again. -->"
+)
 
 
 def write_card(report: Report, path: Path, *, name: str, note: str = "") -> None:
@@ -33,7 +35,9 @@ def _summary(sections: dict[str, str]) -> str:
         return f"**{len(failed)} of {len(sections)} verifications differ.**\n"
     return (
         f"{len(sections)} verifications, and every check that ran holds. None of them is of the published weights\n"
-        + ("themselves unless its section says so: weights are random, of the shape that the section gives.\n")
+        + (
+            "themselves unless its section says so: weights are random, of the shape that the section gives.\n"
+        )
     )
 
 
@@ -69,13 +73,19 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
     lines = [f"## {title}", ""]
     if note:
         lines += [note, ""]
-    lines += [f"- Shape: {shape}.", f"- Prompts: {_prompts(report)}.", f"- Versions: {_versions(report)}."]
+    lines += [
+        f"- Shape: {shape}.",
+        f"- Prompts: {_prompts(report)}.",
+        f"- Versions: {_versions(report)}.",
+    ]
     lines += [f"- {report.seconds:.0f} s: `{report.command}`", ""] if report.command else [""]
     lines += ["| check | figure | held against | verdict |", "|---|---|---|---|"]
     for check in report.checks:
         figure = check.figure if check.ran else check.where
         figure += f"; {check.where}" if not check.holds else ""
-        lines.append(f"| {check.name} | {_cell(figure)} | {_cell(check.bound)} | {check.verdict.value} |")
+        lines.append(
+            f"| {check.name} | {_cell(figure)} | {_cell(check.bound)} | {check.verdict.value} |"
+        )
     return title, "\n".join(lines) + "\n"
 
 
@@ -97,7 +107,10 @@ _WORDS = {"vision": _tower, "mtp": _mtp}
 
 def _prompts(report: Report) -> str:
     shapes = report.setup.get("prompts", [])
-    counts = [[report.setup.get(kind, [0] * len(shapes))[number] for kind in _KINDS] for number in range(len(shapes))]
+    counts = [
+        [report.setup.get(kind, [0] * len(shapes))[number] for kind in _KINDS]
+        for number in range(len(shapes))
+    ]
     text = ", ".join(
         f"{count} of {length} positions{_with(pictures)}"
         for (count, length), pictures in zip(shapes, counts, strict=True)
@@ -109,7 +122,11 @@ _KINDS = ("images", "videos")
 
 
 def _with(counts: Sequence[int]) -> str:
-    said = [f"{count} {kind[: None if count > 1 else -1]}" for count, kind in zip(counts, _KINDS, strict=True) if count]
+    said = [
+        f"{count} {kind[: None if count > 1 else -1]}"
+        for count, kind in zip(counts, _KINDS, strict=True)
+        if count
+    ]
     return f" with {' and '.join(said)}" if said else ""
 
 

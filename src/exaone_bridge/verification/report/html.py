@@ -35,7 +35,12 @@ def write_html(report: Report, path: Path) -> None:
 def html_of(report: Report) -> str:
     """The whole page."""
     title = report.source if report.other is None else f"{report.source} against {report.other}"
-    facts = [f"{report.parameters:,} parameters", report.layout, report.dtype, f"backend {report.backend}"]
+    facts = [
+        f"{report.parameters:,} parameters",
+        report.layout,
+        report.dtype,
+        f"backend {report.backend}",
+    ]
     facts.append(f"{report.seconds:.1f} s")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -63,7 +68,12 @@ def _badge(verdict: str) -> str:
 def _check(check: Any) -> str:
     kind = "where" if not check.holds else "sub"
     where = f'<div class="{kind}">{escape(check.where)}</div>' if check.where else ""
-    cells = (escape(check.name), escape(check.figure) + where, escape(check.bound), _badge(check.verdict.value))
+    cells = (
+        escape(check.name),
+        escape(check.figure) + where,
+        escape(check.bound),
+        _badge(check.verdict.value),
+    )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
 
 
@@ -87,7 +97,9 @@ def _plot(report: Report) -> str:
 
 
 def _table(title: str, values: Any) -> str:
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+    rows = "".join(
+        f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items()
+    )
     return f"<h2>{title}</h2><table>{rows}</table>" if rows else ""
 
 

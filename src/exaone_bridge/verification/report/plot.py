@@ -57,8 +57,12 @@ def differences_png(places: Sequence[Place]) -> bytes:
         canvas.mark(_shape(place), x, y(place.difference), size, BEYOND if place.parts else WITHIN)
         if number == first:
             canvas.line([(x, TOP), (x, HEIGHT - BOTTOM)], BEYOND, 1.2)
-            name = place.sublayer if place.layer is None else f"layer {place.layer}, {place.sublayer}"
-            canvas.text(x, TOP - 4, f"parts here: {name}", BEYOND, 12, "lb" if x < WIDTH / 2 else "rb")
+            name = (
+                place.sublayer if place.layer is None else f"layer {place.layer}, {place.sublayer}"
+            )
+            canvas.text(
+                x, TOP - 4, f"parts here: {name}", BEYOND, 12, "lb" if x < WIDTH / 2 else "rb"
+            )
     _legend(canvas)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
@@ -77,12 +81,22 @@ class _Canvas:
         self.draw = draw
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
-        self.draw.line([(x * SCALE, y * SCALE) for x, y in points], fill=colour, width=round(width * SCALE))
+        self.draw.line(
+            [(x * SCALE, y * SCALE) for x, y in points], fill=colour, width=round(width * SCALE)
+        )
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: str) -> None:
         self.draw.rectangle([left * SCALE, top * SCALE, right * SCALE, bottom * SCALE], fill=colour)
 
-    def text(self, x: float, y: float, text: str, colour: str = MUTED, size: float = 11, anchor: str = "mm") -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        colour: str = MUTED,
+        size: float = 11,
+        anchor: str = "mm",
+    ) -> None:
         from PIL import ImageFont
 
         font = ImageFont.load_default(size * SCALE)
@@ -94,26 +108,40 @@ class _Canvas:
             case "disc":
                 self.draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
             case "ring":
-                self.draw.ellipse([x - r, y - r, x + r, y + r], fill="white", outline=colour, width=SCALE)
+                self.draw.ellipse(
+                    [x - r, y - r, x + r, y + r], fill="white", outline=colour, width=SCALE
+                )
             case "square":
                 self.draw.rectangle([x - r, y - r, x + r, y + r], fill=colour)
             case "triangle":
                 self.draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
             case "diamond":
-                self.draw.polygon([(x, y - 1.3 * r), (x + 1.3 * r, y), (x, y + 1.3 * r), (x - 1.3 * r, y)], fill=colour)
+                self.draw.polygon(
+                    [(x, y - 1.3 * r), (x + 1.3 * r, y), (x, y + 1.3 * r), (x - 1.3 * r, y)],
+                    fill=colour,
+                )
             case _:
-                self.draw.line([x - 1.4 * r, y, x + 1.4 * r, y], fill=colour, width=round(1.5 * SCALE))
+                self.draw.line(
+                    [x - 1.4 * r, y, x + 1.4 * r, y], fill=colour, width=round(1.5 * SCALE)
+                )
 
 
 def _decades(places: Sequence[Place]) -> tuple[int, int]:
     """Whole powers of ten around what is drawn; what is equal stands on the lowest."""
-    values = [value for place in places for value in (place.difference, place.bound) if 0 < value < float("inf")]
+    values = [
+        value
+        for place in places
+        for value in (place.difference, place.bound)
+        if 0 < value < float("inf")
+    ]
     if not values:
         return -8, 0
     return math.floor(math.log10(min(values))) - 1, max(math.ceil(math.log10(max(values))), -3)
 
 
-def _axes(canvas: _Canvas, places: Sequence[Place], step: float, low: int, high: int, y: Any) -> None:
+def _axes(
+    canvas: _Canvas, places: Sequence[Place], step: float, low: int, high: int, y: Any
+) -> None:
     layers = [place.layer for place in places]
     numbers = sorted({layer for layer in layers if layer is not None})
     every = max(1, math.ceil(len(numbers) / 32))

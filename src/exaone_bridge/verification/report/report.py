@@ -16,7 +16,14 @@ __all__ = ["SCHEMA", "Check", "Location", "Place", "Report", "Verdict", "version
 
 SCHEMA = 1  # of `Report.to_json`; raised only where a field goes away or changes its meaning
 
-_PACKAGES = ("exaone-bridge", "megatron-bridge", "megatron-core", "transformer-engine", "transformers", "torch")
+_PACKAGES = (
+    "exaone-bridge",
+    "megatron-bridge",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "torch",
+)
 
 
 class Verdict(StrEnum):
@@ -150,16 +157,22 @@ class Report:
     def faults(self) -> str:
         """One line for each check that does not hold, and where it begins."""
         lines = [
-            f"{self.source}: {check.name}: {check.figure}; {check.where}" for check in self.checks if not check.holds
+            f"{self.source}: {check.name}: {check.figure}; {check.where}"
+            for check in self.checks
+            if not check.holds
         ]
         if self.location is not None:
-            lines += [f"{self.source}: {self.location.sublayer}: usual causes: {'; '.join(self.location.causes)}"]
+            lines += [
+                f"{self.source}: {self.location.sublayer}: usual causes: {'; '.join(self.location.causes)}"
+            ]
         return "\n".join(lines)
 
     @property
     def round_trip(self) -> bool:
         """Whether what lies on disk came back: every check but those of the arithmetic holds."""
-        return all(check.holds for check in self.checks if check.name not in ("logits", "gradients"))
+        return all(
+            check.holds for check in self.checks if check.name not in ("logits", "gradients")
+        )
 
     @property
     def max_logit_difference(self) -> float:
@@ -176,7 +189,10 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.schema.json` beside this file describes it; what is not a number is null."""
-        result = {"schema": SCHEMA, "verdict": (Verdict.HOLDS if self.holds else Verdict.DIFFERS).value}
+        result = {
+            "schema": SCHEMA,
+            "verdict": (Verdict.HOLDS if self.holds else Verdict.DIFFERS).value,
+        }
         result |= {name: getattr(self, name) for name in _PLAIN}
         result["checks"] = [
             {
@@ -190,7 +206,9 @@ class Report:
             for check in self.checks
         ]
         result["location"] = None if self.location is None else dataclasses.asdict(self.location)
-        result["places"] = [dataclasses.asdict(place) | {"parts": place.parts} for place in self.places]
+        result["places"] = [
+            dataclasses.asdict(place) | {"parts": place.parts} for place in self.places
+        ]
         return json.loads(json.dumps(_finite(result)))
 
     def write_json(self, path: Path) -> None:

@@ -78,14 +78,18 @@ def _reset_second_norm(model: Any) -> None:
 def _drop_shared() -> Any:
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-    return patched(f"{SharedExpertMLP.__module__}.SharedExpertMLP.forward", lambda self, x: torch.zeros_like(x))()
+    return patched(
+        f"{SharedExpertMLP.__module__}.SharedExpertMLP.forward", lambda self, x: torch.zeros_like(x)
+    )()
 
 
 def _double_shared() -> Any:
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
     right = SharedExpertMLP.forward
-    return patched(f"{SharedExpertMLP.__module__}.SharedExpertMLP.forward", lambda self, x: 2 * right(self, x))()
+    return patched(
+        f"{SharedExpertMLP.__module__}.SharedExpertMLP.forward", lambda self, x: 2 * right(self, x)
+    )()
 
 
 def _rounded_angles() -> Any:
@@ -94,14 +98,20 @@ def _rounded_angles() -> Any:
 
     right = Fp32RotarySelfAttention._rotated
 
-    def rotated(self: Any, tensor: torch.Tensor, angles: torch.Tensor, packed: Any, which: str) -> torch.Tensor:
+    def rotated(
+        self: Any, tensor: torch.Tensor, angles: torch.Tensor, packed: Any, which: str
+    ) -> torch.Tensor:
         return right(self, tensor, angles.bfloat16().float(), packed, which)
 
-    return patched("exaone_bridge.modules.rotary_attention.Fp32RotarySelfAttention._rotated", rotated)()
+    return patched(
+        "exaone_bridge.modules.rotary_attention.Fp32RotarySelfAttention._rotated", rotated
+    )()
 
 
 def _swap_gate_and_up(row: Row) -> Row:
-    return dataclasses.replace(row, hf=row.hf[::-1]) if "experts.linear_fc1" in row.megatron else row
+    return (
+        dataclasses.replace(row, hf=row.hf[::-1]) if "experts.linear_fc1" in row.megatron else row
+    )
 
 
 def _router(name: str, arithmetic: Any) -> Fault:
@@ -114,10 +124,18 @@ def _code(name: str, context: Any, layer: int, sublayer: str) -> Fault:
 
 
 def _weights(name: str, change: Any, layer: int, sublayer: str) -> Fault:
-    return Fault(name=name, model=MODEL, caught=("tensors", "logits"), begins=(layer, sublayer), weights=change)
+    return Fault(
+        name=name,
+        model=MODEL,
+        caught=("tensors", "logits"),
+        begins=(layer, sublayer),
+        weights=change,
+    )
 
 
-def _provider(name: str, layer: int, sublayer: str, *, exported: bool = True, **fields: Any) -> Fault:
+def _provider(
+    name: str, layer: int, sublayer: str, *, exported: bool = True, **fields: Any
+) -> Fault:
     caught = ("config", "logits") if exported else ("logits",)
     return Fault(name=name, model=MODEL, caught=caught, begins=(layer, sublayer), provider=fields)
 
@@ -136,7 +154,12 @@ ERNIE45_FAULTS: tuple[Fault, ...] = (
     _code("shared experts dropped", _drop_shared, 1, "mlp"),
     _code("shared experts counted twice", _double_shared, 1, "mlp"),
     _code("angles rounded to bf16", _rounded_angles, 0, "attention"),
-    _code("gate and up of the experts swapped in the table", rows_changed(ERNIE45, _swap_gate_and_up), 1, "mlp"),
+    _code(
+        "gate and up of the experts swapped in the table",
+        rows_changed(ERNIE45, _swap_gate_and_up),
+        1,
+        "mlp",
+    ),
     _provider("half-rotated RoPE", 0, "attention", exported=False, rotary_interleaved=False),
     _provider("theta 1e4 for 2e4", 0, "attention", rotary_base=10000.0),
     _provider("epsilon 1e-5 for 3e-4", 0, "norm", layernorm_epsilon=1e-5),

@@ -77,7 +77,13 @@ def _weights(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
     def changed(model: Any) -> None:
         change(model[0].visual)
 
-    return Fault(name=name, model=MODEL, caught=("tensors", "logits"), begins=(None, TOWER + sublayer), weights=changed)
+    return Fault(
+        name=name,
+        model=MODEL,
+        caught=("tensors", "logits"),
+        begins=(None, TOWER + sublayer),
+        weights=changed,
+    )
 
 
 def _built(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
@@ -95,7 +101,9 @@ def _built(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
 
         return patched("exaone_bridge.models.exaone45.provider.build_tower", faulty)()
 
-    return Fault(name=name, model=MODEL, caught=("logits",), begins=(None, TOWER + sublayer), code=planted)
+    return Fault(
+        name=name, model=MODEL, caught=("logits",), begins=(None, TOWER + sublayer), code=planted
+    )
 
 
 def _epsilon(tower: Any) -> None:
@@ -130,7 +138,9 @@ def leave_in_order_of_windows(tower: Any) -> None:
 
 def round_patches(tower: Any) -> None:
     """To bf16."""
-    tower.patch_embed.register_forward_hook(lambda _, __, output: output.to(torch.bfloat16).to(output.dtype))
+    tower.patch_embed.register_forward_hook(
+        lambda _, __, output: output.to(torch.bfloat16).to(output.dtype)
+    )
 
 
 EXAONE45_FAULTS: tuple[Fault, ...] = (
@@ -143,7 +153,9 @@ EXAONE45_FAULTS: tuple[Fault, ...] = (
     _weights("patches of a word joined in another order", join_in_another_order, "merger"),
     _weights("a bias of the merger lost", _bias, "merger"),
     _built("Megatron-Core's epsilon in the tower", _epsilon, "norm"),
-    _built("windows of a third", narrow_windows, "norm"),  # they order the patches before the first block
+    _built(
+        "windows of a third", narrow_windows, "norm"
+    ),  # they order the patches before the first block
     _built("every block sees the whole image", _no_window, "attention"),
     _built("rows rotated for columns", rotate_rows_for_columns, "attention"),
     _built("features in another order", leave_in_order_of_windows, "features"),

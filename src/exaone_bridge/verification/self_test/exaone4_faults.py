@@ -39,7 +39,9 @@ def _swap_key_value(model: Any) -> None:
 
 def _not_interleaved(model: Any) -> None:
     heads = _qkv(model, 0)
-    flat = torch.cat([heads[:, :-2].flatten(0, 1), heads[:, -2], heads[:, -1]])  # all queries, all keys, all values
+    flat = torch.cat(
+        [heads[:, :-2].flatten(0, 1), heads[:, -2], heads[:, -1]]
+    )  # all queries, all keys, all values
     heads.copy_(flat.view_as(heads))
 
 
@@ -60,7 +62,10 @@ def _swap_layers(model: Any) -> None:
 
 def _swap_post_norms(model: Any) -> None:
     layer = _layer(model, 4)
-    swap(layer.self_attention.linear_proj.post_layernorm.weight, layer.mlp.linear_fc2.post_layernorm.weight)
+    swap(
+        layer.self_attention.linear_proj.post_layernorm.weight,
+        layer.mlp.linear_fc2.post_layernorm.weight,
+    )
 
 
 def _lose_a_cut(model: Any) -> None:
@@ -134,7 +139,9 @@ def _softmax_scale() -> Any:
 
     right = TorchDotProductAttention._attend
 
-    def attend(self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         self.softmax_scale = (64 / 4) ** -0.5
         return right(self, query, key, value)
 
@@ -147,14 +154,18 @@ def _weights(name: str, change: Any, layer: int | None, sublayer: str | None) ->
     return Fault(name=name, model=MODEL, caught=caught, begins=begins, weights=change)
 
 
-def _provider(name: str, layer: int, sublayer: str, *, exported: bool = True, **fields: Any) -> Fault:
+def _provider(
+    name: str, layer: int, sublayer: str, *, exported: bool = True, **fields: Any
+) -> Fault:
     """`exported`: the configuration has words for it, so that the exported one differs too."""
     caught = ("config", "logits") if exported else ("refused", "logits")
     return Fault(name=name, model=MODEL, caught=caught, begins=(layer, sublayer), provider=fields)
 
 
 def _code(name: str, context: Any, layer: int, sublayer: str, *caught: str) -> Fault:
-    return Fault(name=name, model=MODEL, caught=("logits", *caught), begins=(layer, sublayer), code=context)
+    return Fault(
+        name=name, model=MODEL, caught=("logits", *caught), begins=(layer, sublayer), code=context
+    )
 
 
 _WINDOWED, _NOPE = [1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2
@@ -180,17 +191,42 @@ EXAONE4_FAULTS: tuple[Fault, ...] = (
     _weights("two words of the output layer swapped", _swap_words_out, None, "output layer"),
     _weights("final norm scaled", _double_final_norm, None, "norm"),
     _provider("window off by one", 0, "attention", window_size=(8, 0)),
-    _provider("no window", 0, "attention", exported=False, window_size=None, window_attn_skip_freq=None),
-    _provider("layer 5 global", 5, "attention", exported=False, window_attn_skip_freq=_flip(_WINDOWED, 5)),
-    _provider("layer 3 windowed", 3, "attention", exported=False, window_attn_skip_freq=_flip(_WINDOWED, 3)),
-    _provider("NoPE inverted", 0, "attention", exported=False, no_rope_freq=[1 - none for none in _NOPE]),
-    _provider("RoPE on a global layer", 7, "attention", exported=False, no_rope_freq=_flip(_NOPE, 7)),
-    _provider("no RoPE on a windowed layer", 1, "attention", exported=False, no_rope_freq=_flip(_NOPE, 1)),
+    _provider(
+        "no window", 0, "attention", exported=False, window_size=None, window_attn_skip_freq=None
+    ),
+    _provider(
+        "layer 5 global", 5, "attention", exported=False, window_attn_skip_freq=_flip(_WINDOWED, 5)
+    ),
+    _provider(
+        "layer 3 windowed",
+        3,
+        "attention",
+        exported=False,
+        window_attn_skip_freq=_flip(_WINDOWED, 3),
+    ),
+    _provider(
+        "NoPE inverted", 0, "attention", exported=False, no_rope_freq=[1 - none for none in _NOPE]
+    ),
+    _provider(
+        "RoPE on a global layer", 7, "attention", exported=False, no_rope_freq=_flip(_NOPE, 7)
+    ),
+    _provider(
+        "no RoPE on a windowed layer", 1, "attention", exported=False, no_rope_freq=_flip(_NOPE, 1)
+    ),
     _provider("RoPE on every layer", 3, "attention", exported=False, no_rope_freq=[0] * 8),
     _provider("RoPE factor 8 for 16", 0, "attention", rope_scaling_factor=8.0),
-    _provider("RoPE low frequency factor 2 for 1", 0, "attention", rope_scaling_low_freq_factor=2.0),
-    _provider("RoPE high frequency factor 8 for 4", 0, "attention", rope_scaling_high_freq_factor=8.0),
-    _provider("RoPE made for 8192 positions, not 32", 0, "attention", rope_scaling_original_max_positions=8192),
+    _provider(
+        "RoPE low frequency factor 2 for 1", 0, "attention", rope_scaling_low_freq_factor=2.0
+    ),
+    _provider(
+        "RoPE high frequency factor 8 for 4", 0, "attention", rope_scaling_high_freq_factor=8.0
+    ),
+    _provider(
+        "RoPE made for 8192 positions, not 32",
+        0,
+        "attention",
+        rope_scaling_original_max_positions=8192,
+    ),
     _provider("RoPE not scaled", 0, "attention", rope_scaling=False),
     _provider("theta off by one percent", 0, "attention", rotary_base=10100.0),
     _provider("epsilon 1e-5 for 3e-4", 0, "norm", layernorm_epsilon=1e-5),
@@ -209,8 +245,12 @@ EXAONE4_FAULTS: tuple[Fault, ...] = (
     ),
     _code("gate and up swapped in the table", _reorder("linear_fc1", 1, 0), 0, "mlp"),
     _code("keys and values swapped in the table", _reorder("linear_qkv", 0, 2, 1), 0, "attention"),
-    _code("post norms swapped in the table", rows_changed(BRIDGE, _post_norms_in_the_table), 0, "norm"),
+    _code(
+        "post norms swapped in the table", rows_changed(BRIDGE, _post_norms_in_the_table), 0, "norm"
+    ),
     _code("epsilon of the post norms alone", _post_norm_epsilon, 0, "norm"),
     _code("softmax scale of another head size", _softmax_scale, 0, "attention"),
-    Fault(name="a row missing", model=MODEL, caught=("refused",), code=rows_changed(BRIDGE, _no_down)),
+    Fault(
+        name="a row missing", model=MODEL, caught=("refused",), code=rows_changed(BRIDGE, _no_down)
+    ),
 )

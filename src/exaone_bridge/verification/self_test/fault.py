@@ -72,7 +72,10 @@ def rows_changed(
 
         found = supported()[family.architectures[0]]
         faulty = dataclasses.replace(
-            family, rows=lambda facts: tuple(row for row in map(change, family.rows(facts)) if row is not None)
+            family,
+            rows=lambda facts: tuple(
+                row for row in map(change, family.rows(facts)) if row is not None
+            ),
         )
         with mock.patch.object(found, "FAMILY", faulty):
             yield

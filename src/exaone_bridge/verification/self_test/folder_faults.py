@@ -63,12 +63,16 @@ def _half(tensors: Tensors) -> None:
 
 
 def _duplicate(tensors: Tensors) -> None:
-    tensors["model.layers.8.mlp.up_proj.weight"] = tensors["model.layers.7.mlp.up_proj.weight"].clone()
+    tensors["model.layers.8.mlp.up_proj.weight"] = tensors[
+        "model.layers.7.mlp.up_proj.weight"
+    ].clone()
 
 
 def _permute_experts(tensors: Tensors) -> None:
     for which in ("gate", "up", "down"):
-        first, second = (f"model.layers.3.mlp.experts.{expert}.{which}_proj.weight" for expert in (1, 6))
+        first, second = (
+            f"model.layers.3.mlp.experts.{expert}.{which}_proj.weight" for expert in (1, 6)
+        )
         _swap(tensors, first, second)
 
 
@@ -83,9 +87,20 @@ def _edit(name: str, before: str, after: str) -> Callable[[Path], None]:
 
 
 def _fault(
-    name: str, plant: Callable[[Path], None], *caught: str, begins: tuple[int | None, str] | None = None, **more: Any
+    name: str,
+    plant: Callable[[Path], None],
+    *caught: str,
+    begins: tuple[int | None, str] | None = None,
+    **more: Any,
 ) -> Fault:
-    return Fault(name=name, model=more.pop("model", "exaone4"), caught=caught, begins=begins, folder=plant, **more)
+    return Fault(
+        name=name,
+        model=more.pop("model", "exaone4"),
+        caught=caught,
+        begins=begins,
+        folder=plant,
+        **more,
+    )
 
 
 def _ernie(name: str, plant: Callable[[Path], None], *caught: str, **more: Any) -> Fault:
@@ -95,14 +110,23 @@ def _ernie(name: str, plant: Callable[[Path], None], *caught: str, **more: Any) 
 _S, _F = "sliding_attention", "full_attention"
 
 FOLDER_FAULTS: tuple[Fault, ...] = (
-    _fault("a tensor missing", _tensors(lambda t: t.pop(f"{ATTENTION}.q_proj.weight")), "tensors", "logits"),
+    _fault(
+        "a tensor missing",
+        _tensors(lambda t: t.pop(f"{ATTENTION}.q_proj.weight")),
+        "tensors",
+        "logits",
+    ),
     _fault(
         "a tensor twice, under a second name",
         _tensors(_duplicate),
         "tensors",
         "logits",
     ),
-    _fault("a tensor renamed", _tensors(lambda t: t.update({"norm.weight": t.pop("model.norm.weight")})), "tensors"),
+    _fault(
+        "a tensor renamed",
+        _tensors(lambda t: t.update({"norm.weight": t.pop("model.norm.weight")})),
+        "tensors",
+    ),
     _fault("a tensor of another type", _tensors(_half), "tensors", "logits"),
     _fault("a tensor transposed", _tensors(_transpose), "tensors", "logits"),
     _fault("one bit on disk", _tensors(_flip), "tensors"),
@@ -121,7 +145,13 @@ FOLDER_FAULTS: tuple[Fault, ...] = (
         begins=(3, "attention"),
     ),
     _fault("layer_types lost", _config(layer_types=...), "config"),
-    _fault("sliding_window 9 for 8", _config(sliding_window=9), "config", "logits", begins=(0, "attention")),
+    _fault(
+        "sliding_window 9 for 8",
+        _config(sliding_window=9),
+        "config",
+        "logits",
+        begins=(0, "attention"),
+    ),
     _fault(
         "RoPE factor in config.json",
         _config(rope_parameters={"factor": 8.0}),
@@ -129,8 +159,12 @@ FOLDER_FAULTS: tuple[Fault, ...] = (
         "logits",
         begins=(0, "attention"),
     ),
-    _fault("epsilon in config.json", _config(rms_norm_eps=1e-6), "config", "logits", begins=(0, "norm")),
-    _fault("tie_word_embeddings in config.json", _config(tie_word_embeddings=True), "config", "logits"),
+    _fault(
+        "epsilon in config.json", _config(rms_norm_eps=1e-6), "config", "logits", begins=(0, "norm")
+    ),
+    _fault(
+        "tie_word_embeddings in config.json", _config(tie_word_embeddings=True), "config", "logits"
+    ),
     _fault("eos_token_id in config.json", _config(eos_token_id=2), "config"),
     _fault(
         "a byte of the tokenizer",
@@ -146,12 +180,28 @@ FOLDER_FAULTS: tuple[Fault, ...] = (
         "generation",
         generation=True,
     ),
-    _fault("generation config lost", lambda folder: (folder / "generation_config.json").unlink(), "files"),
     _fault(
-        "a space at the end of the template", _edit("chat_template.jinja", "{%- endif %}", "{%- endif %} "), "files"
+        "generation config lost",
+        lambda folder: (folder / "generation_config.json").unlink(),
+        "files",
     ),
-    _ernie("tensors beside the model lost", _tensors(lambda t: [t.pop(n) for n in list(t) if "mtp" in n]), "tensors"),
-    _ernie("experts 1 and 6 swapped on disk", _tensors(_permute_experts), "tensors", "logits", begins=(3, "mlp")),
+    _fault(
+        "a space at the end of the template",
+        _edit("chat_template.jinja", "{%- endif %}", "{%- endif %} "),
+        "files",
+    ),
+    _ernie(
+        "tensors beside the model lost",
+        _tensors(lambda t: [t.pop(n) for n in list(t) if "mtp" in n]),
+        "tensors",
+    ),
+    _ernie(
+        "experts 1 and 6 swapped on disk",
+        _tensors(_permute_experts),
+        "tensors",
+        "logits",
+        begins=(3, "mlp"),
+    ),
     _ernie(
         "an expert missing",
         _tensors(lambda t: t.pop("model.layers.2.mlp.experts.3.up_proj.weight")),

@@ -52,9 +52,13 @@ class Bench:
         write_random(self.folder, _miniatures()[name], seed=seed)
         self.source: HFSource = open_source(self.folder)
         self.job: Job = make_job(self.source, Layout(), Asked(backend="torch", count=2, seed=seed))
-        self.host_run = len(self.job.batches) - 1 if any(self.job.images) else 0  # the prompts the host is asked about
+        self.host_run = (
+            len(self.job.batches) - 1 if any(self.job.images) else 0
+        )  # the prompts the host is asked about
         self.hf = load(self.folder, torch.float32)
-        self.theirs = Theirs([run_reference(self.hf, self.job.points, *batch) for batch in self.job.runs()])
+        self.theirs = Theirs(
+            [run_reference(self.hf, self.job.points, *batch) for batch in self.job.runs()]
+        )
         self.digests = digest_folder(self.folder)
         self.bridge = AutoBridge.from_hf_pretrained(self.folder)
         self.weights = _weights_of(self.folder)
@@ -120,11 +124,15 @@ class Bench:
         if generation:
             if self.generated is None:
                 self.generated = generate(self.hf, self.folder, self.job.words)
-            checks.append(compare_generated(self.generated, generate(model, folder, self.job.words)))
+            checks.append(
+                compare_generated(self.generated, generate(model, folder, self.job.words))
+            )
         host = self._host(runs[self.host_run].logits, weights)
         return checks, found["location"], host
 
-    def _host(self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]) -> HostVerdict:
+    def _host(
+        self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]
+    ) -> HostVerdict:
         """What the host's criteria say of these logits, and of what was exported."""
         return host_verdict(self.theirs.runs[self.host_run].logits, logits, self.weights, weights)
 
@@ -133,7 +141,9 @@ class Bench:
         from exaone_bridge.verification.workflow.transformers import load, run_reference
 
         try:
-            other = run_reference(load(folder, torch.float32), (), *self.job.runs()[self.host_run], nudged=False)
+            other = run_reference(
+                load(folder, torch.float32), (), *self.job.runs()[self.host_run], nudged=False
+            )
         except Exception:  # whatever Transformers thinks of a broken folder
             return None
         return other.logits

@@ -62,13 +62,25 @@ class Outcome:
     @property
     def right(self) -> bool:
         """Whether every check that must catch it does, and it is located where it is."""
-        return bool(self.caught) and set(self.wanted) <= set(self.caught) and self.found == self.begins
+        return (
+            bool(self.caught) and set(self.wanted) <= set(self.caught) and self.found == self.begins
+        )
 
     def cells(self) -> list[str]:
         """The line of a table."""
-        where = "-" if self.found is None else f"{'-' if self.found[0] is None else self.found[0]} {self.found[1]}"
+        where = (
+            "-"
+            if self.found is None
+            else f"{'-' if self.found[0] is None else self.found[0]} {self.found[1]}"
+        )
         caught = ", ".join(self.caught) or "NOT CAUGHT"
-        return [self.fault, self.model, caught, where if self.right else f"{where} WRONG", *self.host.cells()]
+        return [
+            self.fault,
+            self.model,
+            caught,
+            where if self.right else f"{where} WRONG",
+            *self.host.cells(),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +134,11 @@ class Result:
             }
             for one in self.outcomes
         ]
-        head = {"clean": self.clean, "false_reports": list(self.false_reports), "seconds": self.seconds}
+        head = {
+            "clean": self.clean,
+            "false_reports": list(self.false_reports),
+            "seconds": self.seconds,
+        }
         path.write_text(json.dumps(head | {"outcomes": rows}, indent=2, default=str) + "\n")
 
 
@@ -138,7 +154,11 @@ def _run_family(
         emit(f"{name}: clean models, {number + 1} of {len(seeds)}")
         clean = Bench(work, name, seed)
         checks, location, _ = clean.look(clean.clean)
-        false_reports += [f"{name}, {seed}: {one.name}: {one.figure}; {one.where}" for one in checks if not one.holds]
+        false_reports += [
+            f"{name}, {seed}: {one.name}: {one.figure}; {one.where}"
+            for one in checks
+            if not one.holds
+        ]
         if location is not None:
             false_reports.append(f"{name}, {seed}: {location}")
     if faults:
@@ -147,12 +167,25 @@ def _run_family(
             if number % 5 == 0:
                 emit(f"{name}: {number} of {len(faults)} faults")
             checks, location, host = bench.plant(fault)
-            outcomes.append(Outcome(fault.name, fault.model, fault.caught, fault.begins, tuple(checks), location, host))
+            outcomes.append(
+                Outcome(
+                    fault.name,
+                    fault.model,
+                    fault.caught,
+                    fault.begins,
+                    tuple(checks),
+                    location,
+                    host,
+                )
+            )
     return outcomes, false_reports
 
 
 def self_test(
-    faults: Sequence[Fault] = FAULTS, seeds: int = SEEDS, models: Sequence[str] | None = None, on_event: OnEvent = None
+    faults: Sequence[Fault] = FAULTS,
+    seeds: int = SEEDS,
+    models: Sequence[str] | None = None,
+    on_event: OnEvent = None,
 ) -> Result:
     """Plant these faults, and look at clean models of so many seeds.
 
@@ -172,7 +205,9 @@ def self_test(
         mine = [fault for fault in faults if fault.model == name]
         numbers = range(seeds) if models is None or name in models else range(0)
         with tempfile.TemporaryDirectory(prefix="exaone_bridge-bench-") as work:
-            found, false = run_ranks(_run_family, 1, Path(work), name, mine, numbers, on_event=on_event)[0]
+            found, false = run_ranks(
+                _run_family, 1, Path(work), name, mine, numbers, on_event=on_event
+            )[0]
         outcomes += found
         false_reports += false
         clean += len(numbers)

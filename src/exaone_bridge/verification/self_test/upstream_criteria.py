@@ -57,7 +57,14 @@ def host_verdict(
     """
     cosine = None
     if expected is not None and found is not None:
-        cosine = torch.nn.functional.cosine_similarity(expected[:, -1], found[:, -1], dim=-1).min().item()
+        cosine = (
+            torch.nn.functional.cosine_similarity(expected[:, -1], found[:, -1], dim=-1)
+            .min()
+            .item()
+        )
     pairs = [(before[name], tensor) for name, tensor in after.items() if name in before]
-    gaps = [(a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf") for a, b in pairs]
+    gaps = [
+        (a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")
+        for a, b in pairs
+    ]
     return HostVerdict(cosine, max(gaps) if gaps else None)

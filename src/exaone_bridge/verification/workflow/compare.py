@@ -62,7 +62,9 @@ def side(path: Path, on_event: OnEvent = None) -> Iterator[Side]:
     """
     if not path.is_dir():
         raise CheckpointError(
-            path, "this folder does not exist", remedy="name a Hugging Face folder or a Megatron checkpoint"
+            path,
+            "this folder does not exist",
+            remedy="name a Hugging Face folder or a Megatron checkpoint",
         )
     path = path.resolve()
     if not is_megatron(path):
@@ -83,7 +85,9 @@ def _export(path: Path, folder: Path, on_event: OnEvent) -> None:
     run_apart(export_checkpoint, path, folder, on_event=on_event)
 
 
-def verify_megatron(path: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None) -> Report:
+def verify_megatron(
+    path: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None
+) -> Report:
     """`verify` of a Megatron checkpoint: what it exports to, computed from its own weights at this layout."""
     with side(path, on_event) as exported:
         return verify(exported.folder, layout, asked, megatron=exported.megatron, on_event=on_event)
@@ -99,7 +103,9 @@ def run_other(folder: Path, job: Job) -> Theirs:
     return Theirs([run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()])
 
 
-def compare(source: Path, other: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None) -> Report:
+def compare(
+    source: Path, other: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None
+) -> Report:
     """Check that two models are the same on disk and compute the same.
 
     The source's logits are Transformers'; so are the other's, unless it is a Megatron checkpoint: then they are
@@ -128,7 +134,9 @@ def compare(source: Path, other: Path, layout: Layout, asked: Asked, *, on_event
             found, generated = _run(left, right, first, job, on_event)
             checks += generated
     seconds = time.perf_counter() - started
-    return make_report(first, job, before, checks, found, seed=asked.seed, seconds=seconds, other=right.name)
+    return make_report(
+        first, job, before, checks, found, seed=asked.seed, seconds=seconds, other=right.name
+    )
 
 
 def _cannot_run(first: HFSource, folder: Path) -> str:
@@ -142,7 +150,9 @@ def _cannot_run(first: HFSource, folder: Path) -> str:
     return ""
 
 
-def _run(left: Side, right: Side, first: HFSource, job: Job, on_event: OnEvent) -> tuple[dict[str, Any], list[Check]]:
+def _run(
+    left: Side, right: Side, first: HFSource, job: Job, on_event: OnEvent
+) -> tuple[dict[str, Any], list[Check]]:
     from exaone_bridge.verification.workflow.job import run_theirs
     from exaone_bridge.verification.workflow.megatron import merge
 
@@ -153,11 +163,15 @@ def _run(left: Side, right: Side, first: HFSource, job: Job, on_event: OnEvent) 
     else:
         arguments: tuple[Any, ...] = (right.folder, right.megatron, None, {}, job)
         results = run_world(run_megatron, job.layout.ranks, *arguments, on_event=on_event)
-        ours = [merge([result.runs[number] for result in results]) for number in range(len(job.batches))]
+        ours = [
+            merge([result.runs[number] for result in results]) for number in range(len(job.batches))
+        ]
         gradients = results[0].gradients
     found = arithmetic(theirs, ours, gradients, first, job)
     if not job.generate:
         return found, []
     if on_event is not None:
         on_event(0, "generation from the other model")
-    return found, [compare_generated(theirs.generated or {}, run_alone(run_generation, right.folder, job))]
+    return found, [
+        compare_generated(theirs.generated or {}, run_alone(run_generation, right.folder, job))
+    ]

@@ -48,7 +48,9 @@ _LARGE = 2e8  # parameters from which on a laptop computes 64
 _WORDS = 24  # of the prompt that needs no tokenizer
 
 
-def prompt_length(windows: tuple[int | None, ...], original: int | None = None, longest: int = _LONGEST) -> int:
+def prompt_length(
+    windows: tuple[int | None, ...], original: int | None = None, longest: int = _LONGEST
+) -> int:
     """Long enough that the window's edge is met at many positions, and the length that RoPE was made for is passed,
     where that is affordable; else 64.
 
@@ -70,10 +72,15 @@ def batches_of(source: HFSource, count: int, length: int | None, seed: int) -> l
     # device_count, unlike is_available, leaves CUDA to the ranks that are forked.
     longest = _LONGEST if source.parameters < _LARGE or torch.cuda.device_count() else 64
     long = prompt_length(
-        facts.windows, _original_positions(language_config(dict(source.config))), min(longest, facts.max_positions)
+        facts.windows,
+        _original_positions(language_config(dict(source.config))),
+        min(longest, facts.max_positions),
     )
     short = min([7, *(window for window in facts.windows if window is not None)])
-    return [prompts(facts.vocab_size, count, long, seed), prompts(facts.vocab_size, 2, short, seed + 1)]
+    return [
+        prompts(facts.vocab_size, count, long, seed),
+        prompts(facts.vocab_size, 2, short, seed + 1),
+    ]
 
 
 def _original_positions(config: Mapping[str, Any]) -> int | None:
@@ -132,11 +139,17 @@ class Job:
 
     def runs(self) -> list[tuple[torch.Tensor, Sequence[Images]]]:
         """Each batch with its images."""
-        return [(tokens, self.images[n] if n < len(self.images) else ()) for n, tokens in enumerate(self.batches)]
+        return [
+            (tokens, self.images[n] if n < len(self.images) else ())
+            for n, tokens in enumerate(self.batches)
+        ]
 
     def setup(self, seed: int) -> dict[str, Any]:
         """What the report says of it: prompts, and the images and videos of each batch of them."""
-        found: dict[str, Any] = {"prompts": [list(tokens.shape) for tokens in self.batches], "seed": seed}
+        found: dict[str, Any] = {
+            "prompts": [list(tokens.shape) for tokens in self.batches],
+            "seed": seed,
+        }
         if any(self.images):
             pictures = [together(images) for _, images in self.runs()]
             for kind in ("image", "video"):
@@ -176,7 +189,9 @@ def run_theirs(folder: Path, job: Job) -> Theirs:
     if job.dtype != "float32":
         emit(f"Transformers' logits in {job.dtype}")
         model = load(folder, DTYPES[job.dtype])
-        found.half = [run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()]
+        found.half = [
+            run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()
+        ]
     return found
 
 
@@ -196,7 +211,9 @@ class Ours:
     gradients: Any = None
 
 
-def run_megatron(source: Path, megatron: Path | None, target: Path | None, files: Mapping[str, str], job: Job) -> Ours:
+def run_megatron(
+    source: Path, megatron: Path | None, target: Path | None, files: Mapping[str, str], job: Job
+) -> Ours:
     """On a rank: load, export to `target`, run every prompt.
 
     Args:
@@ -227,7 +244,9 @@ def run_megatron(source: Path, megatron: Path | None, target: Path | None, files
         config = bridge._model_bridge.megatron_to_hf_config(model[0].config)
         drain(weights, lambda stream: write_hf_folder(target, stream, files, config, source))
     if next(model[0].parameters()).dtype != dtype:
-        del model  # its bits are known to be the source's by now, or the check of tensors says otherwise
+        del (
+            model
+        )  # its bits are known to be the source's by now, or the check of tensors says otherwise
         model = build(bridge, job.layout, dtype=dtype, backend=job.backend, **job.overrides)
     emit("Megatron-Core's logits")
     found = Ours(source_config, [run_ours(model, job.points, *batch) for batch in job.runs()])
@@ -252,13 +271,20 @@ def make_job(source: HFSource, layout: Layout, asked: Asked) -> Job:
     depth = int(getattr(source.facts, "mtp_depth", 0))
     if asked.mtp and not (depth and source.family.built):
         raise UnsupportedConfig(
-            "--mtp", got=True, wanted="off for a model without multi-token prediction that can be built", where="verify"
+            "--mtp",
+            got=True,
+            wanted="off for a model without multi-token prediction that can be built",
+            where="verify",
         )
-    tokens, of_tokens = _gradient_prompts(source, layout, asked.seed + 2) if asked.gradients else (None, [])
+    tokens, of_tokens = (
+        _gradient_prompts(source, layout, asked.seed + 2) if asked.gradients else (None, [])
+    )
     batches = batches_of(source, asked.count, asked.length, asked.seed)
     images: list[Sequence[Images]] = []
     if source.family.image_prompts is not None:
-        tokens_of_images, last = _with_images(source, asked.count, asked.seed + 3, batches[0].shape[1])
+        tokens_of_images, last = _with_images(
+            source, asked.count, asked.seed + 3, batches[0].shape[1]
+        )
         images = [*((),) * len(batches), last]
         batches.append(tokens_of_images)
     _check_host(asked.backend)
@@ -286,7 +312,9 @@ def _check_host(backend: str) -> None:
         resolve_backend(backend)
 
 
-def _with_images(source: HFSource, count: int, seed: int, length: int) -> tuple[torch.Tensor, list[Images]]:
+def _with_images(
+    source: HFSource, count: int, seed: int, length: int
+) -> tuple[torch.Tensor, list[Images]]:
     """Prompts of at least this length, and the images of each, as the family makes them."""
     assert source.family.image_prompts is not None
     make = source.family.image_prompts
@@ -294,7 +322,9 @@ def _with_images(source: HFSource, count: int, seed: int, length: int) -> tuple[
     return found
 
 
-def _gradient_prompts(source: HFSource, layout: Layout, seed: int) -> tuple[torch.Tensor, list[Images]]:
+def _gradient_prompts(
+    source: HFSource, layout: Layout, seed: int
+) -> tuple[torch.Tensor, list[Images]]:
     """[N, S + 1], N a multiple of pp and S of 2 x tp x cp; of a model that takes images, with one, several, a video,
     and none."""
     facts, even = source.facts, 2 * layout.tp * layout.cp
@@ -308,5 +338,7 @@ def _gradient_prompts(source: HFSource, layout: Layout, seed: int) -> tuple[torc
         if over := (tokens.shape[1] - 1) % even:
             tokens, images = _with_images(source, count, seed, tokens.shape[1] + even - over)
     if isinstance(pad := language_config(dict(source.config)).get("pad_token_id"), int):
-        tokens[tokens == pad] = 1 if pad == 0 else 0  # Transformers gives the padding word's embedding no gradient
+        tokens[tokens == pad] = (
+            1 if pad == 0 else 0
+        )  # Transformers gives the padding word's embedding no gradient
     return tokens, images

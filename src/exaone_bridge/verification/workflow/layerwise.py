@@ -61,7 +61,9 @@ def run_theirs_streaming(folder: Path, job: Job) -> Theirs:
     if job.dtype != "float32":
         del model
         model = streamed_transformers(source, DTYPES[job.dtype])
-        found.half = [run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()]
+        found.half = [
+            run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()
+        ]
     return found
 
 
@@ -76,7 +78,9 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
     source = open_source(folder)
     bridge = AutoBridge.from_hf_pretrained(folder)
     emit("HF -> Megatron-Core -> HF, layer by layer")
-    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[source.facts.dtype], job.overrides)
+    streamed = StreamedMegatron(
+        bridge, source, job.layout, job.backend, DTYPES[source.facts.dtype], job.overrides
+    )
     digests = streamed.round_trip()
     if is_first():
         write_config(target, bridge._model_bridge.megatron_to_hf_config(streamed.model[0].config))
@@ -84,7 +88,9 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
     del streamed
     gc.collect()
     emit("Megatron-Core's logits, layer by layer")
-    streamed = StreamedMegatron(bridge, source, job.layout, job.backend, DTYPES[job.dtype], job.overrides)
+    streamed = StreamedMegatron(
+        bridge, source, job.layout, job.backend, DTYPES[job.dtype], job.overrides
+    )
     streamed.stream_layers()
     runs = [run_ours(streamed.model, job.points, *batch) for batch in job.runs()]
     return Ours(config_mapping(bridge.hf_pretrained.config), runs), digests
@@ -106,11 +112,15 @@ def verify_streaming(
     started = time.perf_counter()
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
-    job = make_job(source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False))
+    job = make_job(
+        source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False)
+    )
     theirs = run_alone(run_theirs_streaming, source_folder, job, on_event=on_event)
     before = digest_folder(source_folder)
     with work_folder() as work:
-        results = run_world(run_megatron_streaming, layout.ranks, source_folder, work, job, on_event=on_event)
+        results = run_world(
+            run_megatron_streaming, layout.ranks, source_folder, work, job, on_event=on_event
+        )
         # What travels beside the model is copied, not converted.
         after = {name: before[name] for name in source.carried} | results[0][1]
         checks = [
@@ -118,10 +128,14 @@ def verify_streaming(
             compare_configs(results[0][0].config, read_json(work / "config.json")),
             compare_files(source_folder, work),
         ]
-    ours = [merge([result.runs[number] for result, _ in results]) for number in range(len(job.batches))]
+    ours = [
+        merge([result.runs[number] for result, _ in results]) for number in range(len(job.batches))
+    ]
     found = arithmetic(theirs, ours, None, source, job)
     why = "it needs the whole model in memory (--no-stream)"
     unmet = {"generation": asked.generation, "gradients": asked.gradients}
     found["checks"] += [Check.not_run(name, why) for name, wanted in unmet.items() if wanted]
     seconds = time.perf_counter() - started
-    return make_report(source, job, before, checks, found, seed=asked.seed, seconds=seconds, streaming=True)
+    return make_report(
+        source, job, before, checks, found, seed=asked.seed, seconds=seconds, streaming=True
+    )

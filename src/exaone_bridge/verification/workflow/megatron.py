@@ -14,7 +14,10 @@ __all__ = ["merge", "run_ours"]
 
 
 def run_ours(
-    model: list[Any], points: Sequence[Point], tokens: torch.Tensor, images: Sequence[dict[str, torch.Tensor]] = ()
+    model: list[Any],
+    points: Sequence[Point],
+    tokens: torch.Tensor,
+    images: Sequence[dict[str, torch.Tensor]] = (),
 ) -> Traced:
     """This rank's part of a run over prompts [N, S]: logits on the last stage (else empty), its own layers' places."""
     from exaone_bridge.runtime.model import forward_logits
@@ -31,7 +34,9 @@ def run_ours(
     return Traced(torch.empty(0) if logits is None else logits.cpu(), values)
 
 
-def _images_first(parts: Sequence[torch.Tensor], images: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+def _images_first(
+    parts: Sequence[torch.Tensor], images: Sequence[dict[str, torch.Tensor]]
+) -> torch.Tensor:
     """[1, patches, features] of a tower's calls: prompt by prompt its images, then its videos. Transformers has one
     call for the images of all prompts, and one for the videos."""
     kinds = ("image", "video")

@@ -46,7 +46,9 @@ class StreamedMegatron:
         }
         provider.apply_overrides_and_finalize(dtype, fields | dict(overrides))
         cpu = not torch.cuda.is_available()
-        self.model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=cpu)
+        self.model = provider.provide_distributed_model(
+            wrap_with_ddp=False, use_cpu_initialization=cpu
+        )
         self.converter = bridge._model_bridge
         self.hf = bridge.hf_pretrained
         self.weights = _State(Reader(source.tensors), self.hf.config)
@@ -57,14 +59,18 @@ class StreamedMegatron:
         groups: dict[str, list[Any]] = {}
         for task in self.converter.build_conversion_tasks(self.hf, self.model):
             layer = re.match(r"decoder\.layers\.(\d+)\.", task.global_param_name)
-            groups.setdefault(layer[1] if layer else f"outside {task.global_param_name}", []).append(task)
+            groups.setdefault(
+                layer[1] if layer else f"outside {task.global_param_name}", []
+            ).append(task)
         return groups
 
     @torch.no_grad()
     def fill(self, tasks: Sequence[Any]) -> None:
         """Hugging Face -> this rank's parameters."""
         for task in tasks:
-            for weight in self.converter.stream_weights_hf_to_megatron(self.weights, self.model, [task]):
+            for weight in self.converter.stream_weights_hf_to_megatron(
+                self.weights, self.model, [task]
+            ):
                 _put(task.param_weight, weight.weight, task.param_name)
 
     @torch.no_grad()
@@ -108,7 +114,9 @@ class StreamedMegatron:
 def _put(parameter: torch.Tensor, value: torch.Tensor, name: str) -> None:
     """The value takes the parameter's place; nothing is copied where it is of the right kind already."""
     if value.shape != parameter.shape:  # copy_ would broadcast
-        raise ValueError(f"{name}: has shape {list(parameter.shape)}, and was given {list(value.shape)}")
+        raise ValueError(
+            f"{name}: has shape {list(parameter.shape)}, and was given {list(value.shape)}"
+        )
     if (value.dtype, value.device) == (parameter.dtype, parameter.device):
         parameter.data = value.contiguous()
     else:

@@ -11,11 +11,15 @@ import torch
 from exaone_bridge.verification.activations.capture import Traced, hf_hooks
 from exaone_bridge.verification.activations.probe_points import LOGITS, Point, Take
 
-Images = dict[str, torch.Tensor]  # a prompt's pixels and grids, by the names of the model's arguments
+Images = dict[
+    str, torch.Tensor
+]  # a prompt's pixels and grids, by the names of the model's arguments
 
 __all__ = ["embeddings_of", "load", "model_class", "run_reference", "together"]
 
-NUDGE = 2.0**-16  # of the embeddings, relative: some 250 units of rounding, and still a small change
+NUDGE = (
+    2.0**-16
+)  # of the embeddings, relative: some 250 units of rounding, and still a small change
 
 
 def model_class(folder: Path) -> Any:
@@ -28,7 +32,9 @@ def model_class(folder: Path) -> Any:
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """Transformers' eager model, on the GPU where there is one."""
-    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    model = (
+        model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    )
     return model.cuda() if torch.cuda.is_available() else model
 
 
@@ -66,14 +72,19 @@ def run_reference(
         if not nudged:
             return
         if chosen is not None:
-            same = [(chosen[:count] == chosen[start : start + count]).all(-1) for start in (count, 2 * count)]
+            same = [
+                (chosen[:count] == chosen[start : start + count]).all(-1)
+                for start in (count, 2 * count)
+            ]
             traced.decided &= (same[0] & same[1]).cpu().cumprod(-1).bool()
         traced.sensitivity[point.hf] = _change(value, count, traced.decided)
 
     def keep_patches(name: str, value: torch.Tensor) -> None:
         """[copies, patches, features] of a tower's call for images; another, for videos, may follow."""
         clean = value[:1].cpu().clone()
-        traced.values[name] = torch.cat([traced.values[name], clean], 1) if name in traced.values else clean
+        traced.values[name] = (
+            torch.cat([traced.values[name], clean], 1) if name in traced.values else clean
+        )
         if nudged:
             everywhere = torch.ones(clean.shape[:2], dtype=torch.bool)
             change = _change(value, 1, everywhere)
@@ -84,7 +95,9 @@ def run_reference(
     try:
         with hf_hooks(model, points, length, keep):
             batch = tokens.repeat(copies, 1).to(embeddings[0].weight.device)
-            pictures = {name: value.to(batch.device) for name, value in together(images, copies).items()}
+            pictures = {
+                name: value.to(batch.device) for name, value in together(images, copies).items()
+            }
             logits = model(batch, use_cache=False, **pictures).logits.float()
     finally:
         for handle in handles:
@@ -93,14 +106,19 @@ def run_reference(
     if nudged:
         traced.sensitivity[LOGITS] = _change(logits, count, traced.decided)
         inputs = next(iter(traced.sensitivity.values()))  # the embeddings' own change
-        traced.sensitivity = {place: change / inputs for place, change in traced.sensitivity.items()}
+        traced.sensitivity = {
+            place: change / inputs for place, change in traced.sensitivity.items()
+        }
     return traced
 
 
 def together(images: Sequence[Images], copies: int = 1) -> Images:
     """The images of all prompts, as one batch has them; `copies` times, one batch after the other."""
     names = {name for each in images for name in each}
-    return {name: torch.cat([each[name] for each in images if name in each] * copies) for name in sorted(names)}
+    return {
+        name: torch.cat([each[name] for each in images if name in each] * copies)
+        for name in sorted(names)
+    }
 
 
 def embeddings_of(model: Any) -> list[torch.nn.Module]:
@@ -122,6 +140,8 @@ def _change(value: torch.Tensor, count: int, decided: Any) -> float:
     """The larger of both changes, relative, at the worst decided position."""
     clean = value[:count]
     size = clean.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    changes = [(value[start : start + count] - clean).abs().amax(-1) / size for start in (count, 2 * count)]
+    changes = [
+        (value[start : start + count] - clean).abs().amax(-1) / size for start in (count, 2 * count)
+    ]
     worst = torch.maximum(*changes).cpu()[decided]
     return worst.max().item() if worst.numel() else float("nan")

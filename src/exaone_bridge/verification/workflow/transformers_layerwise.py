@@ -46,10 +46,16 @@ def streamed_transformers(source: HFSource, dtype: torch.dtype) -> Any:
 
     config = AutoConfig.from_pretrained(source.folder)
     with torch.device("meta"):
-        model = model_class(source.folder).from_config(config, attn_implementation="eager", dtype=dtype).eval()
+        model = (
+            model_class(source.folder)
+            .from_config(config, attn_implementation="eager", dtype=dtype)
+            .eval()
+        )
     reader = Reader(source.tensors)
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # RoPE's frequencies: no weights
+        if any(
+            buffer.is_meta for buffer in module.buffers(recurse=False)
+        ):  # RoPE's frequencies: no weights
             model.set_submodule(name, _anew(module, model.config))
     stacks = [name for name, module in model.named_modules() if _are_layers(module, source.facts)]
     layers = {f"{name}.{number}" for name in stacks for number in range(source.facts.num_layers)}
@@ -70,7 +76,11 @@ def _anew(rope: Any, config: Any) -> torch.nn.Module:
 
 
 def _are_layers(module: torch.nn.Module, facts: Any) -> bool:
-    return isinstance(module, torch.nn.ModuleList) and len(module) == facts.num_layers and hasattr(module[0], "mlp")
+    return (
+        isinstance(module, torch.nn.ModuleList)
+        and len(module) == facts.num_layers
+        and hasattr(module[0], "mlp")
+    )
 
 
 def _fill_when_run(layer: torch.nn.Module, name: str, reader: Reader, dtype: torch.dtype) -> None:
@@ -78,14 +88,20 @@ def _fill_when_run(layer: torch.nn.Module, name: str, reader: Reader, dtype: tor
     layer.register_forward_hook(lambda module, *_: module.to("meta") and None)
 
 
-def _fill(module: torch.nn.Module, prefix: str, reader: Reader, dtype: torch.dtype, recurse: bool = True) -> None:
+def _fill(
+    module: torch.nn.Module, prefix: str, reader: Reader, dtype: torch.dtype, recurse: bool = True
+) -> None:
     """Put the weights on disk in the places of parameters on "meta"."""
     for name, parameter in list(module.named_parameters(recurse=recurse)):
         full = f"{prefix}.{name}" if prefix else name
         if parameter.is_meta and (value := _read(full, reader)) is not None:
             owner, _, leaf = name.rpartition(".")
             keep = parameter.dtype if parameter.dtype == torch.float32 else dtype
-            setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value.to(keep), requires_grad=False))
+            setattr(
+                module.get_submodule(owner),
+                leaf,
+                torch.nn.Parameter(value.to(keep), requires_grad=False),
+            )
 
 
 def _read(name: str, reader: Reader) -> torch.Tensor | None:
@@ -98,8 +114,13 @@ def _read(name: str, reader: Reader) -> torch.Tensor | None:
     which = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(leaf)
     if which is None or not module.endswith(".experts"):
         return None
-    count = sum(1 for each in reader if re.fullmatch(rf"{re.escape(module)}\.\d+\.down_proj\.weight", each))
-    experts = [torch.cat([reader[f"{module}.{expert}.{one}_proj.weight"] for one in which]) for expert in range(count)]
+    count = sum(
+        1 for each in reader if re.fullmatch(rf"{re.escape(module)}\.\d+\.down_proj\.weight", each)
+    )
+    experts = [
+        torch.cat([reader[f"{module}.{expert}.{one}_proj.weight"] for one in which])
+        for expert in range(count)
+    ]
     return torch.stack(experts)
 
 

@@ -44,7 +44,9 @@ from exaone_bridge.verification.workflow.job import (
 __all__ = ["arithmetic", "make_report", "verify"]
 
 
-def arithmetic(theirs: Theirs, ours: Sequence[Traced], gradients: Any, source: HFSource, job: Job) -> dict[str, Any]:
+def arithmetic(
+    theirs: Theirs, ours: Sequence[Traced], gradients: Any, source: HFSource, job: Job
+) -> dict[str, Any]:
     """The report's fields that compare arithmetic: checks, places, location."""
     half = job.dtype != "float32"
     places = places_of(job.points, theirs.runs, ours, source.facts, theirs.half)
@@ -145,6 +147,10 @@ def verify(
             checks.append(compare_generated(theirs.generated or {}, after))
     from exaone_bridge.verification.workflow.megatron import merge
 
-    ours = [merge([result.runs[number] for result in results]) for number in range(len(job.batches))]
+    ours = [
+        merge([result.runs[number] for result in results]) for number in range(len(job.batches))
+    ]
     found = arithmetic(theirs, ours, results[0].gradients, source, job)
-    return make_report(source, job, before, checks, found, seed=asked.seed, seconds=time.perf_counter() - started)
+    return make_report(
+        source, job, before, checks, found, seed=asked.seed, seconds=time.perf_counter() - started
+    )

@@ -29,7 +29,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def entry(begin: object = 0, end: object = 8, shape: object = (2,), dtype: object = "F32", **more: object) -> dict:
+def entry(
+    begin: object = 0, end: object = 8, shape: object = (2,), dtype: object = "F32", **more: object
+) -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end], **more}
 
 
@@ -44,7 +46,11 @@ def refusal(path: Path, fragment: str, read: Callable[[], object]) -> str:
         read()
     message = str(caught.value)
     assert caught.value.path == path and message.startswith(f"{path}: ")
-    assert len(message.splitlines()) == 1 and message.endswith(".") and len(message) < 1000 + len(str(path))
+    assert (
+        len(message.splitlines()) == 1
+        and message.endswith(".")
+        and len(message) < 1000 + len(str(path))
+    )
     assert message.isprintable()
     assert fragment in message
     return message
@@ -55,7 +61,9 @@ def by_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     data = {name: bytes(tensor["data"]) for name, tensor in deserialize(path.read_bytes())}
     with safe_open(path, framework="np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return {name: (s.get_dtype(), tuple(s.get_shape()), data[name]) for name, s in slices.items()}
+        return {
+            name: (s.get_dtype(), tuple(s.get_shape()), data[name]) for name, s in slices.items()
+        }
 
 
 def by_us(tensors: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -75,22 +83,40 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    names = "bool uint8 int8 int16 uint16 float16 bfloat16 int32 uint32 float32 float64 int64 uint64"
+    names = (
+        "bool uint8 int8 int16 uint16 float16 bfloat16 int32 uint32 float32 float64 int64 uint64"
+    )
     dtypes = [getattr(torch, name) for name in (*names.split(), "float8_e4m3fn", "float8_e5m2")]
     noise = torch.Generator().manual_seed(0)
     tensors = {}
     for i, dtype in enumerate(dtypes):
-        raw = torch.randint(0, 2 if dtype is torch.bool else 256, (3, 8 * (i + 1)), generator=noise, dtype=torch.uint8)
+        raw = torch.randint(
+            0,
+            2 if dtype is torch.bool else 256,
+            (3, 8 * (i + 1)),
+            generator=noise,
+            dtype=torch.uint8,
+        )
         tensors[f"layer.{i}"] = raw.view(dtype)
-    tensors |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "é\n😀": torch.ones(2, 3, 1)}
+    tensors |= {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "é\n😀": torch.ones(2, 3, 1),
+    }
     folder = tmp_path_factory.mktemp("saved")
     save_file(tensors, folder / SINGLE, metadata={"format": "pt", "who": "ü"})
     (folder / "sharded").mkdir()
     shards = {B: list(tensors)[::2], A: list(tensors)[1::2]}
     for shard, held in shards.items():
-        save_file({name: tensors[name] for name in held}, folder / "sharded" / shard, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in held},
+            folder / "sharded" / shard,
+            metadata={"format": "pt"},
+        )
     weight_map = {name: shard for shard, held in shards.items() for name in held}
-    (folder / "sharded" / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / "sharded" / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -99,7 +125,9 @@ def test_a_single_file_is_what_safetensors_says(saved: Path) -> None:
     assert by_us(tensors) == by_safetensors(saved / SINGLE)
     assert {info.dtype for info in tensors.values()} == DTYPE_BYTES.keys()
     assert metadata == {"format": "pt", "who": "ü"}
-    assert list(tensors.values()) == sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes))
+    assert list(tensors.values()) == sorted(
+        tensors.values(), key=lambda info: (info.offset, info.nbytes)
+    )
     assert read_headers(saved) == tensors
 
 
@@ -117,7 +145,9 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
     header = file_bytes({"a": entry(0, size, (size // 4,))}, 0)
     path.write_bytes(header)
     os.truncate(path, len(header) + size)
-    assert read_file_header(path)[0]["a"] == TensorInfo("a", "F32", (size // 4,), path, len(header), size)
+    assert read_file_header(path)[0]["a"] == TensorInfo(
+        "a", "F32", (size // 4,), path, len(header), size
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +162,9 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
         b'{"\\ud83d\\ude00":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     ],
 )
-def test_unusual_files_that_safetensors_reads_are_read(tmp_path: Path, header: bytes | dict[str, object]) -> None:
+def test_unusual_files_that_safetensors_reads_are_read(
+    tmp_path: Path, header: bytes | dict[str, object]
+) -> None:
     path = tmp_path / SINGLE
     path.write_bytes(file_bytes(header))
     assert by_us(read_file_header(path)[0]) == by_safetensors(path)
@@ -145,7 +177,10 @@ RAW_FILES: dict[str, tuple[bytes, str]] = {
     "header of 2**64 - 1": (b"\xff" * 8 + b"{}", "and may have 100000000"),
     "no header": (bytes(8), "not valid JSON"),
     "an HTML page": (b"<!DOCTYPE html><html>Sign in", "and may have 100000000"),
-    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "and may have 100000000"),
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "and may have 100000000",
+    ),
     "cut short": (file_bytes({"a": entry()})[:-1], "lies at bytes 0 to 8 of a buffer of 7"),
     "trailing byte": (file_bytes({"a": entry()}) + b"\0", "its last 1 bytes belong to no tensor"),
 }
@@ -164,8 +199,14 @@ BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "deep arrays": (b"[" * 100_000, "nested too deep"),
     "deep objects": (b'{"a":' * 100_000, "nested too deep"),
     "tensor twice": (b'{"a": 1, "b": 2, "b": 3}', "the key 'b' is there twice"),
-    "field twice": (b'{"a": {"dtype": "F32", "shape": [2], "shape": [2]}}', "the key 'shape' is there twice"),
-    "metadata twice": (b'{"__metadata__": {}, "__metadata__": {}}', "the key '__metadata__' is there twice"),
+    "field twice": (
+        b'{"a": {"dtype": "F32", "shape": [2], "shape": [2]}}',
+        "the key 'shape' is there twice",
+    ),
+    "metadata twice": (
+        b'{"__metadata__": {}, "__metadata__": {}}',
+        "the key '__metadata__' is there twice",
+    ),
     "metadata list": ({"__metadata__": ["pt"], "a": entry()}, "__metadata__ is ['pt']"),
     "metadata null": ({"__metadata__": None, "a": entry()}, "__metadata__ is None"),
     "metadata number": ({"__metadata__": {"step": 1}, "a": entry()}, "__metadata__ is {'step': 1}"),
@@ -185,15 +226,24 @@ BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "shape nested": ({"a": entry(0, 8, [[2]])}, "is described by"),
     "shape past 64 bits": ({"a": entry(), "b": entry(8, 8, [0, 2**70])}, "is described by"),
     "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, "is described by"),
-    "three offsets": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, "is described by"),
-    "offsets object": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": {"0": 8}}}, "is described by"),
+    "three offsets": (
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}},
+        "is described by",
+    ),
+    "offsets object": (
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": {"0": 8}}},
+        "is described by",
+    ),
     "offset bool": ({"a": entry(False, 8)}, "is described by"),
     "offset float": ({"a": entry(0, 8.0)}, "is described by"),
     "offset text": ({"a": entry("0", 8)}, "is described by"),
     "offset negative": ({"a": entry(-8, 0)}, "is described by"),
     "offset -0": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', "is described by"),
     "offset NaN": ({"a": entry(float("nan"), 8)}, "is described by"),
-    "unknown dtype": ({"a": entry(dtype="F8_E8M0", shape=[8])}, "dtype 'F8_E8M0', and must have one of BOOL, U8"),
+    "unknown dtype": (
+        {"a": entry(dtype="F8_E8M0", shape=[8])},
+        "dtype 'F8_E8M0', and must have one of BOOL, U8",
+    ),
     "lower-case dtype": ({"a": entry(dtype="f32")}, "dtype 'f32'"),
     "begin after end": ({"a": entry(8, 0)}, "lies at bytes 8 to 0 of a buffer of 8"),
     "end past the file": ({"a": entry(0, 12, [3])}, "lies at bytes 0 to 12 of a buffer of 8"),
@@ -201,12 +251,21 @@ BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "shape too large": ({"a": entry(0, 8, [3])}, "has 8 bytes, and F32 of shape [3] takes 12"),
     "scalar too small": ({"a": entry(0, 8, [])}, "has 8 bytes, and F32 of shape [] takes 4"),
     "product past 64 bits": ({"a": entry(0, 8, [2**62, 2**62])}, "larger than 64 bits count"),
-    "product past 64 bits, then 0": ({"a": entry(), "b": entry(8, 8, [2**40, 2**40, 0])}, "larger than 64 bits"),
-    "product of a million lengths": ({"a": entry(0, 8, [2**62] * 1_000_000)}, "larger than 64 bits count"),
+    "product past 64 bits, then 0": (
+        {"a": entry(), "b": entry(8, 8, [2**40, 2**40, 0])},
+        "larger than 64 bits",
+    ),
+    "product of a million lengths": (
+        {"a": entry(0, 8, [2**62] * 1_000_000)},
+        "larger than 64 bits count",
+    ),
     "overlap": ({"a": entry(), "b": entry(4, 8, [1])}, "'b' overlaps the tensor before it"),
     "the same bytes": ({"a": entry(), "b": entry()}, "'b' overlaps the tensor before it"),
     "hole at the start": ({"a": entry(4, 8, [1])}, "'a' follows bytes that no tensor owns"),
-    "hole in the middle": ({"a": entry(0, 3, [3], "U8"), "b": entry(4, 8, [1])}, "'b' follows bytes"),
+    "hole in the middle": (
+        {"a": entry(0, 3, [3], "U8"), "b": entry(4, 8, [1])},
+        "'b' follows bytes",
+    ),
     "hole at the end": ({"a": entry(0, 4, [1])}, "its last 4 bytes belong to no tensor"),
     "data and no tensors": ({}, "its last 8 bytes belong to no tensor"),
     "a name of many lines": ({"a\n\x1b[2J" * 10_000: entry(8, 0)}, "tensor 'a\\n\\x1b[2J"),
@@ -217,7 +276,10 @@ BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [pytest.param(*case, id=name) for name, case in RAW_FILES.items()]
-    + [pytest.param(file_bytes(header), fragment, id=name) for name, (header, fragment) in BAD_HEADERS.items()],
+    + [
+        pytest.param(file_bytes(header), fragment, id=name)
+        for name, (header, fragment) in BAD_HEADERS.items()
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, fragment: str) -> None:
     path = tmp_path / SINGLE
@@ -335,11 +397,19 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no weight_map": (lambda f: (f / INDEX).write_text('{"metadata": {}}'), INDEX, "no weight_map"),
     "weight_map a list": (lambda f: write_index(f, [A, B]), INDEX, "no weight_map"),
     "weight_map empty": (lambda f: write_index(f, {}), INDEX, "no weight_map"),
-    "shard a number": (lambda f: write_index(f, {"a": 1}), INDEX, "maps tensor 'a' to 1, which is no file name"),
+    "shard a number": (
+        lambda f: write_index(f, {"a": 1}),
+        INDEX,
+        "maps tensor 'a' to 1, which is no file name",
+    ),
     "shard a list": (lambda f: write_index(f, {"a": [A]}), INDEX, "which is no file name"),
     "shard missing": (lambda f: (f / B).unlink(), INDEX, f"lists the file '{B}', which is missing"),
     "shard a folder": (lambda f: ((f / B).unlink(), (f / B).mkdir()), INDEX, "which is missing"),
-    "shard with a long name": (lambda f: write_index(f, {"a": "x" * 5000 + ".safetensors"}), INDEX, "which is missing"),
+    "shard with a long name": (
+        lambda f: write_index(f, {"a": "x" * 5000 + ".safetensors"}),
+        INDEX,
+        "which is missing",
+    ),
     "shard damaged": (lambda f: (f / B).write_bytes(b"\0"), B, "1 bytes long"),
     "tensor in neither file": (
         lambda f: write_index(f, {"a": A, "b": B, "c": B}),
@@ -357,19 +427,38 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         f"tensor 'z' is not in this index, and is in '{A}' in fact",
     ),
     "tensor in two files": (in_both, B, f"holds tensor 'a', and so does {A}"),
-    "shard linked from outside": (lambda f: move_out(f, B), B, "which is outside the checkpoint's folder"),
-    "index linked from outside": (lambda f: move_out(f, INDEX), INDEX, "which is outside the checkpoint's folder"),
-    "single file linked from outside": (single_moved_out, SINGLE, "which is outside the checkpoint's folder"),
+    "shard linked from outside": (
+        lambda f: move_out(f, B),
+        B,
+        "which is outside the checkpoint's folder",
+    ),
+    "index linked from outside": (
+        lambda f: move_out(f, INDEX),
+        INDEX,
+        "which is outside the checkpoint's folder",
+    ),
+    "single file linked from outside": (
+        single_moved_out,
+        SINGLE,
+        "which is outside the checkpoint's folder",
+    ),
 } | {
-    f"shard named {name!r}": (lambda f, name=name: write_index(f, {"a": name}), INDEX, "not the plain name of a")
+    f"shard named {name!r}": (
+        lambda f, name=name: write_index(f, {"a": name}),
+        INDEX,
+        "not the plain name of a",
+    )
     for name in SHARD_NAMES
 }
 
 
 @pytest.mark.parametrize(
-    ("damage", "file", "fragment"), [pytest.param(*case, id=ascii(name)) for name, case in BAD_FOLDERS.items()]
+    ("damage", "file", "fragment"),
+    [pytest.param(*case, id=ascii(name)) for name, case in BAD_FOLDERS.items()],
 )
-def test_a_damaged_folder_is_refused(sharded: Path, damage: Callable[[Path], object], file: str, fragment: str) -> None:
+def test_a_damaged_folder_is_refused(
+    sharded: Path, damage: Callable[[Path], object], file: str, fragment: str
+) -> None:
     assert list(read_headers(sharded)) == ["a", "b"]
     damage(sharded)
     refusal(sharded / file, fragment, lambda: read_headers(sharded))
@@ -383,10 +472,16 @@ def test_what_is_no_checkpoint_folder_is_refused(sharded: Path, tmp_path: Path) 
     refusal(tmp_path, f"holds neither {SINGLE} nor {INDEX}", lambda: read_headers(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "a.pt", "b.pth", "c.ckpt"])
-def test_pickles_are_refused_and_ignored_beside_safetensors(sharded: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "a.pt", "b.pth", "c.ckpt"]
+)
+def test_pickles_are_refused_and_ignored_beside_safetensors(
+    sharded: Path, tmp_path: Path, name: str
+) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02.")
-    message = refusal(tmp_path, "refused because loading them runs code", lambda: read_headers(tmp_path))
+    message = refusal(
+        tmp_path, "refused because loading them runs code", lambda: read_headers(tmp_path)
+    )
     assert name in message and "save_pretrained" in message
     (sharded / name).write_bytes(b"\x80\x02.")
     assert list(read_headers(sharded)) == ["a", "b"]
@@ -403,7 +498,9 @@ def test_the_single_file_wins_as_in_transformers(sharded: Path) -> None:
         if single:
             (sharded / SINGLE).write_bytes(file_bytes({"single": entry()}))
         assert by_transformers() == [str(sharded / name) for name in wanted]
-        assert sorted({str(info.file) for info in read_headers(sharded).values()}) == by_transformers()
+        assert (
+            sorted({str(info.file) for info in read_headers(sharded).values()}) == by_transformers()
+        )
 
 
 # Links: within the folder, and in the layout of the hub cache.
@@ -431,13 +528,20 @@ def test_links_within_the_folder_and_to_it_are_followed(sharded: Path, tmp_path:
 
 
 def test_the_hub_cache_is_followed(hub: Path, tmp_path: Path) -> None:
-    assert {name: info.file for name, info in read_headers(hub).items()} == {"a": hub / A, "b": hub / B}
+    assert {name: info.file for name, info in read_headers(hub).items()} == {
+        "a": hub / A,
+        "b": hub / B,
+    }
     (tmp_path / "alias").symlink_to(hub)
     assert list(read_headers(tmp_path / "alias")) == ["a", "b"]
 
 
-@pytest.mark.parametrize("place", ["models--org--other/blobs", "models--org--name", "models--org--name/blobs/deeper"])
-def test_a_hub_cache_link_to_another_place_is_refused(hub: Path, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    "place", ["models--org--other/blobs", "models--org--name", "models--org--name/blobs/deeper"]
+)
+def test_a_hub_cache_link_to_another_place_is_refused(
+    hub: Path, tmp_path: Path, place: str
+) -> None:
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "f").write_bytes((hub / A).read_bytes())
     (hub / A).unlink()
@@ -468,7 +572,22 @@ SOUND = {
 }
 AS_WRITTEN = file_bytes(json.dumps(SOUND, separators=(",", ":"), ensure_ascii=False).encode(), 32)
 TOKENS = [
-    *("-0", "0", "8", "-1", "1e2", "1.0", "NaN", "Infinity", "true", "null", "{}", "[]", '"F32"', '"a.weight":1,'),
+    *(
+        "-0",
+        "0",
+        "8",
+        "-1",
+        "1e2",
+        "1.0",
+        "NaN",
+        "Infinity",
+        "true",
+        "null",
+        "{}",
+        "[]",
+        '"F32"',
+        '"a.weight":1,',
+    ),
     *(
         ",",
         ":",
@@ -520,11 +639,17 @@ def changed_values(draw: st.DrawFn) -> bytes:
                 case "remove":
                     del at[key]
                 case "rename" if isinstance(at, dict):
-                    at[draw(st.sampled_from(["x", "__metadata__", "shape", "\ud800"]))] = at.pop(key)
+                    at[draw(st.sampled_from(["x", "__metadata__", "shape", "\ud800"]))] = at.pop(
+                        key
+                    )
                 case _:
                     at[draw(st.sampled_from(keys))] = json.loads(json.dumps(at[key]))
             break
-    text = json.dumps(header, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([None, (",", ":")])))
+    text = json.dumps(
+        header,
+        ensure_ascii=draw(st.booleans()),
+        separators=draw(st.sampled_from([None, (",", ":")])),
+    )
     return file_bytes(text.encode(errors="surrogatepass"), 32)
 
 
@@ -534,7 +659,9 @@ def changed_text(draw: st.DrawFn) -> bytes:
     text = json.dumps(SOUND, ensure_ascii=draw(st.booleans()), separators=(",", ":"))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(text)))
-        text = text[:at] + draw(st.sampled_from(["", *TOKENS])) + text[at + draw(st.integers(0, 3)) :]
+        text = (
+            text[:at] + draw(st.sampled_from(["", *TOKENS])) + text[at + draw(st.integers(0, 3)) :]
+        )
     return file_bytes(text.encode(), draw(st.sampled_from([32, 32, 32, 31, 33])))
 
 
@@ -652,10 +779,14 @@ def test_both_readers_of_a_header_say_the_same(scratch: Path, content: bytes) ->
 
 @pytest.mark.parametrize("text", LIKE_WRITTEN)
 def test_both_say_the_same_of_what_is_almost_as_written(scratch: Path, text: str) -> None:
-    test_both_readers_of_a_header_say_the_same.hypothesis.inner_test(scratch, file_bytes(f"{{{text}}}".encode()))
+    test_both_readers_of_a_header_say_the_same.hypothesis.inner_test(
+        scratch, file_bytes(f"{{{text}}}".encode())
+    )
 
 
-def test_what_safetensors_writes_is_read_the_short_way(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_safetensors_writes_is_read_the_short_way(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for the file with a name that has a newline, which JSON spells with an escape."""
     monkeypatch.setattr(headers, "_in_any_order", None)
     by_file = {path: path.read_bytes().count(b"\\n") for path in saved.rglob("*.safetensors")}

@@ -28,7 +28,9 @@ def source(tiny: Any) -> HFSource:
 def unfilled(source: HFSource, tp: int, dtype: torch.dtype = torch.float32) -> list[Any]:
     """The first rank's parameters, with what the file does not have in them."""
     plan = source.plan(Layout(tp=tp))
-    return [(held, torch.full(held.cut.shape, float("nan"), dtype=dtype)) for held in plan.held(Rank())]
+    return [
+        (held, torch.full(held.cut.shape, float("nan"), dtype=dtype)) for held in plan.held(Rank())
+    ]
 
 
 @pytest.fixture
@@ -64,20 +66,28 @@ def right(pairs: list[Any], source: HFSource, dtype: torch.dtype = torch.float32
     return True
 
 
-@pytest.mark.parametrize(("tp", "dtype"), [(1, torch.float32), (4, torch.float32), (1, torch.bfloat16)], ids=str)
-def test_what_lies_in_one_piece_is_read(tp: int, dtype: torch.dtype, source: HFSource, taken: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("tp", "dtype"), [(1, torch.float32), (4, torch.float32), (1, torch.bfloat16)], ids=str
+)
+def test_what_lies_in_one_piece_is_read(
+    tp: int, dtype: torch.dtype, source: HFSource, taken: dict[str, int]
+) -> None:
     pairs = unfilled(source, tp, dtype)
     engine.fill(pairs, source.tensors)
     assert right(pairs, source, dtype)
     columns = sum(held.part.row.kind == "row" for held, _ in pairs)  # cut across their rows
     copies = sum(len(held.cut.copies) for held, _ in pairs)
-    assert columns == 16 and taken["copied"] == (copies if dtype != torch.float32 else columns if tp > 1 else 0)
+    assert columns == 16 and taken["copied"] == (
+        copies if dtype != torch.float32 else columns if tp > 1 else 0
+    )
     assert taken["read"] + taken["copied"] == copies
 
 
 def test_reads_that_end_early_go_on(source: HFSource, monkeypatch: pytest.MonkeyPatch) -> None:
     read = os.preadv
-    monkeypatch.setattr(maps.os, "preadv", lambda file, views, at: read(file, [views[0][:1000]], at))
+    monkeypatch.setattr(
+        maps.os, "preadv", lambda file, views, at: read(file, [views[0][:1000]], at)
+    )
     pairs = unfilled(source, 1)
     engine.fill(pairs, source.tensors)
     assert right(pairs, source)
@@ -91,12 +101,16 @@ SHRUNK: dict[str, Callable[[int], int]] = {
 
 
 @pytest.mark.parametrize("name", SHRUNK)
-def test_a_file_that_has_shrunk_since_its_header_was_read(name: str, source: HFSource, tmp_path: Path) -> None:
+def test_a_file_that_has_shrunk_since_its_header_was_read(
+    name: str, source: HFSource, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((source.folder / path.name).read_bytes())
     tensors = {key: info._replace(file=path) for key, info in source.tensors.items()}
     os.truncate(path, SHRUNK[name](path.stat().st_size))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within .*; download or copy it again\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: ends within .*; download or copy it again\.$"
+    ):
         engine.fill(unfilled(source, 1), tensors)
 
 

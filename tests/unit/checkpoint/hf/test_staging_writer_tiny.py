@@ -33,7 +33,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODE = stat.S_IMODE
 
 
-def drawn(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def drawn(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
     """`random_weights` of these shapes: every axis of every tensor has a letter of its own."""
     dims: dict[str, int] = {}
     tensors = []
@@ -80,7 +82,8 @@ def must_not_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a"), KeyboardInterrupt(), SystemExit(1), CheckpointError("a", "b", remedy="c")]
+    "error",
+    [RuntimeError("a"), KeyboardInterrupt(), SystemExit(1), CheckpointError("a", "b", remedy="c")],
 )
 def test_staged_leaves_nothing_after_an_exception(error: BaseException, tmp_path: Path) -> None:
     def half(folder: Path) -> None:
@@ -93,7 +96,9 @@ def test_staged_leaves_nothing_after_an_exception(error: BaseException, tmp_path
     assert caught.value is error and names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link to a folder", "link to nowhere"])
+@pytest.mark.parametrize(
+    "kind", ["folder", "empty folder", "file", "link to a folder", "link to nowhere"]
+)
 def test_staged_refuses_a_target_that_is_there(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "output"
     if kind.startswith("link"):
@@ -106,7 +111,9 @@ def test_staged_refuses_a_target_that_is_there(kind: str, tmp_path: Path) -> Non
         if kind == "folder":
             (target / "file").write_text("precious")
     before = names_in(tmp_path)
-    with pytest.raises(CheckpointError, match="the output exists already; name another folder") as caught:
+    with pytest.raises(
+        CheckpointError, match="the output exists already; name another folder"
+    ) as caught:
         stage(target, must_not_run)
     assert caught.value.path == target and names_in(tmp_path) == before
     assert target.is_symlink() == kind.startswith("link")
@@ -177,11 +184,15 @@ SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40).map(
 
 
 @given(sizes=SIZES, maximum=st.integers(1, 120))
-def test_shards_hold_every_tensor_in_order_and_not_too_much(sizes: dict[str, int], maximum: int) -> None:
+def test_shards_hold_every_tensor_in_order_and_not_too_much(
+    sizes: dict[str, int], maximum: int
+) -> None:
     files = plan_shards(sizes, maximum)
     assert list(files) == list(sizes)
     shards = list(dict.fromkeys(files.values()))
-    assert list(files.values()) == [shard for shard in shards for name in sizes if files[name] == shard]
+    assert list(files.values()) == [
+        shard for shard in shards for name in sizes if files[name] == shard
+    ]
     total = [sum(sizes[name] for name in sizes if files[name] == shard) for shard in shards]
     for shard, size in zip(shards, total, strict=True):
         not_empty = [name for name in sizes if files[name] == shard and sizes[name] > 0]
@@ -190,7 +201,11 @@ def test_shards_hold_every_tensor_in_order_and_not_too_much(sizes: dict[str, int
     for earlier, first in zip(total, firsts[1:], strict=False):
         assert earlier + first > maximum  # a shard ends only where the next tensor would not fit
     count = len(shards)
-    wanted = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    wanted = (
+        [SINGLE]
+        if count == 1
+        else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    )
     assert shards == wanted
 
 
@@ -223,10 +238,15 @@ def orders(weights: dict[str, torch.Tensor]) -> Iterator[list[tuple[str, torch.T
     items = list(weights.items())
     yield items
     yield items[::-1]
-    yield [items[n] for n in torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()]
+    yield [
+        items[n]
+        for n in torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    ]
 
 
-def test_the_order_of_the_stream_does_not_matter(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_the_order_of_the_stream_does_not_matter(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     written = []
     for number, stream in enumerate(orders(weights)):
         folder = tmp_path / str(number)
@@ -241,10 +261,17 @@ def test_shards_and_index_read_back(weights: dict[str, torch.Tensor], tmp_path: 
     write_weights(tmp_path, weights.items(), files)
     assert names_in(tmp_path) == sorted([*set(files.values()), INDEX])
     index = json.loads((tmp_path / INDEX).read_text())
-    assert index == {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": files}
+    assert index == {
+        "metadata": {"total_size": sum(t.nbytes for t in weights.values())},
+        "weight_map": files,
+    }
     found = read_headers(tmp_path)
     assert {name: info.file.name for name, info in found.items()} == files
-    loaded = {name: tensor for file in set(files.values()) for name, tensor in load_file(tmp_path / file).items()}
+    loaded = {
+        name: tensor
+        for file in set(files.values())
+        for name, tensor in load_file(tmp_path / file).items()
+    }
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     for file in set(files.values()):
@@ -267,8 +294,12 @@ def test_one_file_has_no_index(weights: dict[str, torch.Tensor], tmp_path: Path)
     assert names_in(tmp_path) == [SINGLE] and read_headers(tmp_path).keys() == weights.keys()
 
 
-def test_one_file_of_another_name_has_an_index(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_weights(tmp_path, weights.items(), dict.fromkeys(weights, "model-00001-of-00001.safetensors"))
+def test_one_file_of_another_name_has_an_index(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_weights(
+        tmp_path, weights.items(), dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    )
     assert names_in(tmp_path) == ["model-00001-of-00001.safetensors", INDEX]
     assert read_headers(tmp_path).keys() == weights.keys()
 
@@ -295,12 +326,16 @@ def test_strided_views_and_gradients_are_written_as_they_look(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("lost", ["first", "last"])
-def test_a_stream_that_ends_early_is_an_error(lost: str, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_a_stream_that_ends_early_is_an_error(
+    lost: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     files = in_three(weights)
     items = list(weights.items())
     stream = items[1:] if lost == "first" else items[:-1]
     shard = files[items[0 if lost == "first" else -1][0]]
-    with pytest.raises(RuntimeError, match=f"the stream of weights ended before .*{shard}.* was complete"):
+    with pytest.raises(
+        RuntimeError, match=f"the stream of weights ended before .*{shard}.* was complete"
+    ):
         write_weights(tmp_path, stream, files)
     assert not (tmp_path / shard).exists() and not (tmp_path / INDEX).exists()
     with pytest.raises(RuntimeError):
@@ -312,9 +347,15 @@ def test_a_tensor_that_nobody_expects_is_an_error(tmp_path: Path) -> None:
         write_weights(tmp_path, [("a", torch.ones(1)), ("b", torch.ones(1))], {"a": SINGLE})
 
 
-def test_shards_have_the_permissions_of_other_files(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_hf_folder(tmp_path, weights.items(), dict.fromkeys(weights, SINGLE), EXAONE4.tiny["exaone4"], None)
-    assert MODE((tmp_path / SINGLE).stat().st_mode) == MODE((tmp_path / "config.json").stat().st_mode)
+def test_shards_have_the_permissions_of_other_files(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_hf_folder(
+        tmp_path, weights.items(), dict.fromkeys(weights, SINGLE), EXAONE4.tiny["exaone4"], None
+    )
+    assert MODE((tmp_path / SINGLE).stat().st_mode) == MODE(
+        (tmp_path / "config.json").stat().st_mode
+    )
 
 
 def test_config_is_written_as_save_pretrained_writes_it(tmp_path: Path) -> None:
@@ -330,7 +371,13 @@ def test_what_travels_is_copied_and_nothing_else(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    travels = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json"]
+    travels = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "vocab.json",
+    ]
     travels += [
         "merges.txt",
         "added_tokens.json",
@@ -338,8 +385,21 @@ def test_what_travels_is_copied_and_nothing_else(tmp_path: Path) -> None:
         "chat_template.json",
         "generation_config.json",
     ]
-    travels += ["preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "vocab.txt"]
-    stays = ["config.json", SINGLE, INDEX, "README.md", "modeling_x.py", "pytorch_model.bin", ".gitattributes"]
+    travels += [
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "processor_config.json",
+        "vocab.txt",
+    ]
+    stays = [
+        "config.json",
+        SINGLE,
+        INDEX,
+        "README.md",
+        "modeling_x.py",
+        "pytorch_model.bin",
+        ".gitattributes",
+    ]
     for name in travels + stays:
         (source / name).write_bytes(f"{name}\r\n\0".encode())
     (source / "tokenizer_folder").mkdir()
@@ -356,7 +416,10 @@ SHAPES = {"norm": (400,), "wide": (30, 500), "tall": (500, 30), "embedding": (38
 
 def test_random_weights_are_the_seeds() -> None:
     one, again, other = (dict(drawn(SHAPES, torch.float32, seed)) for seed in (1, 1, 2))
-    assert list(one) == list(SHAPES) and {name: tuple(tensor.shape) for name, tensor in one.items()} == SHAPES
+    assert (
+        list(one) == list(SHAPES)
+        and {name: tuple(tensor.shape) for name, tensor in one.items()} == SHAPES
+    )
     assert all(torch.equal(one[name], again[name]) for name in SHAPES)
     assert not any(torch.equal(one[name], other[name]) for name in SHAPES)
 

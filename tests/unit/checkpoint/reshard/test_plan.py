@@ -74,7 +74,9 @@ def cases(draw: st.DrawFn) -> tuple[str, Layout, dict[str, Any]]:
 
 @given(case=cases())
 @settings(max_examples=150, deadline=None)
-def test_every_element_arrives_once_and_comes_back(case: tuple[str, Layout, dict[str, Any]]) -> None:
+def test_every_element_arrives_once_and_comes_back(
+    case: tuple[str, Layout, dict[str, Any]],
+) -> None:
     """Each element has a number of its own. Every rank's parameters are filled by the copies; what all ranks hold, put
     together as Megatron-Core puts it together, and copied back, is what there was."""
     name, layout, fields = case
@@ -95,7 +97,10 @@ def test_every_element_arrives_once_and_comes_back(case: tuple[str, Layout, dict
         read = 0
         names = set()
         for held in plan.held(rank):
-            assert (held.chunk, held.name) not in names  # one module has no two parameters of one name
+            assert (
+                held.chunk,
+                held.name,
+            ) not in names  # one module has no two parameters of one name
             names.add((held.chunk, held.name))
             parameter = np.zeros(held.cut.shape, dtype=np.int64)
             tensors = [tensor.numbered(*held.numbers).name for tensor in held.part.row.hf]
@@ -135,15 +140,19 @@ def written_one_by_one(plan: Plan) -> list[int]:
         written.append(0)
         for held in plan.held(rank):
             part = held.part
-            cutters, dealt = (plan.layout.expert_tp, plan.layout.ep) if part.per_expert else (plan.layout.tp, 1)
+            cutters, dealt = (
+                (plan.layout.expert_tp, plan.layout.ep) if part.per_expert else (plan.layout.tp, 1)
+            )
             group = cutters * dealt
             here = (rank.etp if part.per_expert else rank.tp, number % per_stage // group)
             if (
                 not held.replica
-                and writer(ordinal_of(orders[id(part)], held.numbers), cutters, per_stage // group) == here
+                and writer(ordinal_of(orders[id(part)], held.numbers), cutters, per_stage // group)
+                == here
             ):
                 written[-1] += sum(
-                    int(np.prod(shape)) * size for shape, size in zip(part.shapes, part.itemsizes, strict=True)
+                    int(np.prod(shape)) * size
+                    for shape, size in zip(part.shapes, part.itemsizes, strict=True)
                 )
     return written
 
@@ -155,7 +164,11 @@ def test_a_rank_reads_its_share_of_what_is_cut(tp: int) -> None:
     for part in plan.parts:
         whole = sum(int(np.prod(shape)) for shape in part.shapes) * 4
         for rank in plan.ranks():
-            assert part.read_bytes(rank) * (tp if part.row.kind not in (Kind.REPLICATED, Kind.SQUEEZED) else 1) == whole
+            assert (
+                part.read_bytes(rank)
+                * (tp if part.row.kind not in (Kind.REPLICATED, Kind.SQUEEZED) else 1)
+                == whole
+            )
 
 
 def test_more_ranks_than_key_value_heads_cut_a_group() -> None:
@@ -203,7 +216,9 @@ def moved(copy: Copy, by: int, side: str) -> Copy:
 
 
 def shorter(copy: Copy) -> Copy:
-    return Copy(copy.tensor, *(((box[0][0], box[0][1] - 1), *box[1:]) for box in (copy.hf, copy.megatron)))
+    return Copy(
+        copy.tensor, *(((box[0][0], box[0][1] - 1), *box[1:]) for box in (copy.hf, copy.megatron))
+    )
 
 
 def first_expert(plan: Plan) -> Plan:
@@ -211,8 +226,14 @@ def first_expert(plan: Plan) -> Plan:
 
 
 FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
-    "a copy is missing": (lambda p: cut_of(p, Kind.QKV, copies(lambda c: c[1:])), "elements, of which"),
-    "a copy is there twice": (lambda p: cut_of(p, Kind.QKV, copies(lambda c: [*c, c[0]])), "is used twice"),
+    "a copy is missing": (
+        lambda p: cut_of(p, Kind.QKV, copies(lambda c: c[1:])),
+        "elements, of which",
+    ),
+    "a copy is there twice": (
+        lambda p: cut_of(p, Kind.QKV, copies(lambda c: [*c, c[0]])),
+        "is used twice",
+    ),
     "q for k": (
         lambda p: cut_of(p, Kind.QKV, copies(lambda c: [c[1]._replace(tensor=0), *c[1:], c[0]])),
         "is used twice|outside",
@@ -229,21 +250,32 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], 1, "megatron"), c[1]])),
         "is used twice",
     ),
-    "past the end": (lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], 48, "hf"), c[1]]), 1), "outside"),
+    "past the end": (
+        lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], 48, "hf"), c[1]]), 1),
+        "outside",
+    ),
     "before the beginning": (
         lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], -1, "hf"), c[1]])),
         "outside",
     ),
-    "one row less": (lambda p: cut_of(p, Kind.ROW, copies(lambda c: [shorter(c[0])])), "elements, of which"),
+    "one row less": (
+        lambda p: cut_of(p, Kind.ROW, copies(lambda c: [shorter(c[0])])),
+        "elements, of which",
+    ),
     "other lengths": (
         lambda p: cut_of(p, Kind.ROW, copies(lambda c: [c[0]._replace(hf=shorter(c[0]).hf)])),
         "has other lengths",
     ),
     "both ranks hold the first cut": (
-        lambda p: cut_of(p, Kind.ROW, lambda cut: next(q for q in p.parts if q.row.kind is Kind.ROW).cuts[0], 1),
+        lambda p: cut_of(
+            p, Kind.ROW, lambda cut: next(q for q in p.parts if q.row.kind is Kind.ROW).cuts[0], 1
+        ),
         "is used twice",
     ),
-    "padding forgotten": (lambda p: cut_of(p, Kind.VOCAB, lambda cut: cut._replace(padding=()), 1), "of which"),
+    "padding forgotten": (
+        lambda p: cut_of(p, Kind.VOCAB, lambda cut: cut._replace(padding=()), 1),
+        "of which",
+    ),
     "padding elsewhere": (
         lambda p: cut_of(
             p,
@@ -261,11 +293,19 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "is used twice",
     ),
     "a part is missing": (lambda p: with_part(p, p.parts[3], None), "is used by no parameter"),
-    "a part is there twice": (lambda p: dataclasses.replace(p, parts=(*p.parts, p.parts[3])), "is filled twice"),
+    "a part is there twice": (
+        lambda p: dataclasses.replace(p, parts=(*p.parts, p.parts[3])),
+        "is filled twice",
+    ),
     "two parts use one tensor": (
         lambda p: dataclasses.replace(
             p,
-            parts=(*p.parts, dataclasses.replace(p.parts[3], row=dataclasses.replace(p.parts[3].row, megatron="a.*"))),
+            parts=(
+                *p.parts,
+                dataclasses.replace(
+                    p.parts[3], row=dataclasses.replace(p.parts[3].row, megatron="a.*")
+                ),
+            ),
         ),
         "is used by",
     ),
@@ -273,7 +313,9 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: with_part(
             p,
             p.parts[1],
-            dataclasses.replace(p.parts[1], shapes=((65,),), cuts=(Cut((65,), (Copy(0, ((0, 65),), ((0, 65),)),)),)),
+            dataclasses.replace(
+                p.parts[1], shapes=((65,),), cuts=(Cut((65,), (Copy(0, ((0, 65),), ((0, 65),)),)),)
+            ),
         ),
         "has shape",
     ),
@@ -281,7 +323,10 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: dataclasses.replace(p, stages=(((0, 1),), ((1, 3),))),
         "layer 1 is held by two ranks",
     ),
-    "a layer on no stage": (lambda p: dataclasses.replace(p, stages=(((0, 1),), ((2,),))), "layer 3, which no rank"),
+    "a layer on no stage": (
+        lambda p: dataclasses.replace(p, stages=(((0, 1),), ((2,),))),
+        "layer 3, which no rank",
+    ),
     "a layer forgotten in the middle": (
         lambda p: dataclasses.replace(p, stages=(((0, 1),), ((3,),))),
         "layer 2 is held by no rank",
@@ -292,7 +337,10 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: dataclasses.replace(p, experts=((0, 1, 2, 3), (4, 5, 6))),
         "8 experts, and 7 are dealt out",
     ),
-    "cut for another layout": (lambda p: dataclasses.replace(p, layout=Layout(tp=4, pp=2, ep=2, etp=1)), "is cut in 2"),
+    "cut for another layout": (
+        lambda p: dataclasses.replace(p, layout=Layout(tp=4, pp=2, ep=2, etp=1)),
+        "is cut in 2",
+    ),
 }
 
 
@@ -344,14 +392,19 @@ def test_ranks_are_numbered_as_megatron_does() -> None:
 def test_the_plan_needs_no_torch() -> None:
     code = "import sys, exaone_bridge.checkpoint.reshard.plan, exaone_bridge.checkpoint.reshard.validate; print(*sys.modules)"
     modules = {
-        name.partition(".")[0] for name in subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        name.partition(".")[0]
+        for name in subprocess.check_output([sys.executable, "-c", code], text=True).split()
     }
     assert not modules & {"torch", "numpy", "megatron", "transformers", "safetensors"}
 
 
 def test_a_plan_is_as_small_as_its_table() -> None:
     """Rectangles are stated once a row, however many layers and experts there are."""
-    config = {**EXAONE4.tiny["exaone4-1.2b"], "num_hidden_layers": 4000, "layer_types": ["full_attention"] * 4000}
+    config = {
+        **EXAONE4.tiny["exaone4-1.2b"],
+        "num_hidden_layers": 4000,
+        "layer_types": ["full_attention"] * 4000,
+    }
     facts = EXAONE4.read_config(config)
     plan = plan_of(EXAONE4.rows(facts), facts, Layout(tp=2, pp=4))
     assert sum(len(cut.copies) for part in plan.parts for cut in part.cuts) < 50

@@ -28,7 +28,11 @@ _COMMON: dict[str, Any] = {
     "rope_theta": 500000.0,
     "rope_scaling": None,
 }
-_MOE = _COMMON | {"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe", "moe_num_experts": 64}
+_MOE = _COMMON | {
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "model_type": "ernie4_5_moe",
+    "moe_num_experts": 64,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "0.3B": _COMMON
     | {
@@ -86,7 +90,11 @@ def test_published() -> None:
     assert (dense.moe_layers, dense.num_experts, dense.tied, dense.head_dim) == ((), 0, True, 128)
     assert (small.moe_layers, small.num_experts, small.topk) == (tuple(range(1, 28)), 64, 6)
     assert (small.shared_ffn_size, small.head_dim, small.mtp_layers) == (3072, 128, 1)
-    assert (large.moe_layers, large.num_shared_experts, large.tied) == (tuple(range(3, 54)), 0, False)
+    assert (large.moe_layers, large.num_shared_experts, large.tied) == (
+        tuple(range(3, 54)),
+        0,
+        False,
+    )
     assert (large.topk, large.expert_ffn_size, large.head_dim) == (8, 3584, 128)
     assert {facts.dtype for facts in (dense, small, large)} == {"bfloat16"}
 
@@ -113,9 +121,15 @@ def test_both_expert_layouts_name_the_same_tensors() -> None:
     assert others["decoder.layers.2.mlp.experts.local_experts.5.linear_fc1.weight"] == (
         "decoder.layers.2.mlp.experts.linear_fc1.weight5"
     )
-    assert set(others.values()) == {name for name in expected_megatron(rows) if ".mlp.experts." in name}
+    assert set(others.values()) == {
+        name for name in expected_megatron(rows) if ".mlp.experts." in name
+    }
     assert len(others) == 3 * 8 * 2
-    kept = {name for name in expected_hf(rows, facts.dims) if "mlp.gate.weight" in name or "moe_statics" in name}
+    kept = {
+        name
+        for name in expected_hf(rows, facts.dims)
+        if "mlp.gate.weight" in name or "moe_statics" in name
+    }
     assert fp32_names(rows) == kept and len(kept) == 6
 
 
@@ -141,12 +155,21 @@ def test_schedule(fields: dict[str, Any], layers: tuple[int, ...]) -> None:
 def test_null_in_a_dense_configuration_is_derived() -> None:
     derived = read_config({**PUBLISHED["0.3B"], "head_dim": None, "num_key_value_heads": None})
     assert (derived.head_dim, derived.num_kv_heads) == (64, 16)
-    absent = {key: value for key, value in PUBLISHED["0.3B"].items() if key not in ("head_dim", "num_key_value_heads")}
+    absent = {
+        key: value
+        for key, value in PUBLISHED["0.3B"].items()
+        if key not in ("head_dim", "num_key_value_heads")
+    }
     assert (read_config(absent).head_dim, read_config(absent).num_kv_heads) == (128, 2)
 
 
 def test_first_pool() -> None:
-    assert [first_pool({"n": value}, "n") for value in (64, [64], [64, 32], (8,))] == [64, 64, 64, 8]
+    assert [first_pool({"n": value}, "n") for value in (64, [64], [64, 32], (8,))] == [
+        64,
+        64,
+        64,
+        8,
+    ]
     with pytest.raises(UnsupportedConfig, match="each pool"):
         first_pool({"n": [1, 2, 3]}, "n")
 
@@ -156,7 +179,10 @@ def test_first_pool() -> None:
     [
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_bias": 1}, "use_bias"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings"),
@@ -200,7 +226,13 @@ def test_written_unchanged_where_nothing_changed(name: str) -> None:
         {"mtp_layers": 0},
         {"num_layers": 6, "moe": (False, True) * 3},
         {"num_layers": 3, "moe": (True, False, False)},
-        {"num_shared_experts": 3, "topk": 2, "norm_min": 0.1, "num_experts": 4, "expert_ffn_size": 12},
+        {
+            "num_shared_experts": 3,
+            "topk": 2,
+            "norm_min": 0.1,
+            "num_experts": 4,
+            "expert_ffn_size": 12,
+        },
     ],
     ids=str,
 )

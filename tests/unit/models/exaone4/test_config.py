@@ -86,7 +86,9 @@ def test_rope_fields_one_by_one() -> None:
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_max_positions",
     }
-    stock = Llama3Rope(factor=8.0, low_freq_factor=2.0, high_freq_factor=5.0, original_max_positions=16)
+    stock = Llama3Rope(
+        factor=8.0, low_freq_factor=2.0, high_freq_factor=5.0, original_max_positions=16
+    )
     for key in ("rope_parameters", "rope_scaling"):
         for field, fact in fields.items():
             found = read_config(small(**{"rope_parameters": ..., key: LLAMA3 | {field: 3}}))
@@ -99,7 +101,9 @@ def test_a_spelling_whose_theta_stands_outside_the_rope_object() -> None:
     for key in ("rope_parameters", "rope_scaling"):
         outside = small(**{"rope_parameters": ..., key: scaling}, rope_theta=3000)
         assert read_config(outside).rope_theta == 3000.0
-        inside = small(**{"rope_parameters": ..., key: scaling | {"rope_theta": 5000}}, rope_theta=3000)
+        inside = small(
+            **{"rope_parameters": ..., key: scaling | {"rope_theta": 5000}}, rope_theta=3000
+        )
         assert read_config(inside).rope_theta == 5000.0
 
 
@@ -117,7 +121,12 @@ def test_facts_are_frozen_and_give_the_axes() -> None:
 @pytest.mark.parametrize(
     ("kinds", "window", "windows", "rope"),
     [
-        ([G, G, G], 4096, (None, None, None), (False, False, False)),  # no layer slides, yet none has RoPE
+        (
+            [G, G, G],
+            4096,
+            (None, None, None),
+            (False, False, False),
+        ),  # no layer slides, yet none has RoPE
         ([G, G, G], ..., (None, None, None), (False, False, False)),  # 4096 by default
         ([G, G, G], None, (None, None, None), (True, True, True)),
         ([L, G, L], 5, (5, None, 5), (True, False, True)),
@@ -150,7 +159,9 @@ def test_published_files_through_transformers(hf: Any, name: str, spelling: str)
 @example(config={})
 @example(config={"num_hidden_layers": 7})
 @example(config={"layer_types": [G] * 32, "sliding_window": None})
-def test_a_file_and_what_transformers_makes_of_it_say_the_same(hf: Any, config: dict[str, Any]) -> None:
+def test_a_file_and_what_transformers_makes_of_it_say_the_same(
+    hf: Any, config: dict[str, Any]
+) -> None:
     theirs = hf(config)
     facts = read_config(config)
     assert read_config(json.loads(theirs.to_json_string())) == facts
@@ -159,15 +170,24 @@ def test_a_file_and_what_transformers_makes_of_it_say_the_same(hf: Any, config: 
     assert facts.num_layers == theirs.num_hidden_layers == len(theirs.layer_types)
     assert [L if window is not None else G for window in facts.windows] == theirs.layer_types
     assert {window for window in facts.windows if window is not None} <= {theirs.sliding_window}
-    assert facts.rope == tuple(theirs.sliding_window is None or kind == L for kind in theirs.layer_types)
+    assert facts.rope == tuple(
+        theirs.sliding_window is None or kind == L for kind in theirs.layer_types
+    )
     assert facts.rope_theta == theirs.rope_parameters["rope_theta"]
     assert (facts.llama3 is not None) == (theirs.rope_parameters["rope_type"] == "llama3")
     if facts.llama3 is not None:
         assert dataclasses.astuple(facts.llama3) == tuple(
             theirs.rope_parameters[key]
-            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            for key in (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            )
         )
-    assert facts.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert facts.head_dim == getattr(
+        theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads
+    )
     assert facts.dtype == str(theirs.dtype or "float32").removeprefix("torch.")
     for fact, field in {
         "vocab_size": "vocab_size",
@@ -189,12 +209,16 @@ def test_a_file_and_what_transformers_makes_of_it_say_the_same(hf: Any, config: 
 @example(pattern=1, layers=3)
 @example(pattern=4, layers=7)
 @example(pattern=9, layers=4)
-def test_a_whole_number_pattern_is_read_as_transformers_reads_it(hf: Any, pattern: int, layers: int) -> None:
+def test_a_whole_number_pattern_is_read_as_transformers_reads_it(
+    hf: Any, pattern: int, layers: int
+) -> None:
     config = small(num_hidden_layers=layers, sliding_window_pattern=pattern, layer_types=...)
     theirs = hf(config).layer_types
     assert read_config(config).windows == tuple(5 if kind == L else None for kind in theirs)
     assert read_config(config | {"layer_types": None}) == read_config(config)
-    assert read_config(config) == read_config(config | {"layer_types": theirs, "sliding_window_pattern": "LLLG"})
+    assert read_config(config) == read_config(
+        config | {"layer_types": theirs, "sliding_window_pattern": "LLLG"}
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -231,7 +255,11 @@ def refusal(config: dict[str, Any], field: str, got: object) -> str:
 
 
 NAN, INF = float("nan"), float("inf")
-A_COUNT, A_NUMBER, A_WINDOW = "a positive whole number", "a finite number", "null or a positive whole number of keys"
+A_COUNT, A_NUMBER, A_WINDOW = (
+    "a positive whole number",
+    "a finite number",
+    "null or a positive whole number of keys",
+)
 COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -292,10 +320,14 @@ def test_refused_llama3_without_one_of_its_fields(field: str, how: str) -> None:
 
 @pytest.mark.parametrize("spelled", ["rope_type", "type"])
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "proportional", "LLAMA3", None, 1], ids=repr)
+@pytest.mark.parametrize(
+    "kind", ["yarn", "linear", "dynamic", "longrope", "proportional", "LLAMA3", None, 1], ids=repr
+)
 def test_refused_rope_types(kind: object, key: str, spelled: str) -> None:
     rope = {name: value for name, value in LLAMA3.items() if name != "rope_type"} | {spelled: kind}
-    assert "one of 'default', 'llama3'" in refusal(small(**{"rope_parameters": ..., key: rope}), "rope_type", kind)
+    assert "one of 'default', 'llama3'" in refusal(
+        small(**{"rope_parameters": ..., key: rope}), "rope_type", kind
+    )
 
 
 @pytest.mark.parametrize("value", ["llama3", 1.0, [LLAMA3]], ids=repr)
@@ -314,7 +346,9 @@ def test_refused_activation(value: object) -> None:
     assert "one of 'silu'" in refusal(small(hidden_act=value), "hidden_act", value)
 
 
-@pytest.mark.parametrize("value", ["float64", "int8", "auto", "torch.float64", "fp32", "", 0, False, [], 16], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["float64", "int8", "auto", "torch.float64", "fp32", "", 0, False, [], 16], ids=repr
+)
 def test_refused_dtype(value: object) -> None:
     wanted = "one of 'float32', 'bfloat16', 'float16'"
     assert wanted in refusal(small(dtype=value), "dtype", value)
@@ -356,7 +390,11 @@ def test_refused_sliding_layers_without_a_window(kinds: list[str]) -> None:
 def test_refused_no_window_without_layer_types(kinds: object, pattern: object) -> None:
     config = small(sliding_window=None, layer_types=kinds, sliding_window_pattern=pattern)
     message = refusal(config, "layer_types", None)
-    assert "Transformers divides by zero" in message and 'write "layer_types": [' in message and G in message
+    assert (
+        "Transformers divides by zero" in message
+        and 'write "layer_types": [' in message
+        and G in message
+    )
 
 
 def test_transformers_divides_by_zero_there(hf: Any) -> None:
@@ -364,7 +402,9 @@ def test_transformers_divides_by_zero_there(hf: Any) -> None:
         hf(small(sliding_window=None, layer_types=...))
 
 
-@pytest.mark.parametrize("pattern", ["LLLG", "G", "4", 0, -1, True, False, 4.0, None, [4]], ids=repr)
+@pytest.mark.parametrize(
+    "pattern", ["LLLG", "G", "4", 0, -1, True, False, 4.0, None, [4]], ids=repr
+)
 @pytest.mark.parametrize("kinds", [..., None], ids=repr)
 def test_refused_patterns_without_layer_types(kinds: object, pattern: object) -> None:
     config = small(layer_types=kinds, sliding_window_pattern=pattern)
@@ -382,7 +422,18 @@ def test_refused_layer_types_of_another_length(value: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[L, G, "chunked_attention"], [L, G, "full"], [L, G, None], [L, G, [L]], [1, 0, 1], "LGL", L, {}, 3, {L: 1}],
+    [
+        [L, G, "chunked_attention"],
+        [L, G, "full"],
+        [L, G, None],
+        [L, G, [L]],
+        [1, 0, 1],
+        "LGL",
+        L,
+        {},
+        3,
+        {L: 1},
+    ],
     ids=repr,
 )
 def test_refused_layer_types_of_other_words(value: object) -> None:
@@ -417,7 +468,9 @@ def test_both_rope_objects_are_read_as_transformers_reads_them_or_refused(hf: An
 def test_head_dim_null_is_refused() -> None:
     message = refusal(small(head_dim=None), "head_dim", None)
     assert "Transformers cannot run null" in message
-    assert "write 8, hidden_size / num_attention_heads, or take it out" in message  # 32 over 4 heads
+    assert (
+        "write 8, hidden_size / num_attention_heads, or take it out" in message
+    )  # 32 over 4 heads
 
 
 def test_low_freq_factor_zero_is_refused() -> None:

@@ -30,7 +30,9 @@ from tests.helpers.exaone4_configs import (
 
 # What a training run may set for itself: never written over a source's own value.
 TRAINING = {"max_positions": 77, "init_std": 0.5, "attention_dropout": 0.25}
-LLAMA3 = Llama3Rope(factor=8.0, low_freq_factor=2.0, high_freq_factor=5.0, original_max_positions=16)
+LLAMA3 = Llama3Rope(
+    factor=8.0, low_freq_factor=2.0, high_freq_factor=5.0, original_max_positions=16
+)
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -144,7 +146,9 @@ def test_a_changed_rope_is_written_in_the_new_spelling(
     changed = dataclasses.replace(PUBLISHED_FACTS["32B"], **change)
     config = written(changed, source)
     expected = less_version(source) | {"rope_parameters": rope}
-    assert config == {key: value for key, value in expected.items() if key not in ("rope_theta", "rope_scaling")}
+    assert config == {
+        key: value for key, value in expected.items() if key not in ("rope_theta", "rope_scaling")
+    }
     assert read_config(config) == changed
 
 
@@ -155,7 +159,12 @@ def test_a_changed_rope_is_written_in_the_new_spelling(
         ((None, 5, 5), (False, True, True), [G, L, L], 5),  # other layers
         ((5, 5, 5), (True, True, True), [L, L, L], 5),
         ((None,) * 3, (True,) * 3, [G] * 3, None),  # RoPE on every global layer: no window at all
-        ((None,) * 3, (False,) * 3, [G] * 3, 5),  # RoPE on none: a window that no layer uses; the source's own
+        (
+            (None,) * 3,
+            (False,) * 3,
+            [G] * 3,
+            5,
+        ),  # RoPE on none: a window that no layer uses; the source's own
         ((5, None), (True, False), [L, G], 5),  # fewer layers
         ((5, None, 5, None), (True, False) * 2, [L, G] * 2, 5),  # more
     ],
@@ -169,7 +178,9 @@ def test_a_changed_schedule_changes_layer_types_and_window(
     kinds_in_source: bool,
 ) -> None:
     source = small(**({} if kinds_in_source else {"layer_types": ..., "sliding_window_pattern": 2}))
-    changed = dataclasses.replace(read_config(source), windows=windows, rope=rope, num_layers=len(windows))
+    changed = dataclasses.replace(
+        read_config(source), windows=windows, rope=rope, num_layers=len(windows)
+    )
     config = written(changed, source)
     wanted = {"layer_types": kinds, "sliding_window": window, "num_hidden_layers": len(windows)}
     assert config == source | wanted
@@ -202,12 +213,21 @@ def test_every_fact_is_tried_above() -> None:
 
 @quick
 @given(changed=facts(), source=raw_configs().filter(lambda config: "head_dim" in config))
-def test_any_facts_written_over_any_source_are_read_back(changed: Exaone4Facts, source: dict[str, Any]) -> None:
+def test_any_facts_written_over_any_source_are_read_back(
+    changed: Exaone4Facts, source: dict[str, Any]
+) -> None:
     before = read_config(source)
     config = written(changed, source)
     kept = {name: getattr(before, name) for name in TRAINING}
     assert read_config(config) == dataclasses.replace(changed, **kept)
-    foreign = ("architectures", "model_type", "bos_token_id", "x_note", "use_cache", "sliding_window_pattern")
+    foreign = (
+        "architectures",
+        "model_type",
+        "bos_token_id",
+        "x_note",
+        "use_cache",
+        "sliding_window_pattern",
+    )
     assert {key: config.get(key) for key in foreign} == {key: source.get(key) for key in foreign}
     assert "transformers_version" not in config
 
@@ -264,7 +284,9 @@ def test_facts_without_a_source_make_a_complete_config(hf: Any, made: Exaone4Fac
     ],
 )
 @pytest.mark.parametrize("source", [{}, small()], ids=["no source", "a source"])
-def test_refused_schedules(windows: tuple[int | None, ...], rope: tuple[bool, ...], source: dict[str, Any]) -> None:
+def test_refused_schedules(
+    windows: tuple[int | None, ...], rope: tuple[bool, ...], source: dict[str, Any]
+) -> None:
     changed = dataclasses.replace(read_config(small()), windows=windows, rope=rope)
     with pytest.raises(UnsupportedConfig) as caught:
         write_config(changed, source)
@@ -284,7 +306,9 @@ def test_a_source_that_cannot_be_read_is_refused() -> None:
 @pytest.mark.parametrize("fact", ["windows", "rope"])
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_lists_of_another_length_than_num_layers_are_never_written(fact: str, data: st.DataObject) -> None:
+def test_lists_of_another_length_than_num_layers_are_never_written(
+    fact: str, data: st.DataObject
+) -> None:
     """Facts that contradict themselves do not become a file that reads as something else."""
     made = data.draw(facts())
     broken = dataclasses.replace(made, **{fact: getattr(made, fact) + getattr(made, fact)[:1]})

@@ -29,7 +29,12 @@ def test_the_language_model_is_exaone4s() -> None:
     facts = read_config(CONFIG)
     assert facts.text == read_text(CONFIG["text_config"])
     assert (facts.vision.qkv_size, facts.vision.head_dim) == (96, 12)
-    assert (facts.image_token, facts.video_token, facts.mtp_layers, facts.mtp_loss_scale) == (67, 68, 1, 0.1)
+    assert (facts.image_token, facts.video_token, facts.mtp_layers, facts.mtp_loss_scale) == (
+        67,
+        68,
+        1,
+        0.1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,9 @@ def test_defaults_are_transformers() -> None:
     theirs = Exaone4_5_VisionConfig().to_dict()
     config = _with("vision_config", {})
     config["text_config"]["hidden_size"] = theirs["out_hidden_size"]
-    assert read_config(config) == read_config(config | {"vision_config": theirs | {"dtype": "float32"}})
+    assert read_config(config) == read_config(
+        config | {"vision_config": theirs | {"dtype": "float32"}}
+    )
 
 
 @pytest.mark.parametrize(
