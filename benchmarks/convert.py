@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -32,9 +33,10 @@ from safetensors.torch import load_file, save_file
 
 from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.hf.source import open_source
+from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config
 from exaone_bridge.checkpoint.megatron.tensors import Spec
+from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.models import family_of
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
@@ -94,11 +96,15 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
     if folder.exists():
         return folder
     family = family_of(config["architectures"], where="benchmark")
-    facts = family.read_config(config)
+    model_config = family.read_hf_config(config)
     kinds = {"bfloat16": "BF16", "float32": "F32"}
     specs = [
-        Spec(name, "F32" if tensor.fp32 else kinds[facts.dtype], tensor.shape(facts.dims))
-        for name, tensor in hf_tensors(family.rows(facts)).items()
+        Spec(
+            name,
+            "F32" if tensor.fp32 else kinds[model_config.dtype],
+            tensor.shape(model_config.dims),
+        )
+        for name, tensor in hf_tensors(family.mappings(model_config)).items()
     ]
     places = lay_out(specs, plan_shards({spec.name: spec.nbytes for spec in specs}))
     partial = folder.with_suffix(".partial")
@@ -186,7 +192,7 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
             for name, tensor in load_file(file).items():
                 held[name].copy_(tensor)
 
-    def host() -> None:
+    def upstream() -> None:
         MegatronModelBridge.load_weights_hf_to_megatron(
             bridge._model_bridge, bridge.hf_pretrained, model
         )
@@ -194,7 +200,7 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
     torch.set_num_threads(1)
     return least(
         repeats,
-        {"plain copy": plain, "planned": lambda: bridge.load_hf_weights(model), "host": host},
+        {"plain copy": plain, "planned": lambda: bridge.load_hf_weights(model), "host": upstream},
     )
 
 
@@ -202,8 +208,8 @@ def measure_load(run: Run) -> None:
     """Import into a model at TP1, against a plain copy and the host's loader."""
     folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
     (found,) = run_ranks(_load_rank, 1, folder, run.repeats)
-    plain, ours, host = found["plain copy"], found["planned"], found["host"]
-    for what, a, b, c in zip(("seconds", "of CPU"), plain, ours, host, strict=True):
+    plain, ours, upstream = found["plain copy"], found["planned"], found["host"]
+    for what, a, b, c in zip(("seconds", "of CPU"), plain, ours, upstream, strict=True):
         print(f"| import at TP1, {what}: plain copy, planned, host | {a:.3f}, {b:.3f}, {c:.3f} |")
         print(f"| planned / plain copy (at most 1.5), {what} | {ratio(b, a)} |")
         print(f"| host / planned (at least 5), {what} | {ratio(c, b)} |", flush=True)
@@ -218,7 +224,7 @@ def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout)
     source = open_source(folder)
-    moved = load(folder, source.family, source.rows, source.facts, place_of(model))
+    moved = load(folder, source.family, source.mappings, source.model_config, place_of(model))
     return moved.nbytes, moved.cut_nbytes
 
 
@@ -346,9 +352,14 @@ def measure_stream(run: Run) -> None:
         shutil.rmtree(exported)
 
 
+def prove_plan(source: HFSource) -> None:
+    """Plan and validate a load at TP2 x PP2 from headers alone."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    prove(source.plan(Layout(tp=2, pp=2)), shapes)
+
+
 def measure_linear(run: Run) -> None:
     """Seconds as the number of tensors grows."""
-    from exaone_bridge.checkpoint.reshard.validate import prove
 
     sizes = [(4, 8), (8, 16)] if run.small else [(10, 31), (20, 165), (40, 248), (60, 331)]
     print(
@@ -359,16 +370,14 @@ def measure_linear(run: Run) -> None:
         folder = checkpoint(run.work / f"many-{layers}-{experts}", many(layers, experts))
         source = open_source(folder)
         count = len(source.tensors)
-        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        plan = least(run.repeats, {"": lambda: prove(source.plan(Layout(tp=2, pp=2)), shapes)})[
-            ""
-        ].wall
+        validate_plan = functools.partial(prove_plan, source)
+        plan = least(run.repeats, {"": validate_plan})[""].wall
         command = [sys.executable, "-m", "exaone_bridge", "inspect", str(folder)]
         seen = least(
             run.repeats,
             {
-                kind: lambda kind=kind: subprocess.run(
-                    [*command, kind], stdout=subprocess.DEVNULL, check=True
+                kind: functools.partial(
+                    subprocess.run, [*command, kind], stdout=subprocess.DEVNULL, check=True
                 )
                 for kind in ("--tp=2", "--json")
             },

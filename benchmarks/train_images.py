@@ -18,7 +18,7 @@ import torch  # before transformer_engine: the two bring different versions of c
 from train_step import alone, arguments, config_of, measure_asked
 from train_step import operations as operations_of_words
 
-from exaone_bridge.models.exaone45.config import VisionFacts, read_config
+from exaone_bridge.models.exaone45.config import VisionConfig, read_hf_config
 from exaone_bridge.recipes.published import CONFIGS
 
 
@@ -66,27 +66,30 @@ def batch_of(
     Raises:
         SystemExit: images that leave no room for words.
     """
-    facts = read_config(config.to_dict())
-    places = side * side // facts.vision.merge_size**2
-    if side % facts.vision.merge_size or images * places > seq:
+    model_config = read_hf_config(config.to_dict())
+    places = side * side // model_config.vision.merge_size**2
+    if side % model_config.vision.merge_size or images * places > seq:
         raise SystemExit(
             f"{images} images of {side} x {side} patches are {images * places} words; a sequence has {seq}, and a side "
-            f"is a multiple of {facts.vision.merge_size}"
+            f"is a multiple of {model_config.vision.merge_size}"
         )
-    tokens = torch.randint(facts.vocab_size, (mbs, seq + 1), device=device)
-    for taken in (facts.image_token, facts.video_token):
-        tokens[tokens == taken] = facts.video_token + 1
+    tokens = torch.randint(model_config.vocab_size, (mbs, seq + 1), device=device)
+    for taken in (model_config.image_token, model_config.video_token):
+        tokens[tokens == taken] = model_config.video_token + 1
     for number in range(images):
         start = number * (seq // images)
-        tokens[:, start : start + places] = facts.image_token
+        tokens[:, start : start + places] = model_config.image_token
     pixels = torch.randn(
-        mbs * images * side * side, facts.vision.patch_elements, device=device, dtype=torch.bfloat16
+        mbs * images * side * side,
+        model_config.vision.patch_elements,
+        device=device,
+        dtype=torch.bfloat16,
     )
     grids = torch.tensor([[1, side, side]] * (mbs * images), device=device)
     return Batch(tokens, pixels, grids, images)
 
 
-def operations_of_image(vision: VisionFacts, side: int) -> float:
+def operations_of_image(vision: VisionConfig, side: int) -> float:
     """Floating-point operations of the tower, forward and backward, for one square image."""
     patches = side * side
     across = vision.window_size // vision.patch_size  # patches along a window's side
@@ -109,9 +112,9 @@ def operations_of_image(vision: VisionFacts, side: int) -> float:
 
 def operations(config: Any, seq: int, images: int, side: int) -> float:
     """Of one forward and backward of one sequence with its images."""
-    facts = read_config(config.to_dict())
+    model_config = read_hf_config(config.to_dict())
     return operations_of_words(config.get_text_config(), seq) + images * operations_of_image(
-        facts.vision, side
+        model_config.vision, side
     )
 
 

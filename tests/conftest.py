@@ -20,12 +20,12 @@ from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.schema.parallel_layout import Layout
 
-MINIATURES = {name: config for family in FAMILIES for name, config in family.tiny.items()}
+TINY_CONFIGS = {name: config for family in FAMILIES for name, config in family.tiny.items()}
 TinyFactory = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def host() -> Any:
+def megatron_bridge() -> Any:
     """Megatron-Bridge, imported with our bridges registered, and what every forked rank would import for itself."""
     import exaone_bridge
 
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
         key = json.dumps([name, seed, fields], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp("tiny") / name
-            write_random(folder, {**MINIATURES[name], **fields}, seed=seed)
+            write_random(folder, {**TINY_CONFIGS[name], **fields}, seed=seed)
             made[key] = folder
         return made[key]
 

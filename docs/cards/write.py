@@ -79,7 +79,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6}
     | {"moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
 }
-MINIATURES = EXAONE | EXAONE45 | ERNIE
+TINY_CONFIGS = EXAONE | EXAONE45 | ERNIE
 
 WHOLE = "Random weights of the whole published shape."
 WIDE = "Random weights of the published widths, fewer layers."
@@ -134,21 +134,21 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
 
 def write(work: Path, card: str) -> bool:
     """Run everything of one card; whether all of it holds."""
-    path, holds = Path(__file__).with_name(f"{card}.md"), True
+    path, passed = Path(__file__).with_name(f"{card}.md"), True
     path.unlink(missing_ok=True)
     for name, options, note in RUNS[card]:
         folder = work / name
         if not folder.exists():
-            write_random(folder, SHAPES.get(name) or MINIATURES[name])
+            write_random(folder, SHAPES.get(name) or TINY_CONFIGS[name])
         sys.argv = ["exaone-bridge", "verify", str(folder), *options.split()]
         sys.argv += ["--card", str(path), "--name", card, "--note", note]
         try:
             main()
         except SystemExit as ended:
-            holds = holds and not ended.code
+            passed = passed and not ended.code
     for name in SHAPES.keys() & {run[0] for run in RUNS[card]}:
         shutil.rmtree(work / name)
-    return holds
+    return passed
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def nccl(host: Any) -> Iterator[None]:
+def nccl(megatron_bridge: Any) -> Iterator[None]:
     """A world of one rank on this GPU, in full fp32: TF32 would hide what is compared."""
     import torch
     import torch.distributed as dist

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exaone_bridge.checkpoint.hf.tiny import write_random
-from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
@@ -54,8 +54,8 @@ def wide45(dtype: str = "float32", **fields: Any) -> dict[str, Any]:
 
 def runs_of(config: dict[str, Any]) -> list[tuple[torch.Tensor, list[Images]]]:
     """Prompts [N, S] with their images: words alone, past the window; then one image, several, a video, none, twice."""
-    facts = read_config(config)
-    return [(prompts(facts.vocab_size, 4, 300), []), image_prompts(facts, 8, seed=3)]
+    model_config = read_hf_config(config)
+    return [(prompts(model_config.vocab_size, 4, 300), []), image_prompts(model_config, 8, seed=3)]
 
 
 def theirs_of(
@@ -147,7 +147,7 @@ def test_one_batch_of_text_images_and_video(nccl: None, tiny: Any) -> None:
     from exaone_bridge.verification.workflow.transformers import together
 
     folder = tiny("exaone45", **wide45())
-    tokens, images = image_prompts(read_config(CONFIG | wide45()), 4, seed=5)
+    tokens, images = image_prompts(read_hf_config(CONFIG | wide45()), 4, seed=5)
     order = [3, 1, 2, 0]
     tokens, images = tokens[order], [images[number] for number in order]
     expected = theirs_of(folder, [(tokens, images)], torch.float32)
@@ -175,8 +175,8 @@ def test_megatron_checkpoint_changes_backend(
     loaded = load_megatron(bridge, tmp_path / "megatron", Layout(), backend=read)
     bridge.save_hf_pretrained(loaded, tmp_path / "exported", show_progress=False)
     check = compare_tensors(folder, tmp_path / "exported")
-    assert check.holds, check.where
-    tokens, images = image_prompts(read_config(CONFIG | wide45()), 2, seed=5)
+    assert check.passed, check.where
+    tokens, images = image_prompts(read_hf_config(CONFIG | wide45()), 2, seed=5)
     first, second = (forward_logits(model, tokens, images)[0] for model in (saved, loaded))
     assert first is not None and second is not None and (first - second).abs().max() <= 1e-3
 
@@ -287,8 +287,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_published_widths(nccl: None, large: tuple[Path, dict[str, Any]]) -> None:
     """Kernels are chosen by width: fp32 within 1e-3, bf16 as close to the truth as Transformers' own."""
     folder, config = large
-    facts = read_config(config)
-    runs = [(prompts(facts.vocab_size, 1, 600), []), image_prompts(facts, 3, seed=3)]
+    model_config = read_hf_config(config)
+    runs = [(prompts(model_config.vocab_size, 1, 600), []), image_prompts(model_config, 3, seed=3)]
     truth = theirs_of(folder, runs, torch.float32)
     exact = (ours_of(folder, runs, torch.float32) - truth).abs()
     print(f"exaone45 published widths fp32: {exact.max():.2e}")

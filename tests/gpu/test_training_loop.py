@@ -188,9 +188,9 @@ def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
 
     config = CONFIGS["exaone4_1p2b"]
     family = family_of(config["architectures"], where="published")
-    facts = family.read_config(config)
+    model_config = family.read_hf_config(config)
     plan = plan_of("exaone4_1p2b", "pretrain", 80).changed(gpus=1, micro_batch=1, global_batch=2)
-    needed = estimate(family.rows(facts), facts, plan).total / GB
+    needed = estimate(family.mappings(model_config), model_config, plan).total / GB
     peak = max(line["peak_gb"] for line in runs.lines("published"))
     print(f"peak {peak:.1f} GB, estimated {needed:.1f} GB")
     assert 0.6 * needed <= peak <= needed
@@ -227,9 +227,9 @@ def test_images_example(runs: Runs) -> None:
     )
     assert first.keys() == last.keys()
     same = {name for name, value in first.items() if torch.equal(value, last[name])}
-    tower = {name for name in first if ".visual." in name and ".merger." not in name}
-    assert tower <= same
-    assert len(same - tower) < 0.1 * len(first)  # a norm near one may round to what it was
+    vision_encoder = {name for name in first if ".visual." in name and ".merger." not in name}
+    assert vision_encoder <= same
+    assert len(same - vision_encoder) < 0.1 * len(first)  # a norm near one may round to what it was
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])

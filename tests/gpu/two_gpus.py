@@ -51,13 +51,13 @@ def start_world(store: Path, rank: int, seconds: int = 60) -> None:
 
 def prompts_of(folder: Path) -> Prompts:
     """Prompts [N, S] and the images of each: words; and for a model that takes them, images and videos."""
-    from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_config
+    from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_hf_config
     from exaone_bridge.models.exaone45.prompts import image_prompts
     from exaone_bridge.verification.checks.logits import prompts
 
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] == [ARCHITECTURE]:
-        return [(prompts(512, 4, 300), []), image_prompts(read_config(config), 8, seed=3)]
+        return [(prompts(512, 4, 300), []), image_prompts(read_hf_config(config), 8, seed=3)]
     return [(prompts(512, 8, 300), [])]  # of bf16 experts' maximum, a few prompts say nothing
 
 
@@ -106,7 +106,7 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     bridge.save_hf_pretrained(model, exported, show_progress=False)
     dist.barrier()
     check = compare_tensors(folder, exported)
-    return result | {"bitwise": bool(check.holds), "where": str(check.where)}
+    return result | {"bitwise": bool(check.passed), "where": str(check.where)}
 
 
 def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:

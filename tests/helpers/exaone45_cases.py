@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts
 from exaone_bridge.models.exaone45.tiny import TINY
 from exaone_bridge.schema.parallel_layout import Layout
@@ -44,7 +44,7 @@ def batches(
     count: int = 4, seed: int = 7, config: dict[str, Any] = CONFIG
 ) -> list[tuple[torch.Tensor, Images]]:
     """Prompts [1, S + 1] that no padding word is in, with one image, several, a video, none; S is even."""
-    tokens, images = image_prompts(read_config(config), count, seed)
+    tokens, images = image_prompts(read_hf_config(config), count, seed)
     tokens = torch.where(
         tokens == 0, 1, tokens
     )  # Transformers gives the padding word's embedding no gradient

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from exaone_bridge.models.exaone4.config import Exaone4Facts, Llama3Rope
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope
 
 L, G = "sliding_attention", "full_attention"
 SPELLINGS = ("transformers-4", "transformers-5")
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-_FACTS: dict[str, Any] = {
+_MODEL_CONFIG: dict[str, Any] = {
     "vocab_size": 102400,
     "num_kv_heads": 8,
     "norm_eps": 1e-5,
@@ -74,8 +74,8 @@ _FACTS: dict[str, Any] = {
     ),
     "dtype": "bfloat16",
 }
-PUBLISHED_FACTS = {
-    "1.2B": Exaone4Facts(
+PUBLISHED_MODEL_CONFIGS = {
+    "1.2B": Exaone4ModelConfig(
         hidden_size=2048,
         ffn_size=4096,
         num_layers=30,
@@ -85,9 +85,9 @@ PUBLISHED_FACTS = {
         tied=True,
         windows=(None,) * 30,
         rope=(True,) * 30,
-        **_FACTS,
+        **_MODEL_CONFIG,
     ),
-    "32B": Exaone4Facts(
+    "32B": Exaone4ModelConfig(
         hidden_size=5120,
         ffn_size=27392,
         num_layers=64,
@@ -97,7 +97,7 @@ PUBLISHED_FACTS = {
         tied=False,
         windows=(4096, 4096, 4096, None) * 16,
         rope=(True, True, True, False) * 16,
-        **_FACTS,
+        **_MODEL_CONFIG,
     ),
 }
 
@@ -216,7 +216,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def facts(draw: st.DrawFn) -> Exaone4Facts:
+def model_config(draw: st.DrawFn) -> Exaone4ModelConfig:
     """Facts of any model that EXAONE 4.0's configuration has words for."""
     layers, kv_heads = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     window = draw(st.none() | _positive)
@@ -230,7 +230,7 @@ def facts(draw: st.DrawFn) -> Exaone4Facts:
         high_freq_factor=_frequencies,
         original_max_positions=_positive,
     )
-    return Exaone4Facts(
+    return Exaone4ModelConfig(
         vocab_size=draw(_positive),
         hidden_size=draw(_positive),
         ffn_size=draw(_positive),

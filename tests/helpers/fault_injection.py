@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Row
+from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.workflow.verify import verify
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def rows_with(bridge: str, change: Callable[[Row], Row | None]) -> Plant:
+def mappings_with(bridge: str, change: Callable[[ParamMapping], ParamMapping | None]) -> Plant:
     """The rows of this bridge (`module:class`), each changed, or dropped where the change is None."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
@@ -31,8 +31,10 @@ def rows_with(bridge: str, change: Callable[[Row], Row | None]) -> Plant:
         family = found.FAMILY
         faulty = dataclasses.replace(
             family,
-            rows=lambda facts: tuple(
-                row for row in map(change, family.rows(facts)) if row is not None
+            mappings=lambda model_config: tuple(
+                mapping
+                for mapping in map(change, family.mappings(model_config))
+                if mapping is not None
             ),
         )
         patch.setattr(found, "FAMILY", faulty)
@@ -75,7 +77,7 @@ def build_with(change: Callable[[Any], None]) -> Plant:
 def assert_caught(folder: Path, layer: int) -> None:
     """The logits tell, by ten times the tolerance at least, and the first wrong layer is this one."""
     report = verify(folder, Layout())
-    assert not report.holds
-    assert not next(check for check in report.checks if check.name == "logits").holds
+    assert not report.passed
+    assert not next(check for check in report.checks if check.name == "logits").passed
     assert report.max_logit_difference > 1e-3  # no fault hides near the tolerance
     assert report.first_differing_layer == str(layer)

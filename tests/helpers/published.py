@@ -63,8 +63,8 @@ def verify_published(folder: Path, work: Path) -> dict[str, Any]:
     return found
 
 
-def assert_published_holds(found: dict[str, Any]) -> None:
+def assert_published_passes(found: dict[str, Any]) -> None:
     """Every check, by the bounds of rounding."""
-    assert all(holds for holds, *_ in found["checks"].values()), found["faults"]
+    assert all(passed for passed, *_ in found["checks"].values()), found["faults"]
     assert set(found["checks"]) == {"tensors", "config", "files", "logits"}
     assert 0 < found["difference"] <= 1e-3

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from exaone_bridge.checkpoint.reshard.load import Placed
+from exaone_bridge.checkpoint.reshard.load import LocalModel
 from exaone_bridge.patches.fp8 import remembers
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -97,8 +97,8 @@ def parameters_of(model: list[MegatronModule]) -> Iterator[tuple[int, str, torch
                 yield chunk, name, tensor
 
 
-def place_of(model: list[MegatronModule]) -> Placed:
-    """`Placed`: where this rank stands, and what it holds."""
+def place_of(model: list[MegatronModule]) -> LocalModel:
+    """`LocalModel`: where this rank stands, and what it holds."""
     chunks = unwrap_model(model)
     config = chunks[0].config
     layout = Layout(
@@ -108,7 +108,7 @@ def place_of(model: list[MegatronModule]) -> Placed:
         ep=parallel_state.get_expert_model_parallel_world_size(),
         etp=parallel_state.get_expert_tensor_parallel_world_size(),
     )
-    return Placed(
+    return LocalModel(
         layout=layout,
         pp=parallel_state.get_pipeline_model_parallel_rank(),
         tp=parallel_state.get_tensor_model_parallel_rank(),

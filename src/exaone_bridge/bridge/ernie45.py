@@ -7,7 +7,11 @@ from typing import Any
 from exaone_bridge.bridge.exact_bridge import ExactBridge, config_mapping
 from exaone_bridge.models.ernie45 import ERNIE45
 from exaone_bridge.models.ernie45.config import MODEL_TYPES, MOE, first_pool
-from exaone_bridge.models.ernie45.provider import Ernie45ModelProvider, ernie45_provider, facts_of
+from exaone_bridge.models.ernie45.provider import (
+    Ernie45ModelProvider,
+    ernie45_provider,
+    model_config_of,
+)
 
 __all__ = ["Ernie45Bridge"]
 
@@ -27,7 +31,7 @@ class Ernie45Bridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPES[MOE]
     PROVIDER_CLASS = Ernie45ModelProvider
     provider_of = staticmethod(ernie45_provider)
-    facts_of = staticmethod(facts_of)
+    model_config_of = staticmethod(model_config_of)
 
     @staticmethod
     def _get_num_experts(hf_config: Any) -> int:

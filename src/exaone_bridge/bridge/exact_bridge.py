@@ -27,9 +27,9 @@ from exaone_bridge.checkpoint.reshard.load import load
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.patches.dora import DoRAExport
 from exaone_bridge.patches.fp8 import initial_values_renewed
-from exaone_bridge.schema.hf_files import TRAVELLING_FILES
-from exaone_bridge.schema.model_family import Family
-from exaone_bridge.schema.param_mapping import Row, aliases, expected_hf, expected_megatron
+from exaone_bridge.schema.hf_files import COMPANION_FILES
+from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.param_mapping import ParamMapping, aliases, expected_hf, expected_megatron
 
 __all__ = ["ExactBridge", "config_mapping"]
 
@@ -47,22 +47,22 @@ def config_mapping(hf_config: Any) -> dict[str, Any]:
 class ExactBridge(DoRAExport, MegatronModelBridge):
     """A MegatronModelBridge that accounts for every tensor of both sides, or stops and names it."""
 
-    ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(TRAVELLING_FILES)
+    ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(COMPANION_FILES)
 
-    FAMILY: ClassVar[Family]
+    FAMILY: ClassVar[ModelFamily]
 
     @staticmethod
     @abstractmethod
-    def provider_of(facts: Any, hf_config: Mapping[str, Any]) -> Any:
+    def provider_of(model_config: Any, hf_config: Mapping[str, Any]) -> Any:
         """The family's: the provider of these facts; it carries the configuration for the export."""
 
     @staticmethod
     @abstractmethod
-    def facts_of(provider: Any) -> Any:
+    def model_config_of(provider: Any) -> Any:
         """The family's: the facts of the model that this provider builds."""
 
-    def _facts(self) -> Any:
-        return self.FAMILY.read_config(config_mapping(self.hf_config))
+    def _model_config(self) -> Any:
+        return self.FAMILY.read_hf_config(config_mapping(self.hf_config))
 
     def provider_bridge(self, hf_pretrained: Any) -> Any:
         """The provider, a PROVIDER_CLASS, of a Hugging Face model (anything with `.config`).
@@ -71,7 +71,7 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             UnsupportedConfig: the configuration is not modelled.
         """
         config = config_mapping(hf_pretrained.config)
-        return self.provider_of(self.FAMILY.read_config(config), config)
+        return self.provider_of(self.FAMILY.read_hf_config(config), config)
 
     @classmethod
     def megatron_to_hf_config(cls, provider: Any) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         Raises:
             UnsupportedConfig: a model that the family's configuration has no words for.
         """
-        return cls.FAMILY.write_config(cls.facts_of(provider), provider.hf_config)
+        return cls.FAMILY.write_hf_config(cls.model_config_of(provider), provider.hf_config)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The rows of the model at hand, bound to the host's mapping objects.
@@ -92,9 +92,9 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             UnsupportedConfig: the configuration is not modelled.
         """
         if self.hf_config is None:
-            return bind(self.FAMILY.rows(self.FAMILY.read_config({})), None)
-        facts = self._facts()
-        return bind(self.FAMILY.rows(facts), facts.vocab_size)
+            return bind(self.FAMILY.mappings(self.FAMILY.read_hf_config({})), None)
+        model_config = self._model_config()
+        return bind(self.FAMILY.mappings(model_config), model_config.vocab_size)
 
     def build_conversion_tasks(
         self,
@@ -110,14 +110,14 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         """
         self.hf_pretrained = hf_pretrained
         self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
-        facts = self._facts()
-        rows = self.FAMILY.rows(facts)
-        self._check_megatron(rows, megatron_model)
+        model_config = self._model_config()
+        mappings = self.FAMILY.mappings(model_config)
+        self._check_megatron(mappings, megatron_model)
         source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         if source is not None:
             _check(
-                set(expected_hf(rows, facts.dims)),
-                {name for name in source.get_all_keys() if not self.FAMILY.is_carried(name)},
+                set(expected_hf(mappings, model_config.dims)),
+                {name for name in source.get_all_keys() if not self.FAMILY.is_passthrough(name)},
                 where="Hugging Face checkpoint",
                 missing="tensors that the model needs are missing",
                 extra="tensors that the model has no place for",
@@ -126,7 +126,7 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         tasks = super().build_conversion_tasks(
             hf_pretrained, megatron_model, weight_dtype=weight_dtype
         )
-        if facts.tied and _OUTPUT_BIAS in expected_megatron(rows):
+        if model_config.tied and _OUTPUT_BIAS in expected_megatron(mappings):
             tasks.append(self._output_bias_task(megatron_model, weight_dtype))
         return tasks
 
@@ -162,12 +162,12 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
                 )
         self.hf_pretrained, self.hf_config = hf_pretrained, hf_pretrained.config
         self.unquantized_state_dict = None
-        facts = self._facts()
-        rows = self.FAMILY.rows(facts)
+        model_config = self._model_config()
+        mappings = self.FAMILY.mappings(model_config)
         placed = eligibility.place_of(model)
         if not placed.even:  # of an uneven pipeline each rank knows its own stage only
-            self._check_megatron(rows, unwrap_model(model))
-        load(folder, self.FAMILY, rows, facts, placed)
+            self._check_megatron(mappings, unwrap_model(model))
+        load(folder, self.FAMILY, mappings, model_config, placed)
         return model
 
     def _output_bias_task(
@@ -191,15 +191,17 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             weight_dtype=weight_dtype,
         )
 
-    def _check_megatron(self, rows: Iterable[Row], megatron_model: list[MegatronModule]) -> None:
-        others = aliases(rows)
+    def _check_megatron(
+        self, mappings: Iterable[ParamMapping], megatron_model: list[MegatronModule]
+    ) -> None:
+        others = aliases(mappings)
         names = {
             self._get_lora_unwrapped_name(name)
             for name in self._megatron_global_param_names_all_pp_ranks(megatron_model)
             if "_quantizer." not in name  # the host's own mappings cover quantizers
         }
         names = {others.get(name, name) for name in _over_expert_ranks(names)}
-        if "output_layer.weight" not in (expected := expected_megatron(rows)):
+        if "output_layer.weight" not in (expected := expected_megatron(mappings)):
             names.discard("output_layer.weight")  # tied: the last stage's copy of the embedding
         _check(
             expected,
@@ -225,8 +227,8 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             sent.add(weight.param_name.replace(".base_layer", ""))
             yield weight
         if kwargs.get("conversion_tasks") is None:  # a caller's own tasks are a caller's own choice
-            facts = self._facts()
-            missing = set(expected_hf(self.FAMILY.rows(facts), facts.dims)) - sent
+            model_config = self._model_config()
+            missing = set(expected_hf(self.FAMILY.mappings(model_config), model_config.dims)) - sent
             if missing:
                 raise UnmappedTensors(
                     "tensors were not exported",
@@ -234,11 +236,11 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
                     where="export",
                     remedy="the output is not complete: delete it",
                 )
-            yield from self._carried(hf_pretrained, facts)
+            yield from self._passthrough(hf_pretrained, model_config)
 
     def to_be_saved(
         self, hf_pretrained: Any
-    ) -> tuple[Any, tuple[Row, ...], dict[str, str] | None, dict[str, Any]]:
+    ) -> tuple[Any, tuple[ParamMapping, ...], dict[str, str] | None, dict[str, Any]]:
         """What the planned export must know: facts, rows, the source's file of each tensor, and tensors to be carried.
 
         Raises:
@@ -248,25 +250,27 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             hf_pretrained,
             getattr(hf_pretrained, "config", hf_pretrained),
         )
-        facts = self._facts()
-        rows = self.FAMILY.rows(facts)
+        model_config = self._model_config()
+        mappings = self.FAMILY.mappings(model_config)
         folder = eligibility.folder_of(hf_pretrained)
         if folder is None:
-            if names := [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]:
+            if names := [tensor.name for tensor in self.FAMILY.passthrough_tensors(model_config)]:
                 raise _out_of_reach(names)
-            return facts, rows, None, {}
+            return model_config, mappings, None, {}
         tensors = read_headers(folder)
         files = {name: info.file.name for name, info in tensors.items()}
-        carried = {name: info for name, info in tensors.items() if self.FAMILY.is_carried(name)}
-        if carried and dist.get_rank() == 0:
+        passthrough = {
+            name: info for name, info in tensors.items() if self.FAMILY.is_passthrough(name)
+        }
+        if passthrough and dist.get_rank() == 0:
             logger.info(
                 "carried from the source unchanged: %d tensors (%s, ...)",
-                len(carried),
-                min(carried),
+                len(passthrough),
+                min(passthrough),
             )
-        return facts, rows, files, carried
+        return model_config, mappings, files, passthrough
 
-    def _carried(self, hf_pretrained: Any, facts: Any) -> Iterable[HFWeightTuple]:
+    def _passthrough(self, hf_pretrained: Any, model_config: Any) -> Iterable[HFWeightTuple]:
         """What the source ships beside the model, unread and unchanged.
 
         Raises:
@@ -274,11 +278,11 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         """
         source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         if source is None:
-            names = [tensor.name for tensor in self.FAMILY.carried_tensors(facts)]
+            names = [tensor.name for tensor in self.FAMILY.passthrough_tensors(model_config)]
             if names:
                 raise _out_of_reach(names)
             return
-        names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_carried(name))
+        names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_passthrough(name))
         if names:
             logger.info(
                 "carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0]

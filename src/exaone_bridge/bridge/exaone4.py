@@ -5,7 +5,11 @@ from __future__ import annotations
 from exaone_bridge.bridge.exact_bridge import ExactBridge
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.models.exaone4.config import ARCHITECTURE, MODEL_TYPE
-from exaone_bridge.models.exaone4.provider import Exaone4ModelProvider, exaone4_provider, facts_of
+from exaone_bridge.models.exaone4.provider import (
+    Exaone4ModelProvider,
+    exaone4_provider,
+    model_config_of,
+)
 
 __all__ = ["Exaone4Bridge"]
 
@@ -25,4 +29,4 @@ class Exaone4Bridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone4ModelProvider
     provider_of = staticmethod(exaone4_provider)
-    facts_of = staticmethod(facts_of)
+    model_config_of = staticmethod(model_config_of)

@@ -12,7 +12,7 @@ from exaone_bridge.models.exaone45.config import ARCHITECTURE, MODEL_TYPE
 from exaone_bridge.models.exaone45.provider import (
     Exaone45ModelProvider,
     exaone45_provider,
-    facts_of,
+    model_config_of,
 )
 
 __all__ = ["Exaone45Bridge"]
@@ -33,30 +33,30 @@ class Exaone45Bridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone45ModelProvider
     provider_of = staticmethod(exaone45_provider)
-    facts_of = staticmethod(facts_of)
+    model_config_of = staticmethod(model_config_of)
 
     def build_conversion_tasks(
         self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
-        self._choose_rows(megatron_model)
+        self._choose_mappings(megatron_model)
         return super().build_conversion_tasks(hf_pretrained, megatron_model, *args, **kwargs)
 
     def load_weights_hf_to_megatron(
         self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
-        self._choose_rows(megatron_model)
+        self._choose_mappings(megatron_model)
         return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, *args, **kwargs)
 
     def stream_weights_megatron_to_hf(
         self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """As the parent's, for a model with or without its multi-token prediction."""
-        self._choose_rows(megatron_model)
+        self._choose_mappings(megatron_model)
         return super().stream_weights_megatron_to_hf(megatron_model, hf_pretrained, *args, **kwargs)
 
-    def _choose_rows(self, megatron_model: Any) -> None:
+    def _choose_mappings(self, megatron_model: Any) -> None:
         """Multi-token prediction has rows where it was built, and else travels beside the model."""
         chunks = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         if get_model_config(chunks[0]).mtp_num_layers:

@@ -19,7 +19,7 @@ from megatron.bridge.models.conversion.param_mapping import (
     RowParallelMapping,
 )
 
-from exaone_bridge.schema.param_mapping import Kind, Row
+from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
 __all__ = ["Registry", "SqueezedMapping", "VocabularyMapping", "bind"]
 
@@ -79,26 +79,26 @@ class Registry(MegatronMappingRegistry):
         return None
 
 
-def _bind(row: Row, megatron: str, vocab_size: int | None) -> MegatronParamMapping:
-    names = [tensor.name for tensor in row.hf]
-    match row.kind:
-        case Kind.QKV:
+def _bind(mapping: ParamMapping, megatron: str, vocab_size: int | None) -> MegatronParamMapping:
+    names = [tensor.name for tensor in mapping.hf]
+    match mapping.kind:
+        case MappingKind.QKV:
             return QKVMapping(megatron, *names)
-        case Kind.GATED:
+        case MappingKind.GATED:
             return GatedMLPMapping(megatron, *names)
-        case Kind.VOCAB:
+        case MappingKind.VOCAB:
             return VocabularyMapping(megatron, names[0], vocab_size)
-        case Kind.COLUMN:
+        case MappingKind.COLUMN:
             return ColumnParallelMapping(megatron, *names)
-        case Kind.ROW:
+        case MappingKind.ROW:
             return RowParallelMapping(megatron, *names)
-        case Kind.REPLICATED:
+        case MappingKind.REPLICATED:
             return ReplicatedMapping(megatron, *names)
-        case Kind.SQUEEZED:
+        case MappingKind.SQUEEZED:
             return SqueezedMapping(megatron, *names)
 
 
-def bind(rows: Iterable[Row], vocab_size: int | None) -> MegatronMappingRegistry:
+def bind(mappings: Iterable[ParamMapping], vocab_size: int | None) -> MegatronMappingRegistry:
     """The registry that Megatron-Bridge converts with.
 
     Args:
@@ -106,9 +106,11 @@ def bind(rows: Iterable[Row], vocab_size: int | None) -> MegatronMappingRegistry
         vocab_size: words without padding.
     """
     named = (
-        (row, name)
-        for row in rows
-        if "*" not in row.megatron or row.layers
-        for name in (row.megatron, row.alias)
+        (mapping, name)
+        for mapping in mappings
+        if "*" not in mapping.megatron or mapping.layers
+        for name in (mapping.megatron, mapping.alias)
     )
-    return Registry(*(_bind(row, name, vocab_size) for row, name in named if name is not None))
+    return Registry(
+        *(_bind(mapping, name, vocab_size) for mapping, name in named if name is not None)
+    )

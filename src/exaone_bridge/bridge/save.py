@@ -98,11 +98,11 @@ def _everyones(why: str | None) -> str | None:
 
 def _save(auto_bridge: Any, model: list[Any], folder: Path) -> None:
     bridge = auto_bridge._model_bridge
-    facts, rows, files, carried = bridge.to_be_saved(auto_bridge.hf_pretrained)
+    model_config, mappings, files, passthrough = bridge.to_be_saved(auto_bridge.hf_pretrained)
     save(
         folder,
-        rows,
-        facts,
+        mappings,
+        model_config,
         eligibility.place_of(model),
         dtype=unwrap_model(model)[0].config.params_dtype,
         dense=Group(
@@ -116,5 +116,5 @@ def _save(auto_bridge: Any, model: list[Any], folder: Path) -> None:
             parallel_state.get_expert_data_parallel_world_size(),
         ),
         files=files,
-        carried=carried,
+        passthrough=passthrough,
     )

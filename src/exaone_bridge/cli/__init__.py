@@ -11,7 +11,7 @@ from exaone_bridge.errors import BridgeError, ParityFailure
 
 __all__ = ["main"]
 
-HOLDS, DIFFERS, BAD_INPUT, BROKEN = 0, 1, 2, 3
+PASSED, FAILED, BAD_INPUT, BROKEN = 0, 1, 2, 3
 _GRACE = 5  # seconds
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         _run(sys.argv[1:])
     except ParityFailure as error:
         _say(str(error))
-        sys.exit(DIFFERS)
+        sys.exit(FAILED)
     except BridgeError as error:
         _say(f"exaone-bridge: {error}")
         from exaone_bridge.runtime.ranks import RankFailure
@@ -64,4 +64,4 @@ def _run(arguments: list[str]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(HOLDS)
+    sys.exit(PASSED)

@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MINIATURES = {name: (family, config) for family in FAMILIES for name, config in family.tiny.items()}
+TINY_CONFIGS = {
+    name: (family, config) for family in FAMILIES for name, config in family.tiny.items()
+}
 
 Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel ranks.", min=1)]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1)]
@@ -55,18 +57,20 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
     import tempfile
 
     from exaone_bridge.checkpoint.hf.tiny import write_random
-    from exaone_bridge.verification.workflow.job import Asked
+    from exaone_bridge.verification.workflow.job import VerifyOptions
     from exaone_bridge.verification.workflow.verify import verify as run
 
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
-        for name, (_, config) in MINIATURES.items():
+        for name, (_, config) in TINY_CONFIGS.items():
             with stages(name) as on_event:
                 on_event(0, "importing Megatron-Core (half a minute, once)")
                 folder = Path(work) / name
                 config, layout = _fitted(config, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep))
                 write_random(folder, config)
-                reports.append(run(folder, layout, Asked(backend=backend), on_event=on_event))
+                reports.append(
+                    run(folder, layout, VerifyOptions(backend=backend), on_event=on_event)
+                )
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
         [
@@ -85,13 +89,13 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
                 report.layout,
                 f"{report.max_logit_difference:.1e}",
                 report.first_differing_layer,
-                "bitwise equal" if report.round_trip else "DIFFERS",
+                "bitwise equal" if report.round_trip else "FAILED",
                 f"{report.seconds:.1f}",
             ]
             for report in reports
         ],
     )
-    if not all(report.holds for report in reports):
+    if not all(report.passed for report in reports):
         raise ParityFailure("\n".join(report.faults() for report in reports))
 
 
@@ -117,7 +121,7 @@ def _fitted(config: Any, layout: Layout) -> tuple[dict[str, Any], Layout]:
     )
 )
 def tiny(
-    family: Annotated[str, typer.Argument(help=f"One of: {', '.join(MINIATURES)}.")],
+    family: Annotated[str, typer.Argument(help=f"One of: {', '.join(TINY_CONFIGS)}.")],
     folder: Annotated[Path, typer.Argument(help="To be written; must not exist.")],
     set_: Annotated[
         list[str] | None,
@@ -126,13 +130,15 @@ def tiny(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Write a small random checkpoint with a published topology."""
-    if family not in MINIATURES:
-        raise UnsupportedConfig("family", got=family, known=tuple(MINIATURES), where="command line")
+    if family not in TINY_CONFIGS:
+        raise UnsupportedConfig(
+            "family", got=family, known=tuple(TINY_CONFIGS), where="command line"
+        )
     if not 0 <= seed < 2**63:
         raise UnsupportedConfig(
             "--seed", got=seed, wanted="from 0 to 2^63 - 1", where="command line"
         )
-    _, config = MINIATURES[family]
+    _, config = TINY_CONFIGS[family]
     config = _with_settings(config, set_ or [])
     from exaone_bridge.checkpoint.hf.tiny import write_random
 
@@ -242,7 +248,7 @@ def export(
         str | None,
         typer.Option(help="Of a file, such as 5GB; default: the source's files.", metavar="SIZE"),
     ] = None,
-    drop_carried: Annotated[
+    drop_passthrough: Annotated[
         bool, typer.Option("--drop-carried", help="Leave out tensors that travel beside the model.")
     ] = False,
     workers: Workers = 1,
@@ -260,7 +266,7 @@ def export(
             megatron_folder,
             hf_folder,
             max_shard_bytes=max_shard_bytes,
-            drop_carried=drop_carried,
+            drop_passthrough=drop_passthrough,
             workers=workers,
             dry_run=dry_run,
             on_event=on_event,

@@ -46,7 +46,7 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
 
 def _print(folder: Path, layout: Layout, as_json: bool) -> HFSource:
     source = survey(folder)
-    check_layout(source.facts, layout)
+    check_layout(source.model_config, layout)
     plan = source.plan(layout)
     if not source.missing:
         prove(plan, source.shapes)
@@ -62,12 +62,12 @@ def _refused(source: HFSource) -> Iterator[tuple[str, str]]:
         for ranks in _TRIED:
             layout = Layout(**{axis: ranks, "etp": 1 if axis == "ep" else None})  # type: ignore[arg-type]
             try:
-                check_layout(source.facts, layout)
-                plan_of(source.rows, source.facts, layout)
+                check_layout(source.model_config, layout)
+                plan_of(source.mappings, source.model_config, layout)
             except UnsupportedLayout as error:
                 reason = str(error).removeprefix("parallel layout: ").partition("; ")[0]
                 yield f"{axis.upper()}{ranks}", reason
-                if axis == "ep" and not getattr(source.facts, "num_experts", 0):
+                if axis == "ep" and not getattr(source.model_config, "num_experts", 0):
                     break  # no number of ranks will do
 
 
@@ -86,23 +86,23 @@ def _ranks(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _json(source: HFSource, plan: Plan) -> str:
-    facts = source.facts
+    model_config = source.model_config
     summary = {
         "folder": str(source.folder),
         "family": source.family.name,
         "parameters": source.parameters,
         "bytes": source.nbytes,
-        "dtype": facts.dtype,
-        "layers": pattern(facts.windows),
-        "feed_forward": mlp_pattern(_moe(facts)),
-        "rope": list(facts.rope),
-        "tied": facts.tied,
+        "dtype": model_config.dtype,
+        "layers": pattern(model_config.windows),
+        "feed_forward": mlp_pattern(_moe(model_config)),
+        "rope": list(model_config.rope),
+        "tied": model_config.tied,
         "layout": str(plan.layout),
         "padding": plan.padding,
         "ranks": _ranks(plan),
         "refused_layouts": dict(_refused(source)),
-        "carried": list(source.carried),
-        "unclaimed": list(source.unclaimed),
+        "carried": list(source.passthrough),
+        "unclaimed": list(source.unexpected),
         "missing": {name: list(shape) for name, shape in source.missing.items()},
     }
     # A line each, and by hand: the encoder that indents is written in Python, and takes a second for 60,000 tensors.
@@ -112,8 +112,8 @@ def _json(source: HFSource, plan: Plan) -> str:
 
 def _json_tensors(source: HFSource) -> Iterator[str]:
     destinations: dict[str, str] = {}
-    for row in source.rows:
-        parameters, *columns = row.columns()
+    for mapping in source.mappings:
+        parameters, *columns = mapping.columns()
         for names in columns:
             destinations.update(zip(names, parameters, strict=True))
     known: dict[
@@ -136,23 +136,23 @@ def _quoted(values: Iterable[str | None]) -> list[str]:
 
 
 def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
-    facts, layout = source.facts, plan.layout
-    size = f"{source.parameters:,} in {len(source.tensors)} tensors, {facts.dtype}, {source.nbytes / 1e9:.2f} GB"
+    model_config, layout = source.model_config, plan.layout
+    size = f"{source.parameters:,} in {len(source.tensors)} tensors, {model_config.dtype}, {source.nbytes / 1e9:.2f} GB"
     what = {
         "family": source.family.name,
         "parameters": size,
-        "layers (L windowed, G global)": pattern(facts.windows),
+        "layers (L windowed, G global)": pattern(model_config.windows),
     }
-    if any(_moe(facts)):
-        what["feed-forward (D dense, E experts)"] = mlp_pattern(_moe(facts))
+    if any(_moe(model_config)):
+        what["feed-forward (D dense, E experts)"] = mlp_pattern(_moe(model_config))
         what["experts"] = (
-            f"{facts.num_experts}, {facts.topk} a token, {facts.num_shared_experts} shared"
+            f"{model_config.num_experts}, {model_config.topk} a token, {model_config.num_shared_experts} shared"
         )
     what |= {
-        "RoPE (R yes, - none)": "".join("R" if has else "-" for has in facts.rope),
-        "window": str(next((window for window in facts.windows if window), "-")),
-        "heads": f"{facts.num_heads} / {facts.num_kv_heads} x {facts.head_dim}",
-        "embeddings": "tied" if facts.tied else "untied",
+        "RoPE (R yes, - none)": "".join("R" if has else "-" for has in model_config.rope),
+        "window": str(next((window for window in model_config.windows if window), "-")),
+        "heads": f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}",
+        "embeddings": "tied" if model_config.tied else "untied",
         "layout": f"{layout} fits: {layout.ranks} ranks",
         "padding of the vocabulary": f"{plan.padding:,} elements",
     }
@@ -162,15 +162,16 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     yield from _rank_lines(_ranks(plan))
     yield from (f"  {name} cannot work: {reason}" for name, reason in _refused(source))
     yield "Where each tensor goes (* is the layer, then the expert; the letters are the axes of schema/param_mapping.py)"
-    for row in source.rows:
-        for tensor in row.hf:
-            yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {row.megatron} ({row.kind})"
+    for mapping in source.mappings:
+        for tensor in mapping.hf:
+            yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {mapping.megatron} ({mapping.kind})"
     yield from (
-        f"{_one(info)} -> carried beside the model, unchanged" for info in source.carried.values()
+        f"{_one(info)} -> carried beside the model, unchanged"
+        for info in source.passthrough.values()
     )
     yield from (
         f"{_one(info)} -> unclaimed: the model has no place for it"
-        for info in source.unclaimed.values()
+        for info in source.unexpected.values()
     )
     for name, shape in source.missing.items():
         yield f"  {name} {list(shape)} -> missing: the model needs it"
@@ -196,5 +197,5 @@ def _rank_lines(ranks: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  ... and {len(ranks) - _RANKS_SHOWN} more (--json has all)"
 
 
-def _moe(facts: Any) -> tuple[bool, ...]:
-    return getattr(facts, "moe", (False,) * facts.num_layers)
+def _moe(model_config: Any) -> tuple[bool, ...]:
+    return getattr(model_config, "moe", (False,) * model_config.num_layers)

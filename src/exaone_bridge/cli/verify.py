@@ -160,7 +160,7 @@ def verify(
             write_card(report, card, name=name or report.source, note=note)
         print_report(report)
     leave()
-    if not report.holds:
+    if not report.passed:
         raise ParityFailure(report.faults() if is_first() else "")
 
 
@@ -191,7 +191,7 @@ def print_report(report: Any) -> None:
                 check.name,
                 check.figure,
                 check.bound,
-                check.verdict.upper() if not check.holds else check.verdict.value,
+                check.verdict.upper() if not check.passed else check.verdict.value,
             ]
             for check in report.checks
         ],
@@ -224,5 +224,5 @@ def _self_test(json_: Path | None) -> None:
     say(result.score())
     if json_ is not None:
         result.write_json(json_)
-    if not result.holds:
+    if not result.passed:
         raise ParityFailure(result.faults())

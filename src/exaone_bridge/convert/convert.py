@@ -18,21 +18,21 @@ import torch.distributed as dist
 from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_file_header, read_json
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
 from exaone_bridge.checkpoint.hf.source import HFSource, check_layout, open_source
-from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards, write_config
+from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards, write_config_json
 from exaone_bridge.checkpoint.megatron.tensors import DTYPES, MegatronSource, TensorSpec, read_into
 from exaone_bridge.checkpoint.megatron.torch_dist_write import (
     Parameter,
-    Written,
+    WrittenParam,
     parameters_of,
     write_metadata,
     write_parameters,
 )
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.checkpoint.staging import FULL, check_space, refuse_existing, resumable, staged
-from exaone_bridge.convert.extra_tensors import CARRIED, carried_sizes, keep_carried
+from exaone_bridge.convert.extra_tensors import PASSTHROUGH, keep_passthrough, passthrough_sizes
 from exaone_bridge.convert.progress import Meter, Summary, Total, deal, peak_memory, resident_memory
 from exaone_bridge.errors import CheckpointError, OutputError
-from exaone_bridge.schema.hf_files import copy_travelling_files
+from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
@@ -75,7 +75,7 @@ def _import_rank(
     parameters: list[Parameter],
     shares: list[list[int]],
     tensors: Mapping[str, TensorInfo],
-) -> tuple[list[Written], int, int]:
+) -> tuple[list[WrittenParam], int, int]:
     """Write this rank's share; where each parameter went, and the memory before and at most."""
     from exaone_bridge.runtime.ranks import emit
 
@@ -115,7 +115,7 @@ def import_checkpoint(
     started = time.perf_counter()
     refuse_existing(megatron_folder)
     source = open_source(hf_folder)
-    check_layout(source.facts, layout)
+    check_layout(source.model_config, layout)
     ours = source.of_the_model
     plan = source.plan(Layout())
     prove(plan, {name: tensor.shape for name, tensor in ours.items()})
@@ -128,7 +128,9 @@ def import_checkpoint(
 
     supported()
     provider = provider_for(hf_folder, layout, backend)
-    parameters = parameters_of(plan, source.facts.num_layers, stacked=layers_are_stacked(provider))
+    parameters = parameters_of(
+        plan, source.model_config.num_layers, stacked=layers_are_stacked(provider)
+    )
     shares = deal([parameter.nbytes for parameter in parameters], workers)
     _tell(
         on_event,
@@ -144,9 +146,9 @@ def import_checkpoint(
         )
         assets = folder / ASSETS
         assets.mkdir()
-        write_config(assets, source.config)
-        copy_travelling_files(hf_folder, assets)
-        keep_carried(source, assets)
+        write_config_json(assets, source.config)
+        copy_companion_files(hf_folder, assets)
+        keep_passthrough(source, assets)
         (assets / INDEX).write_text(json.dumps({"weight_map": shards_like(source)}))
     base, peak = max(
         ((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0]
@@ -166,7 +168,7 @@ def _export_rank(
     target: Path,
     writer: ShardWriter,
     shares: list[list[str]],
-    carried: Mapping[str, TensorInfo],
+    passthrough: Mapping[str, TensorInfo],
 ) -> tuple[int, int, int]:
     """Write this rank's share; bytes that were there already, and the memory before and at most."""
     import torch
@@ -177,9 +179,11 @@ def _export_rank(
     try:
         with _typed_disk_errors(target):
             for name in shares[dist.get_rank()]:
-                if name in carried:
-                    tensor = torch.empty(carried[name].shape, dtype=DTYPES[carried[name].dtype])
-                    read_into(carried[name], tensor)
+                if name in passthrough:
+                    tensor = torch.empty(
+                        passthrough[name].shape, dtype=DTYPES[passthrough[name].dtype]
+                    )
+                    read_into(passthrough[name], tensor)
                 else:
                     tensor = source.read(name)
                 writer.put(
@@ -202,7 +206,7 @@ def export_checkpoint(
     hf_folder: Path,
     *,
     max_shard_bytes: int | None = None,
-    drop_carried: bool = False,
+    drop_passthrough: bool = False,
     workers: int = 1,
     dry_run: bool = False,
     on_event: OnEvent | None = None,
@@ -237,15 +241,15 @@ def export_checkpoint(
     _, config = provider_of(megatron_folder)
     source = MegatronSource(megatron_folder, config)
     assets, family = megatron_folder / ASSETS, source.family
-    carried: dict[str, TensorInfo] = {}
-    if drop_carried:
-        config = family.write_config(family.without_carried(source.facts), config)
-    elif carried_sizes(assets, family, source.facts):
-        beside = read_file_header(assets / CARRIED)[0]
-        carried = {
+    passthrough: dict[str, TensorInfo] = {}
+    if drop_passthrough:
+        config = family.write_hf_config(family.without_passthrough(source.model_config), config)
+    elif passthrough_sizes(assets, family, source.model_config):
+        beside = read_file_header(assets / PASSTHROUGH)[0]
+        passthrough = {
             name: info for name, info in beside.items() if name not in source.tensors
         }  # built since the import
-    specs: list[TensorSpec] = [*source.tensors.values(), *carried.values()]
+    specs: list[TensorSpec] = [*source.tensors.values(), *passthrough.values()]
     sizes = {spec.name: spec.nbytes for spec in specs}
     files = _source_shards(assets / INDEX, sizes) if max_shard_bytes is None else None
     shards = lay_out(specs, files or plan_shards(sizes, max_shard_bytes or MAX_SHARD_BYTES))
@@ -255,16 +259,16 @@ def export_checkpoint(
     _tell(on_event, "writing the Hugging Face folder", Total(shards.nbytes))
     with resumable(hf_folder) as folder, _typed_disk_errors(hf_folder):
         writer = ShardWriter.create(folder, shards)
-        groups = [*source.groups(), *([name] for name in carried)]
+        groups = [*source.groups(), *([name] for name in passthrough)]
         hands = deal([sum(sizes[name] for name in group) for group in groups], workers)
         shares = [[name for number in hand for name in groups[number]] for hand in hands]
         results = run_ranks(
-            _export_rank, workers, source, folder, writer, shares, carried, on_event=on_event
+            _export_rank, workers, source, folder, writer, shares, passthrough, on_event=on_event
         )
         write_index(folder, shards)
-        write_config(folder, config)
+        write_config_json(folder, config)
         if assets.is_dir():
-            copy_travelling_files(assets, folder)
+            copy_companion_files(assets, folder)
     base, peak = max(
         ((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0]
     )

@@ -18,22 +18,24 @@ from safetensors.torch import save_file
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_file_header
 from exaone_bridge.checkpoint.hf.source import HFSource
 from exaone_bridge.errors import CheckpointError
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 
-__all__ = ["CARRIED", "carried_sizes", "carried_weights", "keep_carried"]
+__all__ = ["PASSTHROUGH", "keep_passthrough", "passthrough_sizes", "passthrough_weights"]
 
-CARRIED = "carried.safetensors"
+PASSTHROUGH = "carried.safetensors"
 
 logger = logging.getLogger(__name__)
 
 
-def keep_carried(source: HFSource, folder: Path) -> None:
+def keep_passthrough(source: HFSource, folder: Path) -> None:
     """Copy a source's carried tensors to `folder`; nothing happens where source and configuration have none."""
-    if not source.carried and not source.family.carried_tensors(source.facts):
+    if not source.passthrough and not source.family.passthrough_tensors(source.model_config):
         return
-    save_file(dict(_read(source.carried)), folder / CARRIED)
+    save_file(dict(_read(source.passthrough)), folder / PASSTHROUGH)
     logger.info(
-        "carried past the model unchanged: %d tensors, in %s", len(source.carried), folder / CARRIED
+        "carried past the model unchanged: %d tensors, in %s",
+        len(source.passthrough),
+        folder / PASSTHROUGH,
     )
 
 
@@ -47,16 +49,16 @@ def _read(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any]]:
                 yield name, file.get_tensor(name)
 
 
-def carried_sizes(folder: Path, family: Family, facts: Any) -> dict[str, int]:
-    """Name -> bytes of what `keep_carried` left in `folder`.
+def passthrough_sizes(folder: Path, family: ModelFamily, model_config: Any) -> dict[str, int]:
+    """Name -> bytes of what `keep_passthrough` left in `folder`.
 
     Raises:
         CheckpointError: the configuration says there is something, and it is not there.
     """
-    path = folder / CARRIED
+    path = folder / PASSTHROUGH
     if path.is_file():
         return {name: tensor.nbytes for name, tensor in read_file_header(path)[0].items()}
-    if names := [tensor.name for tensor in family.carried_tensors(facts)]:
+    if names := [tensor.name for tensor in family.passthrough_tensors(model_config)]:
         raise CheckpointError(
             path,
             f"this file is missing, and with it {names[0]} and others that travel beside the model",
@@ -65,8 +67,8 @@ def carried_sizes(folder: Path, family: Family, facts: Any) -> dict[str, int]:
     return {}
 
 
-def carried_weights(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of what `keep_carried` left in `folder`."""
-    path = folder / CARRIED
+def passthrough_weights(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of what `keep_passthrough` left in `folder`."""
+    path = folder / PASSTHROUGH
     if path.is_file():
         yield from _read(read_file_header(path)[0])

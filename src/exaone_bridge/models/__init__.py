@@ -6,14 +6,14 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.ernie45 import ERNIE45
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.models.exaone45 import EXAONE45
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["FAMILIES", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (EXAONE4, ERNIE45, EXAONE45)
+FAMILIES: tuple[ModelFamily, ...] = (EXAONE4, ERNIE45, EXAONE45)
 
 
-def family_of(architectures: object, *, where: str) -> Family:
+def family_of(architectures: object, *, where: str) -> ModelFamily:
     """The family that claims the first of these architectures.
 
     Args:

@@ -121,11 +121,9 @@ class _Grouped:
     @property
     def takes_ends(self) -> bool:
         """Whether `grouped_mm` can do it: plain bf16 weights on Hopper or later, no bias, wgrad not delayed."""
-        if (
-            self.use_bias
-            or self.delay_wgrad_compute
-            or getattr(self, "single_grouped_weight", False)
-        ):  # type: ignore[attr-defined]
+        if self.use_bias or self.delay_wgrad_compute:  # type: ignore[attr-defined]
+            return False
+        if getattr(self, "single_grouped_weight", False):
             return False
         weight = self.weight0  # type: ignore[attr-defined]
         plain = (

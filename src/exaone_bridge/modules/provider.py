@@ -23,10 +23,10 @@ from exaone_bridge.modules.context_parallel import exchanges
 from exaone_bridge.modules.grouped_experts import is_swiglu
 from exaone_bridge.modules.rotary import Llama3RotaryEmbedding
 from exaone_bridge.modules.vocab import mask_padded_vocabulary
-from exaone_bridge.schema.model_family import Facts
+from exaone_bridge.schema.model_family import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["ExactGPTModelProvider", "common_facts", "common_fields"]
+__all__ = ["ExactGPTModelProvider", "common_fields", "common_model_config"]
 
 # What every family's facts call it -> what Megatron-Core's provider does.
 _FIELDS = {
@@ -45,10 +45,10 @@ _FIELDS = {
 }
 
 
-def common_fields(facts: Facts, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def common_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The provider's fields that every family fills in the same way; `hf_config` is carried for the export."""
-    dtype = getattr(torch, facts.dtype)
-    return {field: getattr(facts, fact) for fact, field in _FIELDS.items()} | {
+    dtype = getattr(torch, model_config.dtype)
+    return {field: getattr(model_config, fact) for fact, field in _FIELDS.items()} | {
         "make_vocab_size_divisible_by": 1,  # pad only what tp asks for
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -59,7 +59,7 @@ def common_fields(facts: Facts, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def common_facts(provider: ExactGPTModelProvider) -> dict[str, Any]:
+def common_model_config(provider: ExactGPTModelProvider) -> dict[str, Any]:
     """The inverse of `common_fields`."""
     found = {fact: getattr(provider, field) for fact, field in _FIELDS.items()}
     return found | {"dtype": str(provider.params_dtype).removeprefix("torch.")}

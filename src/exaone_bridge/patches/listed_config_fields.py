@@ -10,12 +10,12 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["tolerate_listed_fields"]
 
 
-def tolerate_listed_fields(families: Iterable[Family]) -> None:
+def tolerate_listed_fields(families: Iterable[ModelFamily]) -> None:
     """Let Transformers' config classes take the first value of a listed field. Doing it again is harmless."""
     from transformers import CONFIG_MAPPING
 

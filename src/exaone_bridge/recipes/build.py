@@ -59,10 +59,12 @@ def _planned(
     """The recipe's plan with the caller's changes, checked against the model and the GPU."""
     plan = plan_of(model, stage, gpu_memory_gb).changed(**changes)
     family = family_of(provider.hf_config["architectures"], where=f"recipe {model}")
-    facts = family.read_config(provider.hf_config)
-    plan.check(facts)
+    model_config = family.read_hf_config(provider.hf_config)
+    plan.check(model_config)
     rank = ADAPTER_RANK if stage.endswith("peft") else 0
-    needed = estimate(family.rows(facts), facts, plan, adapter_rank=rank).total / GB
+    needed = (
+        estimate(family.mappings(model_config), model_config, plan, adapter_rank=rank).total / GB
+    )
     if needed > gpu_memory_gb:
         raise UnsupportedLayout(
             "memory of a GPU",

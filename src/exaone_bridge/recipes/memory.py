@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exaone_bridge.recipes.plan import Plan
-from exaone_bridge.schema.param_mapping import Kind, Row
+from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
 __all__ = ["GB", "RESERVE", "Memory", "estimate", "stages"]
 
@@ -62,40 +62,42 @@ def _chunks(layers: int, plan: Plan, stage: int) -> list[int]:
     return [first + layer for first in firsts for layer in range(size)]
 
 
-def _count(rows: Iterable[Row], facts: Any, plan: Plan, stage: int) -> _Held:
+def _count(mappings: Iterable[ParamMapping], model_config: Any, plan: Plan, stage: int) -> _Held:
     layout, last = plan.layout, plan.layout.pp - 1
-    held = set(_chunks(facts.num_layers, plan, stage))
+    held = set(_chunks(model_config.num_layers, plan, stage))
     dense = expert = 0.0
-    for row in rows:
-        size = sum(math.prod(tensor.shape(facts.dims)) for tensor in row.hf)
-        if row.experts:
-            share = row.experts / layout.ep / layout.expert_tp
-            expert += size * share * len(held.intersection(row.layers))
+    for mapping in mappings:
+        size = sum(math.prod(tensor.shape(model_config.dims)) for tensor in mapping.hf)
+        if mapping.experts:
+            share = mapping.experts / layout.ep / layout.expert_tp
+            expert += size * share * len(held.intersection(mapping.layers))
             continue
-        cut = size / (1 if row.kind in (Kind.REPLICATED, Kind.SQUEEZED) else layout.tp)
-        if "*" in row.megatron:
-            dense += cut * len(held.intersection(row.layers))
-        elif row.megatron.startswith("embedding"):
+        cut = size / (
+            1 if mapping.kind in (MappingKind.REPLICATED, MappingKind.SQUEEZED) else layout.tp
+        )
+        if "*" in mapping.megatron:
+            dense += cut * len(held.intersection(mapping.layers))
+        elif mapping.megatron.startswith("embedding"):
             # A tied model's last stage has a copy of it.
-            dense += cut * ((stage == 0) or (facts.tied and stage == last))
-        elif row.megatron.startswith("visual."):
+            dense += cut * ((stage == 0) or (model_config.tied and stage == last))
+        elif mapping.megatron.startswith("visual."):
             dense += cut * (stage == 0)
         else:
             dense += cut * (stage == last)
     return _Held(dense, expert)
 
 
-def _adapters(facts: Any, plan: Plan, stage: int, rank: int) -> float:
+def _adapters(model_config: Any, plan: Plan, stage: int, rank: int) -> float:
     """Parameters of LoRA on the four linears that the host's recipes adapt, experts left alone; an upper bound."""
-    dims = facts.dims
+    dims = model_config.dims
     attention = dims["H"] + dims["Q"] + 2 * dims["K"] + dims["Q"] + dims["H"]
     feed_forward = 2 * dims["H"] + 3 * dims["F"]
-    return rank * (attention + feed_forward) * len(_chunks(facts.num_layers, plan, stage))
+    return rank * (attention + feed_forward) * len(_chunks(model_config.num_layers, plan, stage))
 
 
-def _layer(facts: Any, plan: Plan, moe: bool, qk_norm: bool) -> float:
+def _layer(model_config: Any, plan: Plan, moe: bool, qk_norm: bool) -> float:
     """Bytes that one layer keeps of one micro batch."""
-    layout, dims = plan.layout, facts.dims
+    layout, dims = plan.layout, model_config.dims
     tokens = plan.seq_length * plan.micro_batch / plan.cp
     between = tokens / (layout.tp if layout.sp else 1)
     if plan.recompute:
@@ -110,7 +112,7 @@ def _layer(facts: Any, plan: Plan, moe: bool, qk_norm: bool) -> float:
     if not moe:
         return kept + 6 * dims["F"] * cut  # gate and up, and their product
     shared = 6 * dims.get("A", 0) * cut
-    dispatched = tokens * facts.topk / layout.tp * layout.expert_tp * IMBALANCE
+    dispatched = tokens * model_config.topk / layout.tp * layout.expert_tp * IMBALANCE
     return kept + shared + dispatched * (4 * dims["H"] + 6 * dims["M"] / layout.expert_tp)
 
 
@@ -123,13 +125,19 @@ def _in_flight(plan: Plan, stage: int) -> float:
     return min(total, (pp - stage - 1) * 2 + (vpp - 1) * pp + 1)
 
 
-def stages(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int = 0) -> list[Memory]:
+def stages(
+    mappings: Iterable[ParamMapping], model_config: Any, plan: Plan, *, adapter_rank: int = 0
+) -> list[Memory]:
     """The memory of a GPU of each pipeline stage; see `estimate`."""
-    table = tuple(rows)
-    return [_stage(table, facts, plan, stage, adapter_rank) for stage in range(plan.layout.pp)]
+    table = tuple(mappings)
+    return [
+        _stage(table, model_config, plan, stage, adapter_rank) for stage in range(plan.layout.pp)
+    ]
 
 
-def estimate(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int = 0) -> Memory:
+def estimate(
+    mappings: Iterable[ParamMapping], model_config: Any, plan: Plan, *, adapter_rank: int = 0
+) -> Memory:
     """The memory of the fullest GPU.
 
     Args:
@@ -139,26 +147,31 @@ def estimate(rows: Iterable[Row], facts: Any, plan: Plan, *, adapter_rank: int =
         adapter_rank: of LoRA, with everything else frozen; 0: every parameter is trained.
     """
     return max(
-        stages(rows, facts, plan, adapter_rank=adapter_rank), key=lambda memory: memory.total
+        stages(mappings, model_config, plan, adapter_rank=adapter_rank),
+        key=lambda memory: memory.total,
     )
 
 
-def _stage(rows: tuple[Row, ...], facts: Any, plan: Plan, stage: int, adapter_rank: int) -> Memory:
-    held = _count(rows, facts, plan, stage)
+def _stage(
+    mappings: tuple[ParamMapping, ...], model_config: Any, plan: Plan, stage: int, adapter_rank: int
+) -> Memory:
+    held = _count(mappings, model_config, plan, stage)
     copies = plan.dp * plan.cp
-    trained = _Held(_adapters(facts, plan, stage, adapter_rank)) if adapter_rank else held
+    trained = _Held(_adapters(model_config, plan, stage, adapter_rank)) if adapter_rank else held
     frozen = (held.dense + held.expert) if adapter_rank else 0.0
-    moe = getattr(facts, "moe", (False,) * facts.num_layers)
-    qk_norm = any("q_layernorm" in row.megatron for row in rows)
-    layers = _chunks(facts.num_layers, plan, stage)
-    per_pass = sum(_layer(facts, plan, moe[layer], qk_norm) for layer in layers) / plan.layout.vpp
+    moe = getattr(model_config, "moe", (False,) * model_config.num_layers)
+    qk_norm = any("q_layernorm" in mapping.megatron for mapping in mappings)
+    layers = _chunks(model_config.num_layers, plan, stage)
+    per_pass = (
+        sum(_layer(model_config, plan, moe[layer], qk_norm) for layer in layers) / plan.layout.vpp
+    )
     activations = per_pass * _in_flight(plan, stage)
     if plan.recompute:  # the layer that is run again, as it is without recompute
         whole = replace(plan, recompute=False)
-        activations += max(_layer(facts, whole, moe[layer], qk_norm) for layer in layers)
+        activations += max(_layer(model_config, whole, moe[layer], qk_norm) for layer in layers)
     if stage == plan.layout.pp - 1:
         tokens = plan.seq_length * plan.micro_batch / plan.cp
-        activations += (2 + 4 + 2) * tokens * facts.vocab_size / plan.layout.tp
+        activations += (2 + 4 + 2) * tokens * model_config.vocab_size / plan.layout.tp
     count = trained.dense + trained.expert
     return Memory(
         parameters=2 * (frozen + count),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
-from exaone_bridge.schema.model_family import Facts
+from exaone_bridge.schema.model_family import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["Plan"]
@@ -72,7 +72,7 @@ class Plan:
         )
         return replace(self, layout=replace(self.layout, **cut), **own)
 
-    def check(self, facts: Facts) -> None:
+    def check(self, model_config: ModelConfig) -> None:
         """Refuse what does not come out even, for this model.
 
         Raises:
@@ -84,14 +84,14 @@ class Plan:
                 raise UnsupportedLayout(
                     name, got=size, wanted="at least 1", remedy=f"give {name} a size"
                 )
-        experts = int(getattr(facts, "num_experts", 0))
+        experts = int(getattr(model_config, "num_experts", 0))
         layout.check(
-            layers=facts.num_layers,
-            heads=facts.num_heads,
-            kv_heads=facts.num_kv_heads,
-            ffn=facts.ffn_size,
+            layers=model_config.num_layers,
+            heads=model_config.num_heads,
+            kv_heads=model_config.num_kv_heads,
+            ffn=model_config.ffn_size,
             experts=experts,
-            expert_ffn=int(getattr(facts, "expert_ffn_size", 0)),
+            expert_ffn=int(getattr(model_config, "expert_ffn_size", 0)),
         )
         _divides(
             "gpus",
@@ -137,11 +137,11 @@ class Plan:
             "2 x cp (x tp with sp)",
             "change the sequence's length",
         )
-        if self.seq_length > facts.max_positions:
+        if self.seq_length > model_config.max_positions:
             raise UnsupportedLayout(
                 "seq_length",
                 got=self.seq_length,
-                wanted=f"at most the model's {facts.max_positions} positions",
+                wanted=f"at most the model's {model_config.max_positions} positions",
                 remedy="shorten the sequence",
             )
 

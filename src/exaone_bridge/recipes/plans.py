@@ -25,7 +25,7 @@ _EXAONE45 = {
         141: Plan(gpus=2, layout=Layout(tp=2, sp=True), seq_length=4096, global_batch=32),
     },
 }
-_MINIATURES = dict.fromkeys(("exaone4_tiny", "ernie45_tiny"), ("pretrain", "sft", "peft")) | {
+_TINY_CONFIGS = dict.fromkeys(("exaone4_tiny", "ernie45_tiny"), ("pretrain", "sft", "peft")) | {
     "exaone45_vl_tiny": ("sft", "peft")
 }
 PLANS: dict[tuple[str, str], dict[int, Plan]] = {
@@ -150,7 +150,7 @@ PLANS: dict[tuple[str, str], dict[int, Plan]] = {
     (model, stage): dict.fromkeys(
         (80, 141), Plan(gpus=1, layout=Layout(), seq_length=256, micro_batch=2, global_batch=4)
     )
-    for model, stages in _MINIATURES.items()
+    for model, stages in _TINY_CONFIGS.items()
     for stage in stages
 }
 

@@ -17,10 +17,13 @@ def table() -> str:
         if model.endswith("_tiny"):
             continue
         family = family_of(CONFIGS[model]["architectures"], where=model)
-        facts = family.read_config(CONFIGS[model])
+        model_config = family.read_hf_config(CONFIGS[model])
         for memory, plan in plans.items():
             needed = estimate(
-                family.rows(facts), facts, plan, adapter_rank=ADAPTER_RANK if stage == "peft" else 0
+                family.mappings(model_config),
+                model_config,
+                plan,
+                adapter_rank=ADAPTER_RANK if stage == "peft" else 0,
             )
             parts = (
                 needed.parameters,

@@ -182,9 +182,9 @@ def rope_of(
 
 
 def rewritten(
-    facts: Any,
+    model_config: Any,
     source: Mapping[str, Any],
-    read_config: Callable[[Mapping[str, Any]], Any],
+    read_hf_config: Callable[[Mapping[str, Any]], Any],
     *,
     identity: Mapping[str, Any],
     fields: Mapping[str, str],
@@ -200,16 +200,19 @@ def rewritten(
         training_fields: likewise, for facts that a training run may set for itself without changing the model:
             written only where there is no source.
     """
-    names = set(type(facts).__dataclass_fields__)
+    names = set(type(model_config).__dataclass_fields__)
     if not source:
         written = {
-            field: getattr(facts, name) for name, field in {**fields, **training_fields}.items()
+            field: getattr(model_config, name)
+            for name, field in {**fields, **training_fields}.items()
         }
         return {**identity, **written}, names
     config = {key: value for key, value in source.items() if key != "transformers_version"}
-    before = read_config(source)
-    changed = {name for name in names if getattr(before, name) != getattr(facts, name)}
-    config |= {field: getattr(facts, name) for name, field in fields.items() if name in changed}
+    before = read_hf_config(source)
+    changed = {name for name in names if getattr(before, name) != getattr(model_config, name)}
+    config |= {
+        field: getattr(model_config, name) for name, field in fields.items() if name in changed
+    }
     if "dtype" in changed:
         config.pop("torch_dtype", None)
     return config, changed

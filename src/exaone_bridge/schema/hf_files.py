@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-__all__ = ["TRAVELLING_FILES", "copy_travelling_files", "has_tokenizer", "iteration_folder"]
+__all__ = ["COMPANION_FILES", "copy_companion_files", "has_tokenizer", "iteration_folder"]
 
 # What travels byte for byte with a conversion; none of it has to be there.
-TRAVELLING_FILES = (
+COMPANION_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -20,10 +20,10 @@ TRAVELLING_FILES = (
 )
 
 
-def copy_travelling_files(source: Path, target: Path) -> list[str]:
+def copy_companion_files(source: Path, target: Path) -> list[str]:
     """Copy them from one folder to another, byte for byte; names of the copied files."""
     found = sorted(
-        {path for pattern in TRAVELLING_FILES for path in source.glob(pattern) if path.is_file()}
+        {path for pattern in COMPANION_FILES for path in source.glob(pattern) if path.is_file()}
     )
     for path in found:
         shutil.copyfile(path, target / path.name)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from exaone_bridge.schema.param_mapping import HFTensor, Row
+from exaone_bridge.schema.param_mapping import HFTensor, ParamMapping
 
-__all__ = ["Facts", "Family", "dense_dims"]
+__all__ = ["ModelConfig", "ModelFamily", "dense_dims"]
 
 
-class Facts(Protocol):
+class ModelConfig(Protocol):
     """What the facts of every family have in common."""
 
     @property
@@ -49,20 +49,20 @@ class Facts(Protocol):
     def dims(self) -> dict[str, int]: ...
 
 
-def dense_dims(facts: Facts) -> dict[str, int]:
+def dense_dims(model_config: ModelConfig) -> dict[str, int]:
     """Axis letter -> size, of the axes that every model has (the letters are `schema/param_mapping.py`'s)."""
     return {
-        "V": facts.vocab_size,
-        "H": facts.hidden_size,
-        "F": facts.ffn_size,
-        "D": facts.head_dim,
-        "Q": facts.num_heads * facts.head_dim,
-        "K": facts.num_kv_heads * facts.head_dim,
+        "V": model_config.vocab_size,
+        "H": model_config.hidden_size,
+        "F": model_config.ffn_size,
+        "D": model_config.head_dim,
+        "Q": model_config.num_heads * model_config.head_dim,
+        "K": model_config.num_kv_heads * model_config.head_dim,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class ModelFamily:
     """A family of models: how its configuration is read and written, its table of rows, and where its bridge is.
 
     Attributes:
@@ -89,28 +89,28 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    read_config: Callable[[Mapping[str, Any]], Any]
-    write_config: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
-    rows: Callable[[Any], tuple[Row, ...]]
+    read_hf_config: Callable[[Mapping[str, Any]], Any]
+    write_hf_config: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    mappings: Callable[[Any], tuple[ParamMapping, ...]]
     tiny: Mapping[str, Mapping[str, Any]]
     special_tokens: Mapping[str, int]
     chat_template: str
     processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     image_prompts: Callable[..., Any] | None = None
     collators: Callable[[], Mapping[str, Callable[..., Any]]] = dict
-    carried: str | None = None
-    carried_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda facts: ()
-    without_carried: Callable[[Any], Any] = lambda facts: facts
-    built: Family | None = None
+    passthrough: str | None = None
+    passthrough_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda model_config: ()
+    without_passthrough: Callable[[Any], Any] = lambda model_config: model_config
+    built: ModelFamily | None = None
     built_prefix: str = ""
     listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def holding(self, parameters: Iterable[str]) -> Family:
+    def holding(self, parameters: Iterable[str]) -> ModelFamily:
         """The family as a Megatron checkpoint with these parameters has it."""
         if self.built is None or not any(name.startswith(self.built_prefix) for name in parameters):
             return self
         return self.built
 
-    def is_carried(self, name: str) -> bool:
+    def is_passthrough(self, name: str) -> bool:
         """Whether this tensor travels beside the model."""
-        return self.carried is not None and re.fullmatch(self.carried, name) is not None
+        return self.passthrough is not None and re.fullmatch(self.passthrough, name) is not None

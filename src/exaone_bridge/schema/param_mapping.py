@@ -19,8 +19,8 @@ from enum import StrEnum
 
 __all__ = [
     "HFTensor",
-    "Kind",
-    "Row",
+    "MappingKind",
+    "ParamMapping",
     "aliases",
     "embeddings",
     "expected_hf",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-class Kind(StrEnum):
+class MappingKind(StrEnum):
     """How the Hugging Face tensors lie in the Megatron parameter, and how tensor parallelism cuts it."""
 
     COLUMN = "column"  # one tensor, cut along its first axis
@@ -84,7 +84,7 @@ def _numbered(name: str, *numbers: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParamMapping:
     """One Megatron-Core parameter (or one a layer, where its name has `*`) and the tensors it is made of.
 
     Attributes:
@@ -93,7 +93,7 @@ class Row:
         alias: what another module class calls the same parameter; a model has one name or the other.
     """
 
-    kind: Kind
+    kind: MappingKind
     megatron: str
     hf: tuple[HFTensor, ...]
     layers: tuple[int, ...] = ()
@@ -136,73 +136,84 @@ class Row:
 @functools.lru_cache(
     maxsize=128
 )  # a checkpoint may have 60,000 names, which are asked for several times
-def _columns(row: Row) -> tuple[list[str], ...]:
-    return tuple(_column(name, row) for name in (row.megatron, *(tensor.name for tensor in row.hf)))
+def _columns(mapping: ParamMapping) -> tuple[list[str], ...]:
+    return tuple(
+        _column(name, mapping)
+        for name in (mapping.megatron, *(tensor.name for tensor in mapping.hf))
+    )
 
 
-def _column(name: str, row: Row) -> list[str]:
-    """The name with all of the row's numbers, in the order of `Row.numbers`."""
+def _column(name: str, mapping: ParamMapping) -> list[str]:
+    """The name with all of the row's numbers, in the order of `ParamMapping.numbers`."""
     before, star, rest = name.partition("*")
     if not star:
         return [name]
-    if not row.experts:
-        return [f"{before}{layer}{rest}" for layer in row.layers]
+    if not mapping.experts:
+        return [f"{before}{layer}{rest}" for layer in mapping.layers]
     between, _, after = rest.partition("*")
-    ends = [f"{expert}{after}" for expert in range(row.experts)]
+    ends = [f"{expert}{after}" for expert in range(mapping.experts)]
     return [
         start + end
-        for start in [f"{before}{layer}{between}" for layer in row.layers]
+        for start in [f"{before}{layer}{between}" for layer in mapping.layers]
         for end in ends
     ]
 
 
-def hf_renamed(row: Row, name_of: Callable[[str], str]) -> Row:
+def hf_renamed(mapping: ParamMapping, name_of: Callable[[str], str]) -> ParamMapping:
     """The row of a model that calls the Hugging Face tensors otherwise."""
-    return replace(row, hf=tuple(replace(tensor, name=name_of(tensor.name)) for tensor in row.hf))
+    return replace(
+        mapping, hf=tuple(replace(tensor, name=name_of(tensor.name)) for tensor in mapping.hf)
+    )
 
 
-def hf_tensors(rows: Iterable[Row]) -> dict[str, HFTensor]:
+def hf_tensors(mappings: Iterable[ParamMapping]) -> dict[str, HFTensor]:
     """Name -> every Hugging Face tensor that the rows claim."""
-    return {tensor.name: tensor for row in rows for _, hf in row.expand() for tensor in hf}
+    return {
+        tensor.name: tensor for mapping in mappings for _, hf in mapping.expand() for tensor in hf
+    }
 
 
-def expected_hf(rows: Iterable[Row], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def expected_hf(
+    mappings: Iterable[ParamMapping], dims: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every Hugging Face tensor that the rows claim."""
     found: dict[str, tuple[int, ...]] = {}
-    for row in rows:
-        for tensor, names in zip(row.hf, row.columns()[1:], strict=True):
+    for mapping in mappings:
+        for tensor, names in zip(mapping.hf, mapping.columns()[1:], strict=True):
             found.update(dict.fromkeys(names, tensor.shape(dims)))
     return found
 
 
-def fp32_names(rows: Iterable[Row]) -> set[str]:
+def fp32_names(mappings: Iterable[ParamMapping]) -> set[str]:
     """The tensors that are fp32 on disk whatever the model's type."""
     return {
         name
-        for row in rows
-        if any(tensor.fp32 for tensor in row.hf)
-        for _, *names in row.names()
-        for name, tensor in zip(names, row.hf, strict=True)
+        for mapping in mappings
+        if any(tensor.fp32 for tensor in mapping.hf)
+        for _, *names in mapping.names()
+        for name, tensor in zip(names, mapping.hf, strict=True)
         if tensor.fp32
     }
 
 
-def hf_nbytes(rows: Iterable[Row], dims: Mapping[str, int], itemsize: int) -> dict[str, int]:
+def hf_nbytes(
+    mappings: Iterable[ParamMapping], dims: Mapping[str, int], itemsize: int
+) -> dict[str, int]:
     """Name -> bytes of every Hugging Face tensor, where the model's type has `itemsize` bytes."""
     return {
         name: math.prod(tensor.shape(dims)) * (4 if tensor.fp32 else itemsize)
-        for name, tensor in hf_tensors(rows).items()
+        for name, tensor in hf_tensors(mappings).items()
     }
 
 
-def expected_megatron(rows: Iterable[Row]) -> set[str]:
+def expected_megatron(mappings: Iterable[ParamMapping]) -> set[str]:
     """The name of every Megatron-Core parameter that the rows fill, over all pipeline stages and expert ranks."""
-    return {name for row in rows for name, _ in row.expand()}
+    return {name for mapping in mappings for name, _ in mapping.expand()}
 
 
-def aliases(rows: Iterable[Row]) -> dict[str, str]:
+def aliases(mappings: Iterable[ParamMapping]) -> dict[str, str]:
     """Another module class's name for a parameter -> the name in `expected_megatron`."""
-    return {alias: name for row in rows for alias, name in row.aliases()}
+    return {alias: name for mapping in mappings for alias, name in mapping.aliases()}
 
 
 # The groups that recur. `layers`: the global 0-based layers that have them.
@@ -215,30 +226,34 @@ def _bias(name: str, axis: str) -> HFTensor:
     return HFTensor(name, axis, std=_BIAS_STD)
 
 
-def embeddings(*, tied: bool, bias: bool = False) -> tuple[Row, ...]:
+def embeddings(*, tied: bool, bias: bool = False) -> tuple[ParamMapping, ...]:
     """Word embeddings, the final norm and, unless it is tied to the embeddings, the output layer; `bias`: its own."""
-    head = Row(Kind.VOCAB, "output_layer.weight", (HFTensor("lm_head.weight", "VH"),))
-    head_bias = Row(Kind.VOCAB, "output_layer.bias", (_bias("lm_head.bias", "V"),))
+    head = ParamMapping(
+        MappingKind.VOCAB, "output_layer.weight", (HFTensor("lm_head.weight", "VH"),)
+    )
+    head_bias = ParamMapping(MappingKind.VOCAB, "output_layer.bias", (_bias("lm_head.bias", "V"),))
     return (
-        Row(
-            Kind.VOCAB,
+        ParamMapping(
+            MappingKind.VOCAB,
             "embedding.word_embeddings.weight",
             (HFTensor("model.embed_tokens.weight", "VH"),),
         ),
-        Row(
-            Kind.REPLICATED, "decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "H"),)
+        ParamMapping(
+            MappingKind.REPLICATED,
+            "decoder.final_layernorm.weight",
+            (HFTensor("model.norm.weight", "H"),),
         ),
         *(() if tied else (head,)),
         *((head_bias,) if bias else ()),
     )
 
 
-def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
+def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[ParamMapping, ...]:
     """Grouped-query attention's projections; `bias`: theirs."""
     ours, theirs = "decoder.layers.*.self_attention", "model.layers.*.self_attn"
     weights = (
-        Row(
-            Kind.QKV,
+        ParamMapping(
+            MappingKind.QKV,
             f"{ours}.linear_qkv.weight",
             (
                 HFTensor(f"{theirs}.q_proj.weight", "QH"),
@@ -247,8 +262,8 @@ def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
             ),
             layers,
         ),
-        Row(
-            Kind.ROW,
+        ParamMapping(
+            MappingKind.ROW,
             f"{ours}.linear_proj.weight",
             (HFTensor(f"{theirs}.o_proj.weight", "HQ"),),
             layers,
@@ -261,9 +276,9 @@ def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
     )
     return (
         *weights,
-        Row(Kind.QKV, f"{ours}.linear_qkv.bias", qkv, layers),
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(MappingKind.QKV, f"{ours}.linear_qkv.bias", qkv, layers),
+        ParamMapping(
+            MappingKind.REPLICATED,
             f"{ours}.linear_proj.bias",
             (_bias(f"{theirs}.o_proj.bias", "H"),),
             layers,
@@ -271,11 +286,11 @@ def gqa(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
     )
 
 
-def qk_norm(layers: tuple[int, ...]) -> tuple[Row, ...]:
+def qk_norm(layers: tuple[int, ...]) -> tuple[ParamMapping, ...]:
     """Norms over the head axis of queries and keys."""
     return tuple(
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(
+            MappingKind.REPLICATED,
             f"decoder.layers.*.self_attention.{which}_layernorm.weight",
             (HFTensor(f"model.layers.*.self_attn.{which}_norm.weight", "D"),),
             layers,
@@ -286,22 +301,24 @@ def qk_norm(layers: tuple[int, ...]) -> tuple[Row, ...]:
 
 def swiglu(
     layers: tuple[int, ...], *, bias: bool = False, inside: str = "mlp", width: str = "F"
-) -> tuple[Row, ...]:
+) -> tuple[ParamMapping, ...]:
     """A gated feed-forward's projections; `bias`: theirs; `inside`: the module of both sides; `width`: its axis."""
     ours, theirs = f"decoder.layers.*.{inside}", f"model.layers.*.{inside}"
     down = (HFTensor(f"{theirs}.down_proj.weight", f"H{width}"),)
     weights = (
-        Row(Kind.GATED, f"{ours}.linear_fc1.weight", _gate_and_up(theirs, width), layers),
-        Row(Kind.ROW, f"{ours}.linear_fc2.weight", down, layers),
+        ParamMapping(
+            MappingKind.GATED, f"{ours}.linear_fc1.weight", _gate_and_up(theirs, width), layers
+        ),
+        ParamMapping(MappingKind.ROW, f"{ours}.linear_fc2.weight", down, layers),
     )
     if not bias:
         return weights
     gate_and_up = tuple(_bias(f"{theirs}.{which}_proj.bias", width) for which in ("gate", "up"))
     return (
         *weights,
-        Row(Kind.GATED, f"{ours}.linear_fc1.bias", gate_and_up, layers),
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(MappingKind.GATED, f"{ours}.linear_fc1.bias", gate_and_up, layers),
+        ParamMapping(
+            MappingKind.REPLICATED,
             f"{ours}.linear_fc2.bias",
             (_bias(f"{theirs}.down_proj.bias", "H"),),
             layers,
@@ -313,28 +330,28 @@ def _gate_and_up(module: str, width: str) -> tuple[HFTensor, ...]:
     return tuple(HFTensor(f"{module}.{which}_proj.weight", f"{width}H") for which in ("gate", "up"))
 
 
-def shared_experts(layers: tuple[int, ...], *, bias: bool = False) -> tuple[Row, ...]:
+def shared_experts(layers: tuple[int, ...], *, bias: bool = False) -> tuple[ParamMapping, ...]:
     """The experts that every token visits, side by side in one feed-forward."""
     return swiglu(layers, bias=bias, inside="mlp.shared_experts", width="A")
 
 
-def experts(layers: tuple[int, ...], count: int) -> tuple[Row, ...]:
+def experts(layers: tuple[int, ...], count: int) -> tuple[ParamMapping, ...]:
     """The routed experts' projections, one tensor an expert, without biases.
 
     Transformer Engine's grouped GEMM numbers the weights of one module, the sequential layout has a module an expert.
     """
     ours, theirs = "decoder.layers.*.mlp.experts", "model.layers.*.mlp.experts.*"
     return (
-        Row(
-            Kind.GATED,
+        ParamMapping(
+            MappingKind.GATED,
             f"{ours}.linear_fc1.weight*",
             _gate_and_up(theirs, "M"),
             layers,
             count,
             f"{ours}.local_experts.*.linear_fc1.weight",
         ),
-        Row(
-            Kind.ROW,
+        ParamMapping(
+            MappingKind.ROW,
             f"{ours}.linear_fc2.weight*",
             (HFTensor(f"{theirs}.down_proj.weight", "HM"),),
             layers,
@@ -344,49 +361,58 @@ def experts(layers: tuple[int, ...], count: int) -> tuple[Row, ...]:
     )
 
 
-def router(layers: tuple[int, ...], *, weight: str, selection_bias: str) -> tuple[Row, ...]:
+def router(
+    layers: tuple[int, ...], *, weight: str, selection_bias: str
+) -> tuple[ParamMapping, ...]:
     """A router's weight and the bias that only selects; the names are the family's, inside `mlp`; both fp32."""
     ours, theirs = "decoder.layers.*.mlp.router", "model.layers.*.mlp"
     bias = HFTensor(f"{theirs}.{selection_bias}", "1E", fp32=True, std=0.02)
     return (
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(
+            MappingKind.REPLICATED,
             f"{ours}.weight",
             (HFTensor(f"{theirs}.{weight}", "EH", fp32=True),),
             layers,
         ),
-        Row(Kind.SQUEEZED, f"{ours}.expert_bias", (bias,), layers),
+        ParamMapping(MappingKind.SQUEEZED, f"{ours}.expert_bias", (bias,), layers),
     )
 
 
-def pre_norm(layers: tuple[int, ...], moe_layers: tuple[int, ...]) -> tuple[Row, ...]:
+def pre_norm(layers: tuple[int, ...], moe_layers: tuple[int, ...]) -> tuple[ParamMapping, ...]:
     """Norms before attention and feed-forward: fused into the linear that follows, but for a router that does."""
     attention = HFTensor("model.layers.*.input_layernorm.weight", "H")
     mlp = HFTensor("model.layers.*.post_attention_layernorm.weight", "H")
     dense = tuple(layer for layer in layers if layer not in moe_layers)
     return (
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(
+            MappingKind.REPLICATED,
             "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
             (attention,),
             layers,
         ),
-        Row(Kind.REPLICATED, "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", (mlp,), dense),
-        Row(Kind.REPLICATED, "decoder.layers.*.pre_mlp_layernorm.weight", (mlp,), moe_layers),
+        ParamMapping(
+            MappingKind.REPLICATED,
+            "decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
+            (mlp,),
+            dense,
+        ),
+        ParamMapping(
+            MappingKind.REPLICATED, "decoder.layers.*.pre_mlp_layernorm.weight", (mlp,), moe_layers
+        ),
     )
 
 
-def post_norm(layers: tuple[int, ...], *, attention: str, mlp: str) -> tuple[Row, ...]:
+def post_norm(layers: tuple[int, ...], *, attention: str, mlp: str) -> tuple[ParamMapping, ...]:
     """Norms on the outputs of attention and feed-forward; `attention`, `mlp`: what the family calls them."""
     return (
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(
+            MappingKind.REPLICATED,
             "decoder.layers.*.self_attention.linear_proj.post_layernorm.weight",
             (HFTensor(f"model.layers.*.{attention}.weight", "H"),),
             layers,
         ),
-        Row(
-            Kind.REPLICATED,
+        ParamMapping(
+            MappingKind.REPLICATED,
             "decoder.layers.*.mlp.linear_fc2.post_layernorm.weight",
             (HFTensor(f"model.layers.*.{mlp}.weight", "H"),),
             layers,

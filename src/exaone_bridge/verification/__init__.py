@@ -63,14 +63,14 @@ def verify_model(
     """
     from exaone_bridge.runtime.launch import check_ranks
     from exaone_bridge.verification.workflow.compare import compare, is_megatron, verify_megatron
-    from exaone_bridge.verification.workflow.job import Asked
+    from exaone_bridge.verification.workflow.job import VerifyOptions
     from exaone_bridge.verification.workflow.layerwise import streams, verify_streaming
     from exaone_bridge.verification.workflow.verify import verify
 
     source = Path(source)
     layout = layout or Layout()
     check_ranks(layout.ranks)
-    asked = Asked(
+    asked = VerifyOptions(
         backend=backend,
         dtype=dtype,
         count=1 if quick else count,

@@ -26,7 +26,7 @@ def _mtp(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def imported(host: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(megatron_bridge: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported") / "ernie45"
     import_checkpoint(tiny("ernie45", dtype="bfloat16"), folder, Layout(tp=2, ep=2, etp=1))
     return folder
@@ -34,8 +34,8 @@ def imported(host: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_they_are_there(tiny: Any) -> None:
     source = open_source(tiny("ernie45"))
-    assert set(source.carried) == _mtp(source.folder)
-    assert len(source.carried) == 12
+    assert set(source.passthrough) == _mtp(source.folder)
+    assert len(source.passthrough) == 12
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -47,7 +47,7 @@ def test_export_from_the_checkpoint_alone(
     export_checkpoint(imported, exported, workers=workers)
     assert len(_mtp(exported)) == 12
     for check in (compare_tensors(source, exported), compare_files(source, exported)):
-        assert check.holds, check.where
+        assert check.passed, check.where
     plain = read_json(source / "config.json")
     for field in (
         "moe_num_experts",
@@ -58,17 +58,19 @@ def test_export_from_the_checkpoint_alone(
         plain[field] = plain[field][
             0
         ]  # lists, which Transformers cannot read, become the numbers it can
-    assert compare_configs(plain, read_json(exported / "config.json")).holds
+    assert compare_configs(plain, read_json(exported / "config.json")).passed
 
 
 @pytest.mark.parametrize("name", ["ernie45-300b", "ernie45-dense"])
-def test_import_and_export_of_the_others(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
+def test_import_and_export_of_the_others(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
+) -> None:
     import_checkpoint(tiny(name), tmp_path / "megatron", Layout(pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
-    assert compare_tensors(tiny(name), tmp_path / "exported").holds
+    assert compare_tensors(tiny(name), tmp_path / "exported").passed
     assert compare_configs(
         read_json(tiny(name) / "config.json"), read_json(tmp_path / "exported/config.json")
-    ).holds
+    ).passed
 
 
 def test_out_of_reach_stops_the_export_unless_told(
@@ -80,7 +82,7 @@ def test_out_of_reach_stops_the_export_unless_told(
         with pytest.raises(CheckpointError, match="travel beside the model"):
             export_checkpoint(imported, tmp_path / "stopped")
         assert not (tmp_path / "stopped").exists()
-        export_checkpoint(imported, tmp_path / "dropped", drop_carried=True)
+        export_checkpoint(imported, tmp_path / "dropped", drop_passthrough=True)
     finally:
         hidden.rename(path)
     source = tiny("ernie45", dtype="bfloat16")
@@ -106,10 +108,12 @@ def _save_through_autobridge(source: Path, target: Path) -> list[str]:
     return said
 
 
-def test_autobridge_carries_them_and_says_so_once(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_autobridge_carries_them_and_says_so_once(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     source = tiny("ernie45")
     (said,) = run_ranks(_save_through_autobridge, 1, source, tmp_path / "exported")
-    assert compare_tensors(source, tmp_path / "exported").holds
+    assert compare_tensors(source, tmp_path / "exported").passed
     assert (
         len([line for line in said if "carried from the source unchanged: 12 tensors" in line]) == 1
     )
@@ -127,7 +131,7 @@ def _export_without_source(source: Path) -> None:
         pass
 
 
-def test_autobridge_without_its_source_stops(host: Any, tiny: Any) -> None:
+def test_autobridge_without_its_source_stops(megatron_bridge: Any, tiny: Any) -> None:
     with pytest.raises(UnmappedTensors, match="cannot be reached"):
         run_ranks(_export_without_source, 1, tiny("ernie45"))
     run_ranks(_export_without_source, 1, tiny("ernie45", num_nextn_predict_layers=0))

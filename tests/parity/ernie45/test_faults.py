@@ -12,9 +12,9 @@ import torch
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.runtime.ranks import RankFailure
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Row
+from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.workflow.verify import verify
-from tests.helpers.fault_injection import assert_caught, build_with, provider_with, rows_with
+from tests.helpers.fault_injection import assert_caught, build_with, mappings_with, provider_with
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -70,9 +70,11 @@ def _provider(**changes: Any) -> Plant:
     return provider_with(BRIDGE, lambda right, *args: dataclasses.replace(right(*args), **changes))
 
 
-def _swap_gate_and_up(row: Row) -> Row:
+def _swap_gate_and_up(mapping: ParamMapping) -> ParamMapping:
     return (
-        dataclasses.replace(row, hf=row.hf[::-1]) if "experts.linear_fc1" in row.megatron else row
+        dataclasses.replace(mapping, hf=mapping.hf[::-1])
+        if "experts.linear_fc1" in mapping.megatron
+        else mapping
     )
 
 
@@ -98,7 +100,7 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
     "shared expert dropped": (_drop_shared, 1),
     "half-rotated RoPE": (_provider(rotary_interleaved=False), 0),
     "rounded angles": (_low_precision_rotation, 0),
-    "gate and up of the experts swapped": (rows_with(BRIDGE, _swap_gate_and_up), 1),
+    "gate and up of the experts swapped": (mappings_with(BRIDGE, _swap_gate_and_up), 1),
     "theta": (_provider(rotary_base=10000.0), 0),
     "epsilon": (_provider(layernorm_epsilon=1e-2), 0),
 }
@@ -106,7 +108,7 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught_and_located(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     plant, layer = FAULTS[fault]
     folder = tiny("ernie45")
@@ -116,7 +118,7 @@ def test_fault_is_caught_and_located(
 
 @pytest.mark.parametrize("field", ["moe_layer_end_index", "moe_layer_interval"])
 def test_schedule_field_ignored(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, field: str
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     """The tensors on disk tell, before anything runs."""
     import exaone_bridge.models.ernie45.config as module
@@ -133,7 +135,7 @@ def test_schedule_field_ignored(
 
 
 def test_fault_inside_an_export_is_an_error(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Megatron-Bridge's own ERNIE takes any ValueError for a parameter that another stage has, and says nothing."""
     from exaone_bridge.bridge.mapping_registry import SqueezedMapping
@@ -148,7 +150,7 @@ def test_fault_inside_an_export_is_an_error(
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(ep=2)], ids=str)
 def test_dropped_tensor_stops_the_export(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout
 ) -> None:
     from exaone_bridge.bridge.mapping_registry import SqueezedMapping
 
@@ -160,11 +162,12 @@ def test_dropped_tensor_stops_the_export(
 
 @pytest.mark.parametrize("layout", [Layout(pp=2), Layout(ep=2)], ids=str)
 def test_dropped_row_stops_the_load(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout
 ) -> None:
-    rows_with(BRIDGE, lambda row: None if "experts.linear_fc2.weight*" in row.megatron else row)(
-        monkeypatch
-    )
+    mappings_with(
+        BRIDGE,
+        lambda mapping: None if "experts.linear_fc2.weight*" in mapping.megatron else mapping,
+    )(monkeypatch)
     with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
         verify(tiny("ernie45"), layout)
     assert len(caught.value.names) in (

@@ -8,28 +8,28 @@ import pytest
 
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.ernie45_cases import CONFIGURATIONS, EXPERT_LAYOUTS, LAYOUTS, MOE_NAMES, NAMES
-from tests.helpers.parity import assert_holds
+from tests.helpers.parity import assert_passes
 
 pytestmark = pytest.mark.usefixtures("references")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_layouts(host: Any, tiny: Any, name: str, layout: Layout) -> None:
+def test_layouts(megatron_bridge: Any, tiny: Any, name: str, layout: Layout) -> None:
     """The vocabulary, 387, is one that every tp has to pad."""
-    assert_holds(tiny(name), layout)
+    assert_passes(tiny(name), layout)
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", MOE_NAMES)
-def test_expert_layouts(host: Any, tiny: Any, name: str, layout: Layout) -> None:
-    assert_holds(tiny(name), layout)
+def test_expert_layouts(megatron_bridge: Any, tiny: Any, name: str, layout: Layout) -> None:
+    assert_passes(tiny(name), layout)
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_configurations(host: Any, tiny: Any, case: str) -> None:
+def test_configurations(megatron_bridge: Any, tiny: Any, case: str) -> None:
     name, fields = CONFIGURATIONS[case]
-    assert_holds(tiny(name, **fields), Layout())
+    assert_passes(tiny(name, **fields), Layout())
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,8 @@ def test_configurations(host: Any, tiny: Any, case: str) -> None:
     ],
     ids=lambda value: str(value),
 )
-def test_configurations_in_parallel(host: Any, tiny: Any, case: str, layout: Layout) -> None:
+def test_configurations_in_parallel(
+    megatron_bridge: Any, tiny: Any, case: str, layout: Layout
+) -> None:
     name, fields = CONFIGURATIONS[case]
-    assert_holds(tiny(name, **fields), layout)
+    assert_passes(tiny(name, **fields), layout)

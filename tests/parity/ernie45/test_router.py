@@ -64,7 +64,7 @@ def _our_choices(folder: Path, layout: Layout, tokens: torch.Tensor) -> Choices:
 @pytest.mark.parametrize("std", [0.02, 0.2])
 @pytest.mark.parametrize("name", MOE_NAMES)
 def test_experts_chosen(
-    host: Any, tiny: Any, tmp_path: Path, name: str, std: float, layout: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, std: float, layout: Layout
 ) -> None:
     """Identical, per token and layer; and the bias does choose: without it, other experts are."""
     folder = with_selection_bias(tiny(name), tmp_path / name, std)
@@ -119,7 +119,7 @@ def _bf16_routing(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("std", [0.02, 0.2])
 @pytest.mark.parametrize("name", MOE_NAMES)
 def test_bf16_model_decides_as_transformers_bf16_model(
-    host: Any, tiny: Any, tmp_path: Path, name: str, std: float
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, std: float
 ) -> None:
     folder = with_selection_bias(tiny(name, dtype="bfloat16"), tmp_path / name, std)
     (found,) = run_ranks(_bf16_routing, 1, folder)
@@ -142,7 +142,9 @@ def _saved_types(folder: Path, target: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target)
 
 
-def test_fp32_on_disk_where_transformers_writes_fp32(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_fp32_on_disk_where_transformers_writes_fp32(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     """save_pretrained of a bf16 model: the types that `open_source` asks for."""
     folder = tiny("ernie45", dtype="bfloat16", num_nextn_predict_layers=0)
     run_ranks(_saved_types, 1, folder, tmp_path / "saved")
@@ -189,7 +191,7 @@ def _after_a_step(
 
 
 @pytest.fixture(scope="module")
-def balanced(host: Any, tiny: Any) -> Any:
+def balanced(megatron_bridge: Any, tiny: Any) -> Any:
     tokens = prompts(387, 1, 49)
     return lambda **overrides: run_ranks(_after_a_step, 1, tiny("ernie45"), tokens, overrides)[0]
 

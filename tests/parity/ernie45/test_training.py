@@ -25,11 +25,13 @@ CASES = [(name, layout) for name in NAMES for layout in LAYOUTS] + [
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda value: str(value))
-def test_gradients_and_five_steps_of_adamw(host: Any, tiny: Any, name: str, layout: Layout) -> None:
+def test_gradients_and_five_steps_of_adamw(
+    megatron_bridge: Any, tiny: Any, name: str, layout: Layout
+) -> None:
     """Every parameter's gradient within 1e-4 (relative), every step's loss within 1e-4."""
     assert_trains_alike(tiny(name), layout, UNTRAINED)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
-def test_with_biases(host: Any, tiny: Any, layout: Layout) -> None:
+def test_with_biases(megatron_bridge: Any, tiny: Any, layout: Layout) -> None:
     assert_trains_alike(tiny("ernie45", use_bias=True), layout, UNTRAINED)

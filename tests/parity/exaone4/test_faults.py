@@ -14,9 +14,9 @@ import pytest
 
 from exaone_bridge.errors import UnmappedTensors, UnsupportedConfig
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Row
+from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.workflow.verify import verify
-from tests.helpers.fault_injection import assert_caught, build_with, provider_with, rows_with
+from tests.helpers.fault_injection import assert_caught, build_with, mappings_with, provider_with
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -24,36 +24,38 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 BRIDGE = "exaone_bridge.bridge.exaone4:Exaone4Bridge"
 
 
-def _rows(change: Callable[[Row], Row | None]) -> Plant:
-    return rows_with(BRIDGE, change)
+def _rows(change: Callable[[ParamMapping], ParamMapping | None]) -> Plant:
+    return mappings_with(BRIDGE, change)
 
 
-def _facts(**changes: Callable[[Any], Any]) -> Plant:
+def _model_config(**changes: Callable[[Any], Any]) -> Plant:
     """Facts misread on their way to the provider."""
 
-    def misread(right: Any, facts: Any, hf_config: Any) -> Any:
-        wrong = {name: change(getattr(facts, name)) for name, change in changes.items()}
-        return right(dataclasses.replace(facts, **wrong), hf_config)
+    def misread(right: Any, model_config: Any, hf_config: Any) -> Any:
+        wrong = {name: change(getattr(model_config, name)) for name, change in changes.items()}
+        return right(dataclasses.replace(model_config, **wrong), hf_config)
 
     return provider_with(BRIDGE, misread)
 
 
 def _reorder(megatron: str, *order: int) -> Plant:
-    def change(row: Row) -> Row:
-        if megatron not in row.megatron:
-            return row
-        return dataclasses.replace(row, hf=tuple(row.hf[number] for number in order))
+    def change(mapping: ParamMapping) -> ParamMapping:
+        if megatron not in mapping.megatron:
+            return mapping
+        return dataclasses.replace(mapping, hf=tuple(mapping.hf[number] for number in order))
 
     return _rows(change)
 
 
-def _swap_post_norms(row: Row) -> Row:
+def _swap_post_norms(mapping: ParamMapping) -> ParamMapping:
     names = ("post_attention_layernorm", "post_feedforward_layernorm")
     for this, other in (names, names[::-1]):
-        if this in row.hf[0].name:
-            tensor = dataclasses.replace(row.hf[0], name=row.hf[0].name.replace(this, other))
-            return dataclasses.replace(row, hf=(tensor,))
-    return row
+        if this in mapping.hf[0].name:
+            tensor = dataclasses.replace(
+                mapping.hf[0], name=mapping.hf[0].name.replace(this, other)
+            )
+            return dataclasses.replace(mapping, hf=(tensor,))
+    return mapping
 
 
 def _window_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def _flip(layer: int, window: int | None) -> Plant:
     def at(values: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
         return (*values[:layer], value, *values[layer + 1 :])
 
-    return _facts(
+    return _model_config(
         windows=lambda windows: at(windows, window), rope=lambda rope: at(rope, window is not None)
     )
 
@@ -115,14 +117,14 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
     "k and v swapped": (_reorder("linear_qkv", 0, 2, 1), 0),
     "a head permuted": (build_with(_permute_heads), 2),
     "post norms swapped": (_rows(_swap_post_norms), 0),
-    "epsilon": (_facts(norm_eps=lambda eps: eps / 30), 0),
+    "epsilon": (_model_config(norm_eps=lambda eps: eps / 30), 0),
     "epsilon of the post norms": (_post_norm_epsilon, 0),
-    "factor": (_facts(llama3=lambda rope: dataclasses.replace(rope, factor=8.0)), 0),
+    "factor": (_model_config(llama3=lambda rope: dataclasses.replace(rope, factor=8.0)), 0),
     "low frequency factor": (
-        _facts(llama3=lambda rope: dataclasses.replace(rope, low_freq_factor=2.0)),
+        _model_config(llama3=lambda rope: dataclasses.replace(rope, low_freq_factor=2.0)),
         0,
     ),
-    "theta": (_facts(rope_theta=lambda theta: theta * 1.01), 0),
+    "theta": (_model_config(rope_theta=lambda theta: theta * 1.01), 0),
     "layer 5 made global": (_flip(5, None), 5),
     "layer 3 made sliding": (_flip(3, 8), 3),
     "RoPE on layer 7": (_rope(lambda none: [*none[:7], 0]), 7),
@@ -131,7 +133,7 @@ FAULTS: dict[str, tuple[Plant, int]] = {  # fault, and the first layer it touche
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught_and_located(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     plant, layer = FAULTS[fault]
     folder = tiny("exaone4")
@@ -139,8 +141,10 @@ def test_fault_is_caught_and_located(
     assert_caught(folder, layer)
 
 
-def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _rows(lambda row: None if "down_proj" in row.hf[0].name else row)(monkeypatch)
+def test_dropped_row_stops_the_load(
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _rows(lambda mapping: None if "down_proj" in mapping.hf[0].name else mapping)(monkeypatch)
     with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
         verify(tiny("exaone4"), Layout(pp=2))
     names = [f"decoder.layers.{n}.mlp.linear_fc2.weight" for n in range(8)]
@@ -148,7 +152,7 @@ def test_dropped_row_stops_the_load(host: Any, tiny: Any, monkeypatch: pytest.Mo
 
 
 def test_row_without_its_parameter_stops_the_load(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_qk_norm(right: Any, *args: Any) -> Any:
         provider = right(*args)
@@ -172,7 +176,7 @@ def test_row_without_its_parameter_stops_the_load(
 
 
 def test_dropped_tensor_stops_the_export(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mapping that yields nothing for one parameter: the host would leave the tensor out and say nothing."""
     from megatron.bridge.models.conversion.param_mapping import RowParallelMapping
@@ -183,7 +187,7 @@ def test_dropped_tensor_stops_the_export(
 
 
 def test_unsayable_schedule_stops_the_export(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "exaone_bridge.models.exaone4.provider.megatron_rope", lambda rope: [1] * len(rope)

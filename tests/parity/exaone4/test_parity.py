@@ -8,7 +8,7 @@ import pytest
 
 from exaone_bridge.models.exaone4.tiny import TINY
 from exaone_bridge.schema.parallel_layout import Layout
-from tests.helpers.parity import assert_holds
+from tests.helpers.parity import assert_passes
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -71,21 +71,23 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
-def test_layouts(host: Any, tiny: Any, name: str, layout: Layout) -> None:
+def test_layouts(megatron_bridge: Any, tiny: Any, name: str, layout: Layout) -> None:
     """The vocabulary, 387, is one that every tp has to pad; pipeline stages share the 1.2B's tied embeddings."""
     fields = {} if name == "exaone4" else {"num_hidden_layers": 8, "layer_types": [F] * 8}
-    assert_holds(tiny(name, **fields), layout)
+    assert_passes(tiny(name, **fields), layout)
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_configurations(host: Any, tiny: Any, case: str) -> None:
+def test_configurations(megatron_bridge: Any, tiny: Any, case: str) -> None:
     name, fields = CONFIGURATIONS[case]
-    assert_holds(tiny(name, **fields), Layout())
+    assert_passes(tiny(name, **fields), Layout())
 
 
 @pytest.mark.parametrize(
     "case", ["five layers, any pattern", "multi-query", "tied, hybrid", "bfloat16 on disk"]
 )
-def test_configurations_under_tensor_parallelism(host: Any, tiny: Any, case: str) -> None:
+def test_configurations_under_tensor_parallelism(
+    megatron_bridge: Any, tiny: Any, case: str
+) -> None:
     name, fields = CONFIGURATIONS[case]
-    assert_holds(tiny(name, **fields), Layout(tp=2))
+    assert_passes(tiny(name, **fields), Layout(tp=2))

@@ -23,7 +23,9 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
-def test_gradients_and_five_steps_of_adamw(host: Any, tiny: Any, name: str, layout: Layout) -> None:
+def test_gradients_and_five_steps_of_adamw(
+    megatron_bridge: Any, tiny: Any, name: str, layout: Layout
+) -> None:
     """Every parameter's gradient within 1e-4 (relative), every step's loss within 1e-4."""
     assert_trains_alike(tiny(name, **_eight_layers(name)), layout)
 

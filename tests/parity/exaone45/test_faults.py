@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts
 from exaone_bridge.runtime.ranks import run_ranks
 from exaone_bridge.schema.parallel_layout import Layout
@@ -20,7 +20,7 @@ from exaone_bridge.verification.self_test.exaone45_faults import (
     rotate_rows_for_columns,
     round_patches,
 )
-from exaone_bridge.verification.workflow.job import Asked
+from exaone_bridge.verification.workflow.job import VerifyOptions
 from exaone_bridge.verification.workflow.verify import verify
 from tests.helpers.exaone45_cases import CONFIG, Images
 from tests.helpers.fault_injection import build_with
@@ -102,10 +102,10 @@ def _ours(folder: Path, tokens: torch.Tensor, images: list[Images], fault: str) 
 
 
 @pytest.fixture(scope="module")
-def compare(host: Any, tiny: Any) -> Callable[[str], float]:
+def compare(megatron_bridge: Any, tiny: Any) -> Callable[[str], float]:
     """The worst difference of logits with this fault."""
     folder = tiny("exaone45")
-    tokens, images = image_prompts(read_config(CONFIG), 3, seed=5)
+    tokens, images = image_prompts(read_hf_config(CONFIG), 3, seed=5)
     (expected,) = run_ranks(_theirs, 1, folder, tokens, images)
 
     def run(fault: str) -> float:
@@ -157,14 +157,14 @@ BEGINS = {
 @pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_verify_tells_where(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """What the command line runs has images in its prompts, and looks into the tower."""
     build_with(lambda model: FAULTS[fault](model[0].visual))(monkeypatch)
-    report = verify(tiny("exaone45"), Layout(), Asked(count=2))
+    report = verify(tiny("exaone45"), Layout(), VerifyOptions(count=2))
     failing = ["tensors", "logits"] if fault in OF_WEIGHTS else ["logits"]
     assert [
-        check.name for check in report.checks if not check.holds
+        check.name for check in report.checks if not check.passed
     ] == failing and report.location is not None
     sublayer, module = BEGINS[fault]
     assert report.location.sublayer == f"vision {sublayer}"

@@ -55,12 +55,12 @@ def _compare(
     [Layout(), Layout(tp=2, sp=True), Layout(tp=2, pp=2), Layout(cp=2), Layout(pp=2, vpp=2)],
     ids=str,
 )
-def test_logits_loss_and_gradients(host: Any, tiny: Any, layout: Layout) -> None:
+def test_logits_loss_and_gradients(megatron_bridge: Any, tiny: Any, layout: Layout) -> None:
     assert _compare(tiny("exaone45"), layout, 1, {}) <= 1e-4
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_words_further(host: Any, tiny: Any, shared: bool) -> None:
+def test_two_words_further(megatron_bridge: Any, tiny: Any, shared: bool) -> None:
     fields = changed(text_config__num_nextn_predict_layers=2, text_config__mtp_share_layers=shared)
     if shared:
         assert _compare(tiny("exaone45", **fields), Layout(), 2, {}) <= 1e-4
@@ -69,9 +69,9 @@ def test_two_words_further(host: Any, tiny: Any, shared: bool) -> None:
             run_ranks(ours, 1, tiny("exaone45", **fields), Layout(), prompts_of(), 2, {})
 
 
-def test_another_rule(host: Any, tiny: Any) -> None:
+def test_another_rule(megatron_bridge: Any, tiny: Any) -> None:
     """All positions and no RoPE, like a global layer of the decoder."""
-    other = {"mtp_windowed": False, "mtp_rotated": False}
+    other = {"mtp_windowed": False, "mtp_use_rope": False}
     assert _compare(tiny("exaone45"), Layout(), 1, other, rule=3) <= 1e-4
 
 
@@ -101,7 +101,7 @@ def _export_through_autobridge(source: Path, megatron: Path, target: Path) -> No
     bridge.save_hf_pretrained(model, target, show_progress=False)
 
 
-def test_what_was_trained_is_exported(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_what_was_trained_is_exported(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """From a checkpoint with multi-token prediction built, by the command line's way and by AutoBridge's."""
     source = tiny("exaone45")
     run_ranks(_train_and_save, 4, source, tmp_path / "megatron", Layout(tp=2, pp=2), 1)
@@ -114,15 +114,15 @@ def test_what_was_trained_is_exported(host: Any, tiny: Any, tmp_path: Path) -> N
         assert all(torch.equal(after[name], value + 1.0) for name, value in before.items())
         assert compare_configs(
             read_json(source / "config.json"), read_json(folder / "config.json")
-        ).holds
+        ).passed
 
 
-def test_what_was_not_built_is_carried(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_what_was_not_built_is_carried(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     source = tiny("exaone45")
     run_ranks(_train_and_save, 1, source, tmp_path / "megatron", Layout(), None)
     with pytest.raises(CheckpointError, match="travel beside the model"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
-    export_checkpoint(tmp_path / "megatron", tmp_path / "dropped", drop_carried=True)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "dropped", drop_passthrough=True)
     assert not any(
         name.startswith("mtp.") for name in load_file(tmp_path / "dropped/model.safetensors")
     )
@@ -131,7 +131,7 @@ def test_what_was_not_built_is_carried(host: Any, tiny: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("frozen", ["freeze_mtp_model", "freeze_language_model"])
-def test_frozen(host: Any, tiny: Any, frozen: str) -> None:
+def test_frozen(megatron_bridge: Any, tiny: Any, frozen: str) -> None:
     """Each is frozen alone; the other learns."""
     (found,) = run_ranks(ours, 1, tiny("exaone45"), Layout(), prompts_of(), 1, {frozen: True})
     moved = {
@@ -154,11 +154,13 @@ def _swapped(patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 FAULTS = {
     "hidden state before embedding": _swapped,
-    "no RoPE": lambda patch: {"mtp_rotated": False},
+    "no RoPE": lambda patch: {"mtp_use_rope": False},
     "no window": lambda patch: {"mtp_windowed": False},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_fault_is_caught(
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     assert _compare(tiny("exaone45"), Layout(), 1, FAULTS[fault](monkeypatch)) > 1e-3

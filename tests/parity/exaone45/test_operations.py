@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from tests.helpers.exaone45_cases import CONFIG
 from tests.helpers.paths import ROOT
 
@@ -23,13 +23,13 @@ def test_operations_of_an_image(side: int, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     benchmark = importlib.import_module("train_images")
-    vision = read_config(CONFIG).vision
+    vision = read_hf_config(CONFIG).vision
     config = Exaone4_5_VisionConfig(
         **{key: value for key, value in CONFIG["vision_config"].items() if key != "dtype"}
     )
-    tower = Exaone4_5_VisionModel._from_config(config, attn_implementation="eager")
+    vision_encoder = Exaone4_5_VisionModel._from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counted:
-        features = tower(
+        features = vision_encoder(
             torch.randn(side * side, vision.patch_elements),
             grid_thw=torch.tensor([[1, side, side]]),
         )

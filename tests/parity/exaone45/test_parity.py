@@ -16,7 +16,7 @@ from exaone_bridge.checkpoint.hf.headers import read_headers, read_json
 from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import VisionInputError
-from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts, prompt_of
 from exaone_bridge.modules.context_parallel import gathered_in_order
 from exaone_bridge.runtime.ranks import run_ranks
@@ -26,11 +26,11 @@ from exaone_bridge.verification.checks.folders import (
     compare_files,
     compare_tensors,
 )
-from exaone_bridge.verification.workflow.job import Asked
+from exaone_bridge.verification.workflow.job import VerifyOptions
 from exaone_bridge.verification.workflow.layerwise import verify_streaming
 from exaone_bridge.verification.workflow.verify import verify
 from tests.helpers.exaone45_cases import CONFIG, LAYOUTS, changed
-from tests.helpers.parity import assert_holds
+from tests.helpers.parity import assert_passes
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -63,29 +63,29 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _assert_holds(folder: Path, layout: Layout) -> None:
-    report = assert_holds(folder, layout, Asked(count=4))
+def _assert_passes(folder: Path, layout: Layout) -> None:
+    report = assert_passes(folder, layout, VerifyOptions(count=4))
     assert report.setup["prompts"][2][0] == 4  # the prompts with images
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layouts(host: Any, tiny: Any, layout: Layout) -> None:
-    _assert_holds(tiny("exaone45"), layout)
+def test_layouts(megatron_bridge: Any, tiny: Any, layout: Layout) -> None:
+    _assert_passes(tiny("exaone45"), layout)
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_configurations(host: Any, tiny: Any, case: str) -> None:
+def test_configurations(megatron_bridge: Any, tiny: Any, case: str) -> None:
     layout = Layout(tp=2, pp=2) if case == "tied" else Layout()
-    _assert_holds(tiny("exaone45", **changed(**CONFIGURATIONS[case])), layout)
+    _assert_passes(tiny("exaone45", **changed(**CONFIGURATIONS[case])), layout)
 
 
-def test_import_and_export(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_import_and_export(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """From the Megatron checkpoint alone: tensors, multi-token prediction's too, nested configurations, processors."""
     source = tiny("exaone45")
-    assert set(open_source(source).carried) == {
+    assert set(open_source(source).passthrough) == {
         n for n in read_headers(source) if n.startswith("mtp.")
     }
-    assert len(open_source(source).carried) == 15
+    assert len(open_source(source).passthrough) == 15
     import_checkpoint(source, tmp_path / "megatron", Layout(tp=2, pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     checks = (
@@ -95,7 +95,7 @@ def test_import_and_export(host: Any, tiny: Any, tmp_path: Path) -> None:
             read_json(source / "config.json"), read_json(tmp_path / "exported/config.json")
         ),
     )
-    assert all(check.holds for check in checks), [check.where for check in checks]
+    assert all(check.passed for check in checks), [check.where for check in checks]
     assert (tmp_path / "exported/preprocessor_config.json").is_file()
 
 
@@ -110,13 +110,15 @@ def _exported_from(megatron: Path, source: Path, target: Path) -> None:
     )
 
 
-def test_megatron_core_loads_what_import_wrote(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_megatron_core_loads_what_import_wrote(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     """At another layout; and AutoBridge exports it bitwise."""
     source = tiny("exaone45")
     import_checkpoint(source, tmp_path / "megatron", Layout())
     run_ranks(_exported_from, 4, tmp_path / "megatron", source, tmp_path / "exported")
     check = compare_tensors(source, tmp_path / "exported")
-    assert check.holds, check.where
+    assert check.passed, check.where
 
 
 def _logits_of_batch(
@@ -144,11 +146,11 @@ def _reference(
         )
 
 
-def test_one_batch_of_text_images_and_video(host: Any, tiny: Any) -> None:
+def test_one_batch_of_text_images_and_video(megatron_bridge: Any, tiny: Any) -> None:
     """Samples without images beside samples with some; images placed anywhere, also at both ends."""
     from exaone_bridge.verification.workflow.transformers import together
 
-    tokens, images = image_prompts(read_config(CONFIG), 4, seed=5)
+    tokens, images = image_prompts(read_hf_config(CONFIG), 4, seed=5)
     order = [3, 1, 2, 0]
     tokens, images = tokens[order], [images[number] for number in order]
     (expected,) = run_ranks(_reference, 1, tiny("exaone45"), tokens, images)
@@ -173,10 +175,10 @@ def _whole_sequences(folder: Path, tokens: torch.Tensor, images: dict[str, torch
     return loss
 
 
-def test_context_parallelism_cuts_whole_sequences(host: Any, tiny: Any) -> None:
+def test_context_parallelism_cuts_whole_sequences(megatron_bridge: Any, tiny: Any) -> None:
     from exaone_bridge.verification.workflow.transformers import together
 
-    tokens, images = image_prompts(read_config(CONFIG), 4, seed=5)
+    tokens, images = image_prompts(read_hf_config(CONFIG), 4, seed=5)
     tokens = torch.cat(
         (tokens, torch.full((4, 5 - tokens.shape[1] % 4), 7)), dim=1
     )  # S a multiple of four
@@ -189,13 +191,13 @@ def test_context_parallelism_cuts_whole_sequences(host: Any, tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_all_that_verify_can_check(host: Any, tiny: Any, streaming: bool) -> None:
+def test_all_that_verify_can_check(megatron_bridge: Any, tiny: Any, streaming: bool) -> None:
     """Generation and gradients too; and a layer at a time."""
     if streaming:
         report = verify_streaming(tiny("exaone45"), Layout(tp=2))
     else:
-        report = verify(tiny("exaone45"), Layout(), Asked(generation=True, gradients=True))
-    assert report.holds, report.faults()
+        report = verify(tiny("exaone45"), Layout(), VerifyOptions(generation=True, gradients=True))
+    assert report.passed, report.faults()
 
 
 def _refused(folder: Path, cases: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> list[str]:
@@ -212,10 +214,10 @@ def _refused(folder: Path, cases: list[tuple[torch.Tensor, dict[str, torch.Tenso
     return said
 
 
-def test_wrong_counts_are_refused_with_both_numbers(host: Any, tiny: Any) -> None:
-    facts = read_config(CONFIG)
+def test_wrong_counts_are_refused_with_both_numbers(megatron_bridge: Any, tiny: Any) -> None:
+    model_config = read_hf_config(CONFIG)
     tokens, images = prompt_of(
-        facts, [("image", (1, 4, 6)), ("text", 5)], torch.Generator().manual_seed(0)
+        model_config, [("image", (1, 4, 6)), ("text", 5)], torch.Generator().manual_seed(0)
     )
     tokens = tokens[None]
     video = {

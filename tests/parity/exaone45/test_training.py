@@ -22,7 +22,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def reference(host: Any, tiny: Any) -> tuple[float, dict[str, Any]]:
+def reference(megatron_bridge: Any, tiny: Any) -> tuple[float, dict[str, Any]]:
     return run_ranks(step_of_transformers, 1, tiny("exaone45"), batches())[0]
 
 
@@ -41,13 +41,15 @@ def _compare(results: list[Any], reference: tuple[float, dict[str, Any]], traine
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_gradients_of_every_parameter(host: Any, tiny: Any, reference: Any, layout: Layout) -> None:
+def test_gradients_of_every_parameter(
+    megatron_bridge: Any, tiny: Any, reference: Any, layout: Layout
+) -> None:
     """Prompts with one image, several, a video, none: the last has a gradient for the tower, of zero."""
     results = run_ranks(step_of_megatron, layout.ranks, tiny("exaone45"), layout, batches(), {})
     _compare(results, reference, lambda name: True)
 
 
-def test_recomputed(host: Any, tiny: Any, reference: Any) -> None:
+def test_recomputed(megatron_bridge: Any, tiny: Any, reference: Any) -> None:
     """Activations of language model and tower computed again in the backward pass."""
     again = {
         "recompute_granularity": "full",
@@ -73,7 +75,9 @@ FROZEN = {
     [*((which, Layout()) for which in FROZEN), ("language model", Layout(tp=2, sp=True))],
     ids=str,
 )
-def test_frozen(host: Any, tiny: Any, reference: Any, which: str, layout: Layout) -> None:
+def test_frozen(
+    megatron_bridge: Any, tiny: Any, reference: Any, which: str, layout: Layout
+) -> None:
     """Gradients flow through what is frozen to what is not, and only there."""
     switch, is_frozen = FROZEN[which]
     results = run_ranks(
@@ -83,7 +87,7 @@ def test_frozen(host: Any, tiny: Any, reference: Any, which: str, layout: Layout
     _compare(results, reference, lambda name: not is_frozen(name))
 
 
-def test_text_alone_trains_with_overlapped_reduction(host: Any, tiny: Any) -> None:
+def test_text_alone_trains_with_overlapped_reduction(megatron_bridge: Any, tiny: Any) -> None:
     """No image in the whole batch: the tower's gradients are there, and zero."""
     data = [(tokens, {}) for tokens, images in batches(8) if not images]
     ((_, expected),) = run_ranks(step_of_transformers, 1, tiny("exaone45"), data)
@@ -104,18 +108,18 @@ def _gradients_differ(results: list[Any], reference: tuple[float, dict[str, Any]
 
 
 def test_fault_gradients_of_cuts_not_summed(
-    host: Any, tiny: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from exaone_bridge.models.exaone45 import provider
 
-    right = provider.build_tower
+    right = provider.build_vision_encoder
 
     def unmarked(*args: Any) -> Any:
-        tower = right(*args)
-        for parameter in tower.parameters():
+        vision_encoder = right(*args)
+        for parameter in vision_encoder.parameters():
             parameter.sequence_parallel = False
-        return tower
+        return vision_encoder
 
-    monkeypatch.setattr(provider, "build_tower", unmarked)
+    monkeypatch.setattr(provider, "build_vision_encoder", unmarked)
     results = run_ranks(step_of_megatron, 2, tiny("exaone45"), Layout(tp=2, sp=True), batches(), {})
     assert _gradients_differ(results, reference)

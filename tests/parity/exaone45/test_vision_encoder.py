@@ -69,7 +69,7 @@ def _ours(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.dtype]:
 
 
 @pytest.fixture(scope="module")
-def folder(host: Any, tiny: Any) -> Path:
+def folder(megatron_bridge: Any, tiny: Any) -> Path:
     return tiny(
         "exaone45",
         **changed(**{f"vision_config__{field}": value for field, value in PUBLISHED.items()}),

@@ -13,7 +13,7 @@ from tests.helpers.scripts import fork_script
 SCRIPT = ROOT / "benchmarks" / "convert.py"
 
 
-def test_the_small_benchmark_prints_its_ratios(host: Any, tmp_path: Path) -> None:
+def test_the_small_benchmark_prints_its_ratios(megatron_bridge: Any, tmp_path: Path) -> None:
     options = [
         "--small",
         "--repeats",
@@ -35,7 +35,7 @@ def test_the_small_benchmark_prints_its_ratios(host: Any, tmp_path: Path) -> Non
         assert line in printed
 
 
-def test_what_takes_no_time_has_a_clock_or_no_ratio(host: Any) -> None:
+def test_what_takes_no_time_has_a_clock_or_no_ratio(megatron_bridge: Any) -> None:
     script = runpy.run_path(str(SCRIPT))
     before = script["cpu_seconds"]()
     started = time.process_time()

@@ -96,7 +96,7 @@ def _both_ways(
 
 @pytest.mark.parametrize(("name", "fields", "dtype", "layout"), CASES, ids=str)
 def test_loads_and_exports_are_the_hosts(
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     tmp_path: Path,
     name: str,
@@ -110,11 +110,11 @@ def test_loads_and_exports_are_the_hosts(
     assert all(count > 8 for count, _, _ in results)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generic", "planned"]
     same = compare_tensors(tmp_path / "generic", tmp_path / "planned")
-    assert same.holds, same.where
+    assert same.passed, same.where
     files = compare_files(source, tmp_path / "planned")
-    assert files.holds, files.where
+    assert files.passed, files.where
     if dtype is None:
-        assert compare_tensors(source, tmp_path / "planned").holds
+        assert compare_tensors(source, tmp_path / "planned").passed
 
 
 # --- which way --------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def _load_without_a_word_to_others(folder: Path, layout: Layout) -> list[str]:
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(ep=2, etp=2)], ids=str)
 def test_the_load_waits_for_nobody_and_says_its_way_once(
-    host: Any, tiny: Any, layout: Layout
+    megatron_bridge: Any, tiny: Any, layout: Layout
 ) -> None:
     results = run_ranks(_load_without_a_word_to_others, layout.ranks, tiny("ernie45-300b"), layout)
     assert results[0] == ["Hugging Face -> Megatron-Core: by the plan of copies"]
@@ -230,7 +230,9 @@ def _load_the_hosts_way(folder: Path, name: str) -> tuple[list[str], bool]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_the_plan_does_not_cover_goes_the_hosts_way(name: str, host: Any, tiny: Any) -> None:
+def test_what_the_plan_does_not_cover_goes_the_hosts_way(
+    name: str, megatron_bridge: Any, tiny: Any
+) -> None:
     ((lines, equal),) = run_ranks(_load_the_hosts_way, 1, tiny("exaone4"), name)
     assert lines == [
         f"Hugging Face -> Megatron-Core: by Megatron-Bridge's own code, because {OTHERS[name][2]}"
@@ -255,7 +257,7 @@ def _fsdp_and_others(folder: Path) -> list[str | None]:
     return found
 
 
-def test_fsdp_shards_and_fp8_exports_are_not_planned(host: Any, tiny: Any) -> None:
+def test_fsdp_shards_and_fp8_exports_are_not_planned(megatron_bridge: Any, tiny: Any) -> None:
     ((plain, fsdp, fp8),) = run_ranks(_fsdp_and_others, 1, tiny("exaone4"))
     assert (plain, fsdp, fp8) == (
         None,
@@ -280,7 +282,7 @@ def _uneven(folder: Path, target: Path) -> tuple[list[str], list[int]]:
     return said.lines, [layer.layer_number for layer in unwrap_model(model)[0].decoder.layers]
 
 
-def test_a_pipeline_that_is_cut_unevenly(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_pipeline_that_is_cut_unevenly(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """Loaded by plan, each rank for the layers it has; exported the host's way, and still whole or not at all."""
     results = run_ranks(_uneven, 2, tiny("exaone4"), tmp_path / "output")
     assert [layers for _, layers in results] == [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -288,7 +290,7 @@ def test_a_pipeline_that_is_cut_unevenly(host: Any, tiny: Any, tmp_path: Path) -
         "Hugging Face -> Megatron-Core: by the plan of copies",
         "Megatron-Core -> Hugging Face: by Megatron-Bridge's own code, because its pipeline is cut unevenly",
     ]
-    assert compare_tensors(tiny("exaone4"), tmp_path / "output").holds
+    assert compare_tensors(tiny("exaone4"), tmp_path / "output").passed
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
@@ -333,7 +335,9 @@ OTHER_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_a_model_that_is_not_the_configurations_is_refused(name: str, host: Any, tiny: Any) -> None:
+def test_a_model_that_is_not_the_configurations_is_refused(
+    name: str, megatron_bridge: Any, tiny: Any
+) -> None:
     fields, change, says = OTHER_MODELS[name]
     with pytest.raises(BridgeError, match=says):
         run_ranks(_load_into, 2, tiny("exaone4"), Layout(pp=2), fields, change)
@@ -354,13 +358,13 @@ def _save_twice(folder: Path, target: Path) -> None:
 
 
 def test_a_folder_that_is_there_gets_the_new_weights_and_keeps_the_rest(
-    host: Any, tiny: Any, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     """AutoBridge's calls may write into a folder again; each file takes its name when all of them are whole."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
     run_ranks(_save_twice, 2, tiny("exaone4"), tmp_path)
     for name in ("random", "there"):
-        assert compare_tensors(tiny("exaone4"), tmp_path / name).holds
+        assert compare_tensors(tiny("exaone4"), tmp_path / name).passed
     assert (tmp_path / "there" / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["random", "there"]

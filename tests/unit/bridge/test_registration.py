@@ -135,7 +135,7 @@ def test_the_host_first_then_ours() -> None:
 
 
 @pytest.fixture
-def host_dispatch(host: Any) -> Iterator[Any]:
+def host_dispatch(megatron_bridge: Any) -> Iterator[Any]:
     """Megatron-Bridge's module of bridges; whatever a test registers is ours again afterwards."""
     from megatron.bridge.models.conversion import model_bridge
 
@@ -144,13 +144,14 @@ def host_dispatch(host: Any) -> Iterator[Any]:
     assert set(exaone_bridge.supported()) == set(CLAIMED)
 
 
-def test_supported(host: Any) -> None:
+def test_supported(megatron_bridge: Any) -> None:
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
 
-    assert host == exaone_bridge.supported()
-    assert host["Exaone4ForCausalLM"] is Exaone4Bridge
+    assert megatron_bridge == exaone_bridge.supported()
+    assert megatron_bridge["Exaone4ForCausalLM"] is Exaone4Bridge
     assert {
-        name: f"{bridge.__module__}.{bridge.__qualname__}" for name, bridge in host.items()
+        name: f"{bridge.__module__}.{bridge.__qualname__}"
+        for name, bridge in megatron_bridge.items()
     } == CLAIMED
     assert f"{Exaone4Bridge.__module__}.{Exaone4Bridge.__qualname__}" == OURS
 
@@ -249,7 +250,7 @@ def test_the_stream_of_weights_is_ours_too(host_dispatch: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
-def test_auto_bridge_uses_ours(host: Any, tiny: Callable[..., Path], name: str) -> None:
+def test_auto_bridge_uses_ours(megatron_bridge: Any, tiny: Callable[..., Path], name: str) -> None:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
@@ -263,14 +264,14 @@ def test_auto_bridge_uses_ours(host: Any, tiny: Callable[..., Path], name: str) 
     assert AutoBridge.can_handle(folder)
 
 
-def test_auto_bridge_lists_us(host: Any) -> None:
+def test_auto_bridge_lists_us(megatron_bridge: Any) -> None:
     from megatron.bridge import AutoBridge
 
     assert {"Exaone4ForCausalLM", *CLAIMED} <= set(AutoBridge.list_supported_models())
 
 
 @pytest.mark.skipif(HAS_TE, reason="Transformer Engine is installed here")
-def test_the_guard_left_no_trace_in_this_process(host: Any) -> None:
+def test_the_guard_left_no_trace_in_this_process(megatron_bridge: Any) -> None:
     from megatron.bridge.peft import lora_layers
     from megatron.core.extensions.transformer_engine import HAVE_TE
 

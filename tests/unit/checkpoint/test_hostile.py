@@ -279,7 +279,9 @@ def test_a_hostile_folder_is_refused_or_read_right(
 
 
 @pytest.fixture(scope="module")
-def megatron(host: Any, sound: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def megatron(
+    megatron_bridge: Any, sound: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "megatron"
     import_checkpoint(sound[0], folder, Layout())
     return folder

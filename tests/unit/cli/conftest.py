@@ -109,7 +109,9 @@ def sharded(
 
 
 @pytest.fixture(scope="session")
-def megatron_folder(host: Any, sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def megatron_folder(
+    megatron_bridge: Any, sharded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What `import` makes of `sharded` with three workers. Read it, or copy it and damage the copy."""
     from exaone_bridge.convert.convert import import_checkpoint
     from exaone_bridge.schema.parallel_layout import Layout

@@ -474,7 +474,7 @@ def test_a_folder_that_is_not_there(
 def test_a_field_of_a_type_that_transformers_refuses(
     command: str,
     fields: dict[str, object],
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     tmp_path: Path,
     refused: Callable[..., str],
@@ -494,7 +494,7 @@ def with_remote_code(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "import", "verify"])
 def test_remote_code_beside_a_known_architecture_never_runs(
-    command: str, host: Any, cli: Cli, tiny: Any, tmp_path: Path
+    command: str, megatron_bridge: Any, cli: Cli, tiny: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("exaone4"), folder)
@@ -506,7 +506,7 @@ def test_remote_code_beside_a_known_architecture_never_runs(
 
 @pytest.mark.parametrize("command", ["inspect", "import", "verify"])
 def test_remote_code_beside_a_known_architecture_is_refused(
-    command: str, host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+    command: str, megatron_bridge: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("exaone4"), folder)
@@ -632,14 +632,16 @@ def test_an_output_in_no_folder(
 # --- Megatron checkpoints and backends ------------------------------------------------------------------------------
 
 
-def test_exporting_an_empty_folder(host: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_exporting_an_empty_folder(
+    megatron_bridge: Any, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     (tmp_path / "empty").mkdir()
     says = ("no Megatron-Bridge checkpoint", "run_config.yaml is missing", "that `import` wrote")
     refused(arguments_of("export", tmp_path / "empty"), "empty", *says)
 
 
 def test_exporting_a_hugging_face_folder(
-    host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     refused(
         ["export", tiny("exaone4"), tmp_path / "output"],
@@ -755,7 +757,7 @@ BESIDE = {
 @pytest.mark.parametrize("name", BESIDE)
 def test_the_weights_that_were_checked_are_the_weights_that_are_read(
     name: str,
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     tmp_path: Path,
     cli: Cli,
@@ -798,7 +800,12 @@ NO_TE = "one of 'auto', 'torch'", "Transformer Engine is not installed here"
 @pytest.mark.parametrize("backend", ["nonsense", "transformer_engine"])
 @pytest.mark.parametrize("command", ["import", "verify"])
 def test_a_backend_that_is_not_there(
-    command: str, backend: str, host: Any, tiny: Any, tmp_path: Path, refused: Callable[..., str]
+    command: str,
+    backend: str,
+    megatron_bridge: Any,
+    tiny: Any,
+    tmp_path: Path,
+    refused: Callable[..., str],
 ) -> None:
     from exaone_bridge.modules.backend import TRANSFORMER_ENGINE
 
@@ -1071,7 +1078,12 @@ def full(*_: Any, **__: Any) -> None:
     "where", ["staging.tempfile.mkdtemp", "convert.write_config", "convert.copy_travelling_files"]
 )
 def test_a_fault_outside_the_ranks_ends_with_three(
-    where: str, host: Any, tiny: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    megatron_bridge: Any,
+    tiny: Any,
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(f"exaone_bridge.checkpoint.{where}", full)
     run = cli("import", tiny("exaone4"), tmp_path / "output")
@@ -1079,14 +1091,14 @@ def test_a_fault_outside_the_ranks_ends_with_three(
 
 
 def test_a_fault_outside_the_ranks_leaves_nothing(
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     tmp_path: Path,
     cli: Cli,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, "copy_travelling_files", full)
+    monkeypatch.setattr(convert, "copy_companion_files", full)
     before = snapshot(tmp_path)
     with contextlib.suppress(
         OSError
@@ -1096,7 +1108,7 @@ def test_a_fault_outside_the_ranks_leaves_nothing(
 
 
 def test_an_interrupt_leaves_nothing_and_is_no_difference(
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     tmp_path: Path,
     cli: Cli,
@@ -1106,7 +1118,7 @@ def test_an_interrupt_leaves_nothing_and_is_no_difference(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "copy_travelling_files", interrupt)
+    monkeypatch.setattr(convert, "copy_companion_files", interrupt)
     before = snapshot(tmp_path)
     run = cli("import", tiny("exaone4"), tmp_path / "output")
     assert run.code not in (0, 1, 2)

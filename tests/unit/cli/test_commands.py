@@ -71,7 +71,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def rows_of(out: str) -> list[list[str]]:
+def mappings_of(out: str) -> list[list[str]]:
     """The cells of the tables in `out`, heads first."""
     return [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
@@ -280,7 +280,7 @@ def test_a_name_with_brackets_is_printed(cli: Cli, tmp_path: Path) -> None:
 # --- inspect --------------------------------------------------------------------------------------------------------
 
 
-def facts_of(out: str) -> dict[str, str]:
+def model_config_of(out: str) -> dict[str, str]:
     """What stands before the ranks: a name and a value each, in two columns."""
     _, *lines = out.partition("\nRanks\n")[0].splitlines()
     return dict(re.split(" {2,}", line.strip(), maxsplit=1) for line in lines)
@@ -289,34 +289,39 @@ def facts_of(out: str) -> dict[str, str]:
 def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"))
     assert (run.code, run.err) == (0, "")
-    facts = facts_of(run.out)
+    model_config = model_config_of(run.out)
     assert (
-        facts["family"] == "exaone4" and facts["window"] == "8" and facts["heads"] == "4 / 2 x 24"
+        model_config["family"] == "exaone4"
+        and model_config["window"] == "8"
+        and model_config["heads"] == "4 / 2 x 24"
     )
-    assert facts["layers (L windowed, G global)"] == "LLLGLLLG"
-    assert facts["RoPE (R yes, - none)"] == "RRR-RRR-"
-    assert facts["embeddings"] == "untied" and facts["layout"] == "TP1 x PP1 fits: 1 ranks"
+    assert model_config["layers (L windowed, G global)"] == "LLLGLLLG"
+    assert model_config["RoPE (R yes, - none)"] == "RRR-RRR-"
+    assert (
+        model_config["embeddings"] == "untied"
+        and model_config["layout"] == "TP1 x PP1 fits: 1 ranks"
+    )
     tensors = tensors_of(tiny("exaone4"))
     count = sum(tensor.numel() for tensor in tensors.values())
-    assert facts["parameters"].startswith(f"{count:,} in {len(tensors)} tensors, float32")
+    assert model_config["parameters"].startswith(f"{count:,} in {len(tensors)} tensors, float32")
     arrows = [line.split()[0] for line in run.out.splitlines() if " -> " in line]
     named = {re.sub(r"\.\d+\.", ".*.", name) for name in tensors}
     assert len(arrows) == len(named) and set(arrows) == named
 
 
 def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
-    facts = facts_of(cli("inspect", tiny("exaone4-1.2b")).out)
+    model_config = model_config_of(cli("inspect", tiny("exaone4-1.2b")).out)
     assert (
-        facts["layers (L windowed, G global)"] == "GGGGGG"
-        and facts["RoPE (R yes, - none)"] == "RRRRRR"
+        model_config["layers (L windowed, G global)"] == "GGGGGG"
+        and model_config["RoPE (R yes, - none)"] == "RRRRRR"
     )
-    assert facts["window"] == "-" and facts["embeddings"] == "tied"
+    assert model_config["window"] == "-" and model_config["embeddings"] == "tied"
 
 
 def test_inspect_says_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 2, "--vpp", 4, "--sp")
     assert run.code == 0
-    assert facts_of(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP fits: 8 ranks"
+    assert model_config_of(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP fits: 8 ranks"
 
 
 def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
@@ -422,13 +427,15 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("carried", [False, True])
-def test_inspect_lists_what_it_refuses(carried: bool, cli: Cli, tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("passthrough", [False, True])
+def test_inspect_lists_what_it_refuses(
+    passthrough: bool, cli: Cli, tiny: Any, tmp_path: Path
+) -> None:
     """Exit code 2, because an import would refuse it; but first the whole listing, where the sentence names five."""
     folder = tmp_path / "model"
-    shutil.copytree(tiny("ernie45" if carried else "exaone4"), folder)
+    shutil.copytree(tiny("ernie45" if passthrough else "exaone4"), folder)
     mtp = {name for name in tensors_of(folder) if name.startswith("model.mtp_")}
-    assert bool(mtp) == carried
+    assert bool(mtp) == passthrough
     add_tensors(folder, **STRANGE, **{"two\nlines": torch.ones(1)})
     run = cli("inspect", folder)
     assert (
@@ -586,7 +593,7 @@ def test_a_single_file_comes_back(
     name: str,
     to_megatron: list[object],
     back: list[object],
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     cli: Cli,
     snapshot: Snapshot,
@@ -604,7 +611,9 @@ def test_a_single_file_comes_back(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_checkpoint_without_a_tokenizer_comes_back(host: Any, cli: Cli, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_comes_back(
+    megatron_bridge: Any, cli: Cli, tmp_path: Path
+) -> None:
     config = {**EXAONE4.tiny["exaone4"], "dtype": "bfloat16"}
     write_random(tmp_path / "model", config, tokenizer=False)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
@@ -618,7 +627,7 @@ def test_a_checkpoint_without_a_tokenizer_comes_back(host: Any, cli: Cli, tmp_pa
 
 
 def test_a_path_that_is_written_twice_has_its_second_model(
-    host: Any, tiny: Any, cli: Cli, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
 ) -> None:
     for name in EXAONE4.tiny:
         shutil.rmtree(tmp_path / "megatron", ignore_errors=True)
@@ -662,7 +671,7 @@ def test_transformers_loads_an_export(
 
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
 def test_what_the_host_wrote_is_exported(
-    name: str, host: Any, tiny: Any, cli: Cli, tmp_path: Path
+    name: str, megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
 ) -> None:
     """At other layouts than ours, with extra states; tensors beside the model come from the folder `hf`."""
     from exaone_bridge.runtime.ranks import run_ranks
@@ -716,7 +725,7 @@ def test_dry_run_writes_nothing(
 
 
 def test_a_conversion_ends_with_its_figures(
-    host: Any, sharded: Path, cli: Cli, tmp_path: Path
+    megatron_bridge: Any, sharded: Path, cli: Cli, tmp_path: Path
 ) -> None:
     run = cli("import", sharded, tmp_path / "megatron")
     (line,) = [line for line in run.out.splitlines() if line.startswith(str(tmp_path / "megatron"))]
@@ -741,7 +750,7 @@ def test_a_conversion_ends_with_its_figures(
 def test_verify_holds(
     name: str,
     layout: list[object],
-    host: Any,
+    megatron_bridge: Any,
     tiny: Any,
     cli: Cli,
     snapshot: Snapshot,
@@ -750,25 +759,25 @@ def test_verify_holds(
     before = snapshot(tiny(name))
     run = cli("verify", tiny(name), "--quick", *layout)
     assert (run.code, run.err) == (0, "")
-    assert [(row[0], row[3]) for row in rows_of(run.out)[1:]] == [
+    assert [(row[0], row[3]) for row in mappings_of(run.out)[1:]] == [
         ("tensors", "holds"),
         ("config", "holds"),
         ("files", "holds"),
         ("logits", "holds"),
     ]
-    figures = {row[0]: row[1] for row in rows_of(run.out)}
+    figures = {row[0]: row[1] for row in mappings_of(run.out)}
     assert figures["tensors"] == f"{len(tensors_of(tiny(name)))} tensors bitwise equal"
     assert figures["files"] == "4 files equal" and "top-1 agreement 100.0%" in figures["logits"]
     assert 0 < float(figures["logits"].split()[2].rstrip(",")) < 2e-5
     assert snapshot(tiny(name)) == before and list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_verify_of_shards(host: Any, sharded: Path, cli: Cli) -> None:
+def test_verify_of_shards(megatron_bridge: Any, sharded: Path, cli: Cli) -> None:
     assert cli("verify", sharded, "--quick").code == 0
 
 
 def test_verify_of_the_working_folder(
-    host: Any, tiny: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny("exaone4"), tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
@@ -776,7 +785,7 @@ def test_verify_of_the_working_folder(
 
 
 def test_verify_sees_a_window_off_by_one(
-    host: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from exaone_bridge.models.exaone4 import provider
 
@@ -789,8 +798,8 @@ def test_verify_sees_a_window_off_by_one(
     monkeypatch.setattr(provider, "megatron_window", one_more)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1
-    verdicts = {row[0]: row[3] for row in rows_of(run.out)[1:]}
-    assert verdicts["tensors"] == verdicts["files"] == "holds" and verdicts["logits"] == "DIFFERS"
+    verdicts = {row[0]: row[3] for row in mappings_of(run.out)[1:]}
+    assert verdicts["tensors"] == verdicts["files"] == "holds" and verdicts["logits"] == "FAILED"
     assert (
         "exaone4: logits: max |difference| " in run.err
         and "hidden states part at layer 0" in run.err
@@ -813,11 +822,11 @@ def layer_2_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", [[], ["--tp", 2, "--pp", 4]], ids=str)
 @pytest.mark.usefixtures("layer_2_sees_everything")
 def test_verify_names_the_layer_that_differs_first(
-    layout: list[object], host: Any, tiny: Any, cli: Cli
+    layout: list[object], megatron_bridge: Any, tiny: Any, cli: Cli
 ) -> None:
     run = cli("verify", tiny("exaone4"), *layout, "--quick", "--backend", "torch")
     assert run.code == 1
-    assert [row[3] for row in rows_of(run.out)[1:]] == ["holds", "holds", "holds", "DIFFERS"]
+    assert [row[3] for row in mappings_of(run.out)[1:]] == ["holds", "holds", "holds", "FAILED"]
     assert (
         run.err.startswith("exaone4: logits: ")
         and "hidden states part at layer 2, attention" in run.err
@@ -826,7 +835,9 @@ def test_verify_names_the_layer_that_differs_first(
 
 
 @pytest.mark.usefixtures("layer_2_sees_everything")
-def test_verify_meets_the_edge_of_the_window_only_past_it(host: Any, tiny: Any, cli: Cli) -> None:
+def test_verify_meets_the_edge_of_the_window_only_past_it(
+    megatron_bridge: Any, tiny: Any, cli: Cli
+) -> None:
     """Up to the window's own length the fault cannot be seen: the default length is what finds it."""
     assert cli("verify", tiny("exaone4"), "--quick", "--backend", "torch", "--length", 8).code == 0
     assert cli("verify", tiny("exaone4"), "--quick", "--backend", "torch", "--length", 9).code == 1
@@ -855,7 +866,7 @@ ROUND_TRIP_FAULTS = {
 
 @pytest.mark.parametrize("check", ROUND_TRIP_FAULTS)
 def test_verify_sees_a_fault_of_the_round_trip(
-    check: str, host: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    check: str, megatron_bridge: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from exaone_bridge.verification.workflow import job
 
@@ -869,7 +880,7 @@ def test_verify_sees_a_fault_of_the_round_trip(
     monkeypatch.setattr(job, "write_hf_folder", write)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and says in run.err
-    assert {row[0] for row in rows_of(run.out)[1:] if row[3] == "DIFFERS"} == {check}
+    assert {row[0] for row in mappings_of(run.out)[1:] if row[3] == "FAILED"} == {check}
 
 
 # --- demo -----------------------------------------------------------------------------------------------------------
@@ -885,10 +896,10 @@ COLUMNS = [
 ]
 
 
-def test_demo_prints_one_table(host: Any, cli: Cli, tmp_path: Path) -> None:
+def test_demo_prints_one_table(megatron_bridge: Any, cli: Cli, tmp_path: Path) -> None:
     run = cli("demo")
     assert (run.code, run.err) == (0, "")
-    head, *models = rows_of(run.out)
+    head, *models = mappings_of(run.out)
     assert head == COLUMNS and run.out.count("┏") == 1
     assert [row[0] for row in models] == [name for family in FAMILIES for name in family.tiny]
     assert all(row[2].startswith("TP2 x PP2") for row in models)
@@ -903,23 +914,23 @@ def test_demo_prints_one_table(host: Any, cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("layer_2_sees_everything")
 def test_demo_ends_with_one_where_a_model_differs(
-    host: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = {name: (EXAONE4, config) for name, config in EXAONE4.tiny.items()}
     monkeypatch.setattr("exaone_bridge.cli.app.MINIATURES", two)
     run = cli("demo", "--tp", 1, "--pp", 1, "--backend", "torch")
     assert run.code == 1
-    rows = {row[0]: row for row in rows_of(run.out)}
+    rows = {row[0]: row for row in mappings_of(run.out)}
     assert rows["exaone4"][4:6] == ["2", "bitwise equal"] and float(rows["exaone4"][3]) > 1e-3
     assert rows["exaone4-1.2b"][4:6] == ["-", "bitwise equal"]
     assert "exaone4: logits: " in run.err and "layer 2" in run.err and "exaone4-1.2b" not in run.err
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_demo_repeats_the_pattern_for_a_deeper_layout(host: Any, cli: Cli) -> None:
+def test_demo_repeats_the_pattern_for_a_deeper_layout(megatron_bridge: Any, cli: Cli) -> None:
     run = cli("demo", "--tp", 1, "--pp", 3, "--vpp", 3, "--ep", 1)
     assert run.code == 0
-    rows = {row[0]: row for row in rows_of(run.out)}
+    rows = {row[0]: row for row in mappings_of(run.out)}
     assert [rows[name][2] for name in EXAONE4.tiny] == ["TP1 x PP3 x VPP3"] * 2
     assert int(rows["exaone4"][1].replace(",", "")) > 345_920  # nine layers
 
@@ -929,7 +940,7 @@ def test_demo_repeats_the_pattern_for_a_deeper_layout(host: Any, cli: Cli) -> No
 
 @pytest.mark.parametrize("command", ["import", "verify", "export"])
 def test_a_command_leaves_no_process_behind(
-    command: str, host: Any, tiny: Any, megatron_folder: Path, cli: Cli
+    command: str, megatron_bridge: Any, tiny: Any, megatron_folder: Path, cli: Cli
 ) -> None:
     """Whoever was forked meanwhile has this pipe open; when all have ended, it is at its end."""
     reader, writer = os.pipe()

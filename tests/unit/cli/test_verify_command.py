@@ -24,7 +24,7 @@ def verdicts(path: Path) -> dict[str, str]:
 
 
 def test_a_report_is_written_whatever_the_verdict(
-    host: Any, tiny: Any, cli: Cli, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny("exaone4"), other)
@@ -66,7 +66,7 @@ def test_a_report_is_written_whatever_the_verdict(
 
 
 def test_a_megatron_checkpoint_alone(
-    host: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
+    megatron_bridge: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
 ) -> None:
     """Its own weights, loaded at another layout than it was written at."""
     run = cli("verify", megatron_folder, "--tp", 2, "--quick", "--json", "r.json")
@@ -77,7 +77,7 @@ def test_a_megatron_checkpoint_alone(
 
 
 def test_a_megatron_checkpoint_against_its_source(
-    host: Any, sharded: Path, megatron_folder: Path, cli: Cli, tmp_path: Path
+    megatron_bridge: Any, sharded: Path, megatron_folder: Path, cli: Cli, tmp_path: Path
 ) -> None:
     run = cli("verify", sharded, megatron_folder, "--json", "r.json")
     assert (run.code, run.err) == (0, "")
@@ -92,7 +92,7 @@ def test_a_megatron_checkpoint_against_its_source(
 
 
 def test_a_megatron_checkpoint_against_another_model(
-    host: Any, tiny: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
 ) -> None:
     run = cli("verify", tiny("exaone4", seed=1), megatron_folder, "--quick", "--json", "r.json")
     assert run.code == 1
@@ -107,7 +107,7 @@ def test_a_megatron_checkpoint_against_another_model(
 
 @pytest.mark.parametrize("right", [True, False])
 def test_the_bench_prints_a_line_a_fault(
-    right: bool, host: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    right: bool, megatron_bridge: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from exaone_bridge.verification.self_test import run as bench
 

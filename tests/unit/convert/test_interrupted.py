@@ -37,7 +37,7 @@ PARTS = 4_000_000
 
 
 @pytest.fixture(scope="module")
-def source(host: Any, tiny: Any) -> Path:
+def source(megatron_bridge: Any, tiny: Any) -> Path:
     return tiny("exaone4", **WIDE)
 
 

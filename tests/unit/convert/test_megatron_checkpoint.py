@@ -95,25 +95,27 @@ def _assert_same(source: Path, exported: Path) -> None:
         compare_tensors(source, exported),
         compare_configs(read_json(source / "config.json"), read_json(exported / "config.json")),
     ):
-        assert check.holds, f"{check.name}: {check.where}"
+        assert check.passed, f"{check.name}: {check.where}"
 
 
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45-300b", "ernie45-dense"])
-def test_import_ckpt_and_export_ckpt(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
+def test_import_ckpt_and_export_ckpt(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
+) -> None:
     """The documented calls, unchanged; the configuration also from the Megatron checkpoint alone."""
     source = tiny(name)
     _alone(_import_ckpt, source, tmp_path / "megatron")
     _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
     _assert_same(source, tmp_path / "exported")
     files = compare_files(source, tmp_path / "exported")
-    assert files.holds, files.where
+    assert files.passed, files.where
     _alone(_from_auto_config, tmp_path / "megatron", source, tmp_path / "config.json")
     assert compare_configs(
         read_json(source / "config.json"), read_json(tmp_path / "config.json")
-    ).holds
+    ).passed
 
 
-def test_without_tokenizer(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_without_tokenizer(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny("exaone4"), source)
     for path in source.iterdir():
@@ -140,7 +142,7 @@ def test_without_tokenizer(host: Any, tiny: Any, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
 def test_saved_at_one_layout_loaded_at_another(
-    host: Any, tiny: Any, tmp_path: Path, name: str, saved: Layout, loaded: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, saved: Layout, loaded: Layout
 ) -> None:
     """387 words: each layout pads the vocabulary differently."""
     source = (
@@ -164,7 +166,7 @@ def test_saved_at_one_layout_loaded_at_another(
     ids=lambda layout: str(layout),
 )
 def test_experts_saved_at_one_layout_loaded_at_another(
-    host: Any, tiny: Any, tmp_path: Path, saved: Layout, loaded: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, saved: Layout, loaded: Layout
 ) -> None:
     source = tiny("ernie45-300b", dtype="bfloat16", use_bias=True)
     run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
@@ -172,7 +174,9 @@ def test_experts_saved_at_one_layout_loaded_at_another(
     _assert_same(source, tmp_path / "exported")
 
 
-def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_run_config_is_plain_and_keeps_the_wishes(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     """What the torch backend switched off on this machine is on again where Transformer Engine loads the checkpoint."""
     import yaml
 
@@ -198,7 +202,7 @@ def test_run_config_is_plain_and_keeps_the_wishes(host: Any, tiny: Any, tmp_path
     }
 
 
-def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> None:
+def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path: Path) -> None:
     """Four times its bound's size goes through either way; benchmarks/convert.py shows the same at 2.6 and 16 GB."""
     layers = 24
     config = {
@@ -225,7 +229,9 @@ def test_streaming_holds_one_parameter_at_a_time(host: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 )
-def test_streamed_keys_are_the_hosts(host: Any, tiny: Any, tmp_path: Path, name: str) -> None:
+def test_streamed_keys_are_the_hosts(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
+) -> None:
     """Names, shapes, types and objects of what is written without a model, against what the host writes of one."""
     source = tiny(
         name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {})
@@ -266,16 +272,16 @@ def test_streamed_keys_are_the_hosts(host: Any, tiny: Any, tmp_path: Path, name:
     ids=str,
 )
 def test_what_is_streamed_loads_in_the_hosts_loader(
-    host: Any, tiny: Any, tmp_path: Path, name: str, layout: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, layout: Layout
 ) -> None:
     source = tiny(name, dtype="bfloat16")
     import_checkpoint(source, tmp_path / "megatron", Layout(tp=2))
     run_ranks(_load, layout.ranks, source, tmp_path / "megatron", tmp_path / "exported", layout)
-    assert compare_tensors(source, tmp_path / "exported").holds
+    assert compare_tensors(source, tmp_path / "exported").passed
 
 
 def test_a_checkpoint_with_optimizer_states_is_read_without_them(
-    host: Any, tiny: Any, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     """As training writes it: optimizer states of the same names, cut as the optimizer cuts them."""
     source = tiny("exaone4")
@@ -296,14 +302,14 @@ def test_a_checkpoint_with_optimizer_states_is_read_without_them(
 
 
 def test_a_source_reads_one_tensor_at_a_time_from_either_side(
-    host: Any, tiny: Any, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
     import_checkpoint(folder, tmp_path / "megatron", Layout())
     left, right = open_tensors(folder), open_tensors(tmp_path / "megatron")
-    assert left.family is right.family and left.facts == right.facts
+    assert left.family is right.family and left.model_config == right.model_config
     assert {name for name in left.tensors if name not in right.tensors} == set(
-        open_source(folder).carried
+        open_source(folder).passthrough
     )
     for name, spec in right.tensors.items():
         other = left.tensors[name]

@@ -60,13 +60,13 @@ def test_order_of_imports(script: Path) -> None:
     assert ours and ours[0] < min(hosts, default=len(modules))
 
 
-def test_round_trip(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_round_trip(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     folder = tiny("exaone4")
     printed = fork_script(
         tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2
     )
     assert "91 tensors bitwise equal" in printed
-    assert compare_tensors(folder, tmp_path / "out" / "exported").holds
+    assert compare_tensors(folder, tmp_path / "out" / "exported").passed
 
 
 def test_train(tiny: Any, tmp_path: Path) -> None:
@@ -77,11 +77,11 @@ def test_train(tiny: Any, tmp_path: Path) -> None:
     assert len(losses) == 2
     assert losses[1] < losses[0]
     check = compare_tensors(folder, tmp_path / "out")
-    assert not check.holds
+    assert not check.passed
     assert check.figure == "68 of 68 tensors differ"
 
 
-def test_images(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_images(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """It looks: the loss falls below that of knowing all but which side; the frozen tower stays, its merger learns."""
     folder = tiny("exaone45")
     printed = fork_script(
@@ -95,11 +95,11 @@ def test_images(host: Any, tiny: Any, tmp_path: Path) -> None:
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     same = {name for name, value in before.items() if torch.equal(after[name], value)}
-    tower = {name for name in before if ".visual." in name and ".merger." not in name}
-    assert same == tower | {name for name in before if name.startswith("mtp.")}
+    vision_encoder = {name for name in before if ".visual." in name and ".merger." not in name}
+    assert same == vision_encoder | {name for name in before if name.startswith("mtp.")}
 
 
-def test_readme_python(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_readme_python(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """The five lines for a training script, with the model's name replaced by a folder."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 8

@@ -21,7 +21,7 @@ EXAMPLES = str(ROOT / "examples")
 
 
 @pytest.fixture(scope="module")
-def examples(host: Any) -> Iterator[Any]:
+def examples(megatron_bridge: Any) -> Iterator[Any]:
     """The examples' folder on the import path, as for a script in it."""
     sys.path.insert(0, EXAMPLES)
     import common

@@ -12,7 +12,7 @@ from exaone_bridge.modules.context_parallel import exchanges, gathered_in_order,
 from exaone_bridge.runtime.ranks import run_ranks
 
 
-def test_positions_are_megatron_cores_two_chunks(host: Any) -> None:
+def test_positions_are_megatron_cores_two_chunks(megatron_bridge: Any) -> None:
     for rank, held in enumerate(run_ranks(_megatron_cores_cut, 4, 32)):
         assert held == positions_of(rank, 4, 32).tolist()
 
@@ -67,7 +67,9 @@ def test_what_the_user_asked_for_stands() -> None:
     )
 
 
-def test_the_provider_chooses_by_layer_and_remembers_the_wish(host: Any, tiny: Any) -> None:
+def test_the_provider_chooses_by_layer_and_remembers_the_wish(
+    megatron_bridge: Any, tiny: Any
+) -> None:
     from megatron.bridge import AutoBridge
 
     provider = AutoBridge.from_hf_pretrained(tiny("exaone4")).to_megatron_provider(

@@ -18,7 +18,7 @@ LENGTHS = [48, 16, 32]  # longer and shorter than the window of the hybrid minia
 )
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
 def test_packed_documents_equal_the_same_alone(
-    host: Any, tiny: Any, name: str, layout: Layout
+    megatron_bridge: Any, tiny: Any, name: str, layout: Layout
 ) -> None:
     if name == "ernie45" and layout.tp > 1 and not layout.sp:
         pytest.skip("evaluated with sequence parallelism below: the router's tokens are the same")
@@ -27,7 +27,7 @@ def test_packed_documents_equal_the_same_alone(
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(cp=2)], ids=str)
 def test_documents_that_see_each_other_are_caught(
-    host: Any, tiny: Any, layout: Layout, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_starts", lambda packed: [0, sum(LENGTHS)])
     assert worst_on_cpu(tiny("exaone4"), layout, LENGTHS) > 1e-2

@@ -80,7 +80,7 @@ def _transformers(folder: Path, tokens: torch.Tensor, adapter: Path | None = Non
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
 @pytest.mark.parametrize("target", ["linear_proj", "linear_fc2", "linear_qkv", "linear_fc1"])
 def test_lora_as_trained_is_lora_as_exported(
-    host: Any, tiny: Any, tmp_path: Path, target: str, layout: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, target: str, layout: Layout
 ) -> None:
     """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
     folder = tiny("exaone4")
@@ -97,7 +97,7 @@ def test_lora_as_trained_is_lora_as_exported(
 
 @pytest.mark.parametrize("target", ["linear_proj", "linear_fc2"])
 def test_the_check_catches_the_hosts_order(
-    host: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     """Norm first, adapter after, as Megatron-Bridge 0.6.2 does it: the merged export is another model."""
     from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
@@ -147,7 +147,7 @@ def _assert_one_model(
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
 def test_dora_as_trained_is_dora_as_exported(
-    host: Any, tiny: Any, tmp_path: Path, layout: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, layout: Layout
 ) -> None:
     """All four linears; magnitudes away from where they start."""
     _assert_one_model(tiny("exaone4"), layout, "dora", ALL, tmp_path)
@@ -158,7 +158,9 @@ def test_dora_as_trained_is_dora_as_exported(
 @pytest.mark.parametrize(
     ("kind", "layout"), [("lora", Layout()), ("dora", Layout(tp=2, sp=True))], ids=str
 )
-def test_pre_norm_linears(host: Any, tiny: Any, tmp_path: Path, kind: str, layout: Layout) -> None:
+def test_pre_norm_linears(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, kind: str, layout: Layout
+) -> None:
     """ERNIE 4.5, dense: the adapter takes the normalised input, on the torch backend as with Transformer Engine."""
     _assert_one_model(tiny("ernie45-dense"), layout, kind, ALL, tmp_path)
 
@@ -167,7 +169,7 @@ ATTENTION = ["linear_qkv", "linear_proj"]
 EXPERTS = ["*.experts.*linear_fc1", "*.experts.*linear_fc2"]
 
 
-def test_attention_of_a_mixture_of_experts(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_attention_of_a_mixture_of_experts(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     _assert_one_model(
         tiny("ernie45", num_nextn_predict_layers=0), Layout(), "dora", ATTENTION, tmp_path
     )
@@ -179,7 +181,7 @@ def test_attention_of_a_mixture_of_experts(host: Any, tiny: Any, tmp_path: Path)
     ids=["all", "routed-ep2"],
 )
 def test_feed_forward_of_a_mixture_of_experts(
-    host: Any, tiny: Any, tmp_path: Path, targets: list[str], layout: Layout
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, targets: list[str], layout: Layout
 ) -> None:
     """Trained and exported merged; the adapter alone is refused, because PEFT takes it for the fused experts'."""
     _assert_one_model(
@@ -213,7 +215,7 @@ def _dora_faults(folder: Path) -> tuple[str, str, bool]:
     return said[0], said[1], magnitude.tensor_model_parallel
 
 
-def test_dora_that_would_be_wrong_is_refused(host: Any, tiny: Any) -> None:
+def test_dora_that_would_be_wrong_is_refused(megatron_bridge: Any, tiny: Any) -> None:
     ((experts, dropout, marked),) = run_ranks(
         _dora_faults, 1, tiny("ernie45", num_nextn_predict_layers=0)
     )
@@ -224,7 +226,7 @@ def test_dora_that_would_be_wrong_is_refused(host: Any, tiny: Any) -> None:
 
 @pytest.mark.parametrize("fault", ["norm", "merge"])
 def test_the_check_catches_the_hosts_dora(
-    host: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """A norm over a rank's part of a row; an export without magnitudes: as Megatron-Bridge 0.6.2 has them."""
     from megatron.bridge.models.conversion.peft_bridge import MegatronPeftBridge

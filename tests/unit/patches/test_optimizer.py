@@ -55,7 +55,7 @@ def _train_and_save(folder: Any, ours: bool) -> dict[str, list[bool]]:
     return found
 
 
-def test_states_are_saved_under_their_own_parameter(host: Any, tiny: Any) -> None:
+def test_states_are_saved_under_their_own_parameter(megatron_bridge: Any, tiny: Any) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
     (found,) = run_ranks(_train_and_save, 1, folder, True)
     assert any("router.weight" in name for name in found)
@@ -63,7 +63,7 @@ def test_states_are_saved_under_their_own_parameter(host: Any, tiny: Any) -> Non
     assert not wrong
 
 
-def test_megatron_cores_own_order_is_wrong(host: Any, tiny: Any) -> None:
+def test_megatron_cores_own_order_is_wrong(megatron_bridge: Any, tiny: Any) -> None:
     """Should this fail, Megatron-Core has mended it, and `patches/optimizer.py` can go."""
     (found,) = run_ranks(_train_and_save, 1, tiny("ernie45", dtype="bfloat16"), False)
     assert [name for name, checks in found.items() if not all(checks)]
@@ -99,7 +99,9 @@ def _remembered_after_load(folder: Any, layout: Layout) -> tuple[bool, bool, str
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2, vpp=2)], ids=str)
-def test_fp8_parameters_remember_what_was_loaded(host: Any, tiny: Any, layout: Layout) -> None:
+def test_fp8_parameters_remember_what_was_loaded(
+    megatron_bridge: Any, tiny: Any, layout: Layout
+) -> None:
     for remembered, loaded, kept in run_ranks(
         _remembered_after_load, layout.ranks, tiny("exaone4"), layout
     ):

@@ -46,10 +46,10 @@ BILLIONS = {
 }
 
 
-def _facts(model: str) -> tuple[Any, Any]:
+def _model_config(model: str) -> tuple[Any, Any]:
     family = family_of(CONFIGS[model]["architectures"], where=model)
-    facts = family.read_config(CONFIGS[model])
-    return family.rows(facts), facts
+    model_config = family.read_hf_config(CONFIGS[model])
+    return family.mappings(model_config), model_config
 
 
 def _validated(config: Any, gpus: int, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -66,7 +66,7 @@ def _validated(config: Any, gpus: int, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(("name", "memory"), CASES)
 def test_recipe(
-    host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, memory: int
+    megatron_bridge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, memory: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, stage = RECIPES[name]
@@ -108,19 +108,21 @@ def test_recipe(
             provider.moe_aux_loss_coeff == 0.0 and provider.moe_router_load_balancing_type == "none"
         )
     # The model is the published one, and so is the configuration that an export writes.
-    exported = host[CONFIGS[model]["architectures"][0]].megatron_to_hf_config(provider)
-    read = family_of(exported["architectures"], where=name).read_config
+    exported = megatron_bridge[CONFIGS[model]["architectures"][0]].megatron_to_hf_config(provider)
+    read = family_of(exported["architectures"], where=name).read_hf_config
     assert read(exported) == read(CONFIGS[model])
 
 
 @pytest.mark.parametrize(("model", "stage"), [key for key in PLANS if "tiny" not in key[0]])
 def test_plan_fits(model: str, stage: str) -> None:
     """Cut evenly, tp within a node, and within the GPU's memory; of the larger GPU no more are needed."""
-    rows, facts = _facts(model)
+    mappings, model_config = _model_config(model)
     for memory, plan in PLANS[model, stage].items():
-        plan.check(facts)
+        plan.check(model_config)
         assert plan.layout.tp <= 8 and plan.layout.ep * plan.layout.expert_tp <= 64
-        needed = estimate(rows, facts, plan, adapter_rank=ADAPTER_RANK if stage == "peft" else 0)
+        needed = estimate(
+            mappings, model_config, plan, adapter_rank=ADAPTER_RANK if stage == "peft" else 0
+        )
         assert needed.total <= memory * GB
         assert min(needed.parameters, needed.gradients, needed.optimizer, needed.activations) > 0
     assert PLANS[model, stage][141].gpus <= PLANS[model, stage][80].gpus
@@ -128,11 +130,13 @@ def test_plan_fits(model: str, stage: str) -> None:
 
 @pytest.mark.parametrize("model", BILLIONS)
 def test_parameters_are_the_published_number(model: str) -> None:
-    rows, facts = _facts(model)
-    count = sum(math.prod(tensor.shape(facts.dims)) for tensor in hf_tensors(rows).values())
+    mappings, model_config = _model_config(model)
+    count = sum(
+        math.prod(tensor.shape(model_config.dims)) for tensor in hf_tensors(mappings).values()
+    )
     assert count / 1e9 == pytest.approx(BILLIONS[model], rel=0.01)
     one = Plan(gpus=1, layout=Layout(), seq_length=4096, global_batch=1)
-    found = estimate(rows, facts, one)
+    found = estimate(mappings, model_config, one)
     assert (found.parameters, found.gradients, found.optimizer) == (
         2 * count,
         4 * count,
@@ -167,44 +171,51 @@ def _held(folder: Path, layout: Layout) -> int:
     ids=str,
 )
 def test_parameters_of_a_rank_are_the_models(
-    host: Any, tiny: Any, name: str, layout: Layout
+    megatron_bridge: Any, tiny: Any, name: str, layout: Layout
 ) -> None:
     """The formula's stages against what Megatron-Core builds there."""
     folder = tiny(name, vocab_size=388)
     config = json.loads((folder / "config.json").read_text())
     family = family_of(config["architectures"], where=name)
-    facts = family.read_config(config)
+    model_config = family.read_hf_config(config)
     plan = Plan(gpus=layout.ranks, layout=layout, seq_length=64, global_batch=2 * layout.ranks)
     built = run_ranks(_held, layout.ranks, folder, layout)
-    assert {stage.parameters for stage in stages(family.rows(facts), facts, plan)} == {
-        2 * count for count in built
-    }
+    assert {
+        stage.parameters for stage in stages(family.mappings(model_config), model_config, plan)
+    } == {2 * count for count in built}
 
 
 def test_activations_follow_the_paper() -> None:
     """Korthikanti et al., table 2: t cuts a whole layer with sequence parallelism, a part without; recompute: 2sbh."""
-    rows, facts = _facts("exaone4_32b")
+    mappings, model_config = _model_config("exaone4_32b")
     one = Plan(gpus=8, layout=Layout(), seq_length=4096, global_batch=8)
 
     def layers(plan: Plan) -> float:
         logits = (
-            8 * plan.seq_length * plan.micro_batch * facts.vocab_size / plan.layout.tp / plan.cp
+            8
+            * plan.seq_length
+            * plan.micro_batch
+            * model_config.vocab_size
+            / plan.layout.tp
+            / plan.cp
         )
-        return estimate(rows, facts, plan).activations - logits
+        return estimate(mappings, model_config, plan).activations - logits
 
     cut = {sp: layers(one.changed(tp=8, sp=sp)) for sp in (True, False)}
     assert cut[True] == pytest.approx(layers(one) / 8)
     assert cut[True] < cut[False] < layers(one)
     assert layers(one.changed(cp=4)) == pytest.approx(layers(one) / 4)
     assert layers(one.changed(micro_batch=2, global_batch=16)) == pytest.approx(2 * layers(one))
-    kept = facts.num_layers * 2 * 4096 * facts.hidden_size
+    kept = model_config.num_layers * 2 * 4096 * model_config.hidden_size
     assert layers(one.changed(recompute=True)) == pytest.approx(
-        kept + layers(one) / facts.num_layers
+        kept + layers(one) / model_config.num_layers
     )
     # The first stage of a pipeline keeps as many micro batches as there are stages: no less in all.
-    first = estimate(rows, facts, one.changed(pp=8, global_batch=8)).activations
+    first = estimate(mappings, model_config, one.changed(pp=8, global_batch=8)).activations
     assert first == pytest.approx(layers(one))
-    interleaved = estimate(rows, facts, one.changed(pp=8, vpp=2, global_batch=64)).activations
+    interleaved = estimate(
+        mappings, model_config, one.changed(pp=8, vpp=2, global_batch=64)
+    ).activations
     assert interleaved == pytest.approx(layers(one) * (1 + 7 / 16))  # 1 + (p - 1) / (p m)
 
 
@@ -233,13 +244,15 @@ def test_activations_follow_the_paper() -> None:
         ("ernie45_300b_a47b_pretrain_config", {"pp": 8}, "pp x vpp is 8 x 2"),
     ],
 )
-def test_wrong_sizes_are_refused(host: Any, name: str, changes: dict[str, Any], said: str) -> None:
+def test_wrong_sizes_are_refused(
+    megatron_bridge: Any, name: str, changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UnsupportedLayout) as caught:
         recipe(name)(**changes)
     assert said in str(caught.value)
 
 
-def test_a_recipe_is_a_function_of_the_package(host: Any) -> None:
+def test_a_recipe_is_a_function_of_the_package(megatron_bridge: Any) -> None:
     """By its name, with its arguments and what it says of itself; by reference where it is sent to another process."""
     for name, (model, stage) in RECIPES.items():
         found = getattr(exaone_bridge.recipes, name)
@@ -254,7 +267,7 @@ def test_a_recipe_is_a_function_of_the_package(host: Any) -> None:
         assert found.__doc__ and ("positions" in found.__doc__) == ("k_" in stage)
 
 
-def test_wrong_arguments_are_refused(host: Any, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(megatron_bridge: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedConfig, match="gpu_memory_gb is 96, and must be one of 80, 141"):
         recipe("exaone4_1p2b_sft_config")(gpu_memory_gb=96)
     with pytest.raises(UnsupportedConfig, match="peft_scheme is 'ia3'"):
@@ -268,7 +281,7 @@ def test_wrong_arguments_are_refused(host: Any, tmp_path: Path) -> None:
 
 
 def test_folder_gives_configuration_tokenizer_and_weights(
-    host: Any, tiny: Any, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     folder = tiny("exaone4-1.2b")
     config = recipe("exaone4_tiny_peft_config")("dora", hf_path=folder, dataset_root=tmp_path)

@@ -37,7 +37,7 @@ def folder(tiny: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def data(megatron_bridge: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Pictures and questions about them, as `examples/sft_images.py` draws them."""
     sys.path.insert(0, EXAMPLES)
     import sft_images
@@ -51,7 +51,7 @@ def data(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def processor(host: Any, folder: Path) -> Any:
+def processor(megatron_bridge: Any, folder: Path) -> Any:
     from transformers import AutoProcessor, AutoTokenizer, Exaone4_5_Processor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -221,7 +221,9 @@ class _Straggler(contextlib.nullcontext):  # type: ignore[type-arg]
 
 
 @pytest.fixture(scope="module")
-def reference(host: Any, folder: Path, data: Path) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(
+    megatron_bridge: Any, folder: Path, data: Path
+) -> tuple[float, dict[str, torch.Tensor]]:
     return run_ranks(_theirs, 1, folder, data)[0]
 
 
@@ -322,7 +324,7 @@ def test_mock_data_and_energon_find_the_collation(
     assert torch.equal(again["input_ids"], batch["input_ids"])
 
 
-def test_the_host_has_none_of_its_own(host: Any) -> None:
+def test_the_host_has_none_of_its_own(megatron_bridge: Any) -> None:
     """Entered whether its table was imported before us or after; and for examples of words alone too."""
     from megatron.bridge.data.collators import registry
 

@@ -14,7 +14,7 @@ import torch
 from exaone_bridge.runtime.cpu import cpu_runtime
 
 pytestmark = [
-    pytest.mark.usefixtures("host"),
+    pytest.mark.usefixtures("megatron_bridge"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU cpu_runtime changes nothing"),
 ]
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def assert_nothing_is_patched(before: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def restored(host: Any) -> Iterator[dict[str, Any]]:
+def restored(megatron_bridge: Any) -> Iterator[dict[str, Any]]:
     """Each test must leave everything as it found it, torch's random state apart."""
     before = attributes()
     yield before

@@ -90,7 +90,7 @@ def _write_last(report: Path) -> tuple[bool, bool]:
     return report.is_file(), dist.is_initialized()
 
 
-def test_no_rank_ends_before_the_report_is_written(host: Any, tmp_path: Path) -> None:
+def test_no_rank_ends_before_the_report_is_written(megatron_bridge: Any, tmp_path: Path) -> None:
     """And a world that was there before is left up."""
     from exaone_bridge.runtime.ranks import run_ranks
 
@@ -118,7 +118,7 @@ def _speaks_in_work() -> tuple[bool, bool]:
     return before, launch.speaks()
 
 
-def test_a_rank_that_fails_alone_speaks(host: Any) -> None:
+def test_a_rank_that_fails_alone_speaks(megatron_bridge: Any) -> None:
     from exaone_bridge.runtime.ranks import run_ranks
 
     assert run_ranks(_speaks_in_work, 2) == [(True, True), (False, True)]

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 
-from exaone_bridge.models.exaone4.config import read_config
+from exaone_bridge.models.exaone4.config import read_hf_config
 from exaone_bridge.models.exaone4.tiny import TINY
-from exaone_bridge.models.exaone4.weights import exaone4_rows
+from exaone_bridge.models.exaone4.weights import exaone4_mappings
 from exaone_bridge.recipes.published import CONFIGS
-from exaone_bridge.schema.param_mapping import HFTensor, Kind, Row, expected_hf, expected_megatron
+from exaone_bridge.schema.param_mapping import (
+    HFTensor,
+    MappingKind,
+    ParamMapping,
+    expected_hf,
+    expected_megatron,
+)
 
 MODELS: dict[str, dict[str, Any]] = {
     **TINY,
@@ -22,47 +28,50 @@ MODELS: dict[str, dict[str, Any]] = {
 
 # One untied layer: Megatron-Core name -> kind, and Hugging Face names with their axes, in order.
 ONE_LAYER = {
-    "embedding.word_embeddings.weight": (Kind.VOCAB, "model.embed_tokens.weight VH"),
+    "embedding.word_embeddings.weight": (MappingKind.VOCAB, "model.embed_tokens.weight VH"),
     "decoder.layers.0.self_attention.linear_qkv.weight": (
-        Kind.QKV,
+        MappingKind.QKV,
         "model.layers.0.self_attn.q_proj.weight QH",
         "model.layers.0.self_attn.k_proj.weight KH",
         "model.layers.0.self_attn.v_proj.weight KH",
     ),
     "decoder.layers.0.self_attention.q_layernorm.weight": (
-        Kind.REPLICATED,
+        MappingKind.REPLICATED,
         "model.layers.0.self_attn.q_norm.weight D",
     ),
     "decoder.layers.0.self_attention.k_layernorm.weight": (
-        Kind.REPLICATED,
+        MappingKind.REPLICATED,
         "model.layers.0.self_attn.k_norm.weight D",
     ),
     "decoder.layers.0.self_attention.linear_proj.weight": (
-        Kind.ROW,
+        MappingKind.ROW,
         "model.layers.0.self_attn.o_proj.weight HQ",
     ),
     "decoder.layers.0.self_attention.linear_proj.post_layernorm.weight": (
-        Kind.REPLICATED,
+        MappingKind.REPLICATED,
         "model.layers.0.post_attention_layernorm.weight H",
     ),
     "decoder.layers.0.mlp.linear_fc1.weight": (
-        Kind.GATED,
+        MappingKind.GATED,
         "model.layers.0.mlp.gate_proj.weight FH",
         "model.layers.0.mlp.up_proj.weight FH",
     ),
-    "decoder.layers.0.mlp.linear_fc2.weight": (Kind.ROW, "model.layers.0.mlp.down_proj.weight HF"),
+    "decoder.layers.0.mlp.linear_fc2.weight": (
+        MappingKind.ROW,
+        "model.layers.0.mlp.down_proj.weight HF",
+    ),
     "decoder.layers.0.mlp.linear_fc2.post_layernorm.weight": (
-        Kind.REPLICATED,
+        MappingKind.REPLICATED,
         "model.layers.0.post_feedforward_layernorm.weight H",
     ),
-    "decoder.final_layernorm.weight": (Kind.REPLICATED, "model.norm.weight H"),
-    "output_layer.weight": (Kind.VOCAB, "lm_head.weight VH"),
+    "decoder.final_layernorm.weight": (MappingKind.REPLICATED, "model.norm.weight H"),
+    "output_layer.weight": (MappingKind.VOCAB, "lm_head.weight VH"),
 }
 
 
-def one_layer(**changes: Any) -> tuple[Row, ...]:
+def one_layer(**changes: Any) -> tuple[ParamMapping, ...]:
     config = TINY["exaone4"] | {"num_hidden_layers": 1, "layer_types": ["full_attention"]} | changes
-    return exaone4_rows(read_config(config))
+    return exaone4_mappings(read_hf_config(config))
 
 
 # --- EXAONE 4.0's table ---
@@ -73,42 +82,44 @@ def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
     import torch
     from transformers import Exaone4Config, Exaone4ForCausalLM
 
-    config, facts = MODELS[name], read_config(MODELS[name])
+    config, model_config = MODELS[name], read_hf_config(MODELS[name])
     with torch.device("meta"):
         model = Exaone4ForCausalLM(Exaone4Config(**copy.deepcopy(config)))
     real = {
         key: tuple(tensor.shape) for key, tensor in model.named_parameters()
     }  # a tied lm_head is not repeated
-    assert expected_hf(exaone4_rows(facts), facts.dims) == real
+    assert expected_hf(exaone4_mappings(model_config), model_config.dims) == real
     assert ("lm_head.weight" in real) == (not config["tie_word_embeddings"])
 
-    stored = {key for key in model.state_dict() if not (facts.tied and key == "lm_head.weight")}
+    stored = {
+        key for key in model.state_dict() if not (model_config.tied and key == "lm_head.weight")
+    }
     assert stored == set(real)  # nothing that save_pretrained would write is left out
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_name_comes_twice_on_either_side(name: str) -> None:
-    facts = read_config(MODELS[name])
+    model_config = read_hf_config(MODELS[name])
     ours: Counter[str] = Counter()
     theirs: Counter[str] = Counter()
-    for row in exaone4_rows(facts):
-        for megatron, hf in row.expand():
+    for mapping in exaone4_mappings(model_config):
+        for megatron, hf in mapping.expand():
             ours[megatron] += 1
             theirs.update(tensor.name for tensor in hf)
     for names in (ours, theirs):
         assert set(names.values()) == {1}
         assert not [found for found in names if "*" in found]
-    assert set(ours) == expected_megatron(exaone4_rows(facts))
+    assert set(ours) == expected_megatron(exaone4_mappings(model_config))
     tied = MODELS[name]["tie_word_embeddings"]
-    assert len(ours) == 2 + 8 * facts.num_layers + (0 if tied else 1)
-    assert len(theirs) == 2 + 11 * facts.num_layers + (0 if tied else 1)
+    assert len(ours) == 2 + 8 * model_config.num_layers + (0 if tied else 1)
+    assert len(theirs) == 2 + 11 * model_config.num_layers + (0 if tied else 1)
 
 
 def test_one_layer_by_hand() -> None:
     found = {
-        megatron: (row.kind, *(f"{tensor.name} {tensor.axes}" for tensor in hf))
-        for row in one_layer(tie_word_embeddings=False)
-        for megatron, hf in row.expand()
+        megatron: (mapping.kind, *(f"{tensor.name} {tensor.axes}" for tensor in hf))
+        for mapping in one_layer(tie_word_embeddings=False)
+        for megatron, hf in mapping.expand()
     }
     assert found == ONE_LAYER
     assert expected_megatron(one_layer(tie_word_embeddings=False)) == ONE_LAYER.keys()
@@ -118,17 +129,23 @@ def test_one_layer_by_hand() -> None:
 
 
 def test_layers_are_numbered_globally_from_zero() -> None:
-    rows = exaone4_rows(read_config(TINY["exaone4"]))
+    mappings = exaone4_mappings(read_hf_config(TINY["exaone4"]))
     for names, prefix in (
-        (expected_megatron(rows), "decoder.layers."),
-        (expected_hf(rows, _DIMS), "model.layers."),
+        (expected_megatron(mappings), "decoder.layers."),
+        (expected_hf(mappings, _DIMS), "model.layers."),
     ):
         numbers = {int(name.split(".")[2]) for name in names if name.startswith(prefix)}
         assert numbers == set(range(8))
 
 
 def test_the_kinds_that_are_used() -> None:
-    assert {row.kind.value for row in one_layer()} == {"row", "replicated", "vocab", "qkv", "gated"}
+    assert {mapping.kind.value for mapping in one_layer()} == {
+        "row",
+        "replicated",
+        "vocab",
+        "qkv",
+        "gated",
+    }
 
 
 # --- rows as such ---
@@ -146,26 +163,30 @@ def test_a_shape_follows_its_axes() -> None:
 
 
 def test_expand_gives_each_layer_its_own_names() -> None:
-    row = Row(Kind.GATED, "d.*.fc", (HFTensor("m.*.gate", "FH"), HFTensor("m.*.up", "FH")), (3, 10))
-    assert list(row.expand()) == [
+    mapping = ParamMapping(
+        MappingKind.GATED, "d.*.fc", (HFTensor("m.*.gate", "FH"), HFTensor("m.*.up", "FH")), (3, 10)
+    )
+    assert list(mapping.expand()) == [
         ("d.3.fc", (HFTensor("m.3.gate", "FH"), HFTensor("m.3.up", "FH"))),
         ("d.10.fc", (HFTensor("m.10.gate", "FH"), HFTensor("m.10.up", "FH"))),
     ]
-    assert row.megatron == "d.*.fc"  # the row itself is left alone
+    assert mapping.megatron == "d.*.fc"  # the row itself is left alone
 
 
 def test_a_row_outside_the_layers_expands_to_itself() -> None:
-    row = Row(Kind.VOCAB, "embedding", (HFTensor("embed", "VH"),))
-    assert list(row.expand()) == [("embedding", (HFTensor("embed", "VH"),))]
+    mapping = ParamMapping(MappingKind.VOCAB, "embedding", (HFTensor("embed", "VH"),))
+    assert list(mapping.expand()) == [("embedding", (HFTensor("embed", "VH"),))]
 
 
 def test_expected_names_come_from_every_row_and_layer() -> None:
-    rows = (
-        Row(Kind.VOCAB, "embedding", (HFTensor("embed", "VH"),)),
-        Row(Kind.QKV, "d.*.qkv", (HFTensor("m.*.q", "QH"), HFTensor("m.*.k", "KH")), (0, 1)),
+    mappings = (
+        ParamMapping(MappingKind.VOCAB, "embedding", (HFTensor("embed", "VH"),)),
+        ParamMapping(
+            MappingKind.QKV, "d.*.qkv", (HFTensor("m.*.q", "QH"), HFTensor("m.*.k", "KH")), (0, 1)
+        ),
     )
-    assert expected_megatron(rows) == {"embedding", "d.0.qkv", "d.1.qkv"}
-    assert expected_hf(rows, _DIMS) == {
+    assert expected_megatron(mappings) == {"embedding", "d.0.qkv", "d.1.qkv"}
+    assert expected_hf(mappings, _DIMS) == {
         "embed": (11, 7),
         "m.0.q": (8, 7),
         "m.0.k": (4, 7),

@@ -65,31 +65,31 @@ def into_shards(folder: Path) -> None:
 def test_equal_tensors_hold(pair: tuple[Path, Path]) -> None:
     left, right = pair
     assert compare_tensors(left, right) == Check("tensors", "91 tensors bitwise equal", True)
-    assert compare_tensors(left, left).holds
+    assert compare_tensors(left, left).passed
 
 
 def test_how_they_are_cut_into_files_does_not_matter(pair: tuple[Path, Path]) -> None:
     left, right = pair
     into_shards(right)
-    assert compare_tensors(left, right).holds and compare_tensors(right, left).holds
+    assert compare_tensors(left, right).passed and compare_tensors(right, left).passed
     into_shards(left)
-    assert compare_tensors(left, right).holds
+    assert compare_tensors(left, right).passed
 
 
 def test_not_a_number_equals_itself_bit_by_bit(pair: tuple[Path, Path]) -> None:
     for folder in pair:
         change(folder, lambda tensors: tensors[DOWN].fill_(float("nan")))
-    assert compare_tensors(*pair).holds
+    assert compare_tensors(*pair).passed
     change(
         pair[1], lambda tensors: tensors[DOWN].view(torch.int32).add_(1)
     )  # NaN too, of another payload
-    assert not compare_tensors(*pair).holds
+    assert not compare_tensors(*pair).passed
 
 
 def test_minus_zero_is_not_zero(pair: tuple[Path, Path]) -> None:
     change(pair[0], lambda tensors: tensors[DOWN].fill_(0.0))
     change(pair[1], lambda tensors: tensors[DOWN].fill_(-0.0))
-    assert not compare_tensors(*pair).holds
+    assert not compare_tensors(*pair).passed
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -109,7 +109,7 @@ def test_one_flipped_bit_differs(where: str, sharded: bool, pair: tuple[Path, Pa
         into_shards(pair[0])
     check = compare_tensors(*pair)
     assert check == Check("tensors", "1 of 91 tensors differ", False, f"{DOWN} differs")
-    assert not compare_tensors(*reversed(pair)).holds
+    assert not compare_tensors(*reversed(pair)).passed
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 4096])
@@ -198,7 +198,7 @@ def test_a_tensor_that_differs_is_named(name: str, pair: tuple[Path, Path]) -> N
     fault, count, where = TENSOR_FAULTS[name]
     change(pair[1], fault)
     assert compare_tensors(*pair) == Check("tensors", f"{count} of 91 tensors differ", False, where)
-    assert not compare_tensors(*reversed(pair)).holds
+    assert not compare_tensors(*reversed(pair)).passed
 
 
 def test_many_faults_are_counted_and_a_few_named(pair: tuple[Path, Path]) -> None:
@@ -234,7 +234,7 @@ def test_equal_configs_hold_in_any_order(config: dict[str, Any]) -> None:
     shuffled = json.loads(json.dumps(dict(reversed(config.items()))))
     check = compare_configs(config, shuffled)
     assert (
-        check.holds
+        check.passed
         and check.figure == f"{len(config.keys() - {'transformers_version'})} keys equal"
     )
 
@@ -242,7 +242,7 @@ def test_equal_configs_hold_in_any_order(config: dict[str, Any]) -> None:
 def test_the_version_stamp_does_not_count() -> None:
     assert compare_configs(
         {"a": 1, "transformers_version": "5.0"}, {"a": 1, "transformers_version": "5.1"}
-    ).holds
+    ).passed
     assert compare_configs({"a": 1}, {"a": 1, "transformers_version": "5.1"}) == Check(
         "config", "1 keys equal", True
     )
@@ -276,7 +276,7 @@ def test_a_key_that_differs_is_named(
     ("left", "right"), [(1, True), (0, False), (24, 24.0), ([1], [1.0]), ({"a": 1}, {"a": True})]
 )
 def test_a_value_of_another_type_differs(left: object, right: object) -> None:
-    assert not compare_configs({"a": left}, {"a": right}).holds
+    assert not compare_configs({"a": left}, {"a": right}).passed
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -319,9 +319,9 @@ def test_weights_and_config_are_not_among_the_files(pair: tuple[Path, Path]) -> 
     (pair[1] / "config.json").write_text("{}")
     (pair[1] / SINGLE).unlink()
     (pair[1] / "README.md").write_text("new")
-    assert compare_files(*pair).holds
+    assert compare_files(*pair).passed
 
 
 def test_a_folder_is_no_file(pair: tuple[Path, Path]) -> None:
     (pair[0] / "tokenizer_old").mkdir()
-    assert compare_files(*pair).holds
+    assert compare_files(*pair).passed

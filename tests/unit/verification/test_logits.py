@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from exaone_bridge.checkpoint.hf.source import open_source
-from exaone_bridge.verification.activations.capture import Traced, routing_weights
+from exaone_bridge.verification.activations.capture import Activations, routing_weights
 from exaone_bridge.verification.activations.locate import CAUSES, locate
-from exaone_bridge.verification.activations.probe_points import LOGITS, Take, points_of
+from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, points_of
 from exaone_bridge.verification.checks.logits import (
     compare_half_precision,
     compare_logits,
@@ -18,53 +18,57 @@ from exaone_bridge.verification.checks.logits import (
     prompts,
 )
 from exaone_bridge.verification.checks.precision import CEILING, UNIT_ROUNDOFF, Rounding
-from exaone_bridge.verification.report.report import Place
+from exaone_bridge.verification.report.report import ActivationDiff
 from exaone_bridge.verification.workflow.job import prompt_length
 from exaone_bridge.verification.workflow.transformers import load, run_reference
 
 NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 
 
-def copy_of(run: Traced) -> Traced:
-    return Traced(run.logits.clone(), {name: value.clone() for name, value in run.values.items()})
+def copy_of(run: Activations) -> Activations:
+    return Activations(
+        run.logits.clone(), {name: value.clone() for name, value in run.values.items()}
+    )
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Any) -> tuple[Any, tuple[Any, ...], Traced]:
+def run(tiny: Any) -> tuple[Any, tuple[Any, ...], Activations]:
     """Facts, points and Transformers' run of the hybrid miniature."""
     source = open_source(tiny("exaone4"))
-    points = points_of(source.rows)
+    points = points_of(source.mappings)
     return (
-        source.facts,
+        source.model_config,
         points,
         run_reference(load(source.folder, torch.float32), points, prompts(387, 2, 21)),
     )
 
 
-def places(run: Any, ours: Traced) -> tuple[Place, ...]:
-    facts, points, reference = run
-    return places_of(points, [reference], [ours], facts)
+def places(run: Any, ours: Activations) -> tuple[ActivationDiff, ...]:
+    model_config, points, reference = run
+    return places_of(points, [reference], [ours], model_config)
 
 
 # --- places ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_place_of_every_layer_is_on_both_sides(name: str, host: Any, tiny: Any) -> None:
+def test_every_place_of_every_layer_is_on_both_sides(
+    name: str, megatron_bridge: Any, tiny: Any
+) -> None:
     """The table comes from the rows alone, and each of its modules is there in both models."""
     from exaone_bridge.runtime.ranks import run_ranks
 
     source = open_source(tiny(name))
-    points = points_of(source.rows)
+    points = points_of(source.mappings)
     found = run_ranks(_seen_by_megatron, 1, source.folder, points)[0]
     modules = dict(load(source.folder, torch.float32).named_modules())
     assert {point.hf for point in points} == found
     assert {point.hf for point in points} <= modules.keys()
-    assert {point.layer for point in points} == {None, *range(source.facts.num_layers)}
+    assert {point.layer for point in points} == {None, *range(source.model_config.num_layers)}
     kinds = {point.sublayer for point in points}
     assert kinds == {"embedding", "norm", "attention", "mlp", "layer"} | (
         {"router"}
-        if "E" in "".join(tensor.axes for row in source.rows for tensor in row.hf)
+        if "E" in "".join(tensor.axes for mapping in source.mappings for tensor in mapping.hf)
         else set()
     )
 
@@ -90,7 +94,7 @@ def test_equal_sides_part_nowhere(run: Any) -> None:
     assert [place.layer for place in found if place.sublayer == "layer"] == list(range(8))
     check = compare_logits([run[2]], [copy_of(run[2])], found)
     assert (
-        check.holds
+        check.passed
         and check.values["max"] == 0
         and check.values["top1"] == 1
         and check.values["positions"] == 42
@@ -113,7 +117,7 @@ def test_one_number_beyond_rounding_is_found_where_it_is(
         and location.name == name
         and location.causes == CAUSES[location.sublayer]
     )
-    assert (name == LOGITS) == (not compare_logits([run[2]], [ours], places(run, ours)).holds)
+    assert (name == LOGITS) == (not compare_logits([run[2]], [ours], places(run, ours)).passed)
 
 
 def test_the_first_place_is_the_first_of_the_arithmetic(run: Any) -> None:
@@ -141,7 +145,7 @@ def test_what_is_no_number_parts(name: str, value: float, run: Any) -> None:
     location = locate(places(run, ours))
     assert location is not None and location.name == name
     if name == LOGITS:
-        assert not compare_logits([run[2]], [ours], places(run, ours)).holds
+        assert not compare_logits([run[2]], [ours], places(run, ours)).passed
 
 
 def test_a_place_that_only_one_side_saw_parts(run: Any) -> None:
@@ -175,7 +179,7 @@ def test_figures_are_those_of_every_position(run: Any) -> None:
     word = ours.logits[0, 3].argmax()
     ours.logits[0, 3, word] -= 100
     check = compare_logits([run[2]], [ours], places(run, ours))
-    assert not check.holds
+    assert not check.passed
     assert check.values["max"] == pytest.approx(100, rel=1e-4)
     assert check.values["mean"] == pytest.approx(100 / ours.logits.numel(), rel=1e-3)
     assert check.values["top1"] == pytest.approx(41 / 42)
@@ -186,39 +190,41 @@ def test_figures_are_those_of_every_position(run: Any) -> None:
 
 
 def test_positions_behind_a_routers_tie_do_not_count(run: Any) -> None:
-    facts, points, reference = run
+    model_config, points, reference = run
     decided = torch.ones(2, 21, dtype=torch.bool)
     decided[1, 5:] = False
-    tied = Traced(reference.logits, reference.values, reference.sensitivity, decided)
+    tied = Activations(reference.logits, reference.values, reference.sensitivity, decided)
     ours = copy_of(reference)
     ours.logits[1, 5] += 1
-    found = places_of(points, [tied], [ours], facts)
+    found = places_of(points, [tied], [ours], model_config)
     check = compare_logits([tied], [ours], found)
-    assert check.holds and check.values["positions"] == 26 and check.values["skipped"] == 16
+    assert check.passed and check.values["positions"] == 26 and check.values["skipped"] == 16
     assert "16 behind a router's tie left out" in check.figure
     ours.logits[1, 4] += 1
-    assert not compare_logits([tied], [ours], places_of(points, [tied], [ours], facts)).holds
-    nothing = Traced(
+    assert not compare_logits(
+        [tied], [ours], places_of(points, [tied], [ours], model_config)
+    ).passed
+    nothing = Activations(
         reference.logits,
         reference.values,
         reference.sensitivity,
         torch.zeros(2, 21, dtype=torch.bool),
     )
     assert not compare_logits(
-        [nothing], [reference], places_of(points, [nothing], [reference], facts)
-    ).holds
+        [nothing], [reference], places_of(points, [nothing], [reference], model_config)
+    ).passed
 
 
 def test_half_precision_may_be_as_far_as_transformers_and_a_tenth(run: Any) -> None:
     reference = run[2]
 
-    def away(by: float) -> Traced:
+    def away(by: float) -> Activations:
         noise = torch.randn(
             reference.logits.shape, generator=torch.Generator().manual_seed(int(by * 1000))
         )
-        return Traced(reference.logits + by * noise)
+        return Activations(reference.logits + by * noise)
 
-    for ours, holds in (
+    for ours, passed in (
         (0.5, True),
         (1.0, True),
         (1.08, True),
@@ -226,9 +232,9 @@ def test_half_precision_may_be_as_far_as_transformers_and_a_tenth(run: Any) -> N
         (3.0, False),
         (float("nan"), False),
     ):
-        side = Traced(reference.logits * float("nan")) if ours != ours else away(ours)
+        side = Activations(reference.logits * float("nan")) if ours != ours else away(ours)
         assert (
-            compare_half_precision([reference], [away(1.0)], [side], "bfloat16").holds == holds
+            compare_half_precision([reference], [away(1.0)], [side], "bfloat16").passed == passed
         ), ours
 
 
@@ -273,11 +279,11 @@ def test_the_reference_is_transformers_eager_model(tiny: Any, run: Any) -> None:
     torch.testing.assert_close(values["model.norm"], output.hidden_states[8], atol=1e-5, rtol=1e-5)
 
 
-def test_a_tie_is_where_a_nudge_changes_the_experts(host: Any, tiny: Any) -> None:
+def test_a_tie_is_where_a_nudge_changes_the_experts(megatron_bridge: Any, tiny: Any) -> None:
     """At one token the third and the fourth expert of a layer are made to score the same, as far as fp32 can tell."""
     folder = tiny("ernie45")
     source, model = open_source(folder), load(folder, torch.float32)
-    points, tokens = points_of(source.rows), prompts(387, 1, 30)
+    points, tokens = points_of(source.mappings), prompts(387, 1, 30)
     gate, seen = model.model.layers[2].mlp.gate, []
     handle = gate.register_forward_hook(lambda _, __, output: seen.append(output[0]))
     decided = run_reference(model, points, tokens).decided
@@ -338,19 +344,19 @@ def test_prompts_pass_window_and_ropes_own_length_where_that_is_affordable(
 def test_points_say_how_to_look(tiny: Any) -> None:
     takes = {
         point.hf: (point.take, point.megatron)
-        for point in points_of(open_source(tiny("exaone4")).rows)
+        for point in points_of(open_source(tiny("exaone4")).mappings)
     }
     assert takes["model.layers.2.mlp"] == (
-        Take.INPUT,
+        Capture.INPUT,
         "decoder.layers.2.mlp.linear_fc2.post_layernorm",
     )
     takes = {
         point.hf: (point.take, point.megatron)
-        for point in points_of(open_source(tiny("ernie45")).rows)
+        for point in points_of(open_source(tiny("ernie45")).mappings)
     }
-    assert takes["model.layers.2.mlp"] == (Take.OUTPUT, "decoder.layers.2.mlp")
+    assert takes["model.layers.2.mlp"] == (Capture.OUTPUT, "decoder.layers.2.mlp")
     assert takes["model.layers.0.input_layernorm"] == (
-        Take.FUSED_NORM,
+        Capture.FUSED_NORM,
         "decoder.layers.0.self_attention.linear_qkv",
     )
-    assert takes["model.layers.1.mlp.gate"] == (Take.ROUTER, "decoder.layers.1.mlp.router")
+    assert takes["model.layers.1.mlp.gate"] == (Capture.ROUTER, "decoder.layers.1.mlp.router")

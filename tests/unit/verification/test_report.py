@@ -16,11 +16,17 @@ import jsonschema
 import pytest
 
 from exaone_bridge.verification.activations.locate import CAUSES, locate
-from exaone_bridge.verification.activations.probe_points import TOWER
+from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
 from exaone_bridge.verification.report.card import write_card
 from exaone_bridge.verification.report.html import html_of
 from exaone_bridge.verification.report.plot import MARKS, differences_png
-from exaone_bridge.verification.report.report import Check, Place, Report, Verdict, versions
+from exaone_bridge.verification.report.report import (
+    ActivationDiff,
+    Check,
+    Report,
+    Verdict,
+    versions,
+)
 from tests.helpers.paths import ROOT
 
 GOOD, BAD = (
@@ -33,14 +39,14 @@ LOGITS = Check(
 )
 
 
-def places(first: int | None = None, layers: int = 3) -> tuple[Place, ...]:
+def places(first: int | None = None, layers: int = 3) -> tuple[ActivationDiff, ...]:
     kinds = ("attention", "norm", "router", "mlp", "layer")
     inner = [
         (f"model.layers.{layer}.{kind}", layer, kind) for layer in range(layers) for kind in kinds
     ]
     every = [("model.embed_tokens", None, "embedding"), *inner, ("logits", None, "output layer")]
     return tuple(
-        Place(*each, 0.0 if not at else 1e-6 if first is None or at < first else 0.5, 2e-5)
+        ActivationDiff(*each, 0.0 if not at else 1e-6 if first is None or at < first else 0.5, 2e-5)
         for at, each in enumerate(every)
     )
 
@@ -77,14 +83,14 @@ def schema() -> Any:
 
 def test_a_report_holds_only_if_every_check_that_ran_does() -> None:
     assert (
-        not Report("m", "TP1").holds and not Report("m", "TP1", (SKIPPED,)).holds
+        not Report("m", "TP1").passed and not Report("m", "TP1", (SKIPPED,)).passed
     )  # nothing was checked
-    assert Report("m", "TP1", (GOOD, SKIPPED)).holds and Report("m", "TP1", (GOOD,)).faults() == ""
+    assert Report("m", "TP1", (GOOD, SKIPPED)).passed and Report("m", "TP1", (GOOD,)).faults() == ""
     found = Report("m", "TP1", (GOOD, BAD))
-    assert not found.holds and found.faults() == "m: config: 1 of 2 keys differ; a: 1, then 2"
+    assert not found.passed and found.faults() == "m: config: 1 of 2 keys differ; a: 1, then 2"
     assert [check.verdict for check in (GOOD, BAD, SKIPPED)] == [
-        Verdict.HOLDS,
-        Verdict.DIFFERS,
+        Verdict.PASSED,
+        Verdict.FAILED,
         Verdict.NOT_RUN,
     ]
 
@@ -103,7 +109,7 @@ def test_a_report_says_where_and_why() -> None:
     assert report(GOOD).first_differing_layer == "-"
     sublayers = set(schema()["$defs"]["sublayer"]["enum"])
     assert CAUSES.keys() == sublayers and MARKS.keys() == {
-        name for name in sublayers if not name.startswith(TOWER)
+        name for name in sublayers if not name.startswith(VISION_ENCODER)
     }
 
 
@@ -111,25 +117,26 @@ def test_a_report_says_where_and_why() -> None:
 def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> None:
     """Between the embedding of words and the first layer, in the order of the arithmetic."""
     kinds = ("embedding", "norm", "attention", "layer", "merger", "features")
-    tower = [
-        Place(
+    vision_encoder = [
+        ActivationDiff(
             f"visual.{kind}",
             None,
-            TOWER + kind,
+            VISION_ENCODER + kind,
             0.5 if parts is not None and at >= parts else 1e-6,
             2e-5,
         )
         for at, kind in enumerate(kinds)
     ]
     language = places()
-    every = (language[0], *tower, *language[1:])
+    every = (language[0], *vision_encoder, *language[1:])
     found = report(GOOD, LOGITS, places=every, location=locate(every))
     found.write_json(tmp_path / "report.json")
     jsonschema.Draft202012Validator(schema()).validate(
         json.loads((tmp_path / "report.json").read_text())
     )
     unnamed = [
-        dataclasses.replace(place, sublayer=place.sublayer.removeprefix(TOWER)) for place in every
+        dataclasses.replace(place, sublayer=place.sublayer.removeprefix(VISION_ENCODER))
+        for place in every
     ]
     assert differences_png(every) != differences_png(
         unnamed
@@ -207,12 +214,12 @@ def test_the_plot_marks_what_is_beyond_the_bound(layers: int) -> None:
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_the_plot_takes_any_number(value: float) -> None:
-    assert differences_png((Place("logits", None, "output layer", value, 1e-5),)).startswith(
-        b"\x89PNG"
-    )
-    assert differences_png((Place("logits", None, "output layer", value, value),)).startswith(
-        b"\x89PNG"
-    )
+    assert differences_png(
+        (ActivationDiff("logits", None, "output layer", value, 1e-5),)
+    ).startswith(b"\x89PNG")
+    assert differences_png(
+        (ActivationDiff("logits", None, "output layer", value, value),)
+    ).startswith(b"\x89PNG")
 
 
 def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from exaone_bridge.verification.report.report import Check, Location
 from exaone_bridge.verification.self_test.run import FAULTS, SEEDS, Outcome, Result, self_test
-from exaone_bridge.verification.self_test.upstream_criteria import HostVerdict, host_verdict
+from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict, upstream_verdict
 
 
 def test_there_are_at_least_forty_faults_of_all_families() -> None:
@@ -20,22 +20,24 @@ def test_there_are_at_least_forty_faults_of_all_families() -> None:
         *("tensors", "config", "files", "logits", "generation", "refused")
     }
     kinds = {fault.begins[1] for fault in FAULTS if fault.begins}
-    tower = {"embedding", "norm", "attention", "mlp", "merger", "features"}
+    vision_encoder = {"embedding", "norm", "attention", "mlp", "merger", "features"}
     assert kinds == {"embedding", "norm", "attention", "router", "mlp", "output layer"} | {
-        f"vision {x}" for x in tower
+        f"vision {x}" for x in vision_encoder
     }
 
 
-def test_every_fault_is_caught_and_no_clean_model_is(host: Any, record_property: Any) -> None:
+def test_every_fault_is_caught_and_no_clean_model_is(
+    megatron_bridge: Any, record_property: Any
+) -> None:
     result = self_test()
     record_property("score", result.score())
     print(result.score(), f"{result.seconds:.0f} s")
-    assert result.holds, result.faults()
+    assert result.passed, result.faults()
     assert result.clean == 3 * SEEDS == 60 and len(result.outcomes) == len(FAULTS)
-    assert sum(outcome.host.caught for outcome in result.outcomes) < len(FAULTS)
+    assert sum(outcome.megatron_bridge.caught for outcome in result.outcomes) < len(FAULTS)
 
 
-def test_the_bench_itself_can_fail(host: Any) -> None:
+def test_the_bench_itself_can_fail(megatron_bridge: Any) -> None:
     """A fault that is none, one that is looked for in the wrong place, and one that another check must catch."""
     one = next(fault for fault in FAULTS if fault.name == "two experts swapped")
     faults = (
@@ -50,7 +52,7 @@ def test_the_bench_itself_can_fail(host: Any) -> None:
         False,
         False,
         True,
-    ] and not result.holds
+    ] and not result.passed
     assert [line.split(": ")[1] for line in result.faults().splitlines()] == [
         "nothing",
         "elsewhere",
@@ -67,14 +69,16 @@ def test_the_bench_itself_can_fail(host: Any) -> None:
 def outcome(**more: Any) -> Outcome:
     check, where = Check("logits", "", False), Location("model.layers.1.mlp", 1, "mlp", ())
     return Outcome(
-        "f", "m", ("logits",), (1, "mlp"), (check,), where, HostVerdict(0.9, 0.0), **more
+        "f", "m", ("logits",), (1, "mlp"), (check,), where, UpstreamVerdict(0.9, 0.0), **more
     )
 
 
 def test_a_false_report_fails_the_bench() -> None:
-    assert Result((outcome(),), 20, (), 1.0).holds
+    assert Result((outcome(),), 20, (), 1.0).passed
     found = Result((outcome(),), 20, ("exaone4, 3: logits: ...",), 1.0)
-    assert not found.holds and "exaone4, 3" in found.faults() and "1 false reports" in found.score()
+    assert (
+        not found.passed and "exaone4, 3" in found.faults() and "1 false reports" in found.score()
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,11 +97,11 @@ def test_the_hosts_criteria(last: float, weight: float, caught: bool) -> None:
     found[1, -1, 0] += last
     found[:, 0] -= 7  # no other position counts
     before = {"a": torch.zeros(3), "b": torch.ones(3)}
-    verdict = host_verdict(
+    verdict = upstream_verdict(
         logits, found, before, {"a": torch.full((3,), weight), "new": torch.ones(1)}
     )
     assert verdict.caught == caught and verdict.asked
-    assert not HostVerdict.nothing().asked and HostVerdict.nothing().cells() == [
+    assert not UpstreamVerdict.nothing().asked and UpstreamVerdict.nothing().cells() == [
         "-",
         "-",
         "not asked",

@@ -31,7 +31,7 @@ from exaone_bridge.verification.report.report import Report
 from exaone_bridge.verification.workflow.layerwise import streams
 from exaone_bridge.verification.workflow.transformers import load, run_reference
 from exaone_bridge.verification.workflow.transformers_layerwise import Reader, streamed_transformers
-from tests.helpers.fault_injection import build_with, rows_with
+from tests.helpers.fault_injection import build_with, mappings_with
 
 EXAONE = "exaone_bridge.bridge.exaone4:Exaone4Bridge"
 ERNIE = "exaone_bridge.bridge.ernie45:Ernie45Bridge"
@@ -61,9 +61,11 @@ def test_verify_is_a_function_of_the_package() -> None:
     [("exaone4", Layout(tp=2, sp=True, cp=2)), ("ernie45", Layout(pp=2, ep=2))],
     ids=str,
 )
-def test_every_check_of_a_model_holds(name: str, layout: Layout, host: Any, tiny: Any) -> None:
+def test_every_check_of_a_model_holds(
+    name: str, layout: Layout, megatron_bridge: Any, tiny: Any
+) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, gradients=True)
-    assert report.holds, report.faults()
+    assert report.passed, report.faults()
     assert set(verdicts(report)) == {
         "tensors",
         "config",
@@ -86,10 +88,12 @@ def test_every_check_of_a_model_holds(name: str, layout: Layout, host: Any, tiny
 
 
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
-def test_half_precision(name: str, host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision(
+    name: str, megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny(name, dtype="bfloat16")
     report = verify_model(folder, dtype="bfloat16", generation=False)
-    assert report.holds, report.faults()
+    assert report.passed, report.faults()
     assert 0.5 < report.check("logits").values["relative"] <= 1.1
 
     def negate(model: Any) -> None:
@@ -103,7 +107,7 @@ def test_half_precision(name: str, host: Any, tiny: Any, monkeypatch: pytest.Mon
 
 
 def test_gradients_that_are_not_summed_differ(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The norms of queries and keys see some heads on each rank: without the last step their gradients are partial."""
     import megatron.core.distributed as distributed
@@ -121,9 +125,11 @@ def test_gradients_that_are_not_summed_differ(
 
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b"])
 @pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_streamed_transformers_is_transformers(name: str, dtype: str, host: Any, tiny: Any) -> None:
+def test_streamed_transformers_is_transformers(
+    name: str, dtype: str, megatron_bridge: Any, tiny: Any
+) -> None:
     source = open_source(tiny(name, dtype=dtype))
-    points, tokens = points_of(source.rows), prompts(387, 2, 30)
+    points, tokens = points_of(source.mappings), prompts(387, 2, 30)
     expected = run_reference(load(source.folder, torch.float32), points, tokens)
     model = streamed_transformers(source, torch.float32)
     found = run_reference(model, points, tokens)
@@ -151,28 +157,28 @@ def test_a_reader_reads_what_safetensors_reads(tiny: Any) -> None:
     ids=str,
 )
 def test_layer_by_layer_holds_at_any_layout(
-    name: str, layout: Layout, host: Any, tiny: Any
+    name: str, layout: Layout, megatron_bridge: Any, tiny: Any
 ) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, stream=True)
-    assert report.holds, report.faults()
+    assert report.passed, report.faults()
     assert verdicts(report) == dict.fromkeys(("tensors", "config", "files", "logits"), "holds") | {
         "generation": "not run"
     }
 
 
 def test_layer_by_layer_sees_a_table_that_is_wrong(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import dataclasses
 
-    def swap(row: Any) -> Any:
+    def swap(mapping: Any) -> Any:
         return (
-            dataclasses.replace(row, hf=row.hf[::-1])
-            if "linear_fc1.weight" in row.megatron
-            else row
+            dataclasses.replace(mapping, hf=mapping.hf[::-1])
+            if "linear_fc1.weight" in mapping.megatron
+            else mapping
         )
 
-    rows_with(EXAONE, swap)(monkeypatch)
+    mappings_with(EXAONE, swap)(monkeypatch)
     report = verify_model(tiny("exaone4"), stream=True, quick=True)
     assert verdicts(report)["tensors"] == "holds" and verdicts(report)["logits"] == "differs"
     assert report.location is not None and (report.location.layer, report.location.sublayer) == (
@@ -181,7 +187,9 @@ def test_layer_by_layer_sees_a_table_that_is_wrong(
     )
 
 
-def test_layer_by_layer_sees_a_bit(host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_by_layer_sees_a_bit(
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.bridge.models.conversion.param_mapping import RowParallelMapping
 
     right = RowParallelMapping.megatron_to_hf
@@ -222,21 +230,21 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_copy_is_equal(host: Any, tiny: Any, other: Path) -> None:
+def test_a_copy_is_equal(megatron_bridge: Any, tiny: Any, other: Path) -> None:
     report = exaone_bridge.verify(tiny("exaone4"), other)
-    assert report.holds and report.other == "other" and report.max_logit_difference == 0
+    assert report.passed and report.other == "other" and report.max_logit_difference == 0
     assert set(verdicts(report)) == {"tensors", "config", "files", "generation", "logits"}
 
 
-def test_another_layer_is_found(host: Any, tiny: Any, other: Path) -> None:
+def test_another_layer_is_found(megatron_bridge: Any, tiny: Any, other: Path) -> None:
     edit(other, lambda tensors: tensors["model.layers.4.mlp.up_proj.weight"].mul_(1.01))
     report = verify_model(tiny("exaone4"), other, generation=False)
-    assert not report.holds and str(report.location).startswith(
+    assert not report.passed and str(report.location).startswith(
         "hidden states part at layer 4, mlp"
     )
 
 
-def test_a_model_that_cannot_run_differs(host: Any, tiny: Any, other: Path) -> None:
+def test_a_model_that_cannot_run_differs(megatron_bridge: Any, tiny: Any, other: Path) -> None:
     edit(other, lambda tensors: tensors.pop("model.layers.4.mlp.up_proj.weight"))
     report = verify_model(tiny("exaone4"), other)
     assert verdicts(report) == {
@@ -248,9 +256,9 @@ def test_a_model_that_cannot_run_differs(host: Any, tiny: Any, other: Path) -> N
     assert "model.layers.4.mlp.up_proj.weight" in report.check("logits").where
 
 
-def test_another_vocabulary_differs(host: Any, tiny: Any) -> None:
+def test_another_vocabulary_differs(megatron_bridge: Any, tiny: Any) -> None:
     report = verify_model(tiny("exaone4"), tiny("exaone4", vocab_size=400))
-    assert "400 words" in report.check("logits").where and not report.holds
+    assert "400 words" in report.check("logits").where and not report.passed
 
 
 def test_a_folder_that_cannot_be_read_is_bad_input(tiny: Any, other: Path) -> None:
@@ -268,7 +276,7 @@ def test_generation_is_compared_prompt_by_prompt() -> None:
         "chat": Generated((5,), (6,)),
         "tools": Generated(refused="no tools"),
     }
-    assert compare_generated(before, dict(before)).holds
+    assert compare_generated(before, dict(before)).passed
     assert "tools (refused by the template)" in compare_generated(before, dict(before)).figure
     faults = {
         "plain: word 1 is 4, then 9": {"plain": Generated((1, 2), (3, 9))},
@@ -277,8 +285,8 @@ def test_generation_is_compared_prompt_by_prompt() -> None:
     }
     for where, change in faults.items():
         check = compare_generated(before, before | change)
-        assert not check.holds and check.where == where
-    assert not compare_generated(before, {"plain": before["plain"]}).holds
+        assert not check.passed and check.where == where
+    assert not compare_generated(before, {"plain": before["plain"]}).passed
 
 
 def test_a_template_may_refuse_a_conversation(tiny: Any, other: Path) -> None:
@@ -313,7 +321,7 @@ def _as_torchrun(*models: Path, **options: Any) -> dict[str, str]:
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     report = verify_model(*models, layout=Layout(tp=2), count=1, **options)
-    assert report.holds, report.faults()
+    assert report.passed, report.faults()
     return verdicts(report)
 
 
@@ -323,7 +331,7 @@ def _streaming(*models: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("run", [_as_torchrun, _streaming])
 def test_ranks_that_are_there_already_are_used(
-    run: Callable[..., Any], host: Any, tiny: Any
+    run: Callable[..., Any], megatron_bridge: Any, tiny: Any
 ) -> None:
     from exaone_bridge.runtime.ranks import run_ranks
 
@@ -331,7 +339,9 @@ def test_ranks_that_are_there_already_are_used(
     assert first == second and first["logits"] == first["tensors"] == "holds"
 
 
-def test_a_megatron_checkpoint_in_torchruns_world(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_megatron_checkpoint_in_torchruns_world(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     """Ranks can fork none of their own: a process that does exports it, and both ranks see what it wrote."""
     from exaone_bridge.convert.convert import import_checkpoint
     from exaone_bridge.runtime.ranks import run_ranks
@@ -370,7 +380,7 @@ def _apart(folder: Path) -> list[str]:
     return said
 
 
-def test_a_process_of_its_own_answers_every_rank(host: Any, tmp_path: Path) -> None:
+def test_a_process_of_its_own_answers_every_rank(megatron_bridge: Any, tmp_path: Path) -> None:
     from exaone_bridge.runtime.ranks import run_ranks
 
     first, second = run_ranks(_apart, 2, tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import exaone_bridge
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.models.exaone45.config import read_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
@@ -21,20 +21,20 @@ from tests.helpers.fault_injection import build_with
 
 
 @pytest.fixture(scope="module")
-def report(host: Any, tiny: Any) -> Report:
+def report(megatron_bridge: Any, tiny: Any) -> Report:
     return exaone_bridge.verify(
         tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, gradients=True
     )
 
 
 def test_gradients_are_of_the_tower_too(report: Report) -> None:
-    assert report.holds, report.faults()
+    assert report.passed, report.faults()
     names = {name for name in report.tensors if not name.startswith("mtp.")}
     assert sum(".visual." in name for name in names) == 54
     assert report.check("gradients").values["gradients"] == len(names) == 145
 
 
-def test_every_place_is_far_from_its_bound(host: Any, tiny: Any, report: Report) -> None:
+def test_every_place_is_far_from_its_bound(megatron_bridge: Any, tiny: Any, report: Report) -> None:
     """Within a quarter, as documented: the tower's own rounding is in the bound."""
     more = exaone_bridge.verify(tiny("exaone45"), generation=False, seed=1)
     for each in (report, more):
@@ -64,25 +64,27 @@ def _trained(folder: Path, target: Path, name: str) -> Path:
     return target
 
 
-def test_two_folders_are_asked_about_their_images(host: Any, tiny: Any, tmp_path: Path) -> None:
+def test_two_folders_are_asked_about_their_images(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     """A copy computes the same; another tower is seen in the logits, which only images reach."""
     folder = tiny("exaone45")
     shutil.copytree(folder, tmp_path / "copy")
     same = exaone_bridge.verify(folder, tmp_path / "copy", generation=False)
-    assert same.holds and same.check("logits").values["max"] < 1e-4, same.faults()
+    assert same.passed and same.check("logits").values["max"] < 1e-4, same.faults()
     other = _trained(folder, tmp_path / "other", "model.visual.blocks.2.mlp.down_proj.weight")
     found = exaone_bridge.verify(folder, other, generation=False)
-    assert not found.check("tensors").holds and not found.check("logits").holds
+    assert not found.check("tensors").passed and not found.check("logits").passed
 
 
 def test_prediction_that_is_built_goes_through_the_model(
-    host: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its tensors are the model's own then: what is changed there is seen."""
     found = exaone_bridge.verify(
         tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, mtp=True
     )
-    assert found.holds, found.faults()
+    assert found.passed, found.faults()
     assert (
         found.setup["built"] == ["mtp_num_layers"]
         and found.check("tensors").values["tensors"] == 160
@@ -99,18 +101,18 @@ def test_prediction_that_is_built_goes_through_the_model(
     build_with(spoil)(monkeypatch)
     found = exaone_bridge.verify(tiny("exaone45"), generation=False, mtp=True)
     assert (
-        found.check("tensors").values["names"] == ["mtp.fc.weight"] and found.check("logits").holds
+        found.check("tensors").values["names"] == ["mtp.fc.weight"] and found.check("logits").passed
     )
 
 
 def test_prompts_with_images_are_as_long_as_is_affordable() -> None:
     """The published window would make prompts of 8201 positions, and attention's scores of 10 GB a layer."""
-    facts = read_config(CONFIGS["exaone45_33b"])
-    tokens, images = image_prompts(facts, 4, 0, 64)
+    model_config = read_hf_config(CONFIGS["exaone45_33b"])
+    tokens, images = image_prompts(model_config, 4, 0, 64)
     assert tokens.shape == (4, 64) and [len(each.get("image_grid_thw", ())) for each in images] == [
         1,
         3,
         1,
         0,
     ]
-    assert image_prompts(facts, 1, 0)[0].shape == (1, 2 * 4096 + 9)
+    assert image_prompts(model_config, 1, 0)[0].shape == (1, 2 * 4096 + 9)

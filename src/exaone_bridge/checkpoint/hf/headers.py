@@ -204,10 +204,10 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
             if name in weight_map
             else "is not in this index"
         )
-        holds = (
+        passed = (
             f"is in {_quote(found[name])} in fact" if name in found else "is in none of its files"
         )
-        raise CheckpointError(index, f"tensor {_quote(name)} {says}, and {holds}", remedy=whole)
+        raise CheckpointError(index, f"tensor {_quote(name)} {says}, and {passed}", remedy=whole)
     return tensors
 
 

@@ -18,9 +18,9 @@ from exaone_bridge.checkpoint.hf.headers import (
 from exaone_bridge.checkpoint.reshard.plan import Plan, make_plan
 from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedConfig
 from exaone_bridge.models import family_of
-from exaone_bridge.schema.model_family import Facts, Family
+from exaone_bridge.schema.model_family import ModelConfig, ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Row, expected_hf, fp32_names
+from exaone_bridge.schema.param_mapping import ParamMapping, expected_hf, fp32_names
 
 __all__ = [
     "HFSource",
@@ -50,18 +50,18 @@ class HFSource:
 
     folder: Path
     config: Mapping[str, Any]
-    family: Family
-    facts: Any
-    rows: tuple[Row, ...]
+    family: ModelFamily
+    model_config: Any
+    mappings: tuple[ParamMapping, ...]
     tensors: Mapping[str, TensorInfo]
-    carried: Mapping[str, TensorInfo]
-    unclaimed: Mapping[str, TensorInfo]
+    passthrough: Mapping[str, TensorInfo]
+    unexpected: Mapping[str, TensorInfo]
     missing: Mapping[str, tuple[int, ...]]
 
     @property
     def of_the_model(self) -> Mapping[str, TensorInfo]:
         """Those of `tensors` that are neither carried nor unclaimed."""
-        others = self.carried.keys() | self.unclaimed.keys()
+        others = self.passthrough.keys() | self.unexpected.keys()
         return (
             {name: info for name, info in self.tensors.items() if name not in others}
             if others
@@ -80,7 +80,7 @@ class HFSource:
         Raises:
             UnmappedTensors: see `refuse_names`.
         """
-        refuse_names(self.folder, self.missing, self.unclaimed)
+        refuse_names(self.folder, self.missing, self.unexpected)
 
     def plan(self, layout: Layout) -> Plan:
         """Which rectangles go where at this layout.
@@ -88,7 +88,7 @@ class HFSource:
         Raises:
             UnsupportedLayout: an axis that the layout does not cut evenly.
         """
-        return plan_of(self.rows, self.facts, layout)
+        return plan_of(self.mappings, self.model_config, layout)
 
     @property
     def parameters(self) -> int:
@@ -101,7 +101,7 @@ class HFSource:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def refuse_names(folder: Path, missing: Iterable[str], unclaimed: Iterable[str]) -> None:
+def refuse_names(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Refuse a folder whose tensors are not those of the model; it is fine where there are none of either.
 
     Raises:
@@ -110,9 +110,9 @@ def refuse_names(folder: Path, missing: Iterable[str], unclaimed: Iterable[str])
     if missing := set(missing):
         what, remedy = "tensors that the model needs are missing", "download or copy it again"
         raise UnmappedTensors(what, missing, where=str(folder), remedy=remedy)
-    if unclaimed := set(unclaimed):
+    if unexpected := set(unexpected):
         what = "tensors that the model has no place for"
-        raise UnmappedTensors(what, unclaimed, where=str(folder), remedy=_BELONGS)
+        raise UnmappedTensors(what, unexpected, where=str(folder), remedy=_BELONGS)
 
 
 def refuse_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
@@ -152,21 +152,23 @@ def survey(folder: Path) -> HFSource:
     path = folder / "config.json"
     config = read_json(path)
     family = _family(config, path)
-    facts = family.read_config(config)
-    rows = family.rows(facts)
+    model_config = family.read_hf_config(config)
+    mappings = family.mappings(model_config)
     tensors = read_headers(folder)
     _check_nothing_else(folder, {file.name for file in {info.file for info in tensors.values()}})
-    expected = expected_hf(rows, facts.dims)
+    expected = expected_hf(mappings, model_config.dims)
     others = sorted(tensors.keys() - expected.keys())
-    carried = {name: tensors[name] for name in others if family.is_carried(name)}
-    unclaimed = {name: tensors[name] for name in others if name not in carried}
+    passthrough = {name: tensors[name] for name in others if family.is_passthrough(name)}
+    unexpected = {name: tensors[name] for name in others if name not in passthrough}
     missing = {name: expected[name] for name in sorted(expected.keys() - tensors.keys())}
-    if not missing and not unclaimed:
-        _check_shapes(expected, _DTYPES[facts.dtype], fp32_names(rows), tensors)
-    return HFSource(folder, config, family, facts, rows, tensors, carried, unclaimed, missing)
+    if not missing and not unexpected:
+        _check_shapes(expected, _DTYPES[model_config.dtype], fp32_names(mappings), tensors)
+    return HFSource(
+        folder, config, family, model_config, mappings, tensors, passthrough, unexpected, missing
+    )
 
 
-def _family(config: Mapping[str, Any], path: Path) -> Family:
+def _family(config: Mapping[str, Any], path: Path) -> ModelFamily:
     if "auto_map" in config:
         raise UnsupportedConfig(
             "auto_map",
@@ -218,35 +220,37 @@ def _check_shapes(
             )
 
 
-def plan_of(rows: tuple[Row, ...], facts: Any, layout: Layout, **options: Any) -> Plan:
+def plan_of(
+    mappings: tuple[ParamMapping, ...], model_config: Any, layout: Layout, **options: Any
+) -> Plan:
     """The plan of a model at a layout; `options`: further arguments of `make_plan`.
 
     Raises:
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
     return make_plan(
-        rows,
-        facts.dims,
+        mappings,
+        model_config.dims,
         layout,
-        layers=facts.num_layers,
-        experts=getattr(facts, "num_experts", 0),
-        itemsize=DTYPE_BYTES[_DTYPES[facts.dtype]],
-        tied=facts.tied,
+        layers=model_config.num_layers,
+        experts=getattr(model_config, "num_experts", 0),
+        itemsize=DTYPE_BYTES[_DTYPES[model_config.dtype]],
+        tied=model_config.tied,
         **options,
     )
 
 
-def check_layout(facts: Facts, layout: Layout) -> None:
+def check_layout(model_config: ModelConfig, layout: Layout) -> None:
     """Refuse a layout that the model cannot be cut into, before anything heavy is imported.
 
     Raises:
         UnsupportedLayout: see `Layout.check`.
     """
     layout.check(
-        layers=facts.num_layers,
-        heads=facts.num_heads,
-        kv_heads=facts.num_kv_heads,
-        ffn=facts.ffn_size,
-        experts=getattr(facts, "num_experts", 0),
-        expert_ffn=getattr(facts, "expert_ffn_size", 0),
+        layers=model_config.num_layers,
+        heads=model_config.num_heads,
+        kv_heads=model_config.num_kv_heads,
+        ffn=model_config.ffn_size,
+        experts=getattr(model_config, "num_experts", 0),
+        expert_ffn=getattr(model_config, "expert_ffn_size", 0),
     )

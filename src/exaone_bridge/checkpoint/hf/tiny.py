@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config, write_weights
+from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config_json, write_weights
 from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.hf_config import language_config
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.param_mapping import HFTensor, hf_tensors
 
 __all__ = ["random_weights", "write_random"]
@@ -57,19 +57,24 @@ def write_random(
         CheckpointError: the target exists.
     """
     family = family_of(config.get("architectures"), where="configuration")
-    facts = family.read_config(config)
-    tensors = (*hf_tensors(family.rows(facts)).values(), *family.carried_tensors(facts))
-    dtype: torch.dtype = getattr(torch, facts.dtype)
+    model_config = family.read_hf_config(config)
+    tensors = (
+        *hf_tensors(family.mappings(model_config)).values(),
+        *family.passthrough_tensors(model_config),
+    )
+    dtype: torch.dtype = getattr(torch, model_config.dtype)
     sizes = {
-        each.name: math.prod(each.shape(facts.dims)) * (4 if each.fp32 else dtype.itemsize)
+        each.name: math.prod(each.shape(model_config.dims)) * (4 if each.fp32 else dtype.itemsize)
         for each in tensors
     }
     with staged(target) as folder:
-        write_weights(folder, random_weights(tensors, facts.dims, dtype, seed), plan_shards(sizes))
-        write_config(folder, config)
-        if tokenizer and facts.vocab_size >= 256 + len(family.special_tokens):
+        write_weights(
+            folder, random_weights(tensors, model_config.dims, dtype, seed), plan_shards(sizes)
+        )
+        write_config_json(folder, config)
+        if tokenizer and model_config.vocab_size >= 256 + len(family.special_tokens):
             _write_tokenizer(
-                folder, family, facts.vocab_size, {**language_config(dict(config)), **config}
+                folder, family, model_config.vocab_size, {**language_config(dict(config)), **config}
             )
 
 
@@ -81,7 +86,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _write_tokenizer(
-    folder: Path, family: Family, vocab_size: int, config: Mapping[str, Any]
+    folder: Path, family: ModelFamily, vocab_size: int, config: Mapping[str, Any]
 ) -> None:
     special = {
         text: number for text, number in family.special_tokens.items() if number < vocab_size

@@ -13,9 +13,15 @@ from safetensors.torch import save_file
 
 from exaone_bridge.checkpoint.hf.headers import INDEX
 from exaone_bridge.checkpoint.staging import as_usual
-from exaone_bridge.schema.hf_files import copy_travelling_files
+from exaone_bridge.schema.hf_files import copy_companion_files
 
-__all__ = ["MAX_SHARD_BYTES", "plan_shards", "write_config", "write_hf_folder", "write_weights"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "plan_shards",
+    "write_config_json",
+    "write_hf_folder",
+    "write_weights",
+]
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Transformers' save_pretrained
 
@@ -75,7 +81,7 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+def write_config_json(folder: Path, config: Mapping[str, Any]) -> None:
     """`config.json` as `save_pretrained` writes it: sorted keys, two spaces, and Transformers' version."""
     text = json.dumps(
         {**config, "transformers_version": version("transformers")}, indent=2, sort_keys=True
@@ -92,6 +98,6 @@ def write_hf_folder(
 ) -> None:
     """A whole Hugging Face folder; tokenizer, chat template and generation config come from `travelling_from`."""
     write_weights(folder, weights, files)
-    write_config(folder, config)
+    write_config_json(folder, config)
     if travelling_from is not None and travelling_from.is_dir():
-        copy_travelling_files(travelling_from, folder)
+        copy_companion_files(travelling_from, folder)

@@ -19,11 +19,11 @@ import torch
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, TensorSpec
 from exaone_bridge.checkpoint.hf.source import HFSource, plan_of
 from exaone_bridge.checkpoint.megatron.torch_dist import StoredTensor, TorchDist, key_of
-from exaone_bridge.checkpoint.reshard.plan import Part
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.hf_files import iteration_folder
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["DTYPES", "FolderSource", "MegatronSource", "Spec", "TensorSource", "TensorSpec"]
@@ -49,9 +49,9 @@ class TensorSource(Protocol):
     @property
     def config(self) -> Mapping[str, Any]: ...
     @property
-    def family(self) -> Family: ...
+    def family(self) -> ModelFamily: ...
     @property
-    def facts(self) -> Any: ...
+    def model_config(self) -> Any: ...
     @property
     def tensors(self) -> Mapping[str, TensorSpec]: ...
     def read(self, name: str) -> torch.Tensor: ...
@@ -62,7 +62,11 @@ class FolderSource:
 
     def __init__(self, source: HFSource) -> None:
         self.source = source
-        self.config, self.family, self.facts = source.config, source.family, source.facts
+        self.config, self.family, self.model_config = (
+            source.config,
+            source.family,
+            source.model_config,
+        )
         self.tensors: Mapping[str, TensorInfo] = source.tensors
 
     def read(self, name: str) -> torch.Tensor:
@@ -105,7 +109,7 @@ class Spec(NamedTuple):
 
 
 class _Place(NamedTuple):
-    part: Part
+    part: ParamPlan
     numbers: tuple[int, ...]
     tensor: int
     key: str
@@ -133,15 +137,15 @@ class MegatronSource:
         self.family = family_of(config["architectures"], where=str(path)).holding(
             self.stored.tensors
         )
-        self.facts = self.family.read_config(config)
-        dtype = getattr(torch, self.facts.dtype)
-        plan = plan_of(self.family.rows(self.facts), self.facts, Layout())
+        self.model_config = self.family.read_hf_config(config)
+        dtype = getattr(torch, self.model_config.dtype)
+        plan = plan_of(self.family.mappings(self.model_config), self.model_config, Layout())
         self.tensors: dict[str, Spec] = {}
         self._places: dict[str, _Place] = {}
         for part in plan.parts:
-            for held, (_, *names) in zip(part.row.numbers(), part.row.names(), strict=True):
+            for held, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
                 key, lead = self._locate(part, held)
-                for index, (name, tensor) in enumerate(zip(names, part.row.hf, strict=True)):
+                for index, (name, tensor) in enumerate(zip(names, part.mapping.hf, strict=True)):
                     kind = torch.float32 if tensor.fp32 else dtype
                     self.tensors[name] = Spec(name, _SPELLED[kind], part.shapes[index])
                     self._places[name] = _Place(part, held, index, key, lead)
@@ -153,19 +157,19 @@ class MegatronSource:
             found.setdefault((place.key, place.lead), []).append(name)
         return list(found.values())
 
-    def _locate(self, part: Part, numbers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    def _locate(self, part: ParamPlan, numbers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         shape = part.cuts[0].shape
-        key, lead = key_of(part.row, numbers, stacked=False)
+        key, lead = key_of(part.mapping, numbers, stacked=False)
         if key not in self.stored.tensors:
-            key, lead = key_of(part.row, numbers, stacked=True)
+            key, lead = key_of(part.mapping, numbers, stacked=True)
         stored = self.stored.tensors.get(key)
         if stored is None:
             raise CheckpointError(
                 self.folder,
-                f"{key_of(part.row, numbers, stacked=False)[0]} is not in it",
+                f"{key_of(part.mapping, numbers, stacked=False)[0]} is not in it",
                 remedy="restore the checkpoint",
             )
-        if not _fits(stored, lead, shape, may_be_padded=part.row.kind == "vocab"):
+        if not _fits(stored, lead, shape, may_be_padded=part.mapping.kind == "vocab"):
             wanted = f"{list(shape)} at {list(lead)}" if lead else str(list(shape))
             problem = (
                 f"{key} has shape {list(stored.shape)}, and the configuration makes it {wanted}"

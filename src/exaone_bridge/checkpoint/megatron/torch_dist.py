@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from exaone_bridge.checkpoint.reshard.plan import Box
+from exaone_bridge.checkpoint.reshard.plan import Slice
 from exaone_bridge.checkpoint.reshard.validate import prove_cover
 from exaone_bridge.errors import CheckpointError
-from exaone_bridge.schema.param_mapping import Row
+from exaone_bridge.schema.param_mapping import ParamMapping
 
 __all__ = ["StoredTensor", "TorchDist", "key_of"]
 
@@ -47,15 +47,17 @@ _SAFE = {
 }
 
 
-def key_of(row: Row, numbers: tuple[int, ...], *, stacked: bool) -> tuple[str, tuple[int, ...]]:
+def key_of(
+    mapping: ParamMapping, numbers: tuple[int, ...], *, stacked: bool
+) -> tuple[str, tuple[int, ...]]:
     """What a checkpoint calls a parameter, and where along the leading axes it lies.
 
     Args:
         numbers: the layer, and the expert where the row has experts.
         stacked: whether all layers lie in one tensor.
     """
-    name, where = row.megatron, numbers
-    if row.experts:  # one tensor for all experts of a layer, whichever class holds them
+    name, where = mapping.megatron, numbers
+    if mapping.experts:  # one tensor for all experts of a layer, whichever class holds them
         name = name.removesuffix("*").replace(".mlp.experts.", ".mlp.experts.experts.")
     if not numbers:  # multi-token prediction keeps an older name there (`MultiTokenPredictionLayer.sharded_state_dict`)
         return name.replace(".mtp_model_layer.", ".transformer_layer."), ()
@@ -75,7 +77,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    box: Box
+    box: Slice
     file: str
     offset: int  # bytes from the start of the file
     length: int
@@ -150,7 +152,7 @@ class TorchDist:
         # of those whose chunks are known to cover them, each element once: the chunks of each parameter
         self._by_lead: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
 
-    def read_into(self, target: torch.Tensor, key: str, lead: tuple[int, ...], box: Box) -> None:
+    def read_into(self, target: torch.Tensor, key: str, lead: tuple[int, ...], box: Slice) -> None:
         """Copy a rectangle of a parameter, converted to the target's type.
 
         Args:
@@ -194,7 +196,7 @@ class TorchDist:
                     found.setdefault(place, []).append(chunk)
         return found[lead]
 
-    def _fault(self, key: str) -> Callable[[Box, str], CheckpointError]:
+    def _fault(self, key: str) -> Callable[[Slice, str], CheckpointError]:
         return lambda box, fault: CheckpointError(
             self.folder, f"in {key} {box} {fault}", remedy=_RESTORE
         )

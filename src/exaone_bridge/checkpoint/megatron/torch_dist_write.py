@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.megatron.tensors import DTYPES
 from exaone_bridge.checkpoint.megatron.torch_dist import key_of
-from exaone_bridge.checkpoint.reshard.plan import Part, Plan
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan, Plan
 from exaone_bridge.errors import CheckpointError
 
-__all__ = ["Parameter", "Written", "parameters_of", "write_metadata", "write_parameters"]
+__all__ = ["Parameter", "WrittenParam", "parameters_of", "write_metadata", "write_parameters"]
 
 _COMMON = "common_state"
 # Their classes keep nothing of their own (vocabulary), or are no linear and no norm (router); nor does Transformers'
@@ -42,7 +42,7 @@ _NO_EXTRA_STATE = ("embedding.word_embeddings.", "output_layer.", ".mlp.router."
 class Parameter(NamedTuple):
     """One parameter: its key, where it lies along the leading axes, and their lengths."""
 
-    part: Part
+    part: ParamPlan
     names: tuple[str, ...]  # of its tensors
     key: str
     lead: tuple[int, ...]
@@ -64,7 +64,7 @@ class Parameter(NamedTuple):
         return f"{self.key.rpartition('.')[0]}._extra_state/shard_{here}_{total}"
 
 
-class Written(NamedTuple):
+class WrittenParam(NamedTuple):
     """Where a parameter was written to."""
 
     number: int  # in `parameters_of`
@@ -83,16 +83,16 @@ def parameters_of(plan: Plan, layers: int, *, stacked: bool) -> list[Parameter]:
     """
     found = []
     for part in plan.parts:
-        for numbers, (_, *names) in zip(part.row.numbers(), part.row.names(), strict=True):
-            key, lead = key_of(part.row, numbers, stacked=stacked)
-            sizes = (layers, part.row.experts) if stacked else (part.row.experts,)
+        for numbers, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
+            key, lead = key_of(part.mapping, numbers, stacked=stacked)
+            sizes = (layers, part.mapping.experts) if stacked else (part.mapping.experts,)
             found.append(Parameter(part, tuple(names), key, lead, sizes[: len(lead)]))
     return found
 
 
 def write_parameters(
     parameters: list[Parameter], mine: Iterable[int], tensors: Mapping[str, TensorInfo], path: Path
-) -> Iterator[tuple[Written, int]]:
+) -> Iterator[tuple[WrittenParam, int]]:
     """Write these parameters to one file, each read straight from the source's files; what was written, and its bytes.
 
     Raises:
@@ -105,7 +105,7 @@ def write_parameters(
                 tensor = _read(parameters[number], tensors, handles)
                 begin = file.tell()
                 torch.save(tensor, file)
-                yield Written(number, path.name, begin, file.tell() - begin), tensor.nbytes
+                yield WrittenParam(number, path.name, begin, file.tell() - begin), tensor.nbytes
                 del tensor
             file.flush()
             os.fsync(file.fileno())
@@ -145,7 +145,7 @@ def write_metadata(
     folder: Path,
     parameters: list[Parameter],
     tensors: Mapping[str, TensorInfo],
-    written: Iterable[Written],
+    written: Iterable[WrittenParam],
 ) -> None:
     """Write `.metadata`, and the file with what is no tensor: the common state, and one empty extra state for all."""
     state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.hf.maps import TensorMaps
 from exaone_bridge.checkpoint.hf.source import plan_of, refuse_names, refuse_shape
-from exaone_bridge.checkpoint.reshard.plan import Held, Plan, Rank, even_stages
+from exaone_bridge.checkpoint.reshard.plan import LocalParam, Plan, Rank, even_stages
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Row, expected_hf
+from exaone_bridge.schema.param_mapping import ParamMapping, expected_hf
 
-__all__ = ["Moved", "Placed", "copying_threads", "fill", "load"]
+__all__ = ["LoadStats", "LocalModel", "copying_threads", "fill", "load"]
 
 _MOST_THREADS = 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,7 +34,7 @@ _ADVICE = "the provider must build the model that the Hugging Face configuration
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class LocalModel:
     """This rank's place in a world, and what it holds.
 
     Attributes:
@@ -59,7 +59,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class LoadStats:
     """What one rank copied, counted as it was copied: bytes of files' tensors, and of those that ranks cut."""
 
     parameters: int
@@ -67,14 +67,14 @@ class Moved:
     cut_nbytes: int
 
 
-def plan_here(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
+def plan_here(mappings: tuple[ParamMapping, ...], model_config: Any, placed: LocalModel) -> Plan:
     """The plan of the model at hand.
 
     Raises:
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
     layout = placed.layout
-    stages = even_stages(facts.num_layers, layout)
+    stages = even_stages(model_config.num_layers, layout)
     if not placed.even:  # of other stages nothing is known here
         stages = tuple(placed.layers if stage == placed.pp else () for stage in range(layout.pp))
     words = (0, "embedding.word_embeddings.weight"), (len(placed.layers) - 1, "output_layer.weight")
@@ -82,8 +82,8 @@ def plan_here(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
         (placed.parameters[key].shape[0] for key in words if key in placed.parameters), None
     )
     return plan_of(
-        rows,
-        facts,
+        mappings,
+        model_config,
         layout,
         vocab_rows=None if here is None else here * layout.tp,
         stages=stages,
@@ -91,7 +91,7 @@ def plan_here(rows: tuple[Row, ...], facts: Any, placed: Placed) -> Plan:
     )
 
 
-def matched(plan: Plan, placed: Placed) -> list[tuple[Held, torch.Tensor]]:
+def matched(plan: Plan, placed: LocalModel) -> list[tuple[LocalParam, torch.Tensor]]:
     """Each parameter of this rank with its place in the plan; neither side has one that the other lacks.
 
     Raises:
@@ -116,9 +116,9 @@ def matched(plan: Plan, placed: Placed) -> list[tuple[Held, torch.Tensor]]:
     return [(held, placed.parameters[key]) for key, held in wanted.items()]
 
 
-def _named(held: Held) -> str:
+def _named(held: LocalParam) -> str:
     """The parameter's global name."""
-    name = held.name if held.replica else held.part.row.megatron
+    name = held.name if held.replica else held.part.mapping.megatron
     for number in held.numbers:
         name = name.replace("*", str(number), 1)
     return name
@@ -132,7 +132,13 @@ def _global(name: str, layers: tuple[int, ...]) -> str:
     return f"{before}.layers.{layers[int(number)]}.{after}"
 
 
-def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed: Placed) -> Moved:
+def load(
+    folder: Path,
+    family: ModelFamily,
+    mappings: tuple[ParamMapping, ...],
+    model_config: Any,
+    placed: LocalModel,
+) -> LoadStats:
     """Copy this rank's slices from a folder's files straight into its parameters; no rank waits for another.
 
     Raises:
@@ -140,7 +146,7 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
         CheckpointError: files that are damaged, or tensors of another shape than the configuration says.
         UnsupportedLayout, PlanError: the model cannot be cut so.
     """
-    plan = plan_here(rows, facts, placed)
+    plan = plan_here(mappings, model_config, placed)
     if placed.even and plan.stages[placed.pp] != placed.layers:
         raise CheckpointError(
             "Megatron-Core model",
@@ -149,9 +155,9 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
         )
     parameters = matched(plan, placed)
     tensors = {
-        name: info for name, info in read_headers(folder).items() if not family.is_carried(name)
+        name: info for name, info in read_headers(folder).items() if not family.is_passthrough(name)
     }
-    expected = expected_hf(rows, facts.dims)
+    expected = expected_hf(mappings, model_config.dims)
     refuse_names(folder, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
     for name, shape in expected.items():
         refuse_shape(tensors[name], shape)
@@ -161,7 +167,9 @@ def load(folder: Path, family: Family, rows: tuple[Row, ...], facts: Any, placed
 
 
 @torch.no_grad()
-def fill(parameters: list[tuple[Held, torch.Tensor]], tensors: Mapping[str, TensorInfo]) -> Moved:
+def fill(
+    parameters: list[tuple[LocalParam, torch.Tensor]], tensors: Mapping[str, TensorInfo]
+) -> LoadStats:
     """Copy every slice of every parameter from its file, in the parameter's own type; padding is zero.
 
     Copies run on this rank's share of the machine's cores, the largest parameters first.
@@ -169,7 +177,7 @@ def fill(parameters: list[tuple[Held, torch.Tensor]], tensors: Mapping[str, Tens
     parameters = sorted(parameters, key=lambda pair: -pair[1].numel())
     with TensorMaps() as maps, ThreadPoolExecutor(copying_threads()) as pool:
         moved = list(pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, maps), parameters))
-    return Moved(
+    return LoadStats(
         len(parameters),
         sum(nbytes for nbytes, _ in moved),
         sum(nbytes for nbytes, cut in moved if cut),
@@ -189,10 +197,10 @@ def copying_threads() -> int:
 
 
 def _fill_one(
-    held: Held, parameter: torch.Tensor, tensors: Mapping[str, TensorInfo], maps: TensorMaps
+    held: LocalParam, parameter: torch.Tensor, tensors: Mapping[str, TensorInfo], maps: TensorMaps
 ) -> tuple[int, bool]:
     """Bytes that were read, and whether the parameter is one that ranks cut."""
-    infos = [tensors[tensor.numbered(*held.numbers).name] for tensor in held.part.row.hf]
+    infos = [tensors[tensor.numbered(*held.numbers).name] for tensor in held.part.mapping.hf]
     views = [maps.view(info) for info in infos]
     nbytes = 0
     with torch.no_grad():  # a thread's own setting

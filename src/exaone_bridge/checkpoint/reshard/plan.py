@@ -1,7 +1,7 @@
 """The plan: which rectangle of which Hugging Face tensor is which rectangle of which Megatron-Core parameter.
 
 Computed from rows, facts and a layout alone: no model is built, no tensor is read, no torch is imported. A row's
-parameter is cut in the same way in every layer and for every expert, so a `Part` states its rectangles once; `Plan`
+parameter is cut in the same way in every layer and for every expert, so a `ParamPlan` states its rectangles once; `Plan`
 says who holds which layers and experts. So a plan of 60,000 tensors is as small as one of 600, and both directions
 follow it. `prove.py` checks it, and shares no arithmetic with it.
 """
@@ -17,47 +17,47 @@ from typing import NamedTuple
 
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Kind, Row
+from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
 __all__ = [
-    "Box",
-    "Copy",
-    "Cut",
-    "Held",
-    "Part",
+    "LocalParam",
+    "ParamPlan",
     "Plan",
     "Rank",
+    "ShardSpec",
+    "Slice",
+    "SliceCopy",
     "elements",
     "make_plan",
     "ordinal_of",
     "writer",
 ]
 
-Box = tuple[tuple[int, int], ...]  # (begin, end) along each axis
+Slice = tuple[tuple[int, int], ...]  # (begin, end) along each axis
 
 _TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
-_CUT_BY_NOBODY = (Kind.REPLICATED, Kind.SQUEEZED)
+_CUT_BY_NOBODY = (MappingKind.REPLICATED, MappingKind.SQUEEZED)
 
 
-def elements(box: Box) -> int:
+def elements(box: Slice) -> int:
     """How many elements a rectangle has."""
     return math.prod(end - begin for begin, end in box)
 
 
-class Copy(NamedTuple):
+class SliceCopy(NamedTuple):
     """A rectangle that both sides have; `tensor` counts the row's Hugging Face tensors from 0."""
 
     tensor: int
-    hf: Box
-    megatron: Box
+    hf: Slice
+    megatron: Slice
 
 
-class Cut(NamedTuple):
+class ShardSpec(NamedTuple):
     """What one rank of those that cut a parameter holds of it: its shape, what fills it, and what nothing fills."""
 
     shape: tuple[int, ...]
-    copies: tuple[Copy, ...]
-    padding: tuple[Box, ...] = ()
+    copies: tuple[SliceCopy, ...]
+    padding: tuple[Slice, ...] = ()
 
 
 class Rank(NamedTuple):
@@ -70,7 +70,7 @@ class Rank(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ParamPlan:
     """One row, and how its parameters are cut.
 
     Attributes:
@@ -79,17 +79,17 @@ class Part:
         cuts: by the rank's number among those that cut it; a single one where nobody does.
     """
 
-    row: Row
+    mapping: ParamMapping
     shapes: tuple[tuple[int, ...], ...]
     itemsizes: tuple[int, ...]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[ShardSpec, ...]
 
     @property
     def per_expert(self) -> bool:
         """Whether each expert has one."""
-        return self.row.experts > 0
+        return self.mapping.experts > 0
 
-    def cut(self, rank: Rank) -> Cut:
+    def cut(self, rank: Rank) -> ShardSpec:
         """What this rank holds of each of its parameters."""
         return self.cuts[(rank.etp if self.per_expert else rank.tp) % len(self.cuts)]
 
@@ -104,14 +104,14 @@ class Part:
         return math.prod(self.cut(rank).shape) * self.itemsizes[0]
 
 
-class Held(NamedTuple):
+class LocalParam(NamedTuple):
     """One parameter on one rank: in which of its chunks, by which name there, and which layer (and expert) it is."""
 
     chunk: int
     name: str
-    part: Part
+    part: ParamPlan
     numbers: tuple[int, ...]
-    cut: Cut
+    cut: ShardSpec
     replica: bool  # of a parameter that another stage owns: a tied output layer
 
 
@@ -128,7 +128,7 @@ class Plan:
     """
 
     layout: Layout
-    parts: tuple[Part, ...]
+    parts: tuple[ParamPlan, ...]
     stages: tuple[tuple[tuple[int, ...], ...], ...]
     experts: tuple[tuple[int, ...], ...]
     tied: bool
@@ -144,22 +144,26 @@ class Plan:
             for number in range(in_stage)
         ]
 
-    def held(self, rank: Rank) -> Iterator[Held]:
+    def held(self, rank: Rank) -> Iterator[LocalParam]:
         """Every parameter of this rank, chunk by chunk within a row."""
         last = len(self.stages) - 1
         for part in self.parts:
             cut = part.cut(rank)
-            name = part.row.megatron if self.grouped else part.row.alias or part.row.megatron
-            if "*" not in part.row.megatron:
-                first = is_first(part.row)
+            name = (
+                part.mapping.megatron
+                if self.grouped
+                else part.mapping.alias or part.mapping.megatron
+            )
+            if "*" not in part.mapping.megatron:
+                first = is_first(part.mapping)
                 if rank.pp == (0 if first else last):
-                    yield Held(
+                    yield LocalParam(
                         0 if first else len(self.stages[last]) - 1, name, part, (), cut, False
                     )
                 if self.tied and name == _TIED[0] and rank.pp == last and last > 0:
-                    yield Held(len(self.stages[last]) - 1, _TIED[1], part, (), cut, True)
+                    yield LocalParam(len(self.stages[last]) - 1, _TIED[1], part, (), cut, True)
                 continue
-            layers = frozenset(part.row.layers)
+            layers = frozenset(part.mapping.layers)
             before, between, after = _split(name)
             for chunk, here in enumerate(self.stages[rank.pp]):
                 for local, layer in enumerate(here):
@@ -167,22 +171,22 @@ class Plan:
                         continue
                     start = f"{before}{local}{between}"
                     if not part.per_expert:
-                        yield Held(chunk, start + after, part, (layer,), cut, False)
+                        yield LocalParam(chunk, start + after, part, (layer,), cut, False)
                         continue
                     for number, expert in enumerate(self.experts[rank.ep]):
-                        yield Held(
+                        yield LocalParam(
                             chunk, f"{start}{number}{after}", part, (layer, expert), cut, False
                         )
 
-    def count(self, part: Part, rank: Rank) -> int:
+    def count(self, part: ParamPlan, rank: Rank) -> int:
         """How many parameters of this part the rank holds, copies of a tied embedding included."""
         last = len(self.stages) - 1
-        if "*" not in part.row.megatron:
-            own = int(rank.pp == (0 if is_first(part.row) else last))
+        if "*" not in part.mapping.megatron:
+            own = int(rank.pp == (0 if is_first(part.mapping) else last))
             return own + int(
-                self.tied and part.row.megatron == _TIED[0] and rank.pp == last and last > 0
+                self.tied and part.mapping.megatron == _TIED[0] and rank.pp == last and last > 0
             )
-        layers = frozenset(part.row.layers)
+        layers = frozenset(part.mapping.layers)
         here = sum(layer in layers for chunk in self.stages[rank.pp] for layer in chunk)
         return here * (len(self.experts[rank.ep]) if part.per_expert else 1)
 
@@ -203,7 +207,7 @@ class Plan:
                 math.prod(shape) * size
                 for shape, size in zip(part.shapes, part.itemsizes, strict=True)
             )
-            experts = part.row.experts or 1
+            experts = part.mapping.experts or 1
             cutters = self.layout.expert_tp if part.per_expert else self.layout.tp
             dealt = self.layout.ep if part.per_expert else 1
             replicas = per_stage // (cutters * dealt)
@@ -211,12 +215,14 @@ class Plan:
             seconds = Counter(
                 (expert * dealt // experts, expert % period) for expert in range(experts)
             )
-            layers = frozenset(part.row.layers)
+            layers = frozenset(part.mapping.layers)
             for stage, chunks in enumerate(self.stages):
                 here = [layer for chunk in chunks for layer in chunk if layer in layers]
-                if "*" not in part.row.megatron:
+                if "*" not in part.mapping.megatron:
                     here = (
-                        [0] if stage == (0 if is_first(part.row) else len(self.stages) - 1) else []
+                        [0]
+                        if stage == (0 if is_first(part.mapping) else len(self.stages) - 1)
+                        else []
                     )
                 firsts = Counter(ordinal_of(order, (layer,)) % period for layer in here)
                 for (first, times), ((owner, second), each) in itertools.product(
@@ -244,9 +250,9 @@ def writer(ordinal: int, cutters: int, replicas: int) -> tuple[int, int]:
     return ordinal // replicas % cutters, ordinal % replicas
 
 
-def is_first(row: Row) -> bool:
+def is_first(mapping: ParamMapping) -> bool:
     """Whether a parameter outside the layers stands before them, on the first stage; the others stand after."""
-    return row.megatron.startswith(("embedding.", "visual."))
+    return mapping.megatron.startswith(("embedding.", "visual."))
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -257,7 +263,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def make_plan(
-    rows: Iterable[Row],
+    mappings: Iterable[ParamMapping],
     dims: Mapping[str, int],
     layout: Layout,
     *,
@@ -284,9 +290,9 @@ def make_plan(
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
     parts = tuple(
-        _part(row, dims, layout, itemsize, vocab_rows)
-        for row in rows
-        if row.layers or "*" not in row.megatron
+        _part(mapping, dims, layout, itemsize, vocab_rows)
+        for mapping in mappings
+        if mapping.layers or "*" not in mapping.megatron
     )
     each = experts // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
@@ -306,65 +312,73 @@ def even_stages(layers: int, layout: Layout) -> tuple[tuple[tuple[int, ...], ...
 
 
 def _part(
-    row: Row, dims: Mapping[str, int], layout: Layout, itemsize: int, vocab_rows: int | None
-) -> Part:
-    shapes = tuple(tensor.shape(dims) for tensor in row.hf)
-    ranks = 1 if row.kind in _CUT_BY_NOBODY else layout.expert_tp if row.experts else layout.tp
-    cuts = tuple(_cut(row, shapes, dims, rank, ranks, vocab_rows) for rank in range(ranks))
-    return Part(row, shapes, tuple(4 if tensor.fp32 else itemsize for tensor in row.hf), cuts)
+    mapping: ParamMapping,
+    dims: Mapping[str, int],
+    layout: Layout,
+    itemsize: int,
+    vocab_rows: int | None,
+) -> ParamPlan:
+    shapes = tuple(tensor.shape(dims) for tensor in mapping.hf)
+    ranks = (
+        1 if mapping.kind in _CUT_BY_NOBODY else layout.expert_tp if mapping.experts else layout.tp
+    )
+    cuts = tuple(_cut(mapping, shapes, dims, rank, ranks, vocab_rows) for rank in range(ranks))
+    return ParamPlan(
+        mapping, shapes, tuple(4 if tensor.fp32 else itemsize for tensor in mapping.hf), cuts
+    )
 
 
 def _cut(
-    row: Row,
+    mapping: ParamMapping,
     shapes: tuple[tuple[int, ...], ...],
     dims: Mapping[str, int],
     rank: int,
     ranks: int,
     vocab_rows: int | None,
-) -> Cut:
+) -> ShardSpec:
     first = shapes[0]
-    match row.kind:
-        case Kind.REPLICATED:
-            return Cut(first, (Copy(0, _whole(first), _whole(first)),))
-        case Kind.SQUEEZED:
-            return Cut(first[1:], (Copy(0, _whole(first), _whole(first[1:])),))
-        case Kind.ROW:
-            here = _even(row, first[-1], ranks)
+    match mapping.kind:
+        case MappingKind.REPLICATED:
+            return ShardSpec(first, (SliceCopy(0, _whole(first), _whole(first)),))
+        case MappingKind.SQUEEZED:
+            return ShardSpec(first[1:], (SliceCopy(0, _whole(first), _whole(first[1:])),))
+        case MappingKind.ROW:
+            here = _even(mapping, first[-1], ranks)
             shape = (*first[:-1], here)
             source = (*_whole(first[:-1]), (rank * here, (rank + 1) * here))
-            return Cut(shape, (Copy(0, source, _whole(shape)),))
-        case Kind.VOCAB:
+            return ShardSpec(shape, (SliceCopy(0, source, _whole(shape)),))
+        case MappingKind.VOCAB:
             return _vocabulary(
-                first, rank, _even(row, vocab_rows or -(-first[0] // ranks) * ranks, ranks)
+                first, rank, _even(mapping, vocab_rows or -(-first[0] // ranks) * ranks, ranks)
             )
-        case Kind.GATED | Kind.COLUMN:
-            here = _even(row, first[0], ranks)
+        case MappingKind.GATED | MappingKind.COLUMN:
+            here = _even(mapping, first[0], ranks)
             pieces = [(tensor, rank * here, here) for tensor in range(len(shapes))]
-        case Kind.QKV:
+        case MappingKind.QKV:
             pieces = _interleaved(shapes, dims["D"])
-            here = _even(row, sum(shape[0] for shape in shapes), ranks)
+            here = _even(mapping, sum(shape[0] for shape in shapes), ranks)
             pieces = list(_window(pieces, rank * here, (rank + 1) * here))
     return _stacked(pieces, first[1:])
 
 
-def _vocabulary(shape: tuple[int, ...], rank: int, here: int) -> Cut:
+def _vocabulary(shape: tuple[int, ...], rank: int, here: int) -> ShardSpec:
     real = max(0, min(here, shape[0] - rank * here))
     others = _whole(shape[1:])
     copies = (
-        (Copy(0, ((rank * here, rank * here + real), *others), ((0, real), *others)),)
+        (SliceCopy(0, ((rank * here, rank * here + real), *others), ((0, real), *others)),)
         if real
         else ()
     )
-    return Cut((here, *shape[1:]), copies, (((real, here), *others),) if real < here else ())
+    return ShardSpec((here, *shape[1:]), copies, (((real, here), *others),) if real < here else ())
 
 
 def _interleaved(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tuple[int, int, int]]:
     """(tensor, first row, rows) of q, k and v as Megatron-Core stacks them: by key-value group, its queries first."""
     groups = shapes[1][0] // head_dim
     return [
-        (tensor, group * rows, rows)
+        (tensor, group * mappings, mappings)
         for group in range(groups)
-        for tensor, rows in enumerate(shape[0] // groups for shape in shapes)
+        for tensor, mappings in enumerate(shape[0] // groups for shape in shapes)
     ]
 
 
@@ -377,33 +391,35 @@ def _window(
     projection is cut by rows whatever they are, and gathered again where it is used).
     """
     at = 0
-    for tensor, first, rows in pieces:
-        low, high = max(begin, at), min(end, at + rows)
+    for tensor, first, mappings in pieces:
+        low, high = max(begin, at), min(end, at + mappings)
         if low < high:
             yield tensor, first + low - at, high - low
-        at += rows
+        at += mappings
 
 
-def _stacked(pieces: Iterable[tuple[int, int, int]], others: tuple[int, ...]) -> Cut:
+def _stacked(pieces: Iterable[tuple[int, int, int]], others: tuple[int, ...]) -> ShardSpec:
     copies, at = [], 0
-    for tensor, first, rows in pieces:
+    for tensor, first, mappings in pieces:
         copies.append(
-            Copy(
-                tensor, ((first, first + rows), *_whole(others)), ((at, at + rows), *_whole(others))
+            SliceCopy(
+                tensor,
+                ((first, first + mappings), *_whole(others)),
+                ((at, at + mappings), *_whole(others)),
             )
         )
-        at += rows
-    return Cut((at, *others), tuple(copies))
+        at += mappings
+    return ShardSpec((at, *others), tuple(copies))
 
 
-def _whole(shape: tuple[int, ...]) -> Box:
+def _whole(shape: tuple[int, ...]) -> Slice:
     return tuple((0, length) for length in shape)
 
 
-def _even(row: Row, size: int, ranks: int) -> int:
+def _even(mapping: ParamMapping, size: int, ranks: int) -> int:
     if size % ranks:
-        option = "etp" if row.experts else "tp"
-        wanted = f"a divisor of {size}, the length of {row.megatron} along the axis that is cut"
+        option = "etp" if mapping.experts else "tp"
+        wanted = f"a divisor of {size}, the length of {mapping.megatron} along the axis that is cut"
         raise UnsupportedLayout(
             option, got=ranks, wanted=wanted, remedy=f"choose another --{option}"
         )

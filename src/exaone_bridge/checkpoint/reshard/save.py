@@ -20,8 +20,8 @@ from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
 from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards
 from exaone_bridge.checkpoint.megatron.tensors import DTYPES, Spec, read_into
-from exaone_bridge.checkpoint.reshard.load import Placed, matched, plan_here
-from exaone_bridge.checkpoint.reshard.plan import Cut, Held, ordinal_of, writer
+from exaone_bridge.checkpoint.reshard.load import LocalModel, matched, plan_here
+from exaone_bridge.checkpoint.reshard.plan import LocalParam, ShardSpec, ordinal_of, writer
 from exaone_bridge.checkpoint.staging import (
     FULL,
     as_usual,
@@ -31,7 +31,7 @@ from exaone_bridge.checkpoint.staging import (
     resumable,
 )
 from exaone_bridge.errors import BridgeError, OutputError
-from exaone_bridge.schema.param_mapping import Row, hf_tensors
+from exaone_bridge.schema.param_mapping import ParamMapping, hf_tensors
 
 __all__ = ["Group", "into", "save", "together"]
 
@@ -100,15 +100,15 @@ def _replaced(target: Path, place: Path) -> Iterator[Path]:
 
 def save(
     folder: Path,
-    rows: tuple[Row, ...],
-    facts: Any,
-    placed: Placed,
+    mappings: tuple[ParamMapping, ...],
+    model_config: Any,
+    placed: LocalModel,
     *,
     dtype: torch.dtype,
     dense: Group,
     expert: Group,
     files: Mapping[str, str] | None,
-    carried: Mapping[str, TensorInfo],
+    passthrough: Mapping[str, TensorInfo],
 ) -> int:
     """Write this rank's share of a model's tensors; bytes written here.
 
@@ -123,10 +123,10 @@ def save(
         OutputError: the disk is full.
     """
     specs: list[Any] = [
-        Spec(name, "F32" if tensor.fp32 else _SPELLED[dtype], tensor.shape(facts.dims))
-        for name, tensor in hf_tensors(rows).items()
+        Spec(name, "F32" if tensor.fp32 else _SPELLED[dtype], tensor.shape(model_config.dims))
+        for name, tensor in hf_tensors(mappings).items()
     ]
-    specs += carried.values()
+    specs += passthrough.values()
     sizes = {spec.name: spec.nbytes for spec in specs}
     shards = lay_out(
         specs,
@@ -134,7 +134,7 @@ def save(
     )
     made: list[Any] = [None]
     with together():
-        plan = plan_here(rows, facts, placed)
+        plan = plan_here(mappings, model_config, placed)
         parameters = matched(plan, placed)
         for held, tensor in parameters:
             _check_dtype(held, tensor, dtype)
@@ -160,7 +160,7 @@ def save(
         if (failure := pool.finish()) is not None:
             raise _said(folder, failure)
         if dist.get_rank() == 0:
-            for name, info in carried.items():
+            for name, info in passthrough.items():
                 whole = torch.empty(info.shape, dtype=DTYPES[info.dtype])
                 read_into(info, whole)
                 out.put(name, [_bytes(whole)])
@@ -218,8 +218,8 @@ def check_space_in(folder: Path, nbytes: int) -> None:
     check_space(folder.with_name(folder.name.removeprefix(".").removesuffix(".partial")), nbytes)
 
 
-def _check_dtype(held: Held, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    wanted = torch.float32 if held.part.row.hf[0].fp32 else dtype
+def _check_dtype(held: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    wanted = torch.float32 if held.part.mapping.hf[0].fp32 else dtype
     if tensor.dtype != wanted:
         raise OutputError(
             held.name,
@@ -229,7 +229,7 @@ def _check_dtype(held: Held, tensor: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def _mine(
-    held: Held, tensor: torch.Tensor, group: Group, order: int
+    held: LocalParam, tensor: torch.Tensor, group: Group, order: int
 ) -> Iterator[tuple[str, list[memoryview]]] | tuple[()]:
     """The Hugging Face tensors of a parameter, if this rank is to write them, after all ranks that cut it have sent."""
     cuts = held.part.cuts
@@ -246,12 +246,12 @@ def _mine(
     by_rank = [part.cpu().contiguous() for part in by_rank]
     return (
         (hf.numbered(*held.numbers).name, _pieces(held.part.shapes[number], number, cuts, by_rank))
-        for number, hf in enumerate(held.part.row.hf)
+        for number, hf in enumerate(held.part.mapping.hf)
     )
 
 
 def _gathered(
-    tensor: torch.Tensor, cuts: tuple[Cut, ...], group: Any, chosen: int, here: bool
+    tensor: torch.Tensor, cuts: tuple[ShardSpec, ...], group: Any, chosen: int, here: bool
 ) -> list[torch.Tensor]:
     """All ranks' cuts on the chosen rank; as bytes, which every backend can send."""
     mine = tensor.contiguous().view(-1).view(torch.uint8)
@@ -269,7 +269,7 @@ def _gathered(
 
 
 def _pieces(
-    shape: tuple[int, ...], number: int, cuts: tuple[Cut, ...], held: list[torch.Tensor]
+    shape: tuple[int, ...], number: int, cuts: tuple[ShardSpec, ...], held: list[torch.Tensor]
 ) -> list[memoryview]:
     """The bytes of one Hugging Face tensor: where whole rows lie in the cuts, those rows; else put together."""
     copies = [

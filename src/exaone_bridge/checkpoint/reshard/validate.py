@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from exaone_bridge.checkpoint.reshard.plan import Box, Part, Plan, elements
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan, Plan, Slice, elements
 from exaone_bridge.errors import PlanError
-from exaone_bridge.schema.param_mapping import Kind
+from exaone_bridge.schema.param_mapping import MappingKind
 
 __all__ = ["Proof", "prove", "prove_cover"]
 
@@ -44,7 +44,7 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     total = padding = 0
     for part in plan.parts:
         _prove_part(part)
-        columns = part.row.columns()
+        columns = part.mapping.columns()
         count = len(columns[0])
         for names, shape in zip(columns[1:], part.shapes, strict=True):
             if (found := list(map(shapes.get, names))).count(shape) != count:
@@ -53,17 +53,21 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
                 )
                 raise PlanError(name, f"has shape {other}, and the plan says {shape}")
             used += names
-        if missing := set(part.row.layers) - layers:
-            raise PlanError(part.row.megatron, f"is in layer {min(missing)}, which no rank holds")
-        if part.row.experts and len(experts) != part.row.experts:
+        if missing := set(part.mapping.layers) - layers:
             raise PlanError(
-                part.row.megatron,
-                f"has {part.row.experts} experts, and {len(experts)} are dealt out",
+                part.mapping.megatron, f"is in layer {min(missing)}, which no rank holds"
+            )
+        if part.mapping.experts and len(experts) != part.mapping.experts:
+            raise PlanError(
+                part.mapping.megatron,
+                f"has {part.mapping.experts} experts, and {len(experts)} are dealt out",
             )
         parameters += count
         total += count * sum(math.prod(shape) for shape in part.shapes)
         padding += count * sum(elements(box) for cut in part.cuts for box in cut.padding)
-    table = [name for part in plan.parts for name in (part.row.megatron, part.row.alias) if name]
+    table = [
+        name for part in plan.parts for name in (part.mapping.megatron, part.mapping.alias) if name
+    ]
     if twice := {name for name in table if table.count(name) > 1}:
         raise PlanError(min(twice), "is filled twice")
     once = set(used)
@@ -78,7 +82,7 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
 def _used_twice(plan: Plan) -> tuple[str, str]:
     users: dict[str, str] = {}
     for part in plan.parts:
-        for parameter, *names in part.row.names():
+        for parameter, *names in part.mapping.names():
             for name in names:
                 if name in users:
                     return name, f"is used by {users[name]} and by {parameter}"
@@ -97,12 +101,12 @@ def _dealt(what: str, hands: Iterable[Sequence[int]]) -> set[int]:
     return set(numbers)
 
 
-def _prove_part(part: Part) -> None:
+def _prove_part(part: ParamPlan) -> None:
     """The rectangles of one row: they fill each rank's cut, and together, over the ranks, use each tensor up."""
-    row = part.row
-    used: list[list[Box]] = [[] for _ in part.shapes]
+    mapping = part.mapping
+    used: list[list[Slice]] = [[] for _ in part.shapes]
     for rank, cut in enumerate(part.cuts):
-        here = f"{row.megatron} on rank {rank} of {len(part.cuts)}"
+        here = f"{mapping.megatron} on rank {rank} of {len(part.cuts)}"
         for copy in cut.copies:
             if not 0 <= copy.tensor < len(part.shapes):
                 raise PlanError(here, f"is filled from tensor {copy.tensor} of {len(part.shapes)}")
@@ -112,26 +116,26 @@ def _prove_part(part: Part) -> None:
                 )
             used[copy.tensor].append(copy.hf)
         filled = [copy.megatron for copy in cut.copies]
-        if cut.padding and row.kind is not Kind.VOCAB:
+        if cut.padding and mapping.kind is not MappingKind.VOCAB:
             raise PlanError(
                 here, f"has padding at {cut.padding[0]}, which only a vocabulary may have"
             )
         prove_cover(cut.shape, [*filled, *cut.padding], _fault(here))
-    for tensor, shape, boxes in zip(row.hf, part.shapes, used, strict=True):
+    for tensor, shape, boxes in zip(mapping.hf, part.shapes, used, strict=True):
         prove_cover(shape, boxes, _fault(tensor.name))
 
 
-def _fault(place: str) -> Callable[[Box, str], Exception]:
+def _fault(place: str) -> Callable[[Slice, str], Exception]:
     return lambda box, fault: PlanError(place, f"{box} {fault}")
 
 
-def _lengths(box: Box) -> list[int]:
+def _lengths(box: Slice) -> list[int]:
     """Along the axes that a tensor with a leading axis of one has too."""
     return [end - begin for begin, end in box if end - begin != 1]
 
 
 def prove_cover(
-    shape: tuple[int, ...], boxes: list[Box], fault: Callable[[Box, str], Exception]
+    shape: tuple[int, ...], boxes: list[Slice], fault: Callable[[Slice, str], Exception]
 ) -> None:
     """Every element of `shape` lies in exactly one box: each is inside, no two meet, and their sizes add up.
 
@@ -145,7 +149,7 @@ def prove_cover(
             raise fault(box, f"is empty or outside {list(shape)}")
     ordered = sorted(boxes)
     open_: list[
-        Box
+        Slice
     ] = []  # those that reach past the beginning of the box at hand along the first axis
     for box in ordered:
         open_ = [other for other in open_ if other[0][1] > box[0][0]]
@@ -178,16 +182,16 @@ def _prove_places(plan: Plan) -> None:
     for part in plan.parts:
         wanted = layout.expert_tp if part.per_expert else layout.tp
         if len(part.cuts) not in (1, wanted) or (
-            len(part.cuts) == 1 and part.row.kind not in _ALONE and wanted > 1
+            len(part.cuts) == 1 and part.mapping.kind not in _ALONE and wanted > 1
         ):
             raise PlanError(
-                part.row.megatron, f"is cut in {len(part.cuts)}, and {wanted} ranks hold it"
+                part.mapping.megatron, f"is cut in {len(part.cuts)}, and {wanted} ranks hold it"
             )
         for stage in range(layout.pp):
             group = [rank for rank in ranks if rank.pp == stage]
             holders = {(rank.ep, rank.etp) if part.per_expert else rank.tp for rank in group}
             if len(holders) != (layout.ep * layout.expert_tp if part.per_expert else layout.tp):
-                raise PlanError(part.row.megatron, f"is not held whole by stage {stage}")
+                raise PlanError(part.mapping.megatron, f"is not held whole by stage {stage}")
 
 
-_ALONE = (Kind.REPLICATED, Kind.SQUEEZED)
+_ALONE = (MappingKind.REPLICATED, MappingKind.SQUEEZED)

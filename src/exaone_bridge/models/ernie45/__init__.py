@@ -7,31 +7,31 @@ from exaone_bridge.models.ernie45.config import (
     LISTED,
     MODEL_TYPES,
     MOE,
-    read_config,
-    write_config,
+    read_hf_config,
+    write_hf_config,
 )
 from exaone_bridge.models.ernie45.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
 from exaone_bridge.models.ernie45.weights import (
-    CARRIED,
-    carried_tensors,
-    ernie45_rows,
-    without_carried,
+    PASSTHROUGH,
+    ernie45_mappings,
+    passthrough_tensors,
+    without_passthrough,
 )
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["ERNIE45"]
 
-ERNIE45 = Family(
+ERNIE45 = ModelFamily(
     name="ernie45",
     architectures=ARCHITECTURES,
-    read_config=read_config,
-    write_config=write_config,
-    rows=ernie45_rows,
+    read_hf_config=read_hf_config,
+    write_hf_config=write_hf_config,
+    mappings=ernie45_mappings,
     tiny=TINY,
     special_tokens=SPECIAL_TOKENS,
     chat_template=CHAT_TEMPLATE,
-    carried=CARRIED,
-    carried_tensors=carried_tensors,
-    without_carried=without_carried,
+    passthrough=PASSTHROUGH,
+    passthrough_tensors=passthrough_tensors,
+    without_passthrough=without_passthrough,
     listed_fields={MODEL_TYPES[MOE]: LISTED},
 )

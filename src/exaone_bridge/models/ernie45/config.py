@@ -28,10 +28,10 @@ __all__ = [
     "ARCHITECTURES",
     "DENSE",
     "MOE",
-    "Ernie45Facts",
+    "Ernie45ModelConfig",
     "first_pool",
-    "read_config",
-    "write_config",
+    "read_hf_config",
+    "write_hf_config",
 ]
 
 DENSE, MOE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
@@ -72,7 +72,7 @@ _DEFAULTS: dict[bool, dict[str, int]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ernie45Facts:
+class Ernie45ModelConfig:
     """What an ERNIE 4.5 model is, whatever spelling said so. Sizes are counts of elements."""
 
     vocab_size: int
@@ -160,7 +160,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
+def read_hf_config(config: Mapping[str, Any]) -> Ernie45ModelConfig:
     """The facts of an ERNIE 4.5 configuration.
 
     Args:
@@ -185,7 +185,7 @@ def read_config(config: Mapping[str, Any]) -> Ernie45Facts:
     check_types(config)
     _, theta, _ = rope_of(config, kinds=("default",), default_theta=500000.0)
     moe = _schedule(config, layers) if is_moe else (False,) * layers
-    return Ernie45Facts(
+    return Ernie45ModelConfig(
         vocab_size=read_count(config, "vocab_size", 103424),
         hidden_size=hidden,
         ffn_size=read_count(config, "intermediate_size", default["intermediate_size"]),
@@ -275,7 +275,7 @@ _EXPERT_FIELDS = {
 _TRAINING_FIELDS = {"max_positions": "max_position_embeddings", "init_std": "initializer_range"}
 
 
-def write_config(facts: Ernie45Facts, source: Mapping[str, Any]) -> dict[str, Any]:
+def write_hf_config(model_config: Ernie45ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of these facts, key by key as `source` spells it, changed only where the facts have changed.
 
     Args:
@@ -286,28 +286,28 @@ def write_config(facts: Ernie45Facts, source: Mapping[str, Any]) -> dict[str, An
         UnsupportedConfig: a schedule that ERNIE 4.5's configuration has no words for, or biases on the output layer
             alone.
     """
-    architecture = MOE if any(facts.moe) else DENSE
+    architecture = MOE if any(model_config.moe) else DENSE
     config, changed = rewritten(
-        facts,
+        model_config,
         source,
-        read_config,
+        read_hf_config,
         identity={"architectures": [architecture], "model_type": MODEL_TYPES[architecture]},
-        fields=_FIELDS | (_EXPERT_FIELDS if any(facts.moe) else {}),
+        fields=_FIELDS | (_EXPERT_FIELDS if any(model_config.moe) else {}),
         training_fields=_TRAINING_FIELDS,
     )
     if "num_layers" in changed and "head_dim" not in config:
-        config["head_dim"] = facts.head_dim
+        config["head_dim"] = model_config.head_dim
     if changed & {"moe", "num_layers"} and config["model_type"] == MODEL_TYPES[MOE]:
-        config |= _write_schedule(facts.moe)
+        config |= _write_schedule(model_config.moe)
         if "mlp_layer_types" in config:
-            config["mlp_layer_types"] = ["sparse" if moe else "dense" for moe in facts.moe]
+            config["mlp_layer_types"] = ["sparse" if moe else "dense" for moe in model_config.moe]
     if "rope_theta" in changed:
         for key in ("rope_theta", "rope_scaling"):
             config.pop(key, None)
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": facts.rope_theta}
-    if source and read_config(config).head_bias != facts.head_bias:
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config.rope_theta}
+    if source and read_hf_config(config).head_bias != model_config.head_bias:
         raise UnsupportedConfig(
-            "head_bias", got=facts.head_bias, wanted="as use_bias says", where="provider"
+            "head_bias", got=model_config.head_bias, wanted="as use_bias says", where="provider"
         )
     return config
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from exaone_bridge.models.ernie45.config import Ernie45Facts
+from exaone_bridge.models.ernie45.config import Ernie45ModelConfig
 from exaone_bridge.models.ernie45.layer_spec import ernie45_block_spec
 from exaone_bridge.models.ernie45.moe_provider import MoEModelProvider
 from exaone_bridge.models.ernie45.output_bias import add_output_bias
-from exaone_bridge.modules.provider import common_facts, common_fields
+from exaone_bridge.modules.provider import common_fields, common_model_config
 
-__all__ = ["Ernie45ModelProvider", "ernie45_provider", "facts_of"]
+__all__ = ["Ernie45ModelProvider", "ernie45_provider", "model_config_of"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Ernie45ModelProvider(MoEModelProvider):
     apply_rope_fusion: bool = True  # Transformer Engine's kernel rotates in fp32 too
     moe_norm_min: float = 1e-12
     output_bias: bool = False
-    mtp_layers_carried: int = 0
+    mtp_layers_passthrough: int = 0
 
     def provide(
         self,
@@ -64,35 +64,37 @@ class Ernie45ModelProvider(MoEModelProvider):
         return model
 
 
-def ernie45_provider(facts: Ernie45Facts, hf_config: Mapping[str, Any]) -> Ernie45ModelProvider:
+def ernie45_provider(
+    model_config: Ernie45ModelConfig, hf_config: Mapping[str, Any]
+) -> Ernie45ModelProvider:
     """The provider of these facts; `hf_config` is carried for the export."""
     experts: dict[str, Any] = (
         {
-            "num_moe_experts": facts.num_experts,
-            "moe_router_topk": facts.topk,
-            "moe_ffn_hidden_size": facts.expert_ffn_size,
-            "moe_shared_expert_intermediate_size": facts.shared_ffn_size or None,
-            "moe_layer_freq": [int(moe) for moe in facts.moe],
-            "moe_norm_min": facts.norm_min,
+            "num_moe_experts": model_config.num_experts,
+            "moe_router_topk": model_config.topk,
+            "moe_ffn_hidden_size": model_config.expert_ffn_size,
+            "moe_shared_expert_intermediate_size": model_config.shared_ffn_size or None,
+            "moe_layer_freq": [int(moe) for moe in model_config.moe],
+            "moe_norm_min": model_config.norm_min,
         }
-        if any(facts.moe)
+        if any(model_config.moe)
         else {}
     )
     return Ernie45ModelProvider(
-        **common_fields(facts, hf_config),
-        add_bias_linear=facts.bias,
-        output_bias=facts.head_bias,
-        mtp_layers_carried=facts.mtp_layers,
+        **common_fields(model_config, hf_config),
+        add_bias_linear=model_config.bias,
+        output_bias=model_config.head_bias,
+        mtp_layers_passthrough=model_config.mtp_layers,
         **experts,
     )
 
 
-def facts_of(provider: Ernie45ModelProvider) -> Ernie45Facts:
+def model_config_of(provider: Ernie45ModelProvider) -> Ernie45ModelConfig:
     """The inverse of `ernie45_provider`: the facts of the model that this provider would build."""
     moe = tuple(provider.is_moe_layer(layer) for layer in range(provider.num_layers))
     expert_ffn = provider.moe_ffn_hidden_size if any(moe) else 0
-    return Ernie45Facts(
-        **common_facts(provider),
+    return Ernie45ModelConfig(
+        **common_model_config(provider),
         bias=provider.add_bias_linear,
         head_bias=provider.output_bias,
         moe=moe,
@@ -103,5 +105,5 @@ def facts_of(provider: Ernie45ModelProvider) -> Ernie45Facts:
         if any(moe)
         else 0,
         norm_min=provider.moe_norm_min if any(moe) else 0.0,
-        mtp_layers=provider.mtp_layers_carried,
+        mtp_layers=provider.mtp_layers_passthrough,
     )

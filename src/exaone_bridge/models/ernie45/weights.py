@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from exaone_bridge.models.ernie45.config import Ernie45Facts
+from exaone_bridge.models.ernie45.config import Ernie45ModelConfig
 from exaone_bridge.schema.param_mapping import (
     HFTensor,
-    Row,
+    ParamMapping,
     embeddings,
     experts,
     gqa,
@@ -17,34 +17,34 @@ from exaone_bridge.schema.param_mapping import (
     swiglu,
 )
 
-__all__ = ["CARRIED", "carried_tensors", "ernie45_rows", "without_carried"]
+__all__ = ["PASSTHROUGH", "ernie45_mappings", "passthrough_tensors", "without_passthrough"]
 
 # Next-token prediction, which the 21B ships and Transformers ignores (`_keys_to_ignore_on_load_unexpected`).
-CARRIED = r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.\d+\..+"
+PASSTHROUGH = r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.\d+\..+"
 
 
-def ernie45_rows(facts: Ernie45Facts) -> tuple[Row, ...]:
+def ernie45_mappings(model_config: Ernie45ModelConfig) -> tuple[ParamMapping, ...]:
     """Every parameter of an ERNIE 4.5 model: pre-norm, dense and mixture-of-experts layers as the schedule says."""
-    layers, moe = facts.layers, facts.moe_layers
+    layers, moe = model_config.layers, model_config.moe_layers
     dense = tuple(layer for layer in layers if layer not in moe)
-    rows = (
-        *embeddings(tied=facts.tied, bias=facts.head_bias),
+    mappings = (
+        *embeddings(tied=model_config.tied, bias=model_config.head_bias),
         *pre_norm(layers, moe),
-        *gqa(layers, bias=facts.bias),
-        *swiglu(dense, bias=facts.bias),
+        *gqa(layers, bias=model_config.bias),
+        *swiglu(dense, bias=model_config.bias),
         *router(moe, weight="gate.weight", selection_bias="moe_statics.e_score_correction_bias"),
-        *experts(moe, facts.num_experts),
-        *(shared_experts(moe, bias=facts.bias) if facts.num_shared_experts else ()),
+        *experts(moe, model_config.num_experts),
+        *(shared_experts(moe, bias=model_config.bias) if model_config.num_shared_experts else ()),
     )
-    return tuple(row for row in rows if row.layers or "*" not in row.megatron)
+    return tuple(mapping for mapping in mappings if mapping.layers or "*" not in mapping.megatron)
 
 
-def without_carried(facts: Ernie45Facts) -> Ernie45Facts:
+def without_passthrough(model_config: Ernie45ModelConfig) -> Ernie45ModelConfig:
     """The facts of the same model without next-token-prediction layers beside it."""
-    return dataclasses.replace(facts, mtp_layers=0)
+    return dataclasses.replace(model_config, mtp_layers=0)
 
 
-def carried_tensors(facts: Ernie45Facts) -> tuple[HFTensor, ...]:
+def passthrough_tensors(model_config: Ernie45ModelConfig) -> tuple[HFTensor, ...]:
     """What a random checkpoint with next-token-prediction layers has of them: a dense block and its three inputs."""
     shapes = {
         "mtp_block.*.input_layernorm.weight": "H",
@@ -62,6 +62,6 @@ def carried_tensors(facts: Ernie45Facts) -> tuple[HFTensor, ...]:
     }
     return tuple(
         HFTensor(f"model.{name}", axes).numbered(layer)
-        for layer in range(facts.mtp_layers)
+        for layer in range(model_config.mtp_layers)
         for name, axes in shapes.items()
     )

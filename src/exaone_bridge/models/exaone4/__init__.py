@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from exaone_bridge.models.exaone4.config import ARCHITECTURE, read_config, write_config
+from exaone_bridge.models.exaone4.config import ARCHITECTURE, read_hf_config, write_hf_config
 from exaone_bridge.models.exaone4.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
-from exaone_bridge.models.exaone4.weights import exaone4_rows
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.models.exaone4.weights import exaone4_mappings
+from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["EXAONE4"]
 
-EXAONE4 = Family(
+EXAONE4 = ModelFamily(
     name="exaone4",
     architectures=(ARCHITECTURE,),
-    read_config=read_config,
-    write_config=write_config,
-    rows=exaone4_rows,
+    read_hf_config=read_hf_config,
+    write_hf_config=write_hf_config,
+    mappings=exaone4_mappings,
     tiny=TINY,
     special_tokens=SPECIAL_TOKENS,
     chat_template=CHAT_TEMPLATE,

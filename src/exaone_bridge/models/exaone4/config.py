@@ -28,10 +28,10 @@ from exaone_bridge.schema.model_family import dense_dims
 __all__ = [
     "ARCHITECTURE",
     "MODEL_TYPE",
-    "Exaone4Facts",
+    "Exaone4ModelConfig",
     "Llama3Rope",
-    "read_config",
-    "write_config",
+    "read_hf_config",
+    "write_hf_config",
 ]
 
 ARCHITECTURE, MODEL_TYPE = "Exaone4ForCausalLM", "exaone4"
@@ -50,7 +50,7 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exaone4Facts:
+class Exaone4ModelConfig:
     """What an EXAONE 4.0 model is, whatever spelling said so. Sizes are counts of elements."""
 
     vocab_size: int
@@ -82,7 +82,7 @@ class Exaone4Facts:
         return dense_dims(self)
 
 
-def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
+def read_hf_config(config: Mapping[str, Any]) -> Exaone4ModelConfig:
     """The facts of an EXAONE 4.0 configuration.
 
     Args:
@@ -108,7 +108,7 @@ def read_config(config: Mapping[str, Any]) -> Exaone4Facts:
     check_types(config)
     windows = _windows(config, layers)
     theta, llama3 = _rope(config)
-    return Exaone4Facts(
+    return Exaone4ModelConfig(
         vocab_size=read_count(config, "vocab_size", 102400),
         hidden_size=hidden,
         ffn_size=read_count(config, "intermediate_size", 16384),
@@ -219,7 +219,7 @@ _TRAINING_FIELDS = {
 }
 
 
-def write_config(facts: Exaone4Facts, source: Mapping[str, Any]) -> dict[str, Any]:
+def write_hf_config(model_config: Exaone4ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of these facts, key by key as `source` spells it, changed only where the facts have changed.
 
     Args:
@@ -230,26 +230,29 @@ def write_config(facts: Exaone4Facts, source: Mapping[str, Any]) -> dict[str, An
         UnsupportedConfig: a schedule of windows and RoPE that EXAONE 4.0's configuration has no words for.
     """
     config, changed = rewritten(
-        facts,
+        model_config,
         source,
-        read_config,
+        read_hf_config,
         identity={"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE},
         fields=_FIELDS,
         training_fields=_TRAINING_FIELDS,
     )
-    if "head_dim" not in config and facts.head_dim * facts.num_heads != facts.hidden_size:
-        config["head_dim"] = facts.head_dim
+    if (
+        "head_dim" not in config
+        and model_config.head_dim * model_config.num_heads != model_config.hidden_size
+    ):
+        config["head_dim"] = model_config.head_dim
     if changed & {"windows", "rope", "num_layers"}:
-        config |= _write_schedule(facts, config.get("sliding_window") or 4096)
+        config |= _write_schedule(model_config, config.get("sliding_window") or 4096)
     if changed & {"rope_theta", "llama3"}:
         for key in ("rope_theta", "rope_scaling"):
             config.pop(key, None)
-        config["rope_parameters"] = _write_rope(facts)
+        config["rope_parameters"] = _write_rope(model_config)
     return config
 
 
-def _write_schedule(facts: Exaone4Facts, default_window: int) -> dict[str, Any]:
-    windows = {window for window in facts.windows if window is not None}
+def _write_schedule(model_config: Exaone4ModelConfig, default_window: int) -> dict[str, Any]:
+    windows = {window for window in model_config.windows if window is not None}
     if len(windows) > 1:
         raise UnsupportedConfig(
             "window_size",
@@ -257,26 +260,28 @@ def _write_schedule(facts: Exaone4Facts, default_window: int) -> dict[str, Any]:
             wanted="one window for all sliding layers",
             where="provider",
         )
-    window = next(iter(windows)) if windows else None if all(facts.rope) else default_window
-    if facts.rope != tuple(window is None or here is not None for here in facts.windows):
+    window = next(iter(windows)) if windows else None if all(model_config.rope) else default_window
+    if model_config.rope != tuple(
+        window is None or here is not None for here in model_config.windows
+    ):
         raise UnsupportedConfig(
             "no_rope_freq",
-            got=facts.rope,
+            got=model_config.rope,
             wanted="RoPE on every layer, or on exactly the sliding ones",
             where="provider",
             remedy="EXAONE 4.0's configuration cannot say anything else",
         )
-    return {"layer_types": layer_types_of(facts.windows), "sliding_window": window}
+    return {"layer_types": layer_types_of(model_config.windows), "sliding_window": window}
 
 
-def _write_rope(facts: Exaone4Facts) -> dict[str, Any]:
-    if facts.llama3 is None:
-        return {"rope_type": "default", "rope_theta": facts.rope_theta}
+def _write_rope(model_config: Exaone4ModelConfig) -> dict[str, Any]:
+    if model_config.llama3 is None:
+        return {"rope_type": "default", "rope_theta": model_config.rope_theta}
     return {
         "rope_type": "llama3",
-        "rope_theta": facts.rope_theta,
-        "factor": facts.llama3.factor,
-        "low_freq_factor": facts.llama3.low_freq_factor,
-        "high_freq_factor": facts.llama3.high_freq_factor,
-        "original_max_position_embeddings": facts.llama3.original_max_positions,
+        "rope_theta": model_config.rope_theta,
+        "factor": model_config.llama3.factor,
+        "low_freq_factor": model_config.llama3.low_freq_factor,
+        "high_freq_factor": model_config.llama3.high_freq_factor,
+        "original_max_position_embeddings": model_config.llama3.original_max_positions,
     }

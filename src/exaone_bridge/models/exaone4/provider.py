@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from exaone_bridge.models.exaone4.config import Exaone4Facts, Llama3Rope
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope
 from exaone_bridge.models.exaone4.layer_spec import exaone4_block_spec
-from exaone_bridge.modules.provider import ExactGPTModelProvider, common_facts, common_fields
+from exaone_bridge.modules.provider import ExactGPTModelProvider, common_fields, common_model_config
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
 
-__all__ = ["Exaone4ModelProvider", "exaone4_provider", "facts_of"]
+__all__ = ["Exaone4ModelProvider", "exaone4_provider", "model_config_of"]
 
 
 @dataclass
@@ -40,16 +40,18 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
     )
 
 
-def exaone4_provider(facts: Exaone4Facts, hf_config: Mapping[str, Any]) -> Exaone4ModelProvider:
+def exaone4_provider(
+    model_config: Exaone4ModelConfig, hf_config: Mapping[str, Any]
+) -> Exaone4ModelProvider:
     """The provider of these facts; `hf_config` is carried for the export."""
-    window_size, window_layers = megatron_window(facts.windows)
-    scaling = {} if facts.llama3 is None else _scaling(facts.llama3)
+    window_size, window_layers = megatron_window(model_config.windows)
+    scaling = {} if model_config.llama3 is None else _scaling(model_config.llama3)
     return Exaone4ModelProvider(
-        **common_fields(facts, hf_config),
-        attention_dropout=facts.attention_dropout,
+        **common_fields(model_config, hf_config),
+        attention_dropout=model_config.attention_dropout,
         window_size=window_size,
         window_attn_skip_freq=window_layers,
-        no_rope_freq=megatron_rope(facts.rope),
+        no_rope_freq=megatron_rope(model_config.rope),
         **scaling,
     )
 
@@ -64,13 +66,13 @@ def _scaling(llama3: Llama3Rope) -> dict[str, Any]:
     }
 
 
-def facts_of(provider: Exaone4ModelProvider) -> Exaone4Facts:
+def model_config_of(provider: Exaone4ModelProvider) -> Exaone4ModelConfig:
     """The inverse of `exaone4_provider`: the facts of the model that this provider would build."""
     layers = provider.num_layers
     slides = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers
     window = None if provider.window_size is None else provider.window_size[0] + 1
-    return Exaone4Facts(
-        **common_facts(provider),
+    return Exaone4ModelConfig(
+        **common_model_config(provider),
         attention_dropout=provider.attention_dropout,
         llama3=Llama3Rope(
             factor=provider.rope_scaling_factor,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from exaone_bridge.models.exaone4.config import Exaone4Facts
-from exaone_bridge.schema.param_mapping import Row, embeddings, gqa, post_norm, qk_norm, swiglu
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
+from exaone_bridge.schema.param_mapping import (
+    ParamMapping,
+    embeddings,
+    gqa,
+    post_norm,
+    qk_norm,
+    swiglu,
+)
 
-__all__ = ["exaone4_rows"]
+__all__ = ["exaone4_mappings"]
 
 
-def exaone4_rows(facts: Exaone4Facts) -> tuple[Row, ...]:
+def exaone4_mappings(model_config: Exaone4ModelConfig) -> tuple[ParamMapping, ...]:
     """Every parameter of an EXAONE 4.0 model: norms on q, k and on the sublayers' outputs, none before them."""
-    layers = facts.layers
+    layers = model_config.layers
     return (
-        *embeddings(tied=facts.tied),
+        *embeddings(tied=model_config.tied),
         *gqa(layers),
         *qk_norm(layers),
         *swiglu(layers),

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_config, write_config
+from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_hf_config, write_hf_config
 from exaone_bridge.models.exaone45.tiny import CHAT_TEMPLATE, PROCESSOR_FILES, SPECIAL_TOKENS, TINY
 from exaone_bridge.models.exaone45.weights import (
-    CARRIED,
-    carried_tensors,
-    exaone45_rows,
-    exaone45_rows_with_mtp,
-    without_carried,
+    PASSTHROUGH,
+    exaone45_mappings,
+    exaone45_mappings_with_mtp,
+    passthrough_tensors,
+    without_passthrough,
 )
-from exaone_bridge.schema.model_family import Family
+from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["EXAONE45", "EXAONE45_WITH_MTP"]
 
@@ -32,28 +32,28 @@ def _collators() -> Mapping[str, Callable[..., Any]]:
     return {"Exaone4_5_Processor": exaone45_collate}
 
 
-_CARRYING = Family(
+_WITH_PASSTHROUGH = ModelFamily(
     name="exaone45",
     architectures=(ARCHITECTURE,),
-    read_config=read_config,
-    write_config=write_config,
-    rows=exaone45_rows,
+    read_hf_config=read_hf_config,
+    write_hf_config=write_hf_config,
+    mappings=exaone45_mappings,
     tiny=TINY,
     special_tokens=SPECIAL_TOKENS,
     chat_template=CHAT_TEMPLATE,
     processor_files=PROCESSOR_FILES,
     image_prompts=_image_prompts,
     collators=_collators,
-    carried=CARRIED,
-    carried_tensors=carried_tensors,
-    without_carried=without_carried,
+    passthrough=PASSTHROUGH,
+    passthrough_tensors=passthrough_tensors,
+    without_passthrough=without_passthrough,
 )
 # The same models, built with their multi-token prediction: nothing travels beside them.
 EXAONE45_WITH_MTP = replace(
-    _CARRYING,
-    rows=exaone45_rows_with_mtp,
-    carried=None,
-    carried_tensors=lambda facts: (),
-    without_carried=lambda facts: facts,
+    _WITH_PASSTHROUGH,
+    mappings=exaone45_mappings_with_mtp,
+    passthrough=None,
+    passthrough_tensors=lambda model_config: (),
+    without_passthrough=lambda model_config: model_config,
 )
-EXAONE45 = replace(_CARRYING, built=EXAONE45_WITH_MTP, built_prefix="mtp.")
+EXAONE45 = replace(_WITH_PASSTHROUGH, built=EXAONE45_WITH_MTP, built_prefix="mtp.")

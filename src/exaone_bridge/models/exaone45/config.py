@@ -13,9 +13,9 @@ from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.exaone4.config import MODEL_TYPE as TEXT_MODEL_TYPE
-from exaone_bridge.models.exaone4.config import Exaone4Facts
-from exaone_bridge.models.exaone4.config import read_config as read_text
-from exaone_bridge.models.exaone4.config import write_config as write_text
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
+from exaone_bridge.models.exaone4.config import read_hf_config as read_text
+from exaone_bridge.models.exaone4.config import write_hf_config as write_text
 from exaone_bridge.schema.hf_config import (
     check_types,
     read_count,
@@ -27,10 +27,10 @@ from exaone_bridge.schema.hf_config import (
 __all__ = [
     "ARCHITECTURE",
     "MODEL_TYPE",
-    "Exaone45Facts",
-    "VisionFacts",
-    "read_config",
-    "write_config",
+    "Exaone45ModelConfig",
+    "VisionConfig",
+    "read_hf_config",
+    "write_hf_config",
 ]
 
 ARCHITECTURE, MODEL_TYPE = "Exaone4_5_ForConditionalGeneration", "exaone4_5"
@@ -40,7 +40,7 @@ _VISION_TYPE = "exaone4_5_vision"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisionFacts:
+class VisionConfig:
     """What a vision tower is. Sizes are counts of elements; image sizes are in pixels."""
 
     depth: int
@@ -75,13 +75,13 @@ class VisionFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exaone45Facts(Exaone4Facts):
+class Exaone45ModelConfig(Exaone4ModelConfig):
     """An EXAONE 4.0 language model, the tower before it, and what stands beside it.
 
     `tied` is the whole model's; `text_config` may say otherwise, and Transformers does not look there.
     """
 
-    vision: VisionFacts
+    vision: VisionConfig
     image_token: int  # the word that holds an image feature's place
     video_token: int
     mtp_depth: int  # words that multi-token prediction looks further ahead; 0: there is none
@@ -89,10 +89,10 @@ class Exaone45Facts(Exaone4Facts):
     mtp_loss_scale: float
 
     @property
-    def text(self) -> Exaone4Facts:
+    def text(self) -> Exaone4ModelConfig:
         """The language model alone."""
-        return Exaone4Facts(
-            **{field.name: getattr(self, field.name) for field in fields(Exaone4Facts)}
+        return Exaone4ModelConfig(
+            **{field.name: getattr(self, field.name) for field in fields(Exaone4ModelConfig)}
         )
 
     @property
@@ -117,7 +117,7 @@ class Exaone45Facts(Exaone4Facts):
         }
 
 
-def read_config(config: Mapping[str, Any]) -> Exaone45Facts:
+def read_hf_config(config: Mapping[str, Any]) -> Exaone45ModelConfig:
     """The facts of an EXAONE 4.5 configuration.
 
     Args:
@@ -130,27 +130,29 @@ def read_config(config: Mapping[str, Any]) -> Exaone45Facts:
     vision = _nested(config, VISION, (_VISION_TYPE,))
     check_types(config)
     dtype = _dtype(config, text, vision)
-    facts = read_text({**text, "dtype": dtype})
-    tower = _read_vision(vision)
-    if tower.out_size != facts.hidden_size:
+    model_config = read_text({**text, "dtype": dtype})
+    vision_encoder = _read_vision(vision)
+    if vision_encoder.out_size != model_config.hidden_size:
         raise UnsupportedConfig(
             "vision_config.out_hidden_size",
-            got=tower.out_size,
-            wanted=f"text_config.hidden_size={facts.hidden_size}, because features take the place of words",
+            got=vision_encoder.out_size,
+            wanted=f"text_config.hidden_size={model_config.hidden_size}, because features take the place of words",
         )
-    image, video = (_word(config, field, default, facts.vocab_size) for field, default in _TOKENS)
+    image, video = (
+        _word(config, field, default, model_config.vocab_size) for field, default in _TOKENS
+    )
     if image == video:
         raise UnsupportedConfig(
             "video_token_id", got=video, wanted="another word than image_token_id"
         )
-    return Exaone45Facts(
+    return Exaone45ModelConfig(
         **{
-            field.name: getattr(facts, field.name)
-            for field in fields(Exaone4Facts)
+            field.name: getattr(model_config, field.name)
+            for field in fields(Exaone4ModelConfig)
             if field.name != "tied"
         },
         tied=bool(config.get("tie_word_embeddings", False)),
-        vision=tower,
+        vision=vision_encoder,
         image_token=image,
         video_token=video,
         mtp_depth=0 if text.get(_MTP_DEPTH) is None else read_count(text, _MTP_DEPTH, least=0),
@@ -198,7 +200,7 @@ def _dtype(config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _read_vision(vision: Mapping[str, Any]) -> VisionFacts:
+def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
     heads, hidden = read_count(vision, "num_heads", 16), read_count(vision, "hidden_size", 3584)
     kv_heads = read_count(vision, "num_key_value_heads", 8)
     if heads % kv_heads:
@@ -221,7 +223,7 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionFacts:
     if window < patch * merge:
         wanted = f"at least patch_size x spatial_merge_size = {patch * merge}, one word"
         raise UnsupportedConfig("vision_config.window_size", got=window, wanted=wanted)
-    return VisionFacts(
+    return VisionConfig(
         depth=depth,
         hidden_size=hidden,
         ffn_size=read_count(vision, "intermediate_size", 3420),
@@ -253,7 +255,7 @@ _VISION_FIELDS = {
 }
 
 
-def write_config(facts: Exaone45Facts, source: Mapping[str, Any]) -> dict[str, Any]:
+def write_hf_config(model_config: Exaone45ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of these facts, key by key as `source` spells it, changed only where the facts have changed.
 
     Args:
@@ -264,51 +266,51 @@ def write_config(facts: Exaone45Facts, source: Mapping[str, Any]) -> dict[str, A
         UnsupportedConfig: what EXAONE 4.0's configuration has no words for.
     """
     if not source:
-        return _written_whole(facts)
-    before = read_config(source)
+        return _written_whole(model_config)
+    before = read_hf_config(source)
     config = {key: value for key, value in source.items() if key != "transformers_version"}
     nested = {TEXT: dict(config.get(TEXT) or {}), VISION: dict(config.get(VISION) or {})}
     text = read_text(nested[TEXT])
-    if before.text != facts.text:  # but for what the whole model's fields say
+    if before.text != model_config.text:  # but for what the whole model's fields say
         nested[TEXT] = write_text(
-            replace(facts.text, tied=text.tied, dtype=text.dtype), nested[TEXT]
+            replace(model_config.text, tied=text.tied, dtype=text.dtype), nested[TEXT]
         )
-    nested[TEXT] |= _written(before, facts, _MTP_FIELDS)
-    nested[VISION] |= _written(before.vision, facts.vision, _VISION_FIELDS)
-    config |= _written(before, facts, _FIELDS)
-    if before.dtype != facts.dtype:
+    nested[TEXT] |= _written(before, model_config, _MTP_FIELDS)
+    nested[VISION] |= _written(before.vision, model_config.vision, _VISION_FIELDS)
+    config |= _written(before, model_config, _FIELDS)
+    if before.dtype != model_config.dtype:
         for each in (config, *nested.values()):
             each.pop("torch_dtype", None)
-            each["dtype"] = facts.dtype
+            each["dtype"] = model_config.dtype
     return config | {field: each for field, each in nested.items() if each}
 
 
-def _written_whole(facts: Exaone45Facts) -> dict[str, Any]:
-    text = write_text(facts.text, {}) | _written(
-        None, facts, _MTP_FIELDS if facts.mtp_depth else {}
+def _written_whole(model_config: Exaone45ModelConfig) -> dict[str, Any]:
+    text = write_text(model_config.text, {}) | _written(
+        None, model_config, _MTP_FIELDS if model_config.mtp_depth else {}
     )
     del text["architectures"]
-    vision = {"model_type": _VISION_TYPE, "dtype": facts.dtype} | _written(
-        None, facts.vision, _VISION_FIELDS
+    vision = {"model_type": _VISION_TYPE, "dtype": model_config.dtype} | _written(
+        None, model_config.vision, _VISION_FIELDS
     )
-    whole = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": facts.dtype}
-    return whole | _written(None, facts, _FIELDS) | {TEXT: text, VISION: vision}
+    whole = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": model_config.dtype}
+    return whole | _written(None, model_config, _FIELDS) | {TEXT: text, VISION: vision}
 
 
-def _written(before: object, facts: object, names: Mapping[str, str]) -> dict[str, Any]:
+def _written(before: object, model_config: object, names: Mapping[str, str]) -> dict[str, Any]:
     """Field -> value of the facts that have changed."""
     values = {
-        field: getattr(facts, name)
+        field: getattr(model_config, name)
         for name, field in names.items()
-        if _changed(before, facts, name)
+        if _changed(before, model_config, name)
     }
     return {
         field: list(value) if isinstance(value, tuple) else value for field, value in values.items()
     }
 
 
-def _changed(before: object, facts: object, name: str) -> bool:
-    return before is None or bool(getattr(before, name) != getattr(facts, name))
+def _changed(before: object, model_config: object, name: str) -> bool:
+    return before is None or bool(getattr(before, name) != getattr(model_config, name))
 
 
 _FIELDS = {

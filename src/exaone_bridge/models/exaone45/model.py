@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from exaone_bridge.errors import VisionInputError
-from exaone_bridge.models.exaone45.config import VisionFacts
+from exaone_bridge.models.exaone45.config import VisionConfig
 from exaone_bridge.models.exaone45.vision_encoder import smallest_image
 from exaone_bridge.modules.context_parallel import gathered_in_order, positions_of
 
@@ -29,7 +29,7 @@ class Exaone45Model(GPTModel):
     """
 
     visual: torch.nn.Module
-    vision: VisionFacts
+    vision: VisionConfig
     image_token: int
     video_token: int
 
@@ -38,7 +38,7 @@ class Exaone45Model(GPTModel):
         cls,
         language_model: GPTModel,
         visual: torch.nn.Module | None,
-        vision: VisionFacts,
+        vision: VisionConfig,
         image: int,
         video: int,
     ) -> Exaone45Model:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from exaone_bridge.models.exaone45.config import Exaone45Facts, VisionFacts
+from exaone_bridge.models.exaone45.config import Exaone45ModelConfig, VisionConfig
 
 __all__ = ["Piece", "image_prompts", "prompt_of"]
 
@@ -14,7 +14,9 @@ Piece = tuple[int, int, int] | int  # a grid of patches in time, rows and column
 
 
 def prompt_of(
-    facts: Exaone45Facts, pieces: Sequence[tuple[str, Piece]], generator: torch.Generator
+    model_config: Exaone45ModelConfig,
+    pieces: Sequence[tuple[str, Piece]],
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Words [S] of a prompt, and the arguments with its images.
 
@@ -24,15 +26,21 @@ def prompt_of(
     words, given = [], {"image": [], "video": []}  # type: ignore[var-annotated]
     for kind, piece in pieces:
         if isinstance(piece, int):
-            words.append(_text(facts, piece, generator))
+            words.append(_text(model_config, piece, generator))
             continue
-        time, rows, columns = piece
-        features = time * rows * columns // facts.vision.merge_size**2
+        time, mappings, columns = piece
+        features = time * mappings * columns // model_config.vision.merge_size**2
         words.append(
-            torch.full((features,), facts.image_token if kind == "image" else facts.video_token)
+            torch.full(
+                (features,),
+                model_config.image_token if kind == "image" else model_config.video_token,
+            )
         )
         given[kind].append(
-            (torch.tensor(piece), _pixels(facts.vision, time * rows * columns, generator))
+            (
+                torch.tensor(piece),
+                _pixels(model_config.vision, time * mappings * columns, generator),
+            )
         )
     arguments: dict[str, torch.Tensor] = {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
@@ -45,20 +53,22 @@ def prompt_of(
     return torch.cat(words), arguments
 
 
-def _pixels(vision: VisionFacts, patches: int, generator: torch.Generator) -> torch.Tensor:
+def _pixels(vision: VisionConfig, patches: int, generator: torch.Generator) -> torch.Tensor:
     """[patches, elements of one]: as large as a processor's, which bring pixels to a deviation of about one."""
     return torch.randn(patches, vision.patch_elements, generator=generator)
 
 
-def _text(facts: Exaone45Facts, count: int, generator: torch.Generator) -> torch.Tensor:
-    words = torch.randint(facts.vocab_size, (count,), generator=generator)
-    for token in (facts.image_token, facts.video_token):
-        words[words == token] = (token + 2) % facts.vocab_size
+def _text(
+    model_config: Exaone45ModelConfig, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    words = torch.randint(model_config.vocab_size, (count,), generator=generator)
+    for token in (model_config.image_token, model_config.video_token):
+        words[words == token] = (token + 2) % model_config.vocab_size
     return words
 
 
 def image_prompts(
-    facts: Exaone45Facts, count: int, seed: int, length: int | None = None
+    model_config: Exaone45ModelConfig, count: int, seed: int, length: int | None = None
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
     """Prompts of one length [N, S], and the images of each: one; several of different sizes, at both ends; a video;
     none; and so on.
@@ -69,8 +79,8 @@ def image_prompts(
         length: positions S; None: past the language model's window. Images make it longer where they need to.
     """
     generator = torch.Generator().manual_seed(seed)
-    side = facts.vision.merge_size
-    window = max(1, facts.vision.window_size // facts.vision.patch_size // side)
+    side = model_config.vision.merge_size
+    window = max(1, model_config.vision.window_size // model_config.vision.patch_size // side)
     small, large = (1, side, 2 * side), (1, (window + 1) * side, (2 * window + 1) * side)
     kinds: list[list[tuple[str, Piece]]] = [
         [("text", 5), ("image", large), ("text", 7)],
@@ -84,9 +94,13 @@ def image_prompts(
         [("text", 2), ("video", (2, (window + 1) * side, side)), ("text", 2), ("image", small)],
         [("text", 9)],
     ]
-    made = [prompt_of(facts, kinds[number % len(kinds)], generator) for number in range(count)]
+    made = [
+        prompt_of(model_config, kinds[number % len(kinds)], generator) for number in range(count)
+    ]
     if length is None:
-        length = max((window or 0) for window in facts.windows) * 2 + 9
-    length = max(min(length, facts.max_positions), max(len(words) for words, _ in made))
-    tokens = [torch.cat([words, _text(facts, length - len(words), generator)]) for words, _ in made]
+        length = max((window or 0) for window in model_config.windows) * 2 + 9
+    length = max(min(length, model_config.max_positions), max(len(words) for words, _ in made))
+    tokens = [
+        torch.cat([words, _text(model_config, length - len(words), generator)]) for words, _ in made
+    ]
     return torch.stack(tokens), [arguments for _, arguments in made]

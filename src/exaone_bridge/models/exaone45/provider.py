@@ -10,17 +10,17 @@ from typing import Any
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.models.exaone4.config import Exaone4Facts
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
 from exaone_bridge.models.exaone4.layer_spec import exaone4_layer_spec
 from exaone_bridge.models.exaone4.provider import Exaone4ModelProvider, exaone4_provider
-from exaone_bridge.models.exaone4.provider import facts_of as text_facts_of
-from exaone_bridge.models.exaone45.config import Exaone45Facts, VisionFacts
+from exaone_bridge.models.exaone4.provider import model_config_of as text_config_of
+from exaone_bridge.models.exaone45.config import Exaone45ModelConfig, VisionConfig
 from exaone_bridge.models.exaone45.model import Exaone45Model
 from exaone_bridge.models.exaone45.mtp import mtp_block_spec
-from exaone_bridge.models.exaone45.vision_encoder import build_tower
+from exaone_bridge.models.exaone45.vision_encoder import build_vision_encoder
 from exaone_bridge.modules.backend import resolve_backend
 
-__all__ = ["Exaone45ModelProvider", "exaone45_provider", "facts_of"]
+__all__ = ["Exaone45ModelProvider", "exaone45_provider", "model_config_of"]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
     """Exaone4ModelProvider with a vision tower; sizes come from `exaone45_provider`.
 
     Attributes:
-        vision: the fields of `VisionFacts`.
+        vision: the fields of `VisionConfig`.
         image_token_id, video_token_id: the words that hold features' places.
         mtp_depth: of the multi-token prediction on disk. It is built, and trained, where `mtp_num_layers` is set; else
             it travels beside the model.
@@ -41,8 +41,8 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
     image_token_id: int = 67
     video_token_id: int = 68
     mtp_depth: int = 0
-    mtp_windowed: bool = True
-    mtp_rotated: bool = True
+    mtp_sliding: bool = True
+    mtp_use_rope: bool = True
     freeze_language_model: bool = False
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False
@@ -66,9 +66,9 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         super().finalize()
 
     @property
-    def vision_facts(self) -> VisionFacts:
+    def vision_config_of(self) -> VisionConfig:
         """What `vision` says."""
-        return VisionFacts(
+        return VisionConfig(
             **{**self.vision, "full_attention": tuple(self.vision["full_attention"])}
         )
 
@@ -82,12 +82,14 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         language_model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
-        facts = self.vision_facts
-        tower = (
-            build_tower(facts, self, self.init_method_std) if language_model.pre_process else None
+        model_config = self.vision_config_of
+        vision_encoder = (
+            build_vision_encoder(model_config, self, self.init_method_std)
+            if language_model.pre_process
+            else None
         )
         model = Exaone45Model.made_of(
-            language_model, tower, facts, self.image_token_id, self.video_token_id
+            language_model, vision_encoder, model_config, self.image_token_id, self.video_token_id
         )
         for name, parameter in model.named_parameters():
             if self.is_frozen(name):
@@ -99,7 +101,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         if not self.mtp_num_layers:
             return None
         backend = resolve_backend(self.backend)
-        rule = {"windowed": self.mtp_windowed, "rotated": self.mtp_rotated}
+        rule = {"windowed": self.mtp_sliding, "rotated": self.mtp_use_rope}
         return mtp_block_spec(self, backend, exaone4_layer_spec(backend), **rule, vp_stage=vp_stage)
 
     def is_frozen(self, name: str) -> bool:
@@ -113,32 +115,36 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         )
 
 
-def exaone45_provider(facts: Exaone45Facts, hf_config: Mapping[str, Any]) -> Exaone45ModelProvider:
+def exaone45_provider(
+    model_config: Exaone45ModelConfig, hf_config: Mapping[str, Any]
+) -> Exaone45ModelProvider:
     """The provider of these facts; `hf_config` is carried for the export."""
-    text = exaone4_provider(dataclasses.replace(facts.text, tied=facts.tied), hf_config)
+    text = exaone4_provider(
+        dataclasses.replace(model_config.text, tied=model_config.tied), hf_config
+    )
     given = {each.name: getattr(text, each.name) for each in fields(text) if each.init}
     return Exaone45ModelProvider(
         **given
         | {
-            "mtp_use_repeated_layer": facts.mtp_shared,
-            "mtp_loss_scaling_factor": facts.mtp_loss_scale,
+            "mtp_use_repeated_layer": model_config.mtp_shared,
+            "mtp_loss_scaling_factor": model_config.mtp_loss_scale,
         },
-        vision=dataclasses.asdict(facts.vision)
-        | {"full_attention": list(facts.vision.full_attention)},
-        image_token_id=facts.image_token,
-        video_token_id=facts.video_token,
-        mtp_depth=facts.mtp_depth,
-        mtp_windowed=facts.windows[0] is not None,
-        mtp_rotated=facts.rope[0],
+        vision=dataclasses.asdict(model_config.vision)
+        | {"full_attention": list(model_config.vision.full_attention)},
+        image_token_id=model_config.image_token,
+        video_token_id=model_config.video_token,
+        mtp_depth=model_config.mtp_depth,
+        mtp_sliding=model_config.windows[0] is not None,
+        mtp_use_rope=model_config.rope[0],
     )
 
 
-def facts_of(provider: Exaone45ModelProvider) -> Exaone45Facts:
+def model_config_of(provider: Exaone45ModelProvider) -> Exaone45ModelConfig:
     """The inverse of `exaone45_provider`: the facts of the model that this provider would build."""
-    text = text_facts_of(provider)
-    return Exaone45Facts(
-        **{each.name: getattr(text, each.name) for each in fields(Exaone4Facts)},
-        vision=provider.vision_facts,
+    text = text_config_of(provider)
+    return Exaone45ModelConfig(
+        **{each.name: getattr(text, each.name) for each in fields(Exaone4ModelConfig)},
+        vision=provider.vision_config_of,
         image_token=provider.image_token_id,
         video_token=provider.video_token_id,
         mtp_depth=provider.mtp_num_layers or provider.mtp_depth,

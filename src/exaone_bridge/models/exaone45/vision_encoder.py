@@ -17,9 +17,9 @@ from transformers.models.exaone4_5.modeling_exaone4_5 import (
     Exaone4_5_VisionRotaryEmbedding,
 )
 
-from exaone_bridge.models.exaone45.config import VisionFacts
+from exaone_bridge.models.exaone45.config import VisionConfig
 
-__all__ = ["build_tower", "smallest_image"]
+__all__ = ["build_vision_encoder", "smallest_image"]
 
 
 class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
@@ -42,8 +42,8 @@ class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
         return super().forward(position_ids)
 
 
-def build_tower(
-    vision: VisionFacts, config: TransformerConfig, init_std: float
+def build_vision_encoder(
+    vision: VisionConfig, config: TransformerConfig, init_std: float
 ) -> Exaone4_5_VisionModel:
     """The tower of these facts, in the model's type; where activations are recomputed, its blocks' are too.
 
@@ -67,23 +67,23 @@ def build_tower(
         initializer_range=init_std,
     )
     with contextlib.nullcontext() if config.perform_initialization else no_init_weights():
-        tower = Exaone4_5_VisionModel._from_config(
+        vision_encoder = Exaone4_5_VisionModel._from_config(
             theirs, attn_implementation="sdpa", dtype=config.params_dtype
         )
-    tower.rotary_pos_emb = _Fp32Angles(vision.head_dim // 2)
+    vision_encoder.rotary_pos_emb = _Fp32Angles(vision.head_dim // 2)
     if config.recompute_granularity == "full":
-        tower.gradient_checkpointing_enable({"use_reentrant": False})
-    for parameter in tower.parameters():
+        vision_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in vision_encoder.parameters():
         # Every tensor-parallel rank has the whole gradient, and they must stay equal: their mean. With sequence
         # parallelism it has that of the features in its cut only: their sum (`finalize_model_grads.py`).
         if config.sequence_parallel:
             parameter.sequence_parallel = True
         else:
             parameter.average_gradients_across_tp_domain = True
-    return tower
+    return vision_encoder
 
 
-def smallest_image(vision: VisionFacts, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def smallest_image(vision: VisionConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels [patches, elements of one] and grid [1, 3] of a grey image that is one word."""
     pixels = torch.zeros(
         vision.merge_size**2, vision.patch_elements, dtype=like.dtype, device=like.device

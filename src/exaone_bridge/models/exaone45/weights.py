@@ -11,31 +11,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from exaone_bridge.models.exaone4.weights import exaone4_rows
-from exaone_bridge.models.exaone45.config import Exaone45Facts, VisionFacts
-from exaone_bridge.schema.param_mapping import HFTensor, Kind, Row, hf_renamed
+from exaone_bridge.models.exaone4.weights import exaone4_mappings
+from exaone_bridge.models.exaone45.config import Exaone45ModelConfig, VisionConfig
+from exaone_bridge.schema.param_mapping import HFTensor, MappingKind, ParamMapping, hf_renamed
 
 __all__ = [
-    "CARRIED",
-    "carried_tensors",
-    "exaone45_rows",
-    "exaone45_rows_with_mtp",
-    "without_carried",
+    "PASSTHROUGH",
+    "exaone45_mappings",
+    "exaone45_mappings_with_mtp",
+    "passthrough_tensors",
+    "without_passthrough",
 ]
 
-CARRIED = r"mtp\..+"  # which Transformers ignores (`_keys_to_ignore_on_load_unexpected`)
+PASSTHROUGH = r"mtp\..+"  # which Transformers ignores (`_keys_to_ignore_on_load_unexpected`)
 
 _BIAS_STD = 0.1
 
 
-def exaone45_rows(facts: Exaone45Facts) -> tuple[Row, ...]:
+def exaone45_mappings(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
     """Every parameter of an EXAONE 4.5 model."""
-    language = (hf_renamed(row, _in_language_model) for row in exaone4_rows(facts))
+    language = (
+        hf_renamed(mapping, _in_language_model) for mapping in exaone4_mappings(model_config)
+    )
     return (
         *language,
         *(
-            Row(Kind.REPLICATED, _of_tower(tensor.name), (tensor,))
-            for tensor in _tower(facts.vision)
+            ParamMapping(MappingKind.REPLICATED, _is_vision(tensor.name), (tensor,))
+            for tensor in _vision_encoder(model_config.vision)
         ),
     )
 
@@ -44,11 +46,11 @@ def _in_language_model(name: str) -> str:
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
-def _of_tower(name: str) -> str:
+def _is_vision(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _tower(vision: VisionFacts) -> Iterator[HFTensor]:
+def _vision_encoder(vision: VisionConfig) -> Iterator[HFTensor]:
     """Written out block by block: a `*` stands for a layer of the language model."""
     patches = "model.visual.patch_embed.proj.weight"
     yield HFTensor(patches, "vctpp", std=vision.patch_elements**-0.5)
@@ -71,45 +73,47 @@ def _linear(name: str, axes: str) -> Iterator[HFTensor]:
     yield HFTensor(f"{name}.bias", axes[0], std=_BIAS_STD)
 
 
-def without_carried(facts: Exaone45Facts) -> Exaone45Facts:
+def without_passthrough(model_config: Exaone45ModelConfig) -> Exaone45ModelConfig:
     """The facts of the same model without multi-token prediction beside it."""
-    return dataclasses.replace(facts, mtp_depth=0)
+    return dataclasses.replace(model_config, mtp_depth=0)
 
 
-def exaone45_rows_with_mtp(facts: Exaone45Facts) -> tuple[Row, ...]:
+def exaone45_mappings_with_mtp(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
     """Every parameter of a model that was built with its multi-token prediction."""
-    return (*exaone45_rows(facts), *_mtp(facts))
+    return (*exaone45_mappings(model_config), *_mtp(model_config))
 
 
-def carried_tensors(facts: Exaone45Facts) -> tuple[HFTensor, ...]:
+def passthrough_tensors(model_config: Exaone45ModelConfig) -> tuple[HFTensor, ...]:
     """What a checkpoint with multi-token prediction ships."""
-    return tuple(tensor for row in _mtp(facts) for tensor in row.hf)
+    return tuple(tensor for mapping in _mtp(model_config) for tensor in mapping.hf)
 
 
-def _mtp(facts: Exaone45Facts) -> Iterator[Row]:
+def _mtp(model_config: Exaone45ModelConfig) -> Iterator[ParamMapping]:
     """Of each depth: EXAONE 4.0's layer, and what leads to it and from it, of which there is one on disk."""
-    for depth in range(facts.mtp_layers):
+    for depth in range(model_config.mtp_layers):
         name = f"mtp.layers.{depth}"
-        for row in exaone4_rows(facts.text):
-            if row.layers:
-                inside = row.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
+        for mapping in exaone4_mappings(model_config.text):
+            if mapping.layers:
+                inside = mapping.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
                 yield dataclasses.replace(
-                    hf_renamed(row, _in_prediction(depth)), megatron=inside, layers=()
+                    hf_renamed(mapping, _in_prediction(depth)), megatron=inside, layers=()
                 )
         if depth == 0:
-            yield Row(Kind.COLUMN, f"{name}.eh_proj.weight", (HFTensor("mtp.fc.weight", "HJ"),))
-            yield Row(
-                Kind.REPLICATED,
+            yield ParamMapping(
+                MappingKind.COLUMN, f"{name}.eh_proj.weight", (HFTensor("mtp.fc.weight", "HJ"),)
+            )
+            yield ParamMapping(
+                MappingKind.REPLICATED,
                 f"{name}.enorm.weight",
                 (HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),),
             )
-            yield Row(
-                Kind.REPLICATED,
+            yield ParamMapping(
+                MappingKind.REPLICATED,
                 f"{name}.hnorm.weight",
                 (HFTensor("mtp.pre_fc_norm_hidden.weight", "H"),),
             )
-            yield Row(
-                Kind.REPLICATED,
+            yield ParamMapping(
+                MappingKind.REPLICATED,
                 f"{name}.final_layernorm.weight",
                 (HFTensor("mtp.norm.weight", "H"),),
             )

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verification.activations.probe_points import Point, Take
+from exaone_bridge.verification.activations.probe_points import Capture, ProbePoint
 
-__all__ = ["Traced", "hf_hooks", "megatron_hooks"]
+__all__ = ["Activations", "hf_hooks", "megatron_hooks"]
 
 
 @dataclass(slots=True)
-class Traced:
+class Activations:
     """One side's run over prompts of one length.
 
     Attributes:
@@ -56,16 +56,16 @@ def _tensor(output: Any) -> torch.Tensor:
 @contextlib.contextmanager
 def hf_hooks(
     model: torch.nn.Module,
-    points: Iterable[Point],
+    points: Iterable[ProbePoint],
     length: int,
-    keep: Callable[[Point, torch.Tensor, Any], None],
+    keep: Callable[[ProbePoint, torch.Tensor, Any], None],
 ) -> Iterator[None]:
     """Call `keep(point, output [N, S, features], chosen experts [N, S, E] or None)` as Transformers runs."""
     modules = dict(model.named_modules())
 
-    def hook(point: Point) -> Any:
+    def hook(point: ProbePoint) -> Any:
         def look(_: Any, __: Any, output: Any) -> None:
-            if point.take is Take.ROUTER:
+            if point.take is Capture.ROUTER:
                 weights, chosen = routing_weights(output)
                 keep(
                     point,
@@ -94,7 +94,7 @@ def hf_hooks(
 
 @contextlib.contextmanager
 def megatron_hooks(
-    model: list[Any], points: Iterable[Point], into: dict[str, list[torch.Tensor]]
+    model: list[Any], points: Iterable[ProbePoint], into: dict[str, list[torch.Tensor]]
 ) -> Iterator[None]:
     """Append each microbatch's value [B, S, features] at every point that this rank holds.
 
@@ -149,7 +149,7 @@ def _by_global_number(chunk: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 def _watch(
     module: torch.nn.Module,
-    point: Point,
+    point: ProbePoint,
     config: Any,
     into: dict[str, list[torch.Tensor]],
     again: int = 0,
@@ -164,7 +164,7 @@ def _watch(
             value.detach().flatten(2).transpose(0, 1).float().cpu().clone()
         )
 
-    if point.take is Take.PATCHES:
+    if point.take is Capture.PATCHES:
         return module.register_forward_hook(
             lambda _, __, output: into.setdefault(point.hf, []).append(
                 _tensor(output).detach().float().cpu()
@@ -177,21 +177,21 @@ def _watch(
             return
         value = _tensor(output)
         match point.take:
-            case Take.INPUT:
+            case Capture.INPUT:
                 keep(_whole(arguments[0], config))
-            case Take.FUSED_NORM:
+            case Capture.FUSED_NORM:
                 hidden = _whole(arguments[0], config)
                 keep(
                     torch.nn.functional.rms_norm(
                         hidden, hidden.shape[-1:], linear.layer_norm_weight, linear.eps
                     )
                 )
-            case Take.QUERY | Take.KEY | Take.VALUE:
+            case Capture.QUERY | Capture.KEY | Capture.VALUE:
                 keep(_part(value, point.take, config))
-            case Take.ROUTER:
+            case Capture.ROUTER:
                 batch = arguments[0].shape[1]
                 keep(_whole(value.reshape(-1, batch, value.shape[-1]), config))
-            case Take.OUTPUT:
+            case Capture.OUTPUT:
                 bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
                 if (
                     isinstance(bias, torch.Tensor) and bias.ndim == 1
@@ -202,15 +202,17 @@ def _watch(
     return module.register_forward_hook(after)
 
 
-def _part(fused: torch.Tensor, take: Take, config: Any) -> torch.Tensor:
+def _part(fused: torch.Tensor, take: Capture, config: Any) -> torch.Tensor:
     """Queries, keys or values [S, B, features] of a projection whose heads lie group by group: queries, key, value."""
     groups = config.num_query_groups
     per_group = config.num_attention_heads // groups
     length, batch = fused.shape[:2]
     heads = fused.view(length, batch, groups, per_group + 2, config.kv_channels)
-    which = {Take.QUERY: slice(0, per_group), Take.KEY: slice(-2, -1), Take.VALUE: slice(-1, None)}[
-        take
-    ]
+    which = {
+        Capture.QUERY: slice(0, per_group),
+        Capture.KEY: slice(-2, -1),
+        Capture.VALUE: slice(-1, None),
+    }[take]
     return heads[..., which, :].flatten(2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exaone_bridge.verification.report.report import Location, Place
+from exaone_bridge.verification.report.report import ActivationDiff, Location
 
 __all__ = ["CAUSES", "locate"]
 
@@ -72,7 +72,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
 }
 
 
-def locate(places: Sequence[Place]) -> Location | None:
+def locate(places: Sequence[ActivationDiff]) -> Location | None:
     """The first place that parts; None if none does."""
     for place in places:
         if place.parts:

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from exaone_bridge.schema.param_mapping import Kind, Row
+from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
-__all__ = ["LOGITS", "TOWER", "Point", "Take", "points_of"]
+__all__ = ["LOGITS", "VISION_ENCODER", "Capture", "ProbePoint", "points_of"]
 
 LOGITS = "logits"  # the place after all others
-TOWER = "vision "  # before the sublayers of a vision tower
+VISION_ENCODER = "vision "  # before the sublayers of a vision tower
 
 
-class Take(StrEnum):
+class Capture(StrEnum):
     """What is taken from Megatron-Core's module."""
 
     OUTPUT = "output"
@@ -32,7 +32,7 @@ class Take(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ProbePoint:
     """One place.
 
     Attributes:
@@ -47,17 +47,19 @@ class Point:
     layer: int | None
     sublayer: str
     megatron: str
-    take: Take
+    take: Capture
     heads: bool = False
     block: int | None = None
 
 
-def points_of(rows: Iterable[Row]) -> tuple[Point, ...]:
+def points_of(mappings: Iterable[ParamMapping]) -> tuple[ProbePoint, ...]:
     """Every place of a model with these rows, in no particular order."""
-    rows = tuple(rows)
-    tower = tuple(row for row in rows if row.megatron.startswith("visual."))
-    rows = tuple(row for row in rows if not row.megatron.startswith("visual."))
-    points = (*_sublayers(rows), *_inside(rows), *_tower(tower))
+    mappings = tuple(mappings)
+    vision_encoder = tuple(
+        mapping for mapping in mappings if mapping.megatron.startswith("visual.")
+    )
+    mappings = tuple(mapping for mapping in mappings if not mapping.megatron.startswith("visual."))
+    points = (*_sublayers(mappings), *_inside(mappings), *_vision_encoder(vision_encoder))
     return tuple({point.hf: point for point in points}.values())
 
 
@@ -65,12 +67,12 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _tower(rows: tuple[Row, ...]) -> Iterator[Point]:
+def _vision_encoder(mappings: tuple[ParamMapping, ...]) -> Iterator[ProbePoint]:
     """Patches, norms, attention, feed-forward and the whole of each block, merger and features; both sides have one
     name for each."""
-    for row in rows:
-        parts = row.megatron.split(".")  # visual.blocks.3.attn.proj.weight
-        prefix = row.hf[0].name.removesuffix(row.megatron)
+    for mapping in mappings:
+        parts = mapping.megatron.split(".")  # visual.blocks.3.attn.proj.weight
+        prefix = mapping.hf[0].name.removesuffix(mapping.megatron)
         block = int(parts[2]) if parts[1] == "blocks" else None
         if block is None:
             found = [
@@ -86,51 +88,58 @@ def _tower(rows: tuple[Row, ...]) -> Iterator[Point]:
             ]
         for module, sublayer in found:
             name = ".".join(module)
-            yield Point(prefix + name, None, TOWER + sublayer, name, Take.PATCHES, block=block)
+            yield ProbePoint(
+                prefix + name, None, VISION_ENCODER + sublayer, name, Capture.PATCHES, block=block
+            )
 
 
-def _inside(rows: tuple[Row, ...]) -> Iterator[Point]:
+def _inside(mappings: tuple[ParamMapping, ...]) -> Iterator[ProbePoint]:
     """Norms, projections of queries, keys and values, routers, and the embedding."""
-    for row in rows:
-        if row.experts:
+    for mapping in mappings:
+        if mapping.experts:
             continue
-        for number, hf in zip(row.layers or (None,), row.expand(), strict=True):
+        for number, hf in zip(mapping.layers or (None,), mapping.expand(), strict=True):
             (megatron, tensors), here = hf, number
             name = _module(tensors[0].name)
-            if row.kind is Kind.QKV and megatron.endswith(".weight"):
-                for tensor, take in zip(tensors, (Take.QUERY, Take.KEY, Take.VALUE), strict=True):
-                    yield Point(
+            if mapping.kind is MappingKind.QKV and megatron.endswith(".weight"):
+                for tensor, take in zip(
+                    tensors, (Capture.QUERY, Capture.KEY, Capture.VALUE), strict=True
+                ):
+                    yield ProbePoint(
                         _module(tensor.name), here, "attention", _module(megatron), take, heads=True
                     )
             elif megatron.endswith(".router.weight"):
-                yield Point(name, here, "router", _module(megatron), Take.ROUTER)
+                yield ProbePoint(name, here, "router", _module(megatron), Capture.ROUTER)
             elif megatron == "embedding.word_embeddings.weight":
-                yield Point(name, None, "embedding", "embedding", Take.OUTPUT)
+                yield ProbePoint(name, None, "embedding", "embedding", Capture.OUTPUT)
             elif (
-                row.kind is Kind.REPLICATED
+                mapping.kind is MappingKind.REPLICATED
                 and "norm" in megatron.rpartition(".")[0] + name.rpartition(".")[2]
             ):
                 fused = megatron.endswith(".layer_norm_weight")
                 heads = tensors[0].axes == "D"
-                yield Point(
+                yield ProbePoint(
                     name,
                     here,
                     "norm",
                     _module(megatron),
-                    Take.FUSED_NORM if fused else Take.OUTPUT,
+                    Capture.FUSED_NORM if fused else Capture.OUTPUT,
                     heads=heads,
                 )
 
 
-def _sublayers(rows: tuple[Row, ...]) -> Iterator[Point]:
+def _sublayers(mappings: tuple[ParamMapping, ...]) -> Iterator[ProbePoint]:
     """Attention, feed-forward and the whole of each layer; a norm inside the last linear is not part of a sublayer."""
     expanded = {
-        megatron: tensors for row in rows if not row.experts for megatron, tensors in row.expand()
+        megatron: tensors
+        for mapping in mappings
+        if not mapping.experts
+        for megatron, tensors in mapping.expand()
     }
-    for row in rows:
-        if row.kind is not Kind.QKV or not row.megatron.endswith(".weight"):
+    for mapping in mappings:
+        if mapping.kind is not MappingKind.QKV or not mapping.megatron.endswith(".weight"):
             continue
-        for layer, (_, tensors) in zip(row.layers, row.expand(), strict=True):
+        for layer, (_, tensors) in zip(mapping.layers, mapping.expand(), strict=True):
             attention = _module(_module(tensors[0].name))  # model.layers.3.self_attn
             theirs, ours = _module(attention), f"decoder.layers.{layer}"
             for hf, module, last, sublayer in (
@@ -139,6 +148,8 @@ def _sublayers(rows: tuple[Row, ...]) -> Iterator[Point]:
             ):
                 norm = f"{ours}.{module}.{last}.post_layernorm"
                 inside = f"{norm}.weight" in expanded
-                name, take = (norm, Take.INPUT) if inside else (f"{ours}.{module}", Take.OUTPUT)
-                yield Point(hf, layer, sublayer, name, take)
-            yield Point(theirs, layer, "layer", ours, Take.OUTPUT)
+                name, take = (
+                    (norm, Capture.INPUT) if inside else (f"{ours}.{module}", Capture.OUTPUT)
+                )
+                yield ProbePoint(hf, layer, sublayer, name, take)
+            yield ProbePoint(theirs, layer, "layer", ours, Capture.OUTPUT)

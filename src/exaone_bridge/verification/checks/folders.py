@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.schema.hf_files import TRAVELLING_FILES
+from exaone_bridge.schema.hf_files import COMPANION_FILES
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.report.report import Check
 
@@ -78,7 +78,7 @@ def compare_files(left: Path, right: Path) -> Check:
     names = {
         path.name
         for folder in (left, right)
-        for glob in TRAVELLING_FILES
+        for glob in COMPANION_FILES
         for path in folder.glob(glob)
         if path.is_file()
     }

@@ -11,7 +11,12 @@ import torch
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.precision import Rounding
 from exaone_bridge.verification.report.report import Check
-from exaone_bridge.verification.workflow.transformers import NUDGE, Images, embeddings_of, together
+from exaone_bridge.verification.workflow.transformers import (
+    PERTURBATION,
+    Images,
+    embeddings_of,
+    together,
+)
 
 __all__ = ["compare_gradients", "gradients_of_megatron", "gradients_of_transformers"]
 
@@ -29,21 +34,25 @@ def gradients_of_transformers(
         images: of each prompt; empty: none has any.
     """
     clean = _backward(model, tokens, images, 0.0)
-    nudged = _backward(model, tokens, images, NUDGE)
-    change = max(_relative(nudged[name], clean[name]) for name in clean)
-    return clean, change / NUDGE
+    perturbed = _backward(model, tokens, images, PERTURBATION)
+    change = max(_relative(perturbed[name], clean[name]) for name in clean)
+    return clean, change / PERTURBATION
 
 
 def _backward(
-    model: Any, tokens: torch.Tensor, images: Sequence[Images], nudge: float
+    model: Any, tokens: torch.Tensor, images: Sequence[Images], perturbation: float
 ) -> Gradients:
     def add_noise(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        return output + nudge * noise * output.detach().square().mean(-1, keepdim=True).sqrt()
+        return (
+            output + perturbation * noise * output.detach().square().mean(-1, keepdim=True).sqrt()
+        )
 
     model.zero_grad()
     handles = (
-        [each.register_forward_hook(add_noise) for each in embeddings_of(model)] if nudge else []
+        [each.register_forward_hook(add_noise) for each in embeddings_of(model)]
+        if perturbation
+        else []
     )
     tokens = tokens.to(model.device)
     pictures = {name: value.to(model.device) for name, value in together(images).items()}
@@ -147,7 +156,10 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare_gradients(
-    reference: tuple[Gradients, float], ours: Mapping[str, torch.Tensor], facts: Any, positions: int
+    reference: tuple[Gradients, float],
+    ours: Mapping[str, torch.Tensor],
+    model_config: Any,
+    positions: int,
 ) -> Check:
     """Every parameter's gradient, by the norm of its difference. What has no gradient on either side is left out.
 
@@ -159,7 +171,7 @@ def compare_gradients(
         name: _relative(ours[name], expected[name]) if name in ours else float("inf")
         for name in sorted(expected)
     }
-    rounding = Rounding(facts, positions)
+    rounding = Rounding(model_config, positions)
     # There and back, and the gradient itself, a sum over all positions.
     terms = 3 * rounding.terms(None, "output layer", is_last=True) + positions
     bound = rounding.bound(terms, amplification)

@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verification.activations.capture import Traced
-from exaone_bridge.verification.activations.probe_points import LOGITS, TOWER, Point, Take
+from exaone_bridge.verification.activations.capture import Activations
+from exaone_bridge.verification.activations.probe_points import (
+    LOGITS,
+    VISION_ENCODER,
+    Capture,
+    ProbePoint,
+)
 from exaone_bridge.verification.checks.precision import BF16_RATIO, Rounding
-from exaone_bridge.verification.report.report import Check, Place
+from exaone_bridge.verification.report.report import ActivationDiff, Check
 
 __all__ = ["compare_half_precision", "compare_logits", "places_of", "prompts"]
 
@@ -59,7 +64,9 @@ class Figures:
         )
 
 
-def _figures(references: Sequence[Traced], ours: Sequence[Traced], bound: float) -> Figures:
+def _figures(
+    references: Sequence[Activations], ours: Sequence[Activations], bound: float
+) -> Figures:
     expected = torch.cat([run.logits[_mask(run)] for run in references])
     found = torch.cat([mine.logits[_mask(run)] for run, mine in zip(references, ours, strict=True)])
     difference = (found - expected).abs()
@@ -85,14 +92,14 @@ def _max(values: torch.Tensor) -> float:
     return values.max().item() if values.numel() else float("nan")
 
 
-def _mask(run: Traced) -> torch.Tensor:
+def _mask(run: Activations) -> torch.Tensor:
     return (
         torch.ones(run.logits.shape[:2], dtype=torch.bool) if run.decided is None else run.decided
     )
 
 
 def compare_logits(
-    references: Sequence[Traced], ours: Sequence[Traced], places: Sequence[Place]
+    references: Sequence[Activations], ours: Sequence[Activations], places: Sequence[ActivationDiff]
 ) -> Check:
     """The line for fp32: every position of every prompt within the bound of rounding; NaN never holds.
 
@@ -101,20 +108,23 @@ def compare_logits(
         places: of `places_of`; the last is the logits'.
     """
     figures = _figures(references, ours, places[-1].bound)
-    holds = figures.positions > 0 and not places[-1].parts
+    passed = figures.positions > 0 and not places[-1].parts
     bound = f"{figures.relative:.1e} of {figures.bound:.1e} (rounding)"
-    return Check("logits", figures.text(), holds, bound=bound, values=dataclasses.asdict(figures))
+    return Check("logits", figures.text(), passed, bound=bound, values=dataclasses.asdict(figures))
 
 
 def compare_half_precision(
-    references: Sequence[Traced], theirs: Sequence[Traced], ours: Sequence[Traced], dtype: str
+    references: Sequence[Activations],
+    theirs: Sequence[Activations],
+    ours: Sequence[Activations],
+    dtype: str,
 ) -> Check:
     """The line for bf16: no farther from Transformers' fp32 than Transformers' own bf16 is.
 
     Distances are means over every logit of every prompt. Routers' ties count: both sides meet them.
     """
 
-    def distance(side: Sequence[Traced]) -> float:
+    def distance(side: Sequence[Activations]) -> float:
         gaps = [
             (mine.logits - run.logits).abs().flatten()
             for run, mine in zip(references, side, strict=True)
@@ -134,19 +144,19 @@ def compare_half_precision(
 
 
 def places_of(
-    points: Iterable[Point],
-    references: Sequence[Traced],
-    ours: Sequence[Traced],
-    facts: Any,
-    theirs: Sequence[Traced] | None = None,
-) -> tuple[Place, ...]:
+    points: Iterable[ProbePoint],
+    references: Sequence[Activations],
+    ours: Sequence[Activations],
+    model_config: Any,
+    theirs: Sequence[Activations] | None = None,
+) -> tuple[ActivationDiff, ...]:
     """Every place that both sides saw, in the order of the arithmetic; the worst of all prompts; the logits last.
 
     Args:
         theirs: Transformers' own run in half precision: then the median position is held against twice theirs.
     """
     table = {point.hf: point for point in points}
-    rounding = Rounding(facts, max(run.logits.shape[1] for run in references))
+    rounding = Rounding(model_config, max(run.logits.shape[1] for run in references))
     places = []
     names = max(
         (run.values for run in references), key=len
@@ -156,21 +166,27 @@ def places_of(
         if point is not None and point.heads and any(name not in run.values for run in ours):
             continue  # tensor parallelism: a rank has some heads only
         layer, sublayer = (None, "output layer") if point is None else (point.layer, point.sublayer)
-        tower = point if point is not None and point.take is Take.PATCHES else None
+        vision_encoder = point if point is not None and point.take is Capture.PATCHES else None
         runs = [
             number for number, run in enumerate(references) if name == LOGITS or name in run.values
         ]
         pairs = [
-            (_of(references[n], name), _of(ours[n], name), None if tower else references[n].decided)
+            (
+                _of(references[n], name),
+                _of(ours[n], name),
+                None if vision_encoder else references[n].decided,
+            )
             for n in runs
         ]
         if theirs is None:
             difference = max((_worst(_relative(a, b), mask) for a, b, mask in pairs), key=_nan_last)
             amplification = max(run.sensitivity.get(name, 1.0) for run in references)
-            if tower is None:
+            if vision_encoder is None:
                 terms = rounding.terms(layer, sublayer, is_last=sublayer != "embedding")
             else:
-                terms = rounding.tower_terms(tower.block, sublayer.removeprefix(TOWER))
+                terms = rounding.vision_terms(
+                    vision_encoder.block, sublayer.removeprefix(VISION_ENCODER)
+                )
             bound = rounding.bound(terms, amplification)
         else:
             difference = _typical([_relative(a, b) for a, b, _ in pairs])
@@ -178,7 +194,7 @@ def places_of(
                 _relative(a, _of(theirs[n], name)) for (a, _, _), n in zip(pairs, runs, strict=True)
             ]
             bound = 2 * _typical(other)
-        places.append(Place(name, layer, sublayer, difference, bound))
+        places.append(ActivationDiff(name, layer, sublayer, difference, bound))
     return tuple(places)
 
 
@@ -191,5 +207,5 @@ def _nan_last(value: float) -> float:
     return float("inf") if value != value else value
 
 
-def _of(run: Traced, name: str) -> torch.Tensor:
+def _of(run: Activations, name: str) -> torch.Tensor:
     return run.logits if name == LOGITS else run.values.get(name, torch.empty(0))

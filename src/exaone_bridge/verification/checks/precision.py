@@ -15,7 +15,7 @@ UNIT_ROUNDOFF = 2.0**-24  # of fp32, to nearest
 CEILING = (
     2.0**-9
 )  # a model that amplifies rounding beyond this cannot be verified in fp32, and does not hold
-_TOWER_THETA = 1e4  # Transformers' `Exaone4_5_VisionRotaryEmbedding`
+_VISION_THETA = 1e4  # Transformers' `Exaone4_5_VisionRotaryEmbedding`
 BF16_RATIO = 1.1  # of distances from fp32: two runs of one precision are that far from each other
 
 
@@ -27,9 +27,9 @@ class Rounding:
         length: positions of the longest prompt.
     """
 
-    def __init__(self, facts: Any, length: int) -> None:
-        dims = facts.dims
-        self.facts, self.length = facts, length
+    def __init__(self, model_config: Any, length: int) -> None:
+        dims = model_config.dims
+        self.model_config, self.length = model_config, length
         self.wide = max(dims.get(axis, 0) for axis in "FMA")
         self.hidden, self.head = dims["H"], dims["D"]
         self.heads = dims["Q"]
@@ -37,13 +37,13 @@ class Rounding:
 
     def _attention(self, layer: int) -> float:
         """Terms of the sums one after the other: norms, projections, scores, softmax, values, projection, norm."""
-        window = self.facts.windows[layer]
+        window = self.model_config.windows[layer]
         keys = self.length if window is None else min(window, self.length)
         # An angle is position x frequency, rounded once: an error of u x angle, mean square over the frequencies
         # theta^-2x, 0 <= x < 1.
         angles = (
-            self.length**2 / (2 * math.log(max(self.facts.rope_theta, 2.0)))
-            if self.facts.rope[layer]
+            self.length**2 / (2 * math.log(max(self.model_config.rope_theta, 2.0)))
+            if self.model_config.rope[layer]
             else 0.0
         )
         return 2 * self.hidden + self.hidden + 2 * self.head + 2 * keys + self.heads + angles
@@ -51,19 +51,21 @@ class Rounding:
     def _mlp(self) -> float:
         return 2 * self.hidden + 2 * self.hidden + self.wide + self.experts
 
-    def _tower(self) -> float:
+    def _vision_encoder(self) -> float:
         """Of a vision tower, whose features take the place of words: patches, each block, and the merger after them."""
         return (
-            0.0 if getattr(self.facts, "vision", None) is None else self.tower_terms(None, "merger")
+            0.0
+            if getattr(self.model_config, "vision", None) is None
+            else self.vision_terms(None, "merger")
         )
 
-    def tower_terms(self, block: int | None, sublayer: str) -> float:
+    def vision_terms(self, block: int | None, sublayer: str) -> float:
         """Terms summed on the way to this place of a vision tower: of its embedding, of a block, or of its merger."""
-        vision = self.facts.vision
+        vision = self.model_config.vision
         if sublayer == "embedding":
             return float(vision.patch_elements)
         if block is None:
-            last = self.tower_terms(vision.depth - 1, "layer")
+            last = self.vision_terms(vision.depth - 1, "layer")
             return last + vision.hidden_size * (1 + 2 * vision.merge_size**2)
         before = vision.patch_elements + sum(
             self._block_attention(each) + self._block_mlp() for each in range(block)
@@ -75,24 +77,26 @@ class Rounding:
         )
 
     def _block_attention(self, block: int) -> float:
-        vision = self.facts.vision
+        vision = self.model_config.vision
         patches = self.length * vision.merge_size**2  # of one image in all places, at most
         window = min((vision.window_size // vision.patch_size) ** 2, patches)
         keys = patches if block in vision.full_attention else window
         # Rows and columns are rotated, and a square has as many as the root of its patches.
-        angles = patches / (2 * math.log(_TOWER_THETA))
+        angles = patches / (2 * math.log(_VISION_THETA))
         return 3 * vision.hidden_size + 2 * vision.head_dim + 2 * keys + angles
 
     def _block_mlp(self) -> float:
-        return 2 * self.facts.vision.hidden_size + self.facts.vision.ffn_size
+        return 2 * self.model_config.vision.hidden_size + self.model_config.vision.ffn_size
 
     def terms(self, layer: int | None, sublayer: str, is_last: bool = False) -> float:
         """Terms summed on the way to this place; outside the layers, `is_last` tells the end from the embedding."""
         if layer is None:
             if not is_last:
                 return 1.0
-            return self.terms(self.facts.num_layers - 1, "layer") + 2 * self.hidden
-        before = self._tower() + sum(self._attention(each) + self._mlp() for each in range(layer))
+            return self.terms(self.model_config.num_layers - 1, "layer") + 2 * self.hidden
+        before = self._vision_encoder() + sum(
+            self._attention(each) + self._mlp() for each in range(layer)
+        )
         here = self._attention(layer) + (0 if sublayer == "attention" else self._mlp())
         return before + here
 

@@ -82,14 +82,14 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
     lines += ["| check | figure | held against | verdict |", "|---|---|---|---|"]
     for check in report.checks:
         figure = check.figure if check.ran else check.where
-        figure += f"; {check.where}" if not check.holds else ""
+        figure += f"; {check.where}" if not check.passed else ""
         lines.append(
             f"| {check.name} | {_cell(figure)} | {_cell(check.bound)} | {check.verdict.value} |"
         )
     return title, "\n".join(lines) + "\n"
 
 
-def _tower(vision: Mapping[str, Any]) -> str:
+def _vision_encoder(vision: Mapping[str, Any]) -> str:
     return (
         f"vision tower of {vision['depth']} blocks, hidden {vision['hidden_size']}, heads {vision['num_heads']}/"
         f"{vision['num_kv_heads']} x {vision['head_dim']}, feed-forward {vision['ffn_size']}, patches of "
@@ -102,7 +102,7 @@ def _mtp(mtp: Mapping[str, Any]) -> str:
     return f"multi-token prediction {mtp['depth']} further, {mtp['layers']} layer{'s' * (mtp['layers'] > 1)} on disk"
 
 
-_WORDS = {"vision": _tower, "mtp": _mtp}
+_WORDS = {"vision": _vision_encoder, "mtp": _mtp}
 
 
 def _prompts(report: Report) -> str:

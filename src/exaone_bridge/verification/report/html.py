@@ -35,18 +35,18 @@ def write_html(report: Report, path: Path) -> None:
 def html_of(report: Report) -> str:
     """The whole page."""
     title = report.source if report.other is None else f"{report.source} against {report.other}"
-    facts = [
+    model_config = [
         f"{report.parameters:,} parameters",
         report.layout,
         report.dtype,
         f"backend {report.backend}",
     ]
-    facts.append(f"{report.seconds:.1f} s")
+    model_config.append(f"{report.seconds:.1f} s")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}: verification</title><style>{_STYLE}</style></head><body>
-<h1>{escape(title)} {_badge("holds" if report.holds else "differs")}</h1>
-<p class="sub">{escape(", ".join(facts))}</p>
+<h1>{escape(title)} {_badge("holds" if report.passed else "differs")}</h1>
+<p class="sub">{escape(", ".join(model_config))}</p>
 {_location(report)}
 <h2>Checks</h2>
 <table><tr><th>check</th><th>figure</th><th>held against</th><th>verdict</th></tr>
@@ -66,7 +66,7 @@ def _badge(verdict: str) -> str:
 
 
 def _check(check: Any) -> str:
-    kind = "where" if not check.holds else "sub"
+    kind = "where" if not check.passed else "sub"
     where = f'<div class="{kind}">{escape(check.where)}</div>' if check.where else ""
     cells = (
         escape(check.name),

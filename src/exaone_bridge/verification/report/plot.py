@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from exaone_bridge.verification.activations.probe_points import TOWER
-from exaone_bridge.verification.report.report import Place
+from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
+from exaone_bridge.verification.report.report import ActivationDiff
 
 __all__ = ["differences_png"]
 
@@ -29,7 +29,7 @@ MARKS = {  # sublayer -> shape: colour alone does not tell them apart
 }
 
 
-def differences_png(places: Sequence[Place]) -> bytes:
+def differences_png(places: Sequence[ActivationDiff]) -> bytes:
     """One mark a place, from the embeddings to the logits; the line is the bound. Logarithmic; equal is the floor.
 
     Args:
@@ -69,9 +69,9 @@ def differences_png(places: Sequence[Place]) -> bytes:
     return buffer.getvalue()
 
 
-def _shape(place: Place) -> str:
+def _shape(place: ActivationDiff) -> str:
     """A tower's sublayers have the shapes of the language model's."""
-    return MARKS.get(place.sublayer.removeprefix(TOWER), "diamond")
+    return MARKS.get(place.sublayer.removeprefix(VISION_ENCODER), "diamond")
 
 
 class _Canvas:
@@ -126,7 +126,7 @@ class _Canvas:
                 )
 
 
-def _decades(places: Sequence[Place]) -> tuple[int, int]:
+def _decades(places: Sequence[ActivationDiff]) -> tuple[int, int]:
     """Whole powers of ten around what is drawn; what is equal stands on the lowest."""
     values = [
         value
@@ -140,7 +140,7 @@ def _decades(places: Sequence[Place]) -> tuple[int, int]:
 
 
 def _axes(
-    canvas: _Canvas, places: Sequence[Place], step: float, low: int, high: int, y: Any
+    canvas: _Canvas, places: Sequence[ActivationDiff], step: float, low: int, high: int, y: Any
 ) -> None:
     layers = [place.layer for place in places]
     numbers = sorted({layer for layer in layers if layer is not None})
@@ -152,9 +152,11 @@ def _axes(
             canvas.box(start, TOP, end, HEIGHT - BOTTOM, BAND)
         if layer % every == 0:
             canvas.text((start + end) / 2, HEIGHT - BOTTOM + 13, str(layer))
-    tower = [number for number, place in enumerate(places) if place.sublayer.startswith(TOWER)]
-    if tower:
-        start, end = LEFT + step * tower[0], LEFT + step * (tower[-1] + 1)
+    vision_encoder = [
+        number for number, place in enumerate(places) if place.sublayer.startswith(VISION_ENCODER)
+    ]
+    if vision_encoder:
+        start, end = LEFT + step * vision_encoder[0], LEFT + step * (vision_encoder[-1] + 1)
         canvas.line([(start, HEIGHT - BOTTOM + 6), (end, HEIGHT - BOTTOM + 6)], BOUND, 1.2)
         canvas.text((start + end) / 2, HEIGHT - BOTTOM + 16, "tower")
     for power in range(low, high + 1):

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "Check", "Location", "Place", "Report", "Verdict", "versions"]
+__all__ = ["SCHEMA", "ActivationDiff", "Check", "Location", "Report", "Verdict", "versions"]
 
 SCHEMA = 1  # of `Report.to_json`; raised only where a field goes away or changes its meaning
 
@@ -29,8 +29,8 @@ _PACKAGES = (
 class Verdict(StrEnum):
     """Of one check."""
 
-    HOLDS = "holds"
-    DIFFERS = "differs"
+    PASSED = "holds"
+    FAILED = "differs"
     NOT_RUN = "not run"
 
 
@@ -47,7 +47,7 @@ class Check:
 
     name: str
     figure: str
-    holds: bool
+    passed: bool
     where: str = ""
     bound: str = "equal"
     values: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -58,7 +58,7 @@ class Check:
         """`holds`, `differs`, or `not run`."""
         if not self.ran:
             return Verdict.NOT_RUN
-        return Verdict.HOLDS if self.holds else Verdict.DIFFERS
+        return Verdict.PASSED if self.passed else Verdict.FAILED
 
     @classmethod
     def not_run(cls, name: str, why: str) -> Check:
@@ -67,7 +67,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ActivationDiff:
     """How far two models are apart at one place of the arithmetic.
 
     Attributes:
@@ -125,7 +125,7 @@ class Report:
     backend: str = "auto"
     dtype: str = "float32"
     model: Mapping[str, Any] = field(default_factory=dict)
-    places: tuple[Place, ...] = ()
+    places: tuple[ActivationDiff, ...] = ()
     location: Location | None = None
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     setup: Mapping[str, Any] = field(default_factory=dict)
@@ -134,9 +134,11 @@ class Report:
     seconds: float = 0.0
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Whether every check that ran holds, and there is at least one."""
-        return any(check.ran for check in self.checks) and all(check.holds for check in self.checks)
+        return any(check.ran for check in self.checks) and all(
+            check.passed for check in self.checks
+        )
 
     @property
     def parameters(self) -> int:
@@ -159,7 +161,7 @@ class Report:
         lines = [
             f"{self.source}: {check.name}: {check.figure}; {check.where}"
             for check in self.checks
-            if not check.holds
+            if not check.passed
         ]
         if self.location is not None:
             lines += [
@@ -171,7 +173,7 @@ class Report:
     def round_trip(self) -> bool:
         """Whether what lies on disk came back: every check but those of the arithmetic holds."""
         return all(
-            check.holds for check in self.checks if check.name not in ("logits", "gradients")
+            check.passed for check in self.checks if check.name not in ("logits", "gradients")
         )
 
     @property
@@ -191,7 +193,7 @@ class Report:
         """Plain data, as `report.schema.json` beside this file describes it; what is not a number is null."""
         result = {
             "schema": SCHEMA,
-            "verdict": (Verdict.HOLDS if self.holds else Verdict.DIFFERS).value,
+            "verdict": (Verdict.PASSED if self.passed else Verdict.FAILED).value,
         }
         result |= {name: getattr(self, name) for name in _PLAIN}
         result["checks"] = [

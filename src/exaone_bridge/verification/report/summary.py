@@ -13,36 +13,36 @@ __all__ = ["model_summary"]
 
 def model_summary(source: HFSource) -> dict[str, Any]:
     """Family, size and shape."""
-    facts = source.facts
-    moe = tuple(getattr(facts, "moe", ()))
+    model_config = source.model_config
+    moe = tuple(getattr(model_config, "moe", ()))
     summary: dict[str, Any] = {
         "family": source.family.name,
         "architecture": source.config["architectures"][0],
         "parameters": source.parameters,
         "bytes": source.nbytes,
-        "dtype": facts.dtype,
-        "num_layers": facts.num_layers,
-        "layers": pattern(facts.windows),
-        "rope": "".join("R" if has else "-" for has in facts.rope),
-        "window": next((window for window in facts.windows if window), None),
-        "hidden_size": facts.hidden_size,
-        "ffn_size": facts.ffn_size,
-        "num_heads": facts.num_heads,
-        "num_kv_heads": facts.num_kv_heads,
-        "head_dim": facts.head_dim,
-        "vocab_size": facts.vocab_size,
-        "tied": facts.tied,
+        "dtype": model_config.dtype,
+        "num_layers": model_config.num_layers,
+        "layers": pattern(model_config.windows),
+        "rope": "".join("R" if has else "-" for has in model_config.rope),
+        "window": next((window for window in model_config.windows if window), None),
+        "hidden_size": model_config.hidden_size,
+        "ffn_size": model_config.ffn_size,
+        "num_heads": model_config.num_heads,
+        "num_kv_heads": model_config.num_kv_heads,
+        "head_dim": model_config.head_dim,
+        "vocab_size": model_config.vocab_size,
+        "tied": model_config.tied,
     }
-    if (vision := getattr(facts, "vision", None)) is not None:
+    if (vision := getattr(model_config, "vision", None)) is not None:
         summary["vision"] = dataclasses.asdict(vision) | {"head_dim": vision.head_dim}
-    if depth := getattr(facts, "mtp_depth", 0):
-        summary["mtp"] = {"depth": depth, "layers": facts.mtp_layers}
+    if depth := getattr(model_config, "mtp_depth", 0):
+        summary["mtp"] = {"depth": depth, "layers": model_config.mtp_layers}
     if any(moe):
         summary |= {
             "feed_forward": mlp_pattern(moe),
-            "experts": facts.num_experts,
-            "experts_per_token": facts.topk,
-            "shared_experts": facts.num_shared_experts,
-            "expert_ffn_size": facts.expert_ffn_size,
+            "experts": model_config.num_experts,
+            "experts_per_token": model_config.topk,
+            "shared_experts": model_config.num_shared_experts,
+            "expert_ffn_size": model_config.expert_ffn_size,
         }
     return summary

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from exaone_bridge.models.ernie45 import ERNIE45
-from exaone_bridge.schema.param_mapping import Row
-from exaone_bridge.verification.self_test.fault import Fault, patched, rows_changed
+from exaone_bridge.schema.param_mapping import ParamMapping
+from exaone_bridge.verification.self_test.fault import Fault, mappings_changed, patched
 
 __all__ = ["ERNIE45_FAULTS"]
 
@@ -108,9 +108,11 @@ def _rounded_angles() -> Any:
     )()
 
 
-def _swap_gate_and_up(row: Row) -> Row:
+def _swap_gate_and_up(mapping: ParamMapping) -> ParamMapping:
     return (
-        dataclasses.replace(row, hf=row.hf[::-1]) if "experts.linear_fc1" in row.megatron else row
+        dataclasses.replace(mapping, hf=mapping.hf[::-1])
+        if "experts.linear_fc1" in mapping.megatron
+        else mapping
     )
 
 
@@ -156,7 +158,7 @@ ERNIE45_FAULTS: tuple[Fault, ...] = (
     _code("angles rounded to bf16", _rounded_angles, 0, "attention"),
     _code(
         "gate and up of the experts swapped in the table",
-        rows_changed(ERNIE45, _swap_gate_and_up),
+        mappings_changed(ERNIE45, _swap_gate_and_up),
         1,
         "mlp",
     ),

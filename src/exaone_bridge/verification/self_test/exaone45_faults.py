@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verification.activations.probe_points import TOWER
+from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
 from exaone_bridge.verification.self_test.fault import Fault, patched, swap
 
 __all__ = [
@@ -26,49 +26,51 @@ MODEL = "exaone45"
 PATCHES = 4  # that become one word
 
 
-def _block(tower: Any, number: int) -> Any:
-    return tower.blocks[number]
+def _block(vision_encoder: Any, number: int) -> Any:
+    return vision_encoder.blocks[number]
 
 
-def _channels(tower: Any) -> None:
-    weight = tower.patch_embed.proj.weight
+def _channels(vision_encoder: Any) -> None:
+    weight = vision_encoder.patch_embed.proj.weight
     weight.copy_(weight.flip(1))
 
 
-def _key_heads(tower: Any) -> None:
-    attention = _block(tower, 1).attn
+def _key_heads(vision_encoder: Any) -> None:
+    attention = _block(vision_encoder, 1).attn
     keys = attention.qkv.weight[attention.q_dim : attention.q_dim + attention.kv_dim].chunk(2)
     swap(*keys)
 
 
-def _key_value(tower: Any) -> None:
-    attention = _block(tower, 2).attn
+def _key_value(vision_encoder: Any) -> None:
+    attention = _block(vision_encoder, 2).attn
     swap(*attention.qkv.weight[attention.q_dim :].chunk(2))
 
 
-def _gate_up(tower: Any) -> None:
-    mlp = _block(tower, 0).mlp
+def _gate_up(vision_encoder: Any) -> None:
+    mlp = _block(vision_encoder, 0).mlp
     swap(mlp.gate_proj.weight, mlp.up_proj.weight)
 
 
-def _norms(tower: Any) -> None:
-    block = _block(tower, 3)
+def _norms(vision_encoder: Any) -> None:
+    block = _block(vision_encoder, 3)
     swap(block.norm1.weight, block.norm2.weight)
 
 
-def _blocks(tower: Any) -> None:
-    for a, b in zip(_block(tower, 1).parameters(), _block(tower, 3).parameters(), strict=True):
+def _blocks(vision_encoder: Any) -> None:
+    for a, b in zip(
+        _block(vision_encoder, 1).parameters(), _block(vision_encoder, 3).parameters(), strict=True
+    ):
         swap(a, b)
 
 
-def join_in_another_order(tower: Any) -> None:
+def join_in_another_order(vision_encoder: Any) -> None:
     """Patches of one word."""
-    first = tower.merger.mlp[0].weight
+    first = vision_encoder.merger.mlp[0].weight
     first.copy_(first.view(len(first), PATCHES, -1).flip(1).reshape(first.shape))
 
 
-def _bias(tower: Any) -> None:
-    tower.merger.mlp[2].bias.zero_()
+def _bias(vision_encoder: Any) -> None:
+    vision_encoder.merger.mlp[2].bias.zero_()
 
 
 def _weights(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
@@ -81,7 +83,7 @@ def _weights(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
         name=name,
         model=MODEL,
         caught=("tensors", "logits"),
-        begins=(None, TOWER + sublayer),
+        begins=(None, VISION_ENCODER + sublayer),
         weights=changed,
     )
 
@@ -92,53 +94,59 @@ def _built(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
     def planted() -> Any:
         from exaone_bridge.models.exaone45 import provider
 
-        right = provider.build_tower
+        right = provider.build_vision_encoder
 
         def faulty(*args: Any) -> Any:
-            tower = right(*args)
-            change(tower)
-            return tower
+            vision_encoder = right(*args)
+            change(vision_encoder)
+            return vision_encoder
 
         return patched("exaone_bridge.models.exaone45.provider.build_tower", faulty)()
 
     return Fault(
-        name=name, model=MODEL, caught=("logits",), begins=(None, TOWER + sublayer), code=planted
+        name=name,
+        model=MODEL,
+        caught=("logits",),
+        begins=(None, VISION_ENCODER + sublayer),
+        code=planted,
     )
 
 
-def _epsilon(tower: Any) -> None:
-    for module in tower.modules():
+def _epsilon(vision_encoder: Any) -> None:
+    for module in vision_encoder.modules():
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = 1e-5
 
 
-def narrow_windows(tower: Any) -> None:
+def narrow_windows(vision_encoder: Any) -> None:
     """A third as wide."""
-    tower.window_size //= 3
+    vision_encoder.window_size //= 3
 
 
-def _no_window(tower: Any) -> None:
-    tower.fullatt_block_indexes = [0, 1, 2, 3]
+def _no_window(vision_encoder: Any) -> None:
+    vision_encoder.fullatt_block_indexes = [0, 1, 2, 3]
 
 
-def rotate_rows_for_columns(tower: Any) -> None:
+def rotate_rows_for_columns(vision_encoder: Any) -> None:
     """RoPE's two coordinates of a patch."""
-    tower.rotary_pos_emb.register_forward_pre_hook(lambda _, arguments: arguments[0].flip(-1))
+    vision_encoder.rotary_pos_emb.register_forward_pre_hook(
+        lambda _, arguments: arguments[0].flip(-1)
+    )
 
 
-def leave_in_order_of_windows(tower: Any) -> None:
+def leave_in_order_of_windows(vision_encoder: Any) -> None:
     """Features that are not in the image's order."""
 
     def rolled(_: Any, __: Any, output: Any) -> Any:
         output.pooler_output = output.pooler_output.roll(1, 0)
         return output
 
-    tower.register_forward_hook(rolled)
+    vision_encoder.register_forward_hook(rolled)
 
 
-def round_patches(tower: Any) -> None:
+def round_patches(vision_encoder: Any) -> None:
     """To bf16."""
-    tower.patch_embed.register_forward_hook(
+    vision_encoder.patch_embed.register_forward_hook(
         lambda _, __, output: output.to(torch.bfloat16).to(output.dtype)
     )
 

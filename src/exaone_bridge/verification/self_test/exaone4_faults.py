@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from exaone_bridge.models.exaone4 import EXAONE4
-from exaone_bridge.schema.param_mapping import Row
-from exaone_bridge.verification.self_test.fault import Fault, patched, rows_changed, swap
+from exaone_bridge.schema.param_mapping import ParamMapping
+from exaone_bridge.verification.self_test.fault import Fault, mappings_changed, patched, swap
 
 __all__ = ["EXAONE4_FAULTS"]
 
@@ -101,25 +101,27 @@ def _double_final_norm(model: Any) -> None:
 
 
 def _reorder(megatron: str, *order: int) -> Any:
-    def change(row: Row) -> Row:
-        if megatron not in row.megatron:
-            return row
-        return dataclasses.replace(row, hf=tuple(row.hf[number] for number in order))
+    def change(mapping: ParamMapping) -> ParamMapping:
+        if megatron not in mapping.megatron:
+            return mapping
+        return dataclasses.replace(mapping, hf=tuple(mapping.hf[number] for number in order))
 
-    return rows_changed(BRIDGE, change)
+    return mappings_changed(BRIDGE, change)
 
 
-def _post_norms_in_the_table(row: Row) -> Row:
+def _post_norms_in_the_table(mapping: ParamMapping) -> ParamMapping:
     names = ("post_attention_layernorm", "post_feedforward_layernorm")
     for this, other in (names, names[::-1]):
-        if this in row.hf[0].name:
-            tensor = dataclasses.replace(row.hf[0], name=row.hf[0].name.replace(this, other))
-            return dataclasses.replace(row, hf=(tensor,))
-    return row
+        if this in mapping.hf[0].name:
+            tensor = dataclasses.replace(
+                mapping.hf[0], name=mapping.hf[0].name.replace(this, other)
+            )
+            return dataclasses.replace(mapping, hf=(tensor,))
+    return mapping
 
 
-def _no_down(row: Row) -> Row | None:
-    return None if "down_proj" in row.hf[0].name else row
+def _no_down(mapping: ParamMapping) -> ParamMapping | None:
+    return None if "down_proj" in mapping.hf[0].name else mapping
 
 
 def _post_norm_epsilon() -> Any:
@@ -246,11 +248,17 @@ EXAONE4_FAULTS: tuple[Fault, ...] = (
     _code("gate and up swapped in the table", _reorder("linear_fc1", 1, 0), 0, "mlp"),
     _code("keys and values swapped in the table", _reorder("linear_qkv", 0, 2, 1), 0, "attention"),
     _code(
-        "post norms swapped in the table", rows_changed(BRIDGE, _post_norms_in_the_table), 0, "norm"
+        "post norms swapped in the table",
+        mappings_changed(BRIDGE, _post_norms_in_the_table),
+        0,
+        "norm",
     ),
     _code("epsilon of the post norms alone", _post_norm_epsilon, 0, "norm"),
     _code("softmax scale of another head size", _softmax_scale, 0, "attention"),
     Fault(
-        name="a row missing", model=MODEL, caught=("refused",), code=rows_changed(BRIDGE, _no_down)
+        name="a row missing",
+        model=MODEL,
+        caught=("refused",),
+        code=mappings_changed(BRIDGE, _no_down),
     ),
 )

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from exaone_bridge.schema.model_family import Family
-from exaone_bridge.schema.param_mapping import Row
+from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.param_mapping import ParamMapping
 
-__all__ = ["Fault", "patched", "rows_changed", "swap"]
+__all__ = ["Fault", "mappings_changed", "patched", "swap"]
 
 Change = Callable[[Any], None]
 
@@ -58,8 +58,8 @@ def patched(target: str, value: Any) -> Callable[[], contextlib.AbstractContextM
     return lambda: mock.patch(target, value)
 
 
-def rows_changed(
-    family: Family, change: Callable[[Row], Row | None]
+def mappings_changed(
+    family: ModelFamily, change: Callable[[ParamMapping], ParamMapping | None]
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """A context in which the rows of this family are changed, or dropped where the change is None.
 
@@ -73,8 +73,10 @@ def rows_changed(
         found = supported()[family.architectures[0]]
         faulty = dataclasses.replace(
             family,
-            rows=lambda facts: tuple(
-                row for row in map(change, family.rows(facts)) if row is not None
+            mappings=lambda model_config: tuple(
+                mapping
+                for mapping in map(change, family.mappings(model_config))
+                if mapping is not None
             ),
         )
         with mock.patch.object(found, "FAMILY", faulty):

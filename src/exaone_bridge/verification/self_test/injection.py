@@ -16,7 +16,7 @@ from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.errors import BridgeError
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.activations.capture import Traced
+from exaone_bridge.verification.activations.capture import Activations
 from exaone_bridge.verification.checks.digests import Digest, digest_folder, digest_stream
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
@@ -26,13 +26,13 @@ from exaone_bridge.verification.checks.folders import (
 from exaone_bridge.verification.checks.generation import Generated, compare_generated, generate
 from exaone_bridge.verification.report.report import Check, Location
 from exaone_bridge.verification.self_test.fault import Fault
-from exaone_bridge.verification.self_test.upstream_criteria import HostVerdict, host_verdict
-from exaone_bridge.verification.workflow.job import Asked, Job, Theirs, make_job
+from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict, upstream_verdict
+from exaone_bridge.verification.workflow.job import Job, Theirs, VerifyOptions, make_job
 from exaone_bridge.verification.workflow.verify import arithmetic
 
 __all__ = ["Bench", "Verdicts"]
 
-Verdicts = tuple[list[Check], Location | None, HostVerdict]
+Verdicts = tuple[list[Check], Location | None, UpstreamVerdict]
 
 
 class Bench:
@@ -49,9 +49,11 @@ class Bench:
         from exaone_bridge.verification.workflow.transformers import load, run_reference
 
         self.folder = work / f"{name}-{seed}"
-        write_random(self.folder, _miniatures()[name], seed=seed)
+        write_random(self.folder, _tiny_configs()[name], seed=seed)
         self.source: HFSource = open_source(self.folder)
-        self.job: Job = make_job(self.source, Layout(), Asked(backend="torch", count=2, seed=seed))
+        self.job: Job = make_job(
+            self.source, Layout(), VerifyOptions(backend="torch", count=2, seed=seed)
+        )
         self.host_run = (
             len(self.job.batches) - 1 if any(self.job.images) else 0
         )  # the prompts the host is asked about
@@ -97,8 +99,8 @@ class Bench:
             checks.append(compare_digests(self.digests, after))
         runs = [run_ours(model, self.job.points, *batch) for batch in self.job.runs()]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
-        host = self._host(runs[self.host_run].logits, weights)
-        return [*checks, *found["checks"]], found["location"], host
+        upstream = self._host(runs[self.host_run].logits, weights)
+        return [*checks, *found["checks"]], found["location"], upstream
 
     def look_at_folder(self, folder: Path, generation: bool) -> Verdicts:
         """Another folder against this one, by Transformers."""
@@ -116,8 +118,9 @@ class Bench:
             checks.append(Check("logits", "the other model cannot be run", False, str(error)))
             return checks, None, self._host(self._anyway(folder), weights)
         model = load(folder, torch.float32)
-        runs: Sequence[Traced] = [
-            run_reference(model, self.job.points, *batch, nudged=False) for batch in self.job.runs()
+        runs: Sequence[Activations] = [
+            run_reference(model, self.job.points, *batch, perturbed=False)
+            for batch in self.job.runs()
         ]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
         checks += found["checks"]
@@ -127,14 +130,16 @@ class Bench:
             checks.append(
                 compare_generated(self.generated, generate(model, folder, self.job.words))
             )
-        host = self._host(runs[self.host_run].logits, weights)
-        return checks, found["location"], host
+        upstream = self._host(runs[self.host_run].logits, weights)
+        return checks, found["location"], upstream
 
     def _host(
         self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]
-    ) -> HostVerdict:
+    ) -> UpstreamVerdict:
         """What the host's criteria say of these logits, and of what was exported."""
-        return host_verdict(self.theirs.runs[self.host_run].logits, logits, self.weights, weights)
+        return upstream_verdict(
+            self.theirs.runs[self.host_run].logits, logits, self.weights, weights
+        )
 
     def _anyway(self, folder: Path) -> torch.Tensor | None:
         """Logits of a folder that we refuse, where Transformers loads it in spite of everything."""
@@ -142,7 +147,7 @@ class Bench:
 
         try:
             other = run_reference(
-                load(folder, torch.float32), (), *self.job.runs()[self.host_run], nudged=False
+                load(folder, torch.float32), (), *self.job.runs()[self.host_run], perturbed=False
             )
         except Exception:  # whatever Transformers thinks of a broken folder
             return None
@@ -157,24 +162,24 @@ class Bench:
                 shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(self.folder, copy)
                 fault.folder(copy)
-                checks, location, host = self.look_at_folder(copy, fault.generation)
+                checks, location, upstream = self.look_at_folder(copy, fault.generation)
             elif fault.weights is not None:
                 with _put_back(self.clean), torch.no_grad():
                     fault.weights(self.clean)
-                    checks, location, host = self.look(self.clean)
+                    checks, location, upstream = self.look(self.clean)
             else:
                 with (fault.code or contextlib.nullcontext)():
-                    checks, location, host = self.look(self.build(**fault.provider))
+                    checks, location, upstream = self.look(self.build(**fault.provider))
         except BridgeError as error:
-            checks, host = [_refused(error)], HostVerdict.nothing()
-        return checks, location, host
+            checks, upstream = [_refused(error)], UpstreamVerdict.nothing()
+        return checks, location, upstream
 
 
 def _refused(error: BridgeError) -> Check:
     return Check("refused", type(error).__name__, False, str(error))
 
 
-def _miniatures() -> dict[str, Any]:
+def _tiny_configs() -> dict[str, Any]:
     return {name: config for family in FAMILIES for name, config in family.tiny.items()}
 
 

@@ -20,7 +20,7 @@ from exaone_bridge.verification.self_test.exaone4_faults import EXAONE4_FAULTS
 from exaone_bridge.verification.self_test.exaone45_faults import EXAONE45_FAULTS
 from exaone_bridge.verification.self_test.fault import Fault
 from exaone_bridge.verification.self_test.folder_faults import FOLDER_FAULTS
-from exaone_bridge.verification.self_test.upstream_criteria import HostVerdict
+from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict
 
 __all__ = ["FAULTS", "Outcome", "Result", "self_test"]
 
@@ -39,12 +39,12 @@ class Outcome:
     begins: tuple[int | None, str] | None
     checks: tuple[Check, ...]
     location: Location | None
-    host: HostVerdict
+    upstream: UpstreamVerdict
 
     @property
     def caught(self) -> tuple[str, ...]:
         """The checks that do not hold."""
-        return tuple(check.name for check in self.checks if not check.holds)
+        return tuple(check.name for check in self.checks if not check.passed)
 
     @property
     def found(self) -> tuple[int | None, str] | None:
@@ -79,7 +79,7 @@ class Outcome:
             self.model,
             caught,
             where if self.right else f"{where} WRONG",
-            *self.host.cells(),
+            *self.upstream.cells(),
         ]
 
 
@@ -93,19 +93,19 @@ class Result:
     seconds: float
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Whether every fault is caught and located, and no clean model is reported."""
         return all(outcome.right for outcome in self.outcomes) and not self.false_reports
 
     def score(self) -> str:
         """Two sentences."""
         right = sum(outcome.right for outcome in self.outcomes)
-        asked = [outcome for outcome in self.outcomes if outcome.host.asked]
-        host = sum(outcome.host.caught for outcome in asked)
+        asked = [outcome for outcome in self.outcomes if outcome.upstream.asked]
+        upstream = sum(outcome.upstream.caught for outcome in asked)
         return (
             f"{right} of {len(self.outcomes)} faults caught and located; "
             f"{len(self.false_reports)} false reports on {self.clean} clean models. "
-            f"The host's criteria catch {host} of the {len(asked)} that they could be asked about."
+            f"The host's criteria catch {upstream} of the {len(asked)} that they could be asked about."
         )
 
     def faults(self) -> str:
@@ -130,7 +130,7 @@ class Result:
                 "found": one.found,
                 "right": one.right,
                 "excess": one.excess,
-                "host": dataclasses.asdict(one.host) | {"caught": one.host.caught},
+                "host": dataclasses.asdict(one.upstream) | {"caught": one.upstream.caught},
             }
             for one in self.outcomes
         ]
@@ -157,7 +157,7 @@ def _run_family(
         false_reports += [
             f"{name}, {seed}: {one.name}: {one.figure}; {one.where}"
             for one in checks
-            if not one.holds
+            if not one.passed
         ]
         if location is not None:
             false_reports.append(f"{name}, {seed}: {location}")
@@ -166,7 +166,7 @@ def _run_family(
         for number, fault in enumerate(faults):
             if number % 5 == 0:
                 emit(f"{name}: {number} of {len(faults)} faults")
-            checks, location, host = bench.plant(fault)
+            checks, location, upstream = bench.plant(fault)
             outcomes.append(
                 Outcome(
                     fault.name,
@@ -175,7 +175,7 @@ def _run_family(
                     fault.begins,
                     tuple(checks),
                     location,
-                    host,
+                    upstream,
                 )
             )
     return outcomes, false_reports

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["HostVerdict", "host_verdict"]
+__all__ = ["UpstreamVerdict", "upstream_verdict"]
 
 COSINE, ATOL = 0.98, 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class HostVerdict:
+class UpstreamVerdict:
     """The host's two figures; None: nothing to compare, because the model was not loaded or not exported."""
 
     cosine: float | None
     weights: float | None
 
     @classmethod
-    def nothing(cls) -> HostVerdict:
+    def nothing(cls) -> UpstreamVerdict:
         """Our own refusal came first."""
         return cls(None, None)
 
@@ -43,12 +43,12 @@ class HostVerdict:
         return [*figures, "differs" if self.caught else "holds" if self.asked else "not asked"]
 
 
-def host_verdict(
+def upstream_verdict(
     expected: torch.Tensor | None,
     found: torch.Tensor | None,
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
-) -> HostVerdict:
+) -> UpstreamVerdict:
     """The host's criteria, on our prompts: the last position of each (the host's own are shorter).
 
     Args:
@@ -67,4 +67,4 @@ def host_verdict(
         (a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")
         for a, b in pairs
     ]
-    return HostVerdict(cosine, max(gaps) if gaps else None)
+    return UpstreamVerdict(cosine, max(gaps) if gaps else None)

@@ -24,10 +24,10 @@ from exaone_bridge.verification.checks.folders import (
 from exaone_bridge.verification.checks.generation import compare_generated
 from exaone_bridge.verification.report.report import Check, Report
 from exaone_bridge.verification.workflow.job import (
-    Asked,
     Job,
     OnEvent,
     Theirs,
+    VerifyOptions,
     make_job,
     run_generation,
     run_megatron,
@@ -86,7 +86,7 @@ def _export(path: Path, folder: Path, on_event: OnEvent) -> None:
 
 
 def verify_megatron(
-    path: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None
+    path: Path, layout: Layout, asked: VerifyOptions, *, on_event: OnEvent = None
 ) -> Report:
     """`verify` of a Megatron checkpoint: what it exports to, computed from its own weights at this layout."""
     with side(path, on_event) as exported:
@@ -100,11 +100,13 @@ def run_other(folder: Path, job: Job) -> Theirs:
     from exaone_bridge.verification.workflow.transformers import load, run_reference
 
     model = load(folder, torch.float32)
-    return Theirs([run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()])
+    return Theirs(
+        [run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()]
+    )
 
 
 def compare(
-    source: Path, other: Path, layout: Layout, asked: Asked, *, on_event: OnEvent = None
+    source: Path, other: Path, layout: Layout, asked: VerifyOptions, *, on_event: OnEvent = None
 ) -> Report:
     """Check that two models are the same on disk and compute the same.
 
@@ -145,8 +147,8 @@ def _cannot_run(first: HFSource, folder: Path) -> str:
         second = open_source(folder)
     except BridgeError as error:
         return str(error)
-    if second.facts.vocab_size != first.facts.vocab_size:
-        return f"its vocabulary has {second.facts.vocab_size} words, and the source's {first.facts.vocab_size}"
+    if second.model_config.vocab_size != first.model_config.vocab_size:
+        return f"its vocabulary has {second.model_config.vocab_size} words, and the source's {first.model_config.vocab_size}"
     return ""
 
 

@@ -15,8 +15,8 @@ from exaone_bridge.convert.convert import drain
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.activations.capture import Traced
-from exaone_bridge.verification.activations.probe_points import Point, points_of
+from exaone_bridge.verification.activations.capture import Activations
+from exaone_bridge.verification.activations.probe_points import ProbePoint, points_of
 from exaone_bridge.verification.checks.generation import Generated, generate
 from exaone_bridge.verification.checks.gradients import (
     gradients_of_megatron,
@@ -27,11 +27,11 @@ from exaone_bridge.verification.workflow.transformers import Images, together
 
 __all__ = [
     "DTYPES",
-    "Asked",
     "Job",
     "OnEvent",
     "Ours",
     "Theirs",
+    "VerifyOptions",
     "batches_of",
     "make_job",
     "prompt_length",
@@ -66,20 +66,20 @@ def prompt_length(
 
 def batches_of(source: HFSource, count: int, length: int | None, seed: int) -> list[torch.Tensor]:
     """Prompts, a batch for each length: long ones, and short ones that never meet the edge of a window."""
-    facts = source.facts
+    model_config = source.model_config
     if length is not None:
-        return [prompts(facts.vocab_size, count, length, seed)]
+        return [prompts(model_config.vocab_size, count, length, seed)]
     # device_count, unlike is_available, leaves CUDA to the ranks that are forked.
     longest = _LONGEST if source.parameters < _LARGE or torch.cuda.device_count() else 64
     long = prompt_length(
-        facts.windows,
+        model_config.windows,
         _original_positions(language_config(dict(source.config))),
-        min(longest, facts.max_positions),
+        min(longest, model_config.max_positions),
     )
-    short = min([7, *(window for window in facts.windows if window is not None)])
+    short = min([7, *(window for window in model_config.windows if window is not None)])
     return [
-        prompts(facts.vocab_size, count, long, seed),
-        prompts(facts.vocab_size, 2, short, seed + 1),
+        prompts(model_config.vocab_size, count, long, seed),
+        prompts(model_config.vocab_size, 2, short, seed + 1),
     ]
 
 
@@ -90,7 +90,7 @@ def _original_positions(config: Mapping[str, Any]) -> int | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class VerifyOptions:
     """What a verification is asked to look at, beside where.
 
     Attributes:
@@ -127,7 +127,7 @@ class Job:
     """
 
     batches: Sequence[torch.Tensor]
-    points: tuple[Point, ...]
+    points: tuple[ProbePoint, ...]
     layout: Layout
     backend: str
     images: Sequence[Sequence[Images]] = ()
@@ -166,8 +166,8 @@ class Job:
 class Theirs:
     """What Transformers made of a job."""
 
-    runs: list[Traced]
-    half: list[Traced] | None = None
+    runs: list[Activations]
+    half: list[Activations] | None = None
     generated: dict[str, Generated] | None = None
     gradients: Any = None
 
@@ -190,7 +190,7 @@ def run_theirs(folder: Path, job: Job) -> Theirs:
         emit(f"Transformers' logits in {job.dtype}")
         model = load(folder, DTYPES[job.dtype])
         found.half = [
-            run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()
+            run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()
         ]
     return found
 
@@ -207,7 +207,7 @@ class Ours:
     """What one rank of Megatron-Core made of a job."""
 
     config: dict[str, Any]
-    runs: list[Traced]
+    runs: list[Activations]
     gradients: Any = None
 
 
@@ -257,7 +257,7 @@ def run_megatron(
     return found
 
 
-def make_job(source: HFSource, layout: Layout, asked: Asked) -> Job:
+def make_job(source: HFSource, layout: Layout, asked: VerifyOptions) -> Job:
     """A job whose prompts fit the model; all that can be refused is refused before half a minute of Transformers.
 
     Raises:
@@ -265,10 +265,10 @@ def make_job(source: HFSource, layout: Layout, asked: Asked) -> Job:
             model has not.
         UnsupportedLayout: the model cannot be cut so.
     """
-    check_layout(source.facts, layout)
+    check_layout(source.model_config, layout)
     if asked.dtype not in DTYPES:
         raise UnsupportedConfig("--dtype", got=asked.dtype, known=tuple(DTYPES), where="verify")
-    depth = int(getattr(source.facts, "mtp_depth", 0))
+    depth = int(getattr(source.model_config, "mtp_depth", 0))
     if asked.mtp and not (depth and source.family.built):
         raise UnsupportedConfig(
             "--mtp",
@@ -291,7 +291,7 @@ def make_job(source: HFSource, layout: Layout, asked: Asked) -> Job:
     return Job(
         batches=batches,
         images=images,
-        points=points_of(source.rows),
+        points=points_of(source.mappings),
         layout=layout,
         backend=asked.backend,
         dtype=asked.dtype,
@@ -318,7 +318,7 @@ def _with_images(
     """Prompts of at least this length, and the images of each, as the family makes them."""
     assert source.family.image_prompts is not None
     make = source.family.image_prompts
-    found: tuple[torch.Tensor, list[Images]] = make(source.facts, count, seed, length)
+    found: tuple[torch.Tensor, list[Images]] = make(source.model_config, count, seed, length)
     return found
 
 
@@ -327,11 +327,11 @@ def _gradient_prompts(
 ) -> tuple[torch.Tensor, list[Images]]:
     """[N, S + 1], N a multiple of pp and S of 2 x tp x cp; of a model that takes images, with one, several, a video,
     and none."""
-    facts, even = source.facts, 2 * layout.tp * layout.cp
-    positions = min(24 * even, facts.max_positions // even * even)
+    model_config, even = source.model_config, 2 * layout.tp * layout.cp
+    positions = min(24 * even, model_config.max_positions // even * even)
     images: list[Images] = []
     if source.family.image_prompts is None:
-        tokens = prompts(facts.vocab_size, max(2, layout.pp), positions + 1, seed)
+        tokens = prompts(model_config.vocab_size, max(2, layout.pp), positions + 1, seed)
     else:
         count = -(-4 // layout.pp) * layout.pp
         tokens, images = _with_images(source, count, seed, positions + 1)

@@ -15,9 +15,9 @@ import torch
 
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.source import open_source
-from exaone_bridge.checkpoint.hf.writer import write_config
+from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.runtime.launch import is_first, run_alone, run_world, work_folder
-from exaone_bridge.schema.hf_files import copy_travelling_files
+from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.checks.folders import (
@@ -28,11 +28,11 @@ from exaone_bridge.verification.checks.folders import (
 from exaone_bridge.verification.report.report import Check, Report
 from exaone_bridge.verification.workflow.job import (
     DTYPES,
-    Asked,
     Job,
     OnEvent,
     Ours,
     Theirs,
+    VerifyOptions,
     make_job,
 )
 from exaone_bridge.verification.workflow.megatron_layerwise import StreamedMegatron
@@ -62,7 +62,7 @@ def run_theirs_streaming(folder: Path, job: Job) -> Theirs:
         del model
         model = streamed_transformers(source, DTYPES[job.dtype])
         found.half = [
-            run_reference(model, job.points, *batch, nudged=False) for batch in job.runs()
+            run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()
         ]
     return found
 
@@ -79,12 +79,14 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
     bridge = AutoBridge.from_hf_pretrained(folder)
     emit("HF -> Megatron-Core -> HF, layer by layer")
     streamed = StreamedMegatron(
-        bridge, source, job.layout, job.backend, DTYPES[source.facts.dtype], job.overrides
+        bridge, source, job.layout, job.backend, DTYPES[source.model_config.dtype], job.overrides
     )
     digests = streamed.round_trip()
     if is_first():
-        write_config(target, bridge._model_bridge.megatron_to_hf_config(streamed.model[0].config))
-        copy_travelling_files(folder, target)
+        write_config_json(
+            target, bridge._model_bridge.megatron_to_hf_config(streamed.model[0].config)
+        )
+        copy_companion_files(folder, target)
     del streamed
     gc.collect()
     emit("Megatron-Core's logits, layer by layer")
@@ -99,7 +101,7 @@ def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, 
 def verify_streaming(
     source_folder: Path,
     layout: Layout,
-    asked: Asked = Asked(),
+    asked: VerifyOptions = VerifyOptions(),
     *,
     on_event: OnEvent = None,
 ) -> Report:
@@ -122,7 +124,7 @@ def verify_streaming(
             run_megatron_streaming, layout.ranks, source_folder, work, job, on_event=on_event
         )
         # What travels beside the model is copied, not converted.
-        after = {name: before[name] for name in source.carried} | results[0][1]
+        after = {name: before[name] for name in source.passthrough} | results[0][1]
         checks = [
             compare_digests(before, after),
             compare_configs(results[0][0].config, read_json(work / "config.json")),

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verification.activations.capture import Traced, megatron_hooks
-from exaone_bridge.verification.activations.probe_points import Point, Take
+from exaone_bridge.verification.activations.capture import Activations, megatron_hooks
+from exaone_bridge.verification.activations.probe_points import Capture, ProbePoint
 
 __all__ = ["merge", "run_ours"]
 
 
 def run_ours(
     model: list[Any],
-    points: Sequence[Point],
+    points: Sequence[ProbePoint],
     tokens: torch.Tensor,
     images: Sequence[dict[str, torch.Tensor]] = (),
-) -> Traced:
+) -> Activations:
     """This rank's part of a run over prompts [N, S]: logits on the last stage (else empty), its own layers' places."""
     from exaone_bridge.runtime.model import forward_logits
 
@@ -26,12 +26,14 @@ def run_ours(
     seen: dict[str, list[torch.Tensor]] = {}
     with megatron_hooks(model, points, seen):
         logits, _ = forward_logits(model, tokens, images)
-    tower = {point.hf for point in points if point.take is Take.PATCHES}
+    vision_encoder = {point.hf for point in points if point.take is Capture.PATCHES}
     values = {
-        hf: _images_first(parts, images) if hf in tower else torch.cat(parts)[:count, :length]
+        hf: _images_first(parts, images)
+        if hf in vision_encoder
+        else torch.cat(parts)[:count, :length]
         for hf, parts in seen.items()
     }
-    return Traced(torch.empty(0) if logits is None else logits.cpu(), values)
+    return Activations(torch.empty(0) if logits is None else logits.cpu(), values)
 
 
 def _images_first(
@@ -45,7 +47,7 @@ def _images_first(
     return torch.cat([part for kind in kinds for call, part in made if call == kind])[None]
 
 
-def merge(parts: Sequence[Traced]) -> Traced:
+def merge(parts: Sequence[Activations]) -> Activations:
     """The runs of all ranks of a world, put together."""
     logits = next(part.logits for part in parts if part.logits.numel())
-    return Traced(logits, {hf: value for part in parts for hf, value in part.values.items()})
+    return Activations(logits, {hf: value for part in parts for hf, value in part.values.items()})

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.verification.activations.capture import Traced, hf_hooks
-from exaone_bridge.verification.activations.probe_points import LOGITS, Point, Take
+from exaone_bridge.verification.activations.capture import Activations, hf_hooks
+from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, ProbePoint
 
 Images = dict[
     str, torch.Tensor
@@ -17,7 +17,7 @@ Images = dict[
 
 __all__ = ["embeddings_of", "load", "model_class", "run_reference", "together"]
 
-NUDGE = (
+PERTURBATION = (
     2.0**-16
 )  # of the embeddings, relative: some 250 units of rounding, and still a small change
 
@@ -41,12 +41,12 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def run_reference(
     model: Any,
-    points: Iterable[Point],
+    points: Iterable[ProbePoint],
     tokens: torch.Tensor,
     images: Sequence[Images] = (),
     *,
-    nudged: bool = True,
-) -> Traced:
+    perturbed: bool = True,
+) -> Activations:
     """Logits and every place, of prompts of one length; and what becomes of a small change.
 
     The prompts run three times in one batch: as they are, and with embeddings changed by plus and minus the same noise.
@@ -60,16 +60,16 @@ def run_reference(
         nudged: False: logits and places only.
     """
     count, length = tokens.shape
-    copies = 3 if nudged else 1
-    traced = Traced(torch.empty(0), decided=torch.ones(count, length, dtype=torch.bool))
+    copies = 3 if perturbed else 1
+    traced = Activations(torch.empty(0), decided=torch.ones(count, length, dtype=torch.bool))
 
-    def keep(point: Point, value: torch.Tensor, chosen: torch.Tensor | None) -> None:
+    def keep(point: ProbePoint, value: torch.Tensor, chosen: torch.Tensor | None) -> None:
         value = value.float()
-        if point.take is Take.PATCHES:
+        if point.take is Capture.PATCHES:
             keep_patches(point.hf, value.view(copies, -1, value.shape[-1]))
             return
         traced.values[point.hf] = value[:count].cpu().clone()
-        if not nudged:
+        if not perturbed:
             return
         if chosen is not None:
             same = [
@@ -85,13 +85,13 @@ def run_reference(
         traced.values[name] = (
             torch.cat([traced.values[name], clean], 1) if name in traced.values else clean
         )
-        if nudged:
+        if perturbed:
             everywhere = torch.ones(clean.shape[:2], dtype=torch.bool)
             change = _change(value, 1, everywhere)
             traced.sensitivity[name] = max(change, traced.sensitivity.get(name, 0.0))
 
     embeddings = embeddings_of(model)
-    handles = [each.register_forward_hook(_nudge) for each in embeddings] if nudged else []
+    handles = [each.register_forward_hook(_perturb) for each in embeddings] if perturbed else []
     try:
         with hf_hooks(model, points, length, keep):
             batch = tokens.repeat(copies, 1).to(embeddings[0].weight.device)
@@ -103,7 +103,7 @@ def run_reference(
         for handle in handles:
             handle.remove()
     traced.logits = logits[:count].cpu().clone()
-    if nudged:
+    if perturbed:
         traced.sensitivity[LOGITS] = _change(logits, count, traced.decided)
         inputs = next(iter(traced.sensitivity.values()))  # the embeddings' own change
         traced.sensitivity = {
@@ -127,12 +127,12 @@ def embeddings_of(model: Any) -> list[torch.nn.Module]:
     return [model.get_input_embeddings(), *patches]
 
 
-def _nudge(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+def _perturb(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
     """A forward hook, for three copies of one batch: the first as it is, the others changed in opposite directions."""
     clean = output[: len(output) // 3]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    noise *= NUDGE * clean.square().mean(-1, keepdim=True).sqrt()
+    noise *= PERTURBATION * clean.square().mean(-1, keepdim=True).sqrt()
     return torch.cat((clean, clean + noise, clean - noise))
 
 

@@ -57,28 +57,32 @@ def streamed_transformers(source: HFSource, dtype: torch.dtype) -> Any:
             buffer.is_meta for buffer in module.buffers(recurse=False)
         ):  # RoPE's frequencies: no weights
             model.set_submodule(name, _anew(module, model.config))
-    stacks = [name for name, module in model.named_modules() if _are_layers(module, source.facts)]
-    layers = {f"{name}.{number}" for name in stacks for number in range(source.facts.num_layers)}
+    stacks = [
+        name for name, module in model.named_modules() if _are_layers(module, source.model_config)
+    ]
+    layers = {
+        f"{name}.{number}" for name in stacks for number in range(source.model_config.num_layers)
+    }
     for name, module in model.named_modules():
         if name in layers:
             _fill_when_run(module, name, reader, dtype)
         elif not any(name.startswith(f"{layer}.") for layer in layers):
             _fill(module, name, reader, dtype, recurse=False)
-    if source.facts.tied:
+    if source.model_config.tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
 
 
 def _anew(rope: Any, config: Any) -> torch.nn.Module:
     """The same module of RoPE with its frequencies: a language model's takes a configuration, a tower's its width."""
-    is_of_tower = "dim" in vars(rope)
-    return type(rope)(rope.dim) if is_of_tower else type(rope)(config=config.get_text_config())
+    is_vision = "dim" in vars(rope)
+    return type(rope)(rope.dim) if is_vision else type(rope)(config=config.get_text_config())
 
 
-def _are_layers(module: torch.nn.Module, facts: Any) -> bool:
+def _are_layers(module: torch.nn.Module, model_config: Any) -> bool:
     return (
         isinstance(module, torch.nn.ModuleList)
-        and len(module) == facts.num_layers
+        and len(module) == model_config.num_layers
         and hasattr(module[0], "mlp")
     )
 

@@ -13,7 +13,7 @@ from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.convert.convert import shards_like
 from exaone_bridge.runtime.launch import run_alone, run_world, work_folder
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.activations.capture import Traced
+from exaone_bridge.verification.activations.capture import Activations
 from exaone_bridge.verification.activations.locate import locate
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.checks.folders import (
@@ -31,10 +31,10 @@ from exaone_bridge.verification.checks.logits import (
 from exaone_bridge.verification.report.report import Check, Report, versions
 from exaone_bridge.verification.report.summary import model_summary
 from exaone_bridge.verification.workflow.job import (
-    Asked,
     Job,
     OnEvent,
     Theirs,
+    VerifyOptions,
     make_job,
     run_generation,
     run_megatron,
@@ -45,23 +45,25 @@ __all__ = ["arithmetic", "make_report", "verify"]
 
 
 def arithmetic(
-    theirs: Theirs, ours: Sequence[Traced], gradients: Any, source: HFSource, job: Job
+    theirs: Theirs, ours: Sequence[Activations], gradients: Any, source: HFSource, job: Job
 ) -> dict[str, Any]:
     """The report's fields that compare arithmetic: checks, places, location."""
     half = job.dtype != "float32"
-    places = places_of(job.points, theirs.runs, ours, source.facts, theirs.half)
+    places = places_of(job.points, theirs.runs, ours, source.model_config, theirs.half)
     if half:
         assert theirs.half is not None
         check = compare_half_precision(theirs.runs, theirs.half, ours, job.dtype)
     else:
         check = compare_logits(theirs.runs, ours, places)
-    location = locate(places) if not check.holds or not half else None
+    location = locate(places) if not check.passed or not half else None
     if location is not None:  # also where a place parts and the logits do not show it
-        check = dataclasses.replace(check, holds=False, where=str(location))
+        check = dataclasses.replace(check, passed=False, where=str(location))
     checks = [check]
     if job.gradient_tokens is not None:
         positions = job.gradient_tokens.shape[0] * (job.gradient_tokens.shape[1] - 1)
-        checks.append(compare_gradients(theirs.gradients, gradients, source.facts, positions))
+        checks.append(
+            compare_gradients(theirs.gradients, gradients, source.model_config, positions)
+        )
     return {"checks": checks, "places": places, "location": location}
 
 
@@ -107,7 +109,7 @@ def make_report(
 def verify(
     source_folder: Path,
     layout: Layout,
-    asked: Asked = Asked(),
+    asked: VerifyOptions = VerifyOptions(),
     *,
     megatron: Path | None = None,
     on_event: OnEvent = None,

@@ -19,14 +19,14 @@ from exaone_bridge.checkpoint.hf.headers import read_file_header, read_headers
 from exaone_bridge.checkpoint.hf.tiny import random_weights, write_random
 from exaone_bridge.checkpoint.hf.writer import (
     plan_shards,
-    write_config,
+    write_config_json,
     write_hf_folder,
     write_weights,
 )
 from exaone_bridge.checkpoint.staging import refuse_existing, staged
 from exaone_bridge.errors import BridgeError, CheckpointError, UnsupportedConfig
 from exaone_bridge.models.exaone4 import EXAONE4
-from exaone_bridge.schema.hf_files import copy_travelling_files
+from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.param_mapping import HFTensor, expected_hf
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -224,8 +224,10 @@ def test_shards_at_the_edge() -> None:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     """The hybrid miniature's."""
-    facts = EXAONE4.read_config(EXAONE4.tiny["exaone4"])
-    return dict(drawn(expected_hf(EXAONE4.rows(facts), facts.dims), torch.float32, 7))
+    model_config = EXAONE4.read_hf_config(EXAONE4.tiny["exaone4"])
+    return dict(
+        drawn(expected_hf(EXAONE4.mappings(model_config), model_config.dims), torch.float32, 7)
+    )
 
 
 def in_three(weights: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -361,7 +363,7 @@ def test_shards_have_the_permissions_of_other_files(
 def test_config_is_written_as_save_pretrained_writes_it(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    write_config(tmp_path, {**EXAONE4.tiny["exaone4"], "transformers_version": "0.0"})
+    write_config_json(tmp_path, {**EXAONE4.tiny["exaone4"], "transformers_version": "0.0"})
     ours = (tmp_path / "config.json").read_text()
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
     assert ours == (tmp_path / "theirs" / "config.json").read_text()
@@ -403,7 +405,7 @@ def test_what_travels_is_copied_and_nothing_else(tmp_path: Path) -> None:
     for name in travels + stays:
         (source / name).write_bytes(f"{name}\r\n\0".encode())
     (source / "tokenizer_folder").mkdir()
-    assert copy_travelling_files(source, target) == sorted(travels)
+    assert copy_companion_files(source, target) == sorted(travels)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         name: (source / name).read_bytes() for name in travels
     }
@@ -474,7 +476,7 @@ def test_write_random_writes_all_or_nothing(tmp_path: Path) -> None:
 def test_a_miniature_fills_exactly_what_the_rows_claim(tmp_path: Path) -> None:
     for name, config in EXAONE4.tiny.items():
         write_random(tmp_path / name, config)
-        facts = EXAONE4.read_config(config)
+        model_config = EXAONE4.read_hf_config(config)
         with safe_open(tmp_path / name / SINGLE, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        assert shapes == expected_hf(EXAONE4.rows(facts), facts.dims)
+        assert shapes == expected_hf(EXAONE4.mappings(model_config), model_config.dims)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from exaone_bridge.checkpoint.hf.source import check_layout, plan_of
 from exaone_bridge.checkpoint.reshard.plan import (
-    Copy,
-    Cut,
-    Part,
+    ParamPlan,
     Plan,
     Rank,
+    ShardSpec,
+    SliceCopy,
     elements,
     ordinal_of,
     writer,
@@ -30,17 +30,17 @@ from exaone_bridge.models import FAMILIES
 from exaone_bridge.models.ernie45 import ERNIE45
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import Kind, expected_hf, expected_megatron
+from exaone_bridge.schema.param_mapping import MappingKind, expected_hf, expected_megatron
 
 TINY = {name: (family, config) for family in FAMILIES for name, config in family.tiny.items()}
 
 
 def planned(name: str, layout: Layout, **fields: Any) -> tuple[Plan, dict[str, tuple[int, ...]]]:
     family, config = TINY[name]
-    facts = family.read_config({**config, **fields})
-    check_layout(facts, layout)
-    rows = family.rows(facts)
-    return plan_of(rows, facts, layout), expected_hf(rows, facts.dims)
+    model_config = family.read_hf_config({**config, **fields})
+    check_layout(model_config, layout)
+    mappings = family.mappings(model_config)
+    return plan_of(mappings, model_config, layout), expected_hf(mappings, model_config.dims)
 
 
 @st.composite
@@ -103,7 +103,7 @@ def test_every_element_arrives_once_and_comes_back(
             ) not in names  # one module has no two parameters of one name
             names.add((held.chunk, held.name))
             parameter = np.zeros(held.cut.shape, dtype=np.int64)
-            tensors = [tensor.numbered(*held.numbers).name for tensor in held.part.row.hf]
+            tensors = [tensor.numbered(*held.numbers).name for tensor in held.part.mapping.hf]
             for copy in held.cut.copies:
                 box = source[tensors[copy.tensor]][tuple(slice(*span) for span in copy.hf)]
                 into = parameter[tuple(slice(*span) for span in copy.megatron)]
@@ -113,19 +113,21 @@ def test_every_element_arrives_once_and_comes_back(
                 target = back[tensors[copy.tensor]][tuple(slice(*span) for span in copy.hf)]
                 target[...] = into.reshape(target.shape)
             assert (parameter == 0).sum() == sum(map(elements, held.cut.padding))
-            ours = seen.setdefault(f"{held.part.row.megatron}{held.numbers}", set())
+            ours = seen.setdefault(f"{held.part.mapping.megatron}{held.numbers}", set())
             share = tuple(np.unique(parameter[parameter > 0])[:1])
             if share not in ours and not held.replica:
                 ours.add(share)
                 padding += sum(map(elements, held.cut.padding))
         assert read == plan.read_bytes(rank)
     assert all((back[tensor] == source[tensor]).all() for tensor in shapes)
-    assert len(seen) == proof.parameters == len(expected_megatron(part.row for part in plan.parts))
+    assert (
+        len(seen) == proof.parameters == len(expected_megatron(part.mapping for part in plan.parts))
+    )
     assert proof.elements == first - 1 and proof.padding == plan.padding >= padding
     assert sum(plan.written_bytes()) == sum(
         int(np.prod(shape)) * size
         for part in plan.parts
-        for _ in part.row.numbers()
+        for _ in part.mapping.numbers()
         for shape, size in zip(part.shapes, part.itemsizes, strict=True)
     )
     assert plan.written_bytes() == written_one_by_one(plan)
@@ -166,7 +168,11 @@ def test_a_rank_reads_its_share_of_what_is_cut(tp: int) -> None:
         for rank in plan.ranks():
             assert (
                 part.read_bytes(rank)
-                * (tp if part.row.kind not in (Kind.REPLICATED, Kind.SQUEEZED) else 1)
+                * (
+                    tp
+                    if part.mapping.kind not in (MappingKind.REPLICATED, MappingKind.SQUEEZED)
+                    else 1
+                )
                 == whole
             )
 
@@ -174,15 +180,15 @@ def test_a_rank_reads_its_share_of_what_is_cut(tp: int) -> None:
 def test_more_ranks_than_key_value_heads_cut_a_group() -> None:
     """Megatron-Core cuts the stacked rows evenly, whatever they are (parallel linear), and gathers where it attends."""
     plan, _ = planned("exaone4", Layout(tp=4))
-    (part,) = [part for part in plan.parts if part.row.kind is Kind.QKV]
+    (part,) = [part for part in plan.parts if part.mapping.kind is MappingKind.QKV]
     stacked = []  # (tensor, row) as Megatron-Core stacks q, k and v of two groups of two queries x 24
     for group in range(2):
-        stacked += [(0, row) for row in range(group * 48, group * 48 + 48)]
-        stacked += [(1, row) for row in range(group * 24, group * 24 + 24)]
-        stacked += [(2, row) for row in range(group * 24, group * 24 + 24)]
+        stacked += [(0, mapping) for mapping in range(group * 48, group * 48 + 48)]
+        stacked += [(1, mapping) for mapping in range(group * 24, group * 24 + 24)]
+        stacked += [(2, mapping) for mapping in range(group * 24, group * 24 + 24)]
     for number, cut in enumerate(part.cuts):
-        rows = [(copy.tensor, row) for copy in cut.copies for row in range(*copy.hf[0])]
-        assert rows == stacked[number * 48 : number * 48 + 48]
+        mappings = [(copy.tensor, mapping) for copy in cut.copies for mapping in range(*copy.hf[0])]
+        assert mappings == stacked[number * 48 : number * 48 + 48]
 
 
 def test_an_axis_that_the_layout_does_not_cut_evenly() -> None:
@@ -194,29 +200,33 @@ def test_an_axis_that_the_layout_does_not_cut_evenly() -> None:
 # --- planted faults -------------------------------------------------------------------------------------------------
 
 
-def cut_of(plan: Plan, kind: Kind, change: Callable[[Cut], Cut], which: int = 0) -> Plan:
+def cut_of(
+    plan: Plan, kind: MappingKind, change: Callable[[ShardSpec], ShardSpec], which: int = 0
+) -> Plan:
     """The plan with one cut of the first part of this kind changed."""
-    part = next(part for part in plan.parts if part.row.kind is kind)
+    part = next(part for part in plan.parts if part.mapping.kind is kind)
     cuts = [change(cut) if number == which else cut for number, cut in enumerate(part.cuts)]
     return with_part(plan, part, dataclasses.replace(part, cuts=tuple(cuts)))
 
 
-def with_part(plan: Plan, part: Part, other: Part | None) -> Plan:
+def with_part(plan: Plan, part: ParamPlan, other: ParamPlan | None) -> Plan:
     parts = [other if each is part else each for each in plan.parts]
     return dataclasses.replace(plan, parts=tuple(each for each in parts if each is not None))
 
 
-def copies(change: Callable[[list[Copy]], list[Copy]]) -> Callable[[Cut], Cut]:
+def copies(
+    change: Callable[[list[SliceCopy]], list[SliceCopy]],
+) -> Callable[[ShardSpec], ShardSpec]:
     return lambda cut: cut._replace(copies=tuple(change(list(cut.copies))))
 
 
-def moved(copy: Copy, by: int, side: str) -> Copy:
+def moved(copy: SliceCopy, by: int, side: str) -> SliceCopy:
     box = getattr(copy, side)
     return copy._replace(**{side: ((box[0][0] + by, box[0][1] + by), *box[1:])})
 
 
-def shorter(copy: Copy) -> Copy:
-    return Copy(
+def shorter(copy: SliceCopy) -> SliceCopy:
+    return SliceCopy(
         copy.tensor, *(((box[0][0], box[0][1] - 1), *box[1:]) for box in (copy.hf, copy.megatron))
     )
 
@@ -227,67 +237,76 @@ def first_expert(plan: Plan) -> Plan:
 
 FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "a copy is missing": (
-        lambda p: cut_of(p, Kind.QKV, copies(lambda c: c[1:])),
+        lambda p: cut_of(p, MappingKind.QKV, copies(lambda c: c[1:])),
         "elements, of which",
     ),
     "a copy is there twice": (
-        lambda p: cut_of(p, Kind.QKV, copies(lambda c: [*c, c[0]])),
+        lambda p: cut_of(p, MappingKind.QKV, copies(lambda c: [*c, c[0]])),
         "is used twice",
     ),
     "q for k": (
-        lambda p: cut_of(p, Kind.QKV, copies(lambda c: [c[1]._replace(tensor=0), *c[1:], c[0]])),
+        lambda p: cut_of(
+            p, MappingKind.QKV, copies(lambda c: [c[1]._replace(tensor=0), *c[1:], c[0]])
+        ),
         "is used twice|outside",
     ),
     "of a tensor that is none": (
-        lambda p: cut_of(p, Kind.GATED, copies(lambda c: [c[0]._replace(tensor=2), c[1]])),
+        lambda p: cut_of(p, MappingKind.GATED, copies(lambda c: [c[0]._replace(tensor=2), c[1]])),
         "from tensor 2 of 2",
     ),
     "one row further in the tensor": (
-        lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], 1, "hf"), c[1]])),
+        lambda p: cut_of(p, MappingKind.GATED, copies(lambda c: [moved(c[0], 1, "hf"), c[1]])),
         "is used twice",
     ),
     "one row further in the parameter": (
-        lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], 1, "megatron"), c[1]])),
+        lambda p: cut_of(
+            p, MappingKind.GATED, copies(lambda c: [moved(c[0], 1, "megatron"), c[1]])
+        ),
         "is used twice",
     ),
     "past the end": (
-        lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], 48, "hf"), c[1]]), 1),
+        lambda p: cut_of(p, MappingKind.GATED, copies(lambda c: [moved(c[0], 48, "hf"), c[1]]), 1),
         "outside",
     ),
     "before the beginning": (
-        lambda p: cut_of(p, Kind.GATED, copies(lambda c: [moved(c[0], -1, "hf"), c[1]])),
+        lambda p: cut_of(p, MappingKind.GATED, copies(lambda c: [moved(c[0], -1, "hf"), c[1]])),
         "outside",
     ),
     "one row less": (
-        lambda p: cut_of(p, Kind.ROW, copies(lambda c: [shorter(c[0])])),
+        lambda p: cut_of(p, MappingKind.ROW, copies(lambda c: [shorter(c[0])])),
         "elements, of which",
     ),
     "other lengths": (
-        lambda p: cut_of(p, Kind.ROW, copies(lambda c: [c[0]._replace(hf=shorter(c[0]).hf)])),
+        lambda p: cut_of(
+            p, MappingKind.ROW, copies(lambda c: [c[0]._replace(hf=shorter(c[0]).hf)])
+        ),
         "has other lengths",
     ),
     "both ranks hold the first cut": (
         lambda p: cut_of(
-            p, Kind.ROW, lambda cut: next(q for q in p.parts if q.row.kind is Kind.ROW).cuts[0], 1
+            p,
+            MappingKind.ROW,
+            lambda cut: next(q for q in p.parts if q.mapping.kind is MappingKind.ROW).cuts[0],
+            1,
         ),
         "is used twice",
     ),
     "padding forgotten": (
-        lambda p: cut_of(p, Kind.VOCAB, lambda cut: cut._replace(padding=()), 1),
+        lambda p: cut_of(p, MappingKind.VOCAB, lambda cut: cut._replace(padding=()), 1),
         "of which",
     ),
     "padding elsewhere": (
         lambda p: cut_of(
             p,
-            Kind.ROW,
-            lambda cut: Cut(cut.shape, (shorter(cut.copies[0]),), (((63, 64), (0, 48)),)),
+            MappingKind.ROW,
+            lambda cut: ShardSpec(cut.shape, (shorter(cut.copies[0]),), (((63, 64), (0, 48)),)),
         ),
         "which only a vocabulary may have",
     ),
     "a replicated parameter is cut": (
         lambda p: with_part(
             p,
-            part := next(q for q in p.parts if q.row.kind is Kind.REPLICATED),
+            part := next(q for q in p.parts if q.mapping.kind is MappingKind.REPLICATED),
             dataclasses.replace(part, cuts=part.cuts * 2),
         ),
         "is used twice",
@@ -303,7 +322,7 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
             parts=(
                 *p.parts,
                 dataclasses.replace(
-                    p.parts[3], row=dataclasses.replace(p.parts[3].row, megatron="a.*")
+                    p.parts[3], mapping=dataclasses.replace(p.parts[3].mapping, megatron="a.*")
                 ),
             ),
         ),
@@ -314,7 +333,9 @@ FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
             p,
             p.parts[1],
             dataclasses.replace(
-                p.parts[1], shapes=((65,),), cuts=(Cut((65,), (Copy(0, ((0, 65),), ((0, 65),)),)),)
+                p.parts[1],
+                shapes=((65,),),
+                cuts=(ShardSpec((65,), (SliceCopy(0, ((0, 65),), ((0, 65),)),)),),
             ),
         ),
         "has shape",
@@ -405,6 +426,6 @@ def test_a_plan_is_as_small_as_its_table() -> None:
         "num_hidden_layers": 4000,
         "layer_types": ["full_attention"] * 4000,
     }
-    facts = EXAONE4.read_config(config)
-    plan = plan_of(EXAONE4.rows(facts), facts, Layout(tp=2, pp=4))
+    model_config = EXAONE4.read_hf_config(config)
+    plan = plan_of(EXAONE4.mappings(model_config), model_config, Layout(tp=2, pp=4))
     assert sum(len(cut.copies) for part in plan.parts for cut in part.cuts) < 50

@@ -9,9 +9,14 @@ import pytest
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models import family_of
-from exaone_bridge.models.ernie45.config import Ernie45Facts, first_pool, read_config, write_config
+from exaone_bridge.models.ernie45.config import (
+    Ernie45ModelConfig,
+    first_pool,
+    read_hf_config,
+    write_hf_config,
+)
 from exaone_bridge.models.ernie45.tiny import TINY
-from exaone_bridge.models.ernie45.weights import ernie45_rows
+from exaone_bridge.models.ernie45.weights import ernie45_mappings
 from exaone_bridge.schema.param_mapping import aliases, expected_hf, expected_megatron, fp32_names
 
 _COMMON: dict[str, Any] = {
@@ -86,7 +91,7 @@ def _small(**fields: Any) -> dict[str, Any]:
 
 
 def test_published() -> None:
-    dense, small, large = (read_config(PUBLISHED[name]) for name in ("0.3B", "21B", "300B"))
+    dense, small, large = (read_hf_config(PUBLISHED[name]) for name in ("0.3B", "21B", "300B"))
     assert (dense.moe_layers, dense.num_experts, dense.tied, dense.head_dim) == ((), 0, True, 128)
     assert (small.moe_layers, small.num_experts, small.topk) == (tuple(range(1, 28)), 64, 6)
     assert (small.shared_ffn_size, small.head_dim, small.mtp_layers) == (3072, 128, 1)
@@ -96,14 +101,14 @@ def test_published() -> None:
         False,
     )
     assert (large.topk, large.expert_ffn_size, large.head_dim) == (8, 3584, 128)
-    assert {facts.dtype for facts in (dense, small, large)} == {"bfloat16"}
+    assert {model_config.dtype for model_config in (dense, small, large)} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rows_count_the_published_parameters(name: str) -> None:
     """The names say how large: 0.36, 21.8 and 300 billion."""
-    facts = read_config(PUBLISHED[name])
-    shapes = expected_hf(ernie45_rows(facts), facts.dims)
+    model_config = read_hf_config(PUBLISHED[name])
+    shapes = expected_hf(ernie45_mappings(model_config), model_config.dims)
     total = 0
     for shape in shapes.values():
         size = 1
@@ -115,8 +120,8 @@ def test_rows_count_the_published_parameters(name: str) -> None:
 
 
 def test_both_expert_layouts_name_the_same_tensors() -> None:
-    facts = read_config(TINY["ernie45"])
-    rows = ernie45_rows(facts)
+    model_config = read_hf_config(TINY["ernie45"])
+    rows = ernie45_mappings(model_config)
     others = aliases(rows)
     assert others["decoder.layers.2.mlp.experts.local_experts.5.linear_fc1.weight"] == (
         "decoder.layers.2.mlp.experts.linear_fc1.weight5"
@@ -127,7 +132,7 @@ def test_both_expert_layouts_name_the_same_tensors() -> None:
     assert len(others) == 3 * 8 * 2
     kept = {
         name
-        for name in expected_hf(rows, facts.dims)
+        for name in expected_hf(rows, model_config.dims)
         if "mlp.gate.weight" in name or "moe_statics" in name
     }
     assert fp32_names(rows) == kept and len(kept) == 6
@@ -147,20 +152,20 @@ def test_both_expert_layouts_name_the_same_tensors() -> None:
     ],
 )
 def test_schedule(fields: dict[str, Any], layers: tuple[int, ...]) -> None:
-    facts = read_config(_small(**fields))
-    assert facts.moe_layers == layers
-    assert bool(facts.num_experts) == bool(layers)
+    model_config = read_hf_config(_small(**fields))
+    assert model_config.moe_layers == layers
+    assert bool(model_config.num_experts) == bool(layers)
 
 
 def test_null_in_a_dense_configuration_is_derived() -> None:
-    derived = read_config({**PUBLISHED["0.3B"], "head_dim": None, "num_key_value_heads": None})
+    derived = read_hf_config({**PUBLISHED["0.3B"], "head_dim": None, "num_key_value_heads": None})
     assert (derived.head_dim, derived.num_kv_heads) == (64, 16)
     absent = {
         key: value
         for key, value in PUBLISHED["0.3B"].items()
         if key not in ("head_dim", "num_key_value_heads")
     }
-    assert (read_config(absent).head_dim, read_config(absent).num_kv_heads) == (128, 2)
+    assert (read_hf_config(absent).head_dim, read_hf_config(absent).num_kv_heads) == (128, 2)
 
 
 def test_first_pool() -> None:
@@ -204,14 +209,14 @@ def test_first_pool() -> None:
 )
 def test_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedConfig) as caught:
-        read_config(_small(**fields))
+        read_hf_config(_small(**fields))
     assert caught.value.field == named
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
 def test_written_unchanged_where_nothing_changed(name: str) -> None:
     config = PUBLISHED.get(name) or TINY[name]
-    assert write_config(read_config(config), config) == config
+    assert write_hf_config(read_hf_config(config), config) == config
 
 
 @pytest.mark.parametrize("source", [*PUBLISHED, None])
@@ -238,21 +243,21 @@ def test_written_unchanged_where_nothing_changed(name: str) -> None:
 )
 def test_written_changes_are_read_back(source: str | None, changes: dict[str, Any]) -> None:
     config = PUBLISHED[source or "21B"]
-    facts = dataclasses.replace(read_config(config), **changes)
+    model_config = dataclasses.replace(read_hf_config(config), **changes)
     if source == "0.3B":
         if changes.keys() & {"moe", "num_experts"}:
             return  # a dense configuration has no words for experts
-        facts = dataclasses.replace(facts, head_bias=False)
+        model_config = dataclasses.replace(model_config, head_bias=False)
     if source is None:
-        facts = dataclasses.replace(facts, init_std=0.3, max_positions=11)
-    assert read_config(write_config(facts, config if source else {})) == facts
+        model_config = dataclasses.replace(model_config, init_std=0.3, max_positions=11)
+    assert read_hf_config(write_hf_config(model_config, config if source else {})) == model_config
 
 
 def test_unsayable_schedule_is_refused() -> None:
-    facts = read_config(PUBLISHED["21B"])
-    gaps = dataclasses.replace(facts, num_layers=4, moe=(True, True, False, True))
+    model_config = read_hf_config(PUBLISHED["21B"])
+    gaps = dataclasses.replace(model_config, num_layers=4, moe=(True, True, False, True))
     with pytest.raises(UnsupportedConfig, match="moe_layer_freq"):
-        write_config(gaps, PUBLISHED["21B"])
+        write_hf_config(gaps, PUBLISHED["21B"])
 
 
 def test_defaults_are_transformers() -> None:
@@ -263,10 +268,10 @@ def test_defaults_are_transformers() -> None:
         (Ernie4_5_MoeConfig, "Ernie4_5_MoeForCausalLM"),
     ):
         bare = {"architectures": [architecture], "model_type": config_class.model_type}
-        assert read_config(bare) == read_config(bare | config_class().to_dict())
+        assert read_hf_config(bare) == read_hf_config(bare | config_class().to_dict())
 
 
 def test_family_claims_every_spelling() -> None:
     for architecture in ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5_MoeForCausalLM"):
         assert family_of([architecture], where="test").name == "ernie45"
-    assert Ernie45Facts.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert Ernie45ModelConfig.__dataclass_params__.frozen  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`read_config` against the published values, Transformers' own reader, and everything that it must refuse."""
+"""`read_hf_config` against the published values, Transformers' own reader, and everything that it must refuse."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.models.exaone4.config import Exaone4Facts, Llama3Rope, read_config
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope, read_hf_config
 from exaone_bridge.models.exaone4.tiny import TINY
 from tests.helpers.exaone4_configs import (
     PUBLISHED,
-    PUBLISHED_FACTS,
+    PUBLISHED_MODEL_CONFIGS,
     SPELLINGS,
     G,
     L,
@@ -51,7 +51,7 @@ def hf() -> Any:
 def test_facts_of_the_published_models(name: str, spelling: str) -> None:
     config = published(name, spelling)
     before = copy.deepcopy(config)
-    assert read_config(config) == PUBLISHED_FACTS[name]
+    assert read_hf_config(config) == PUBLISHED_MODEL_CONFIGS[name]
     assert config == before  # reading changes nothing
 
 
@@ -73,10 +73,12 @@ def test_every_field_of_a_published_model_matters(name: str) -> None:
         "dtype": ("dtype", "float16"),
     }
     for key, (fact, value) in changes.items():
-        found = read_config(published(name, "transformers-5") | {key: value})
-        assert found == dataclasses.replace(PUBLISHED_FACTS[name], **{fact: value}), key
+        found = read_hf_config(published(name, "transformers-5") | {key: value})
+        assert found == dataclasses.replace(PUBLISHED_MODEL_CONFIGS[name], **{fact: value}), key
     unread = {"num_layers", "rope_theta", "llama3", "windows", "rope"}  # tested below
-    assert {fact for fact, _ in changes.values()} | unread == set(Exaone4Facts.__dataclass_fields__)
+    assert {fact for fact, _ in changes.values()} | unread == set(
+        Exaone4ModelConfig.__dataclass_fields__
+    )
 
 
 def test_rope_fields_one_by_one() -> None:
@@ -91,7 +93,7 @@ def test_rope_fields_one_by_one() -> None:
     )
     for key in ("rope_parameters", "rope_scaling"):
         for field, fact in fields.items():
-            found = read_config(small(**{"rope_parameters": ..., key: LLAMA3 | {field: 3}}))
+            found = read_hf_config(small(**{"rope_parameters": ..., key: LLAMA3 | {field: 3}}))
             assert found.llama3 == dataclasses.replace(stock, **{fact: 3})
             assert found.rope_theta == 500.0
 
@@ -100,19 +102,19 @@ def test_a_spelling_whose_theta_stands_outside_the_rope_object() -> None:
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     for key in ("rope_parameters", "rope_scaling"):
         outside = small(**{"rope_parameters": ..., key: scaling}, rope_theta=3000)
-        assert read_config(outside).rope_theta == 3000.0
+        assert read_hf_config(outside).rope_theta == 3000.0
         inside = small(
             **{"rope_parameters": ..., key: scaling | {"rope_theta": 5000}}, rope_theta=3000
         )
-        assert read_config(inside).rope_theta == 5000.0
+        assert read_hf_config(inside).rope_theta == 5000.0
 
 
 def test_facts_are_frozen_and_give_the_axes() -> None:
-    facts = read_config(small(head_dim=6))
-    assert facts.layers == (0, 1, 2)
-    assert facts.dims == {"V": 50, "H": 32, "F": 48, "D": 6, "Q": 24, "K": 12}
+    model_config = read_hf_config(small(head_dim=6))
+    assert model_config.layers == (0, 1, 2)
+    assert model_config.dims == {"V": 50, "H": 32, "F": 48, "D": 6, "Q": 24, "K": 12}
     with pytest.raises(dataclasses.FrozenInstanceError):
-        facts.tied = True  # type: ignore[misc]
+        model_config.tied = True  # type: ignore[misc]
 
 
 # --- RoPE or not: it hangs on sliding_window ---
@@ -138,8 +140,8 @@ def test_facts_are_frozen_and_give_the_axes() -> None:
 def test_rope_hangs_on_sliding_window_and_not_on_whether_a_layer_slides(
     kinds: list[str], window: Any, windows: tuple[int | None, ...], rope: tuple[bool, ...]
 ) -> None:
-    facts = read_config(small(layer_types=kinds, sliding_window=window))
-    assert (facts.windows, facts.rope) == (windows, rope)
+    model_config = read_hf_config(small(layer_types=kinds, sliding_window=window))
+    assert (model_config.windows, model_config.rope) == (windows, rope)
 
 
 # --- against Transformers ---
@@ -150,8 +152,8 @@ def test_rope_hangs_on_sliding_window_and_not_on_whether_a_layer_slides(
 def test_published_files_through_transformers(hf: Any, name: str, spelling: str) -> None:
     config = hf(published(name, spelling))
     for text in (config.to_json_string(), config.to_json_string(use_diff=False)):
-        assert read_config(json.loads(text)) == PUBLISHED_FACTS[name]
-    assert read_config(config.to_dict()) == PUBLISHED_FACTS[name]
+        assert read_hf_config(json.loads(text)) == PUBLISHED_MODEL_CONFIGS[name]
+    assert read_hf_config(config.to_dict()) == PUBLISHED_MODEL_CONFIGS[name]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -163,20 +165,22 @@ def test_a_file_and_what_transformers_makes_of_it_say_the_same(
     hf: Any, config: dict[str, Any]
 ) -> None:
     theirs = hf(config)
-    facts = read_config(config)
-    assert read_config(json.loads(theirs.to_json_string())) == facts
-    assert read_config(theirs.to_dict()) == facts
+    model_config = read_hf_config(config)
+    assert read_hf_config(json.loads(theirs.to_json_string())) == model_config
+    assert read_hf_config(theirs.to_dict()) == model_config
     # And not only the same as ourselves: the same as Transformers' own attributes.
-    assert facts.num_layers == theirs.num_hidden_layers == len(theirs.layer_types)
-    assert [L if window is not None else G for window in facts.windows] == theirs.layer_types
-    assert {window for window in facts.windows if window is not None} <= {theirs.sliding_window}
-    assert facts.rope == tuple(
+    assert model_config.num_layers == theirs.num_hidden_layers == len(theirs.layer_types)
+    assert [L if window is not None else G for window in model_config.windows] == theirs.layer_types
+    assert {window for window in model_config.windows if window is not None} <= {
+        theirs.sliding_window
+    }
+    assert model_config.rope == tuple(
         theirs.sliding_window is None or kind == L for kind in theirs.layer_types
     )
-    assert facts.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert (facts.llama3 is not None) == (theirs.rope_parameters["rope_type"] == "llama3")
-    if facts.llama3 is not None:
-        assert dataclasses.astuple(facts.llama3) == tuple(
+    assert model_config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (model_config.llama3 is not None) == (theirs.rope_parameters["rope_type"] == "llama3")
+    if model_config.llama3 is not None:
+        assert dataclasses.astuple(model_config.llama3) == tuple(
             theirs.rope_parameters[key]
             for key in (
                 "factor",
@@ -185,10 +189,10 @@ def test_a_file_and_what_transformers_makes_of_it_say_the_same(
                 "original_max_position_embeddings",
             )
         )
-    assert facts.head_dim == getattr(
+    assert model_config.head_dim == getattr(
         theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads
     )
-    assert facts.dtype == str(theirs.dtype or "float32").removeprefix("torch.")
+    assert model_config.dtype == str(theirs.dtype or "float32").removeprefix("torch.")
     for fact, field in {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -201,7 +205,7 @@ def test_a_file_and_what_transformers_makes_of_it_say_the_same(
         "attention_dropout": "attention_dropout",
         "tied": "tie_word_embeddings",
     }.items():
-        assert getattr(facts, fact) == getattr(theirs, field), field
+        assert getattr(model_config, fact) == getattr(theirs, field), field
 
 
 @settings(max_examples=60, deadline=None)
@@ -214,9 +218,9 @@ def test_a_whole_number_pattern_is_read_as_transformers_reads_it(
 ) -> None:
     config = small(num_hidden_layers=layers, sliding_window_pattern=pattern, layer_types=...)
     theirs = hf(config).layer_types
-    assert read_config(config).windows == tuple(5 if kind == L else None for kind in theirs)
-    assert read_config(config | {"layer_types": None}) == read_config(config)
-    assert read_config(config) == read_config(
+    assert read_hf_config(config).windows == tuple(5 if kind == L else None for kind in theirs)
+    assert read_hf_config(config | {"layer_types": None}) == read_hf_config(config)
+    assert read_hf_config(config) == read_hf_config(
         config | {"layer_types": theirs, "sliding_window_pattern": "LLLG"}
     )
 
@@ -230,11 +234,11 @@ def test_the_miniatures_are_what_transformers_writes(hf: Any, name: str) -> None
 
 def test_the_miniatures_are_the_published_topologies() -> None:
     for name, full in {"exaone4": "32B", "exaone4-1.2b": "1.2B"}.items():
-        tiny, facts = read_config(TINY[name]), PUBLISHED_FACTS[full]
-        assert tiny.tied == facts.tied
-        assert tiny.rope == facts.rope[: tiny.num_layers]
+        tiny, model_config = read_hf_config(TINY[name]), PUBLISHED_MODEL_CONFIGS[full]
+        assert tiny.tied == model_config.tied
+        assert tiny.rope == model_config.rope[: tiny.num_layers]
         slides = [window is not None for window in tiny.windows]
-        assert slides == [window is not None for window in facts.windows][: tiny.num_layers]
+        assert slides == [window is not None for window in model_config.windows][: tiny.num_layers]
         assert tiny.llama3 is not None and tiny.num_heads > tiny.num_kv_heads > 1
         assert tiny.head_dim != tiny.hidden_size // tiny.num_heads and tiny.vocab_size % 2
 
@@ -243,9 +247,9 @@ def test_the_miniatures_are_the_published_topologies() -> None:
 
 
 def refusal(config: dict[str, Any], field: str, got: object) -> str:
-    """The message of the UnsupportedConfig that `read_config` must raise about this field and value."""
+    """The message of the UnsupportedConfig that `read_hf_config` must raise about this field and value."""
     with pytest.raises(UnsupportedConfig) as caught:
-        read_config(config)
+        read_hf_config(config)
     message = str(caught.value)
     assert type(caught.value) is UnsupportedConfig
     assert (caught.value.field, repr(caught.value.got)) == (field, repr(got))
@@ -365,7 +369,7 @@ def test_refused_head_counts() -> None:
 def test_refused_hidden_size_that_heads_do_not_divide_unless_head_dim_is_there() -> None:
     message = refusal(small(hidden_size=34), "hidden_size", 34)
     assert "a multiple of num_attention_heads=4" in message and "or write head_dim" in message
-    assert read_config(small(hidden_size=34, head_dim=10)).head_dim == 10
+    assert read_hf_config(small(hidden_size=34, head_dim=10)).head_dim == 10
 
 
 def test_refused_odd_head_dim() -> None:
@@ -411,7 +415,7 @@ def test_refused_patterns_without_layer_types(kinds: object, pattern: object) ->
     message = refusal(config, "sliding_window_pattern", pattern)
     assert A_COUNT in message and f"write \"layer_types\": ['{L}', ..., '{G}']" in message
     # With layer_types the pattern is nobody's business.
-    assert read_config(config | {"layer_types": [L, G, L]}).windows == (5, None, 5)
+    assert read_hf_config(config | {"layer_types": [L, G, L]}).windows == (5, None, 5)
 
 
 @pytest.mark.parametrize("value", [[L, G], [L, G, L, G], []], ids=len)
@@ -459,10 +463,10 @@ def test_a_number_too_large_for_a_float_is_refused() -> None:
 def test_both_rope_objects_are_read_as_transformers_reads_them_or_refused(hf: Any) -> None:
     config = small(rope_scaling=LLAMA3)  # and rope_parameters says default
     try:
-        facts = read_config(config)
+        model_config = read_hf_config(config)
     except UnsupportedConfig:
         return
-    assert facts == read_config(json.loads(hf(config).to_json_string()))
+    assert model_config == read_hf_config(json.loads(hf(config).to_json_string()))
 
 
 def test_head_dim_null_is_refused() -> None:

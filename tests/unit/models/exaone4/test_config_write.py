@@ -1,4 +1,4 @@
-"""`write_config`: nothing changes but what the facts changed, and what is written is read back as the same facts."""
+"""`write_hf_config`: nothing changes but what the facts changed, and what is written is read back as the same facts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.models.exaone4.config import Exaone4Facts, Llama3Rope, read_config, write_config
+from exaone_bridge.models.exaone4.config import (
+    Exaone4ModelConfig,
+    Llama3Rope,
+    read_hf_config,
+    write_hf_config,
+)
 from exaone_bridge.models.exaone4.tiny import TINY
 from tests.helpers.exaone4_configs import (
     PUBLISHED,
-    PUBLISHED_FACTS,
+    PUBLISHED_MODEL_CONFIGS,
     SPELLINGS,
     G,
     L,
-    facts,
+    model_config,
     published,
     raw_configs,
     small,
@@ -40,10 +45,10 @@ def less_version(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "transformers_version"}
 
 
-def written(changed: Exaone4Facts, source: dict[str, Any]) -> dict[str, Any]:
-    """What `write_config` gives, after checking that it left its source alone."""
+def written(changed: Exaone4ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """What `write_hf_config` gives, after checking that it left its source alone."""
     before = copy.deepcopy(source)
-    config = write_config(changed, source)
+    config = write_hf_config(changed, source)
     assert source == before
     return config
 
@@ -55,20 +60,20 @@ def written(changed: Exaone4Facts, source: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_unchanged_facts_give_the_source_back(name: str, spelling: str) -> None:
     source = published(name, spelling)
-    config = written(PUBLISHED_FACTS[name], source)
+    config = written(PUBLISHED_MODEL_CONFIGS[name], source)
     assert "transformers_version" in source and "x_note" in config
     assert list(config.items()) == list(less_version(source).items())  # key by key, and in order
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_unchanged_facts_of_the_miniatures(name: str) -> None:
-    assert written(read_config(TINY[name]), dict(TINY[name])) == TINY[name]
+    assert written(read_hf_config(TINY[name]), dict(TINY[name])) == TINY[name]
 
 
 @quick
 @given(source=raw_configs())
 def test_unchanged_facts_of_any_source(source: dict[str, Any]) -> None:
-    config = written(read_config(source), source)
+    config = written(read_hf_config(source), source)
     assert list(config.items()) == list(less_version(source).items())
 
 
@@ -91,22 +96,22 @@ ONE_FIELD = {
 def test_a_changed_fact_changes_its_field_and_no_other(fact: str, spelling: str) -> None:
     source = published("32B", spelling)
     key, value = ONE_FIELD[fact]
-    changed = dataclasses.replace(PUBLISHED_FACTS["32B"], **{fact: value})
+    changed = dataclasses.replace(PUBLISHED_MODEL_CONFIGS["32B"], **{fact: value})
     config = written(changed, source)
     assert config == less_version(source) | {key: value}
     assert list(config) == list(less_version(source))
-    assert read_config(config) == changed
+    assert read_hf_config(config) == changed
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_changed_dtype_is_written_in_the_new_spelling(spelling: str) -> None:
     source = published("32B", spelling)
-    changed = dataclasses.replace(PUBLISHED_FACTS["32B"], dtype="float16")
+    changed = dataclasses.replace(PUBLISHED_MODEL_CONFIGS["32B"], dtype="float16")
     config = written(changed, source)
     expected = less_version(source) | {"dtype": "float16"}
     expected.pop("torch_dtype", None)
     assert config == expected
-    assert read_config(config) == changed
+    assert read_hf_config(config) == changed
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -143,13 +148,13 @@ def test_a_changed_rope_is_written_in_the_new_spelling(
     change: dict[str, Any], rope: dict[str, Any], spelling: str
 ) -> None:
     source = published("32B", spelling)
-    changed = dataclasses.replace(PUBLISHED_FACTS["32B"], **change)
+    changed = dataclasses.replace(PUBLISHED_MODEL_CONFIGS["32B"], **change)
     config = written(changed, source)
     expected = less_version(source) | {"rope_parameters": rope}
     assert config == {
         key: value for key, value in expected.items() if key not in ("rope_theta", "rope_scaling")
     }
-    assert read_config(config) == changed
+    assert read_hf_config(config) == changed
 
 
 @pytest.mark.parametrize(
@@ -179,47 +184,49 @@ def test_a_changed_schedule_changes_layer_types_and_window(
 ) -> None:
     source = small(**({} if kinds_in_source else {"layer_types": ..., "sliding_window_pattern": 2}))
     changed = dataclasses.replace(
-        read_config(source), windows=windows, rope=rope, num_layers=len(windows)
+        read_hf_config(source), windows=windows, rope=rope, num_layers=len(windows)
     )
     config = written(changed, source)
     wanted = {"layer_types": kinds, "sliding_window": window, "num_hidden_layers": len(windows)}
     assert config == source | wanted
-    assert read_config(config) == changed
+    assert read_hf_config(config) == changed
 
 
 def test_no_rope_anywhere_has_a_window_to_hang_on() -> None:
     """NoPE on every layer is said by a window that no layer uses: 4096 where the source has none."""
     source = small(sliding_window=None, layer_types=[G] * 3)
-    changed = dataclasses.replace(read_config(source), rope=(False,) * 3)
+    changed = dataclasses.replace(read_hf_config(source), rope=(False,) * 3)
     assert written(changed, source) == source | {"sliding_window": 4096}
-    assert read_config(written(changed, source)) == changed
+    assert read_hf_config(written(changed, source)) == changed
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("fact", TRAINING)
 def test_what_training_sets_for_itself_stays_the_sources(fact: str, spelling: str) -> None:
     source = published("32B", spelling)
-    changed = dataclasses.replace(PUBLISHED_FACTS["32B"], **{fact: TRAINING[fact]})
+    changed = dataclasses.replace(PUBLISHED_MODEL_CONFIGS["32B"], **{fact: TRAINING[fact]})
     assert written(changed, source) == less_version(source)
 
 
 def test_every_fact_is_tried_above() -> None:
     others = {"num_layers", "windows", "rope", "rope_theta", "llama3", "dtype"}
-    assert ONE_FIELD.keys() | TRAINING.keys() | others == set(Exaone4Facts.__dataclass_fields__)
+    assert ONE_FIELD.keys() | TRAINING.keys() | others == set(
+        Exaone4ModelConfig.__dataclass_fields__
+    )
 
 
 # --- any changes ---
 
 
 @quick
-@given(changed=facts(), source=raw_configs().filter(lambda config: "head_dim" in config))
+@given(changed=model_config(), source=raw_configs().filter(lambda config: "head_dim" in config))
 def test_any_facts_written_over_any_source_are_read_back(
-    changed: Exaone4Facts, source: dict[str, Any]
+    changed: Exaone4ModelConfig, source: dict[str, Any]
 ) -> None:
-    before = read_config(source)
+    before = read_hf_config(source)
     config = written(changed, source)
     kept = {name: getattr(before, name) for name in TRAINING}
-    assert read_config(config) == dataclasses.replace(changed, **kept)
+    assert read_hf_config(config) == dataclasses.replace(changed, **kept)
     foreign = (
         "architectures",
         "model_type",
@@ -240,10 +247,10 @@ def hf() -> Any:
 
 
 @quick
-@given(made=facts())
-@example(made=PUBLISHED_FACTS["1.2B"])
-@example(made=PUBLISHED_FACTS["32B"])
-def test_facts_without_a_source_make_a_complete_config(hf: Any, made: Exaone4Facts) -> None:
+@given(made=model_config())
+@example(made=PUBLISHED_MODEL_CONFIGS["1.2B"])
+@example(made=PUBLISHED_MODEL_CONFIGS["32B"])
+def test_facts_without_a_source_make_a_complete_config(hf: Any, made: Exaone4ModelConfig) -> None:
     config = written(made, {})
     assert (config["architectures"], config["model_type"]) == (["Exaone4ForCausalLM"], "exaone4")
     assert set(config) == {
@@ -266,8 +273,8 @@ def test_facts_without_a_source_make_a_complete_config(hf: Any, made: Exaone4Fac
         "sliding_window",
         "dtype",
     }
-    assert read_config(config) == made
-    assert read_config(hf(config).to_dict()) == made
+    assert read_hf_config(config) == made
+    assert read_hf_config(hf(config).to_dict()) == made
 
 
 # --- what the configuration has no words for ---
@@ -287,9 +294,9 @@ def test_facts_without_a_source_make_a_complete_config(hf: Any, made: Exaone4Fac
 def test_refused_schedules(
     windows: tuple[int | None, ...], rope: tuple[bool, ...], source: dict[str, Any]
 ) -> None:
-    changed = dataclasses.replace(read_config(small()), windows=windows, rope=rope)
+    changed = dataclasses.replace(read_hf_config(small()), windows=windows, rope=rope)
     with pytest.raises(UnsupportedConfig) as caught:
-        write_config(changed, source)
+        write_hf_config(changed, source)
     message = str(caught.value)
     assert type(caught.value) is UnsupportedConfig and caught.value.got == rope
     assert message.startswith(
@@ -300,7 +307,7 @@ def test_refused_schedules(
 
 def test_a_source_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(UnsupportedConfig, match="hidden_act"):
-        write_config(read_config(small()), small(hidden_act="gelu"))
+        write_hf_config(read_hf_config(small()), small(hidden_act="gelu"))
 
 
 @pytest.mark.parametrize("fact", ["windows", "rope"])
@@ -310,14 +317,14 @@ def test_lists_of_another_length_than_num_layers_are_never_written(
     fact: str, data: st.DataObject
 ) -> None:
     """Facts that contradict themselves do not become a file that reads as something else."""
-    made = data.draw(facts())
+    made = data.draw(model_config())
     broken = dataclasses.replace(made, **{fact: getattr(made, fact) + getattr(made, fact)[:1]})
     try:
-        config = write_config(broken, {})
+        config = write_hf_config(broken, {})
     except UnsupportedConfig:
         return
     with pytest.raises(UnsupportedConfig):
-        read_config(config)
+        read_hf_config(config)
 
 
 # --- faults that these tests found, since repaired ---
@@ -326,9 +333,9 @@ def test_lists_of_another_length_than_num_layers_are_never_written(
 @pytest.mark.parametrize("windows", [(4, 8, None), (8, 4, None), (4, 8, 8)])
 def test_two_window_sizes_are_refused(windows: tuple[int | None, ...]) -> None:
     rope = tuple(window is not None for window in windows)
-    changed = dataclasses.replace(read_config(small()), windows=windows, rope=rope)
+    changed = dataclasses.replace(read_hf_config(small()), windows=windows, rope=rope)
     with pytest.raises(UnsupportedConfig):
-        write_config(changed, {})
+        write_hf_config(changed, {})
 
 
 @pytest.mark.parametrize(
@@ -336,9 +343,9 @@ def test_two_window_sizes_are_refused(windows: tuple[int | None, ...]) -> None:
 )
 def test_head_dim_is_written_where_the_source_left_it_to_be_derived(change: dict[str, int]) -> None:
     source = small()
-    changed = dataclasses.replace(read_config(source), **change)
+    changed = dataclasses.replace(read_hf_config(source), **change)
     assert changed.head_dim == 8
-    assert read_config(write_config(changed, source)) == changed
+    assert read_hf_config(write_hf_config(changed, source)) == changed
 
 
 def test_the_order_of_new_keys_does_not_hang_on_the_hash_seed() -> None:

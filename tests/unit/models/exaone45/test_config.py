@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.models.exaone4.config import read_config as read_text
-from exaone_bridge.models.exaone45.config import read_config, write_config
+from exaone_bridge.models.exaone4.config import read_hf_config as read_text
+from exaone_bridge.models.exaone45.config import read_hf_config, write_hf_config
 from exaone_bridge.models.exaone45.tiny import TINY
-from exaone_bridge.models.exaone45.weights import carried_tensors, exaone45_rows, without_carried
+from exaone_bridge.models.exaone45.weights import (
+    exaone45_mappings,
+    passthrough_tensors,
+    without_passthrough,
+)
 from exaone_bridge.schema.param_mapping import expected_hf
 
 CONFIG = TINY["exaone45"]
@@ -26,10 +30,15 @@ def _with(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_language_model_is_exaone4s() -> None:
-    facts = read_config(CONFIG)
-    assert facts.text == read_text(CONFIG["text_config"])
-    assert (facts.vision.qkv_size, facts.vision.head_dim) == (96, 12)
-    assert (facts.image_token, facts.video_token, facts.mtp_layers, facts.mtp_loss_scale) == (
+    model_config = read_hf_config(CONFIG)
+    assert model_config.text == read_text(CONFIG["text_config"])
+    assert (model_config.vision.qkv_size, model_config.vision.head_dim) == (96, 12)
+    assert (
+        model_config.image_token,
+        model_config.video_token,
+        model_config.mtp_layers,
+        model_config.mtp_loss_scale,
+    ) == (
         67,
         68,
         1,
@@ -53,7 +62,7 @@ def test_nothing_changes_where_no_fact_has(path: str, value: Any) -> None:
     config = _with(path, value)
     if value is None:
         config["text_config"]["hidden_size"] = 3584  # the tower's default
-    assert write_config(read_config(config), config) == config
+    assert write_hf_config(read_hf_config(config), config) == config
 
 
 @pytest.mark.parametrize(
@@ -75,20 +84,20 @@ def test_nothing_changes_where_no_fact_has(path: str, value: Any) -> None:
 )
 def test_a_changed_fact_changes_its_own_field(path: str, value: Any) -> None:
     wanted = _with(path, value)
-    assert write_config(read_config(wanted), CONFIG) == wanted
+    assert write_hf_config(read_hf_config(wanted), CONFIG) == wanted
 
 
 def test_one_type_for_the_whole_model() -> None:
     half = json.loads(json.dumps(CONFIG).replace("float32", "bfloat16"))
-    assert write_config(read_config(half), CONFIG) == half
+    assert write_hf_config(read_hf_config(half), CONFIG) == half
     with pytest.raises(UnsupportedConfig, match="one type for the whole model"):
-        read_config(_with("vision_config.dtype", "bfloat16"))
+        read_hf_config(_with("vision_config.dtype", "bfloat16"))
 
 
 def test_made_by_hand() -> None:
     """Without a source every field is written, and read again as the same facts."""
-    facts = read_config(CONFIG)
-    assert read_config(write_config(facts, {})) == facts
+    model_config = read_hf_config(CONFIG)
+    assert read_hf_config(write_hf_config(model_config, {})) == model_config
 
 
 def test_defaults_are_transformers() -> None:
@@ -97,7 +106,7 @@ def test_defaults_are_transformers() -> None:
     theirs = Exaone4_5_VisionConfig().to_dict()
     config = _with("vision_config", {})
     config["text_config"]["hidden_size"] = theirs["out_hidden_size"]
-    assert read_config(config) == read_config(
+    assert read_hf_config(config) == read_hf_config(
         config | {"vision_config": theirs | {"dtype": "float32"}}
     )
 
@@ -125,19 +134,23 @@ def test_defaults_are_transformers() -> None:
 )
 def test_refused(path: str, value: Any, said: str) -> None:
     with pytest.raises(UnsupportedConfig, match=said):
-        read_config(_with(path, value))
+        read_hf_config(_with(path, value))
 
 
 def test_what_multi_token_prediction_ships() -> None:
-    facts = read_config(CONFIG)
-    shapes = {tensor.name: tensor.shape(facts.dims) for tensor in carried_tensors(facts)}
+    model_config = read_hf_config(CONFIG)
+    shapes = {
+        tensor.name: tensor.shape(model_config.dims) for tensor in passthrough_tensors(model_config)
+    }
     assert shapes["mtp.fc.weight"] == (64, 128)
     assert shapes["mtp.layers.0.self_attn.q_norm.weight"] == (24,)
     assert len(shapes) == 15
-    assert not shapes.keys() & expected_hf(exaone45_rows(facts), facts.dims).keys()
-    assert carried_tensors(without_carried(facts)) == ()
-    two = read_config(_with("text_config.num_nextn_predict_layers", 2))
-    assert len(carried_tensors(two)) == 15  # shared
-    apart = write_config(two, CONFIG)
+    assert (
+        not shapes.keys() & expected_hf(exaone45_mappings(model_config), model_config.dims).keys()
+    )
+    assert passthrough_tensors(without_passthrough(model_config)) == ()
+    two = read_hf_config(_with("text_config.num_nextn_predict_layers", 2))
+    assert len(passthrough_tensors(two)) == 15  # shared
+    apart = write_hf_config(two, CONFIG)
     apart["text_config"]["mtp_share_layers"] = False
-    assert len(carried_tensors(read_config(apart))) == 15 + 11
+    assert len(passthrough_tensors(read_hf_config(apart))) == 15 + 11
