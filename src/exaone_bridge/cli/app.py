@@ -31,13 +31,13 @@ TINY_CONFIGS = {
     name: (family, config) for family in FAMILIES for name, config in family.tiny.items()
 }
 
-Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel ranks.", min=1)]
-Pp = Annotated[int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1)]
-Vpp = Annotated[int, typer.Option("--vpp", help="Model chunks a pipeline rank holds.", min=1)]
-Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism along --tp.")]
-Ep = Annotated[int, typer.Option("--ep", help="Ranks that experts are dealt to.", min=1)]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.", min=1)]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.", min=1)]
+Vpp = Annotated[int, typer.Option("--vpp", help="Virtual pipeline stages per rank.", min=1)]
+Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism over the TP ranks.")]
+Ep = Annotated[int, typer.Option("--ep", help="Expert-parallel size.", min=1)]
 Etp = Annotated[
-    int | None, typer.Option("--etp", help="Ranks that cut each expert; default: as --tp.", min=1)
+    int | None, typer.Option("--etp", help="Expert tensor-parallel size; default: --tp.", min=1)
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto, transformer_engine or torch.")]
 
@@ -249,7 +249,7 @@ def export(
         typer.Option(help="Of a file, such as 5GB; default: the source's files.", metavar="SIZE"),
     ] = None,
     drop_passthrough: Annotated[
-        bool, typer.Option("--drop-carried", help="Leave out tensors that travel beside the model.")
+        bool, typer.Option("--drop-passthrough", help="Leave out the passthrough tensors.")
     ] = False,
     workers: Workers = 1,
     dry_run: DryRun = False,

@@ -56,8 +56,8 @@ def _print(folder: Path, layout: Layout, as_json: bool) -> HFSource:
     return source
 
 
-def _refused(source: HFSource) -> Iterator[tuple[str, str]]:
-    """Layouts that cut along one axis only and cannot work, and why."""
+def _unsupported(source: HFSource) -> Iterator[tuple[str, str]]:
+    """Yield layouts with one parallel axis that the model does not support, and the reason."""
     for axis in ("tp", "pp", "ep"):
         for ranks in _TRIED:
             layout = Layout(**{axis: ranks, "etp": 1 if axis == "ep" else None})  # type: ignore[arg-type]
@@ -77,9 +77,9 @@ def _ranks(plan: Plan) -> list[dict[str, Any]]:
         {
             **rank._asdict(),
             "layers": [list(chunk) for chunk in plan.stages[rank.pp]],
-            "read": plan.read_bytes(rank),
-            "held": plan.held_bytes(rank),
-            "written": written[number],
+            "read_bytes": plan.read_bytes(rank),
+            "parameter_bytes": plan.held_bytes(rank),
+            "written_bytes": written[number],
         }
         for number, rank in enumerate(plan.ranks())
     ]
@@ -94,15 +94,15 @@ def _json(source: HFSource, plan: Plan) -> str:
         "bytes": source.nbytes,
         "dtype": model_config.dtype,
         "layers": pattern(model_config.windows),
-        "feed_forward": mlp_pattern(_moe(model_config)),
+        "mlp": mlp_pattern(_moe(model_config)),
         "rope": list(model_config.rope),
         "tied": model_config.tied,
         "layout": str(plan.layout),
         "padding": plan.padding,
         "ranks": _ranks(plan),
-        "refused_layouts": dict(_refused(source)),
-        "carried": list(source.passthrough),
-        "unclaimed": list(source.unexpected),
+        "unsupported_layouts": dict(_unsupported(source)),
+        "passthrough": list(source.passthrough),
+        "unexpected": list(source.unexpected),
         "missing": {name: list(shape) for name, shape in source.missing.items()},
     }
     # A line each, and by hand: the encoder that indents is written in Python, and takes a second for 60,000 tensors.
@@ -119,7 +119,7 @@ def _json_tensors(source: HFSource) -> Iterator[str]:
     known: dict[
         tuple[object, ...], str
     ] = {}  # few shapes, types and files; a path's own hash takes long
-    goes_to = map(destinations.get, source.tensors)  # null: carried beside the model, or unclaimed
+    goes_to = map(destinations.get, source.tensors)  # null: passthrough or unexpected
     for info, name, to in zip(
         source.tensors.values(), _quoted(source.tensors), _quoted(goes_to), strict=True
     ):
@@ -141,16 +141,16 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     what = {
         "family": source.family.name,
         "parameters": size,
-        "layers (L windowed, G global)": pattern(model_config.windows),
+        "layers (L sliding-window, G full)": pattern(model_config.windows),
     }
     if any(_moe(model_config)):
-        what["feed-forward (D dense, E experts)"] = mlp_pattern(_moe(model_config))
+        what["MLP (D dense, E experts)"] = mlp_pattern(_moe(model_config))
         what["experts"] = (
             f"{model_config.num_experts}, {model_config.topk} a token, {model_config.num_shared_experts} shared"
         )
     what |= {
-        "RoPE (R yes, - none)": "".join("R" if has else "-" for has in model_config.rope),
-        "window": str(next((window for window in model_config.windows if window), "-")),
+        "RoPE (R applied, - none)": "".join("R" if has else "-" for has in model_config.rope),
+        "sliding window": str(next((window for window in model_config.windows if window), "-")),
         "heads": f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}",
         "embeddings": "tied" if model_config.tied else "untied",
         "layout": f"{layout} fits: {layout.ranks} ranks",
@@ -160,17 +160,16 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
     yield from (f"  {name:<36}{value}" for name, value in what.items())
     yield "Ranks"
     yield from _rank_lines(_ranks(plan))
-    yield from (f"  {name} cannot work: {reason}" for name, reason in _refused(source))
+    yield from (f"  {name} is not supported: {reason}" for name, reason in _unsupported(source))
     yield "Where each tensor goes (* is the layer, then the expert; the letters are the axes of schema/param_mapping.py)"
     for mapping in source.mappings:
         for tensor in mapping.hf:
             yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {mapping.megatron} ({mapping.kind})"
     yield from (
-        f"{_one(info)} -> carried beside the model, unchanged"
-        for info in source.passthrough.values()
+        f"{_one(info)} -> passthrough: exported unchanged" for info in source.passthrough.values()
     )
     yield from (
-        f"{_one(info)} -> unclaimed: the model has no place for it"
+        f"{_one(info)} -> unexpected: no parameter mapping has this name"
         for info in source.unexpected.values()
     )
     for name, shape in source.missing.items():
@@ -184,11 +183,14 @@ def _one(info: TensorInfo) -> str:
 
 def _rank_lines(ranks: list[dict[str, Any]]) -> Iterator[str]:
     """A line a rank, in columns."""
-    lines = [["rank", "place", "layers", "import reads", "parameters", "export writes"]]
+    lines = [["rank", "coordinates", "layers", "import reads", "parameters", "export writes"]]
     for number, rank in enumerate(ranks[:_RANKS_SHOWN]):
         place = " ".join(f"{axis}{rank[axis]}" for axis in ("tp", "pp", "ep", "etp"))
         layers = ", ".join(f"{chunk[0]}-{chunk[-1]}" for chunk in rank["layers"] if chunk)
-        sizes = (f"{rank[what] / 1e6:,.1f} MB" for what in ("read", "held", "written"))
+        sizes = (
+            f"{rank[what] / 1e6:,.1f} MB"
+            for what in ("read_bytes", "parameter_bytes", "written_bytes")
+        )
         lines.append([str(number), place, layers, *sizes])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

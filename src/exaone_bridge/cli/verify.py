@@ -28,38 +28,39 @@ def verify(
         typer.Argument(help="Another; left out: SOURCE's own round trip.", show_default=False),
     ] = None,
     tp: Annotated[
-        int, typer.Option("--tp", help="Tensor parallel ranks.", min=1, rich_help_panel=_LAYOUT)
+        int, typer.Option("--tp", help="Tensor-parallel size.", min=1, rich_help_panel=_LAYOUT)
     ] = 1,
     pp: Annotated[
-        int, typer.Option("--pp", help="Pipeline parallel ranks.", min=1, rich_help_panel=_LAYOUT)
+        int, typer.Option("--pp", help="Pipeline-parallel size.", min=1, rich_help_panel=_LAYOUT)
     ] = 1,
     vpp: Annotated[
         int,
         typer.Option(
-            "--vpp", help="Model chunks a pipeline rank holds.", min=1, rich_help_panel=_LAYOUT
+            "--vpp", help="Virtual pipeline stages per rank.", min=1, rich_help_panel=_LAYOUT
         ),
     ] = 1,
     sp: Annotated[
-        bool, typer.Option("--sp", help="Sequence parallelism along --tp.", rich_help_panel=_LAYOUT)
+        bool,
+        typer.Option(
+            "--sp", help="Sequence parallelism over the TP ranks.", rich_help_panel=_LAYOUT
+        ),
     ] = False,
     ep: Annotated[
         int,
-        typer.Option(
-            "--ep", help="Ranks that experts are dealt to.", min=1, rich_help_panel=_LAYOUT
-        ),
+        typer.Option("--ep", help="Expert-parallel size.", min=1, rich_help_panel=_LAYOUT),
     ] = 1,
     etp: Annotated[
         int | None,
         typer.Option(
             "--etp",
-            help="Ranks that cut each expert; default: as --tp.",
+            help="Expert tensor-parallel size; default: --tp.",
             min=1,
             rich_help_panel=_LAYOUT,
         ),
     ] = None,
     cp: Annotated[
         int,
-        typer.Option("--cp", help="Ranks that share a sequence.", min=1, rich_help_panel=_LAYOUT),
+        typer.Option("--cp", help="Context-parallel size.", min=1, rich_help_panel=_LAYOUT),
     ] = 1,
     backend: Annotated[
         str,

@@ -62,7 +62,7 @@ def passthrough_sizes(folder: Path, family: ModelFamily, model_config: Any) -> d
         raise CheckpointError(
             path,
             f"this file is missing, and with it {names[0]} and others that travel beside the model",
-            remedy="restore it from the Hugging Face source by another `import`, or leave them out with --drop-carried",
+            remedy="restore it from the Hugging Face source by another `import`, or leave them out with --drop-passthrough",
         )
     return {}
 

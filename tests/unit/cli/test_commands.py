@@ -292,11 +292,11 @@ def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
     model_config = model_config_of(run.out)
     assert (
         model_config["family"] == "exaone4"
-        and model_config["window"] == "8"
+        and model_config["sliding window"] == "8"
         and model_config["heads"] == "4 / 2 x 24"
     )
-    assert model_config["layers (L windowed, G global)"] == "LLLGLLLG"
-    assert model_config["RoPE (R yes, - none)"] == "RRR-RRR-"
+    assert model_config["layers (L sliding-window, G full)"] == "LLLGLLLG"
+    assert model_config["RoPE (R applied, - none)"] == "RRR-RRR-"
     assert (
         model_config["embeddings"] == "untied"
         and model_config["layout"] == "TP1 x PP1 fits: 1 ranks"
@@ -312,10 +312,10 @@ def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
 def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
     model_config = model_config_of(cli("inspect", tiny("exaone4-1.2b")).out)
     assert (
-        model_config["layers (L windowed, G global)"] == "GGGGGG"
-        and model_config["RoPE (R yes, - none)"] == "RRRRRR"
+        model_config["layers (L sliding-window, G full)"] == "GGGGGG"
+        and model_config["RoPE (R applied, - none)"] == "RRRRRR"
     )
-    assert model_config["window"] == "-" and model_config["embeddings"] == "tied"
+    assert model_config["sliding window"] == "-" and model_config["embeddings"] == "tied"
 
 
 def test_inspect_says_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
@@ -331,7 +331,7 @@ def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
         .splitlines()
     )
     head, *ranks = (re.split(" {2,}", line.strip()) for line in lines[:5])
-    assert head == ["rank", "place", "layers", "import reads", "parameters", "export writes"]
+    assert head == ["rank", "coordinates", "layers", "import reads", "parameters", "export writes"]
     assert [rank[:3] for rank in ranks] == [
         [str(tp + 2 * pp), f"tp{tp} pp{pp} ep0 etp{tp}", f"{4 * pp}-{4 * pp + 3}"]
         for pp in (0, 1)
@@ -358,11 +358,14 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
     assert [(rank["tp"], rank["pp"], rank["layers"]) for rank in ranks] == [
         (tp, 0, [list(range(8))]) for tp in (0, 1)
     ]
-    assert sum(rank["written"] for rank in ranks) == summary["bytes"]
-    assert sum(rank["held"] for rank in ranks) - sum(rank["read"] for rank in ranks) == 4 * 128
-    refused = summary.pop("refused_layouts")
-    assert refused["TP8"].startswith("tp is 8, and must be a divisor of 4 attention heads")
-    assert set(refused) == {"TP8", "TP16", "TP32", "PP16", "PP32", "EP2"}
+    assert sum(rank["written_bytes"] for rank in ranks) == summary["bytes"]
+    assert (
+        sum(rank["parameter_bytes"] for rank in ranks) - sum(rank["read_bytes"] for rank in ranks)
+        == 4 * 128
+    )
+    unsupported = summary.pop("unsupported_layouts")
+    assert unsupported["TP8"].startswith("tp is 8, and must be a divisor of 4 attention heads")
+    assert set(unsupported) == {"TP8", "TP16", "TP32", "PP16", "PP32", "EP2"}
     assert listed.keys() == tensors.keys()
     destinations = {name: entry.pop("megatron") for name, entry in listed.items()}
     assert listed == {
@@ -376,13 +379,13 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "dtype": "float32",
         "layers": "LLLGLLLG",
-        "feed_forward": "DDDDDDDD",
+        "mlp": "DDDDDDDD",
         "rope": [True, True, True, False] * 2,
         "tied": False,
         "layout": "TP2 x PP1",
         "padding": 128,
-        "carried": [],
-        "unclaimed": [],
+        "passthrough": [],
+        "unexpected": [],
         "missing": {},
     }
     layer = "decoder.layers.7"
@@ -444,19 +447,20 @@ def test_inspect_lists_what_it_refuses(
         and "and 5 more" in run.err
     )
     lines = run.out.splitlines()
-    assert [line for line in lines if " -> unclaimed" in line] == [
-        f"  {what}, model.safetensors -> unclaimed: the model has no place for it"
+    assert [line for line in lines if " -> unexpected" in line] == [
+        f"  {what}, model.safetensors -> unexpected: no parameter mapping has this name"
         for what in [f"model.layers.{layer}.mlp.strange [3, {layer + 1}] I64" for layer in range(9)]
         + [r"'two\nlines' [1] F32"]
     ]
-    assert {line.split()[0] for line in lines if " -> carried" in line} == mtp
+    assert {line.split()[0] for line in lines if " -> passthrough" in line} == mtp
     run = cli("inspect", folder, "--json", "--tp", 2)
     assert run.code == 2 and "10 tensors that the model has no place for" in run.err
     summary = json.loads(run.out)
     assert (
-        summary["unclaimed"] == sorted([*STRANGE, "two\nlines"]) and set(summary["carried"]) == mtp
+        summary["unexpected"] == sorted([*STRANGE, "two\nlines"])
+        and set(summary["passthrough"]) == mtp
     )
-    assert summary["missing"] == {} and summary["ranks"][1]["read"] > 0
+    assert summary["missing"] == {} and summary["ranks"][1]["read_bytes"] > 0
     assert {name for name, entry in summary["tensors"].items() if entry["megatron"] is None} == {
         *STRANGE, *mtp, "two\nlines",
     }  # fmt: skip
@@ -475,7 +479,9 @@ def test_inspect_lists_what_is_missing(cli: Cli, tiny: Any, tmp_path: Path) -> N
     assert run.code == 2 and json.loads(run.out)["missing"] == {name: shape}
 
 
-def test_inspect_of_a_carried_tensor_of_another_type(cli: Cli, tiny: Any, tmp_path: Path) -> None:
+def test_inspect_of_a_passthrough_tensor_of_another_type(
+    cli: Cli, tiny: Any, tmp_path: Path
+) -> None:
     """What travels beside the model may be of any type."""
     folder, name = tmp_path / "model", "model.mtp_block.0.steps"
     shutil.copytree(tiny("ernie45"), folder)
@@ -483,7 +489,7 @@ def test_inspect_of_a_carried_tensor_of_another_type(cli: Cli, tiny: Any, tmp_pa
     run = cli("inspect", folder)
     assert (run.code, run.err) == (0, "")
     assert (
-        f"  {name} [2, 3] I64, model.safetensors -> carried beside the model, unchanged"
+        f"  {name} [2, 3] I64, model.safetensors -> passthrough: exported unchanged"
         in run.out.splitlines()
     )
 
@@ -917,7 +923,7 @@ def test_demo_ends_with_one_where_a_model_differs(
     megatron_bridge: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = {name: (EXAONE4, config) for name, config in EXAONE4.tiny.items()}
-    monkeypatch.setattr("exaone_bridge.cli.app.MINIATURES", two)
+    monkeypatch.setattr("exaone_bridge.cli.app.TINY_CONFIGS", two)
     run = cli("demo", "--tp", 1, "--pp", 1, "--backend", "torch")
     assert run.code == 1
     rows = {row[0]: row for row in mappings_of(run.out)}
