@@ -1,20 +1,30 @@
-# Everything a newcomer needs: `make demo`, `make test`. Both set up what is missing.
+# `make demo` and `make test` are all that a newcomer needs. Every target installs what is missing.
 SHELL := /bin/bash
 UV ?= $(shell command -v uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen
-# Processes that share the test files, in their order: the long files with few tests in them would come last otherwise.
-# Each imports Megatron and forks up to eight ranks of its own.
+# pytest-xdist distributes whole test files over this many worker processes, in the order of the files:
+# its own order (most tests first) would start the long files that have few tests last.
+# Each worker imports Megatron-Core (20 s) and forks up to eight ranks.
 WORKERS ?= 2
+PYTEST := $(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Further arguments of pytest, e.g. `make test PYTEST_ARGS="-k exaone4 --durations=10"`.
+PYTEST_ARGS ?=
 export PYTHONDONTWRITEBYTECODE =
 export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-slow test-all check setup clean
 
 demo: setup
 	$(RUN) exaone-bridge demo
 
 test: setup
-	$(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: setup
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-all: setup
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 check: setup
 	$(RUN) ruff check

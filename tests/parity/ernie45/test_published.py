@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from exaone_bridge.recipes.published import CONFIGS
 from tests.helpers.published import assert_published_passes, verify_published
 
 
+@pytest.mark.slow
 def test_published_shape(tmp_path: Path, record_property: Any) -> None:
     from exaone_bridge.checkpoint.hf.tiny import write_random
 

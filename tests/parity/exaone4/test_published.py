@@ -20,6 +20,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_published_shape(published: Path, tmp_path: Path, record_property: Any) -> None:
     found = verify_published(published, tmp_path)
     record_property("figures", found)

@@ -26,6 +26,7 @@ def test_there_are_at_least_forty_faults_of_all_families() -> None:
     }
 
 
+@pytest.mark.slow
 def test_every_fault_is_caught_and_no_clean_model_is(
     megatron_bridge: Any, record_property: Any
 ) -> None:
