@@ -35,7 +35,7 @@ def test_every_fault_is_caught_and_no_clean_model_is(
     print(result.score(), f"{result.seconds:.0f} s")
     assert result.passed, result.faults()
     assert result.clean == 3 * SEEDS == 60 and len(result.outcomes) == len(FAULTS)
-    assert sum(outcome.megatron_bridge.caught for outcome in result.outcomes) < len(FAULTS)
+    assert sum(outcome.upstream.caught for outcome in result.outcomes) < len(FAULTS)
 
 
 def test_the_bench_itself_can_fail(megatron_bridge: Any) -> None:

@@ -101,7 +101,7 @@ def _built(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
             change(vision_encoder)
             return vision_encoder
 
-        return patched("exaone_bridge.models.exaone45.provider.build_tower", faulty)()
+        return patched("exaone_bridge.models.exaone45.provider.build_vision_encoder", faulty)()
 
     return Fault(
         name=name,
