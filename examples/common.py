@@ -206,7 +206,7 @@ def train_tokenizer(folder: Path, texts: Iterator[str], config: dict[str, Any]) 
 
     family = family_of(config["architectures"], where=str(folder))
     config = language_config(config)
-    special = sorted(family.special_tokens.items(), key=lambda item: item[1])
+    special = sorted(family.tiny_files.special_tokens.items(), key=lambda item: item[1])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -238,7 +238,7 @@ def train_tokenizer(folder: Path, texts: Iterator[str], config: dict[str, Any]) 
         "model_max_length": config["max_position_embeddings"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | named, indent=2))
-    (folder / "chat_template.jinja").write_text(family.chat_template)
+    (folder / "chat_template.jinja").write_text(family.tiny_files.chat_template)
 
 
 def write_model(folder: Path, name: str) -> None:
@@ -248,7 +248,7 @@ def write_model(folder: Path, name: str) -> None:
     train_tokenizer(folder, (text for example in docstrings() for text in example.values()), config)
     for file, content in family_of(
         config["architectures"], where=str(folder)
-    ).processor_files.items():
+    ).tiny_files.processor_files.items():
         (folder / file).write_text(json.dumps(content, indent=2))
 
 

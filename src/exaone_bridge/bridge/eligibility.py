@@ -23,19 +23,11 @@ from megatron.core.utils import unwrap_model
 
 from exaone_bridge.checkpoint.reshard.load import LocalModel
 from exaone_bridge.patches.fp8 import remembers
-from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
 __all__ = ["folder_of", "place_of", "say_once", "why_not"]
 
 logger = logging.getLogger(__name__)
-
-_CUSTOM_PIPELINE = (
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
 
 
 def say_once(what: str, why: str | None) -> None:
@@ -117,6 +109,6 @@ def place_of(model: list[MegatronModule]) -> LocalModel:
         layers=tuple(
             tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks
         ),
-        even=not any(getattr(config, name, None) for name in _CUSTOM_PIPELINE),
+        even=not any(getattr(config, name, None) for name in UNEVEN_PIPELINE_FIELDS),
         parameters={(chunk, name): tensor for chunk, name, tensor in parameters_of(model)},
     )

@@ -24,7 +24,7 @@ from exaone_bridge.modules.grouped_experts import is_swiglu
 from exaone_bridge.modules.rotary import Llama3RotaryEmbedding
 from exaone_bridge.modules.vocab import mask_padded_vocabulary
 from exaone_bridge.schema.model_family import ModelConfig
-from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
 __all__ = ["ExactGPTModelProvider", "common_fields", "common_model_config"]
 
@@ -208,10 +208,4 @@ class ExactGPTModelProvider(GPTModelProvider):
         return result
 
     def _has_custom_pipeline(self) -> bool:
-        return bool(
-            self.pipeline_model_parallel_layout
-            or self.num_layers_in_first_pipeline_stage
-            or self.num_layers_in_last_pipeline_stage
-            or self.account_for_embedding_in_pipeline_split
-            or self.account_for_loss_in_pipeline_split
-        )
+        return any(getattr(self, name) for name in UNEVEN_PIPELINE_FIELDS)

@@ -33,7 +33,8 @@ def conversations_when_imported() -> None:
 def _enter_collators() -> None:
     registry: Any = sys.modules[_COLLATORS]
     for family in FAMILIES:
-        for processor, collate in family.collators().items():
+        collators = {} if family.images is None else family.images.collators()
+        for processor, collate in collators.items():
             # Words without images too: the host knows no chat template of ours.
             spec = registry._ModelCollateSpec(
                 collate.__module__, collate.__name__, required_for_all_examples=True

@@ -55,11 +55,8 @@ class _Held:
 
 
 def _chunks(layers: int, plan: Plan, stage: int) -> list[int]:
-    """The global layer numbers that a stage holds."""
-    pp, vpp = plan.layout.pp, plan.layout.vpp
-    size = layers // (pp * vpp)
-    firsts = [(chunk * pp + stage) * size for chunk in range(vpp)]
-    return [first + layer for first in firsts for layer in range(size)]
+    """Returns the global layer numbers of a stage."""
+    return [layer for chunk in plan.layout.stage_layers(layers)[stage] for layer in chunk]
 
 
 def _count(mappings: Iterable[ParamMapping], model_config: Any, plan: Plan, stage: int) -> _Held:

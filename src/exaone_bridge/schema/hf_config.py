@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.schema.dtypes import MODEL_DTYPES
 
 __all__ = [
     "check_heads",
@@ -20,8 +21,6 @@ __all__ = [
     "rewritten",
     "rope_of",
 ]
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_count(
@@ -114,8 +113,8 @@ def read_dtype(config: Mapping[str, Any]) -> str:
     if given is None:
         return "float32"
     dtype = str(given).removeprefix("torch.")  # "bfloat16", or torch.bfloat16 itself
-    if dtype not in DTYPES:
-        raise UnsupportedConfig(field, got=given, known=DTYPES)
+    if dtype not in MODEL_DTYPES:
+        raise UnsupportedConfig(field, got=given, known=MODEL_DTYPES)
     return dtype
 
 

@@ -1,19 +1,36 @@
-"""What every room may ask of a family without knowing it. No torch."""
+"""A model family and the frozen description of one model, which the other packages use. No torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
-from exaone_bridge.schema.param_mapping import HFTensor, ParamMapping
+from exaone_bridge.schema.param_mapping import (
+    HFTensor,
+    ParamMapping,
+    aliases,
+    expected_hf,
+    expected_megatron,
+    fp32_names,
+    hf_tensors,
+)
 
-__all__ = ["ModelConfig", "ModelFamily", "dense_dims"]
+__all__ = [
+    "ImageSupport",
+    "ModelConfig",
+    "ModelDescription",
+    "ModelFamily",
+    "PassthroughTensors",
+    "TinyFiles",
+    "dense_dims",
+]
 
 
 class ModelConfig(Protocol):
-    """What the facts of every family have in common."""
+    """The fields that the model config of every family has."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -61,30 +78,69 @@ def dense_dims(model_config: ModelConfig) -> dict[str, int]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFamily:
-    """A family of models: how its configuration is read and written, its table of rows, and where its bridge is.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyFiles:
+    """The tokenizer and processor files of a family's tiny models.
 
     Attributes:
-        name: the folder's.
-        architectures: what `config.json` calls it.
-        read_config: `config.json` -> facts; raises UnsupportedConfig.
-        write_config: facts and the configuration they came from -> `config.json`.
-        rows: facts -> table.
-        tiny: name -> configuration of a published topology in miniature.
-        special_tokens: text -> id, for the tokenizer of a miniature.
-        chat_template: Jinja, for the same.
-        processor_files: name -> JSON, for the same: what its images and videos are prepared with.
-        image_prompts: of a model that takes images: (facts, prompts, seed, positions) -> words
-            [N, S], S at least the positions, and the arguments with the images of each prompt.
-        collators: of a model that takes images: Transformers' processor class -> the function that makes a batch of
-            conversations with images. Imports torch when it is called.
-        carried: pattern of tensors that a checkpoint may ship beside the model: they survive a round trip unread.
-        carried_tensors: facts -> those that a random checkpoint has.
-        without_carried: facts -> those of the same model with nothing beside it.
-        built: the same models, built with what else is carried.
-        built_prefix: of the Megatron-Core parameters that tell so.
-        listed_fields: Transformers' model type -> fields that may be lists of which its config class wants the first.
+        special_tokens: text -> token id.
+        chat_template: Jinja.
+        processor_files: file name -> JSON content, for models that take images.
+    """
+
+    special_tokens: Mapping[str, int]
+    chat_template: str
+    processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassthroughTensors:
+    """Tensors that a checkpoint may hold beside the model, and that go from source to export untouched.
+
+    Attributes:
+        pattern: regular expression that the full name matches.
+        tensors: model config -> the passthrough tensors of a checkpoint with this config.
+        without: model config -> the config of the same model without passthrough tensors.
+    """
+
+    pattern: str
+    tensors: Callable[[Any], tuple[HFTensor, ...]]
+    without: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSupport:
+    """What a family of models that take images adds. Both functions import torch when they are called.
+
+    Attributes:
+        prompts: (model config, number of prompts, seed, least length) -> tokens [N, S], and for each
+            prompt the arguments of `forward` with its images.
+        collators: () -> Transformers' processor class -> the function that makes a batch of
+            conversations with images.
+    """
+
+    prompts: Callable[..., Any]
+    collators: Callable[[], Mapping[str, Callable[..., Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """A family of models: how its config is read and written, and its parameter mappings.
+
+    Attributes:
+        name: of its folder in `models/`.
+        architectures: the names in config.json's `architectures` that the family supports.
+        read_hf_config: config.json -> model config; raises UnsupportedConfig.
+        write_hf_config: (model config, the config.json that the model came from) -> config.json.
+        mappings: model config -> parameter mappings.
+        tiny: name -> config.json of a tiny model with a published topology.
+        tiny_files: the tokenizer and processor files of the tiny models.
+        images: for models that take images.
+        passthrough: for checkpoints that may hold more than the model.
+        with_mtp: the same models with multi-token prediction built into the Megatron-Core model, so
+            that its tensors have mappings; None: it is not built.
+        listed_fields: Transformers' `model_type` -> config fields that may be lists, of which the
+            first element counts (`patches/listed_config_fields.py`).
     """
 
     name: str
@@ -93,24 +149,96 @@ class ModelFamily:
     write_hf_config: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
     mappings: Callable[[Any], tuple[ParamMapping, ...]]
     tiny: Mapping[str, Mapping[str, Any]]
-    special_tokens: Mapping[str, int]
-    chat_template: str
-    processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    image_prompts: Callable[..., Any] | None = None
-    collators: Callable[[], Mapping[str, Callable[..., Any]]] = dict
-    passthrough: str | None = None
-    passthrough_tensors: Callable[[Any], tuple[HFTensor, ...]] = lambda model_config: ()
-    without_passthrough: Callable[[Any], Any] = lambda model_config: model_config
-    built: ModelFamily | None = None
-    built_prefix: str = ""
+    tiny_files: TinyFiles
+    images: ImageSupport | None = None
+    passthrough: PassthroughTensors | None = None
+    with_mtp: ModelFamily | None = None
     listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def holding(self, parameters: Iterable[str]) -> ModelFamily:
-        """The family as a Megatron checkpoint with these parameters has it."""
-        if self.built is None or not any(name.startswith(self.built_prefix) for name in parameters):
+    def describe(self, hf_config: Mapping[str, Any]) -> ModelDescription:
+        """Reads config.json and returns the description of its model.
+
+        Raises:
+            UnsupportedConfig: the config is malformed or not supported.
+        """
+        return ModelDescription.of(self, self.read_hf_config(hf_config))
+
+    def variant_for(self, provider: object) -> ModelFamily:
+        """Returns `with_mtp` if this provider (or Megatron-Core config) builds multi-token prediction."""
+        builds_mtp = getattr(provider, "mtp_num_layers", None)
+        return self.with_mtp if builds_mtp and self.with_mtp is not None else self
+
+    def variant_with(self, parameters: Iterable[str]) -> ModelFamily:
+        """Returns `with_mtp` if a Megatron checkpoint's parameter names include multi-token prediction."""
+        if self.with_mtp is None or not any(name.startswith("mtp.") for name in parameters):
             return self
-        return self.built
+        return self.with_mtp
 
     def is_passthrough(self, name: str) -> bool:
-        """Whether this tensor travels beside the model."""
-        return self.passthrough is not None and re.fullmatch(self.passthrough, name) is not None
+        """Returns whether the tensor of this name goes from source to export untouched."""
+        pattern = None if self.passthrough is None else self.passthrough.pattern
+        return pattern is not None and re.fullmatch(pattern, name) is not None
+
+    def passthrough_tensors(self, model_config: ModelConfig) -> tuple[HFTensor, ...]:
+        """Returns the passthrough tensors of a checkpoint with this config."""
+        return () if self.passthrough is None else self.passthrough.tensors(model_config)
+
+    def without_passthrough(self, model_config: Any) -> Any:
+        """Returns the config of the same model without passthrough tensors."""
+        return model_config if self.passthrough is None else self.passthrough.without(model_config)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """One model: its family, its config, and the parameter mappings that follow from both.
+
+    It is made once for each bridge and each checkpoint, and handed on.
+    """
+
+    family: ModelFamily
+    config: ModelConfig
+    mappings: tuple[ParamMapping, ...]
+
+    @classmethod
+    def of(cls, family: ModelFamily, model_config: ModelConfig) -> ModelDescription:
+        """Returns the description of the model that this config describes."""
+        return cls(family, model_config, family.mappings(model_config))
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Axis letter -> size (see `schema/param_mapping.py`)."""
+        return self.config.dims
+
+    @cached_property
+    def hf_tensors(self) -> dict[str, HFTensor]:
+        """Name -> each Hugging Face tensor that has a mapping."""
+        return hf_tensors(self.mappings)
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each Hugging Face tensor that has a mapping."""
+        return expected_hf(self.mappings, self.dims)
+
+    @cached_property
+    def fp32_names(self) -> set[str]:
+        """The Hugging Face tensors that are fp32 on disk whatever the model's dtype."""
+        return fp32_names(self.mappings)
+
+    @cached_property
+    def megatron_names(self) -> set[str]:
+        """Every Megatron-Core parameter, over all pipeline stages and expert ranks."""
+        return expected_megatron(self.mappings)
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Other name of a Megatron-Core parameter -> its name in `megatron_names`."""
+        return aliases(self.mappings)
+
+    @property
+    def passthrough_tensors(self) -> tuple[HFTensor, ...]:
+        """The tensors that a checkpoint of this model holds beside the model."""
+        return self.family.passthrough_tensors(self.config)
+
+    def is_passthrough(self, name: str) -> bool:
+        """Returns whether the tensor of this name goes from source to export untouched."""
+        return self.family.is_passthrough(name)

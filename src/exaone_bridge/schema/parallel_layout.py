@@ -8,7 +8,16 @@ from typing import Any
 
 from exaone_bridge.errors import UnsupportedLayout
 
-__all__ = ["Layout"]
+__all__ = ["UNEVEN_PIPELINE_FIELDS", "Layout"]
+
+# The fields of a Megatron-Core config that divide the layers unevenly over the pipeline stages.
+UNEVEN_PIPELINE_FIELDS = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,21 @@ class Layout:
     def expert_tp(self) -> int:
         """Ranks that cut each expert."""
         return self.tp if self.etp is None else self.etp
+
+    def stage_layers(self, num_layers: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Returns the global 0-based layers of each chunk of each pipeline stage.
+
+        The split is Megatron-Core's even one: chunk c of stage p holds the layers that follow those
+        of chunk c of stage p - 1, and chunk c + 1 of stage 0 follows chunk c of the last stage.
+        """
+        size = num_layers // (self.pp * self.vpp)
+        return tuple(
+            tuple(
+                tuple(range(first, first + size))
+                for first in ((chunk * self.pp + stage) * size for chunk in range(self.vpp))
+            )
+            for stage in range(self.pp)
+        )
 
     def check(
         self,

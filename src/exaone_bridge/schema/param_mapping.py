@@ -12,7 +12,6 @@ Axes are one letter each, and a family's facts give their sizes:
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -28,7 +27,6 @@ __all__ = [
     "experts",
     "fp32_names",
     "gqa",
-    "hf_nbytes",
     "hf_renamed",
     "hf_tensors",
     "post_norm",
@@ -71,6 +69,10 @@ class HFTensor:
     def shape(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape, given the size of each axis."""
         return tuple(1 if axis == "1" else dims[axis] for axis in self.axes)
+
+    def dtype(self, model_dtype: str) -> str:
+        """Returns the tensor's dtype in a model of this dtype; both named as in config.json."""
+        return "float32" if self.fp32 else model_dtype
 
     def numbered(self, *numbers: int) -> HFTensor:
         """The tensor of this layer (and expert)."""
@@ -193,16 +195,6 @@ def fp32_names(mappings: Iterable[ParamMapping]) -> set[str]:
         for _, *names in mapping.names()
         for name, tensor in zip(names, mapping.hf, strict=True)
         if tensor.fp32
-    }
-
-
-def hf_nbytes(
-    mappings: Iterable[ParamMapping], dims: Mapping[str, int], itemsize: int
-) -> dict[str, int]:
-    """Name -> bytes of every Hugging Face tensor, where the model's type has `itemsize` bytes."""
-    return {
-        name: math.prod(tensor.shape(dims)) * (4 if tensor.fp32 else itemsize)
-        for name, tensor in hf_tensors(mappings).items()
     }
 
 

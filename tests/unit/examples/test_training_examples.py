@@ -82,11 +82,11 @@ def test_tokenizer_is_trained_on_it(examples: Any, made: Path, tmp_path: Path, n
     family = examples.family_of(whole["architectures"], where=name)
     assert all(
         json.loads((folder / file).read_text()) == content
-        for file, content in family.processor_files.items()
+        for file, content in family.tiny_files.processor_files.items()
     )
     assert {
-        word: tokenizer.convert_tokens_to_ids(word) for word in family.special_tokens
-    } == family.special_tokens
+        word: tokenizer.convert_tokens_to_ids(word) for word in family.tiny_files.special_tokens
+    } == family.tiny_files.special_tokens
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (
         config["bos_token_id"],
         config["eos_token_id"],

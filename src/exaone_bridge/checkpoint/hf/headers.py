@@ -15,15 +15,15 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
 from exaone_bridge.errors import CheckpointError
+from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 __all__ = [
-    "DTYPE_BYTES",
     "INDEX",
     "TensorInfo",
     "TensorSpec",
@@ -31,14 +31,6 @@ __all__ = [
     "read_headers",
     "read_json",
 ]
-
-# Bytes per element. Other dtypes of safetensors (complex, MX scales, sub-byte floats) are refused: no family has them.
-DTYPE_BYTES: Final[Mapping[str, int]] = (
-    dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1)
-    | dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
-    | dict.fromkeys(("I32", "U32", "F32"), 4)
-    | dict.fromkeys(("F64", "I64", "U64"), 8)
-)
 
 _SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

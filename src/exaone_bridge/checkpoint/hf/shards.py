@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.hf.headers import DTYPE_BYTES, INDEX, TensorSpec
+from exaone_bridge.checkpoint.hf.headers import INDEX, TensorSpec
+from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 __all__ = ["ShardWriter", "Shards", "lay_out", "write_index"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from exaone_bridge.checkpoint.hf.headers import (
-    DTYPE_BYTES,
     INDEX,
     TensorInfo,
     read_headers,
@@ -18,6 +17,7 @@ from exaone_bridge.checkpoint.hf.headers import (
 from exaone_bridge.checkpoint.reshard.plan import Plan, make_plan
 from exaone_bridge.errors import CheckpointError, UnmappedTensors, UnsupportedConfig
 from exaone_bridge.models import family_of
+from exaone_bridge.schema.dtypes import DTYPE_BYTES, SAFETENSORS_DTYPES, itemsize
 from exaone_bridge.schema.model_family import ModelConfig, ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import ParamMapping, expected_hf, fp32_names
@@ -32,8 +32,6 @@ __all__ = [
     "survey",
 ]
 
-# Configuration's spelling -> safetensors'.
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BELONGS = "check that config.json belongs to these weights"
 _SHAPE = operator.attrgetter("shape")
 
@@ -162,7 +160,9 @@ def survey(folder: Path) -> HFSource:
     unexpected = {name: tensors[name] for name in others if name not in passthrough}
     missing = {name: expected[name] for name in sorted(expected.keys() - tensors.keys())}
     if not missing and not unexpected:
-        _check_shapes(expected, _DTYPES[model_config.dtype], fp32_names(mappings), tensors)
+        _check_shapes(
+            expected, SAFETENSORS_DTYPES[model_config.dtype], fp32_names(mappings), tensors
+        )
     return HFSource(
         folder, config, family, model_config, mappings, tensors, passthrough, unexpected, missing
     )
@@ -234,7 +234,7 @@ def plan_of(
         layout,
         layers=model_config.num_layers,
         experts=getattr(model_config, "num_experts", 0),
-        itemsize=DTYPE_BYTES[_DTYPES[model_config.dtype]],
+        itemsize=itemsize(model_config.dtype),
         tied=model_config.tied,
         **options,
     )

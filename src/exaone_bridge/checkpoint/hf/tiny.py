@@ -72,7 +72,7 @@ def write_random(
             folder, random_weights(tensors, model_config.dims, dtype, seed), plan_shards(sizes)
         )
         write_config_json(folder, config)
-        if tokenizer and model_config.vocab_size >= 256 + len(family.special_tokens):
+        if tokenizer and model_config.vocab_size >= 256 + len(family.tiny_files.special_tokens):
             _write_tokenizer(
                 folder, family, model_config.vocab_size, {**language_config(dict(config)), **config}
             )
@@ -89,7 +89,9 @@ def _write_tokenizer(
     folder: Path, family: ModelFamily, vocab_size: int, config: Mapping[str, Any]
 ) -> None:
     special = {
-        text: number for text, number in family.special_tokens.items() if number < vocab_size
+        text: number
+        for text, number in family.tiny_files.special_tokens.items()
+        if number < vocab_size
     }
     free = (number for number in range(vocab_size) if number not in special.values())
     vocab = {character: next(free) for character in _byte_alphabet()}
@@ -132,10 +134,10 @@ def _write_tokenizer(
             },
         },
     }
-    files |= family.processor_files
+    files |= family.tiny_files.processor_files
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    (folder / "chat_template.jinja").write_text(family.chat_template)
+    (folder / "chat_template.jinja").write_text(family.tiny_files.chat_template)
 
 
 def _named_tokens(special: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, str]:

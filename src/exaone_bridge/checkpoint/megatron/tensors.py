@@ -134,7 +134,7 @@ class MegatronSource:
         self.folder = iteration_folder(path)
         self.config = config
         self.stored = TorchDist(self.folder)
-        self.family = family_of(config["architectures"], where=str(path)).holding(
+        self.family = family_of(config["architectures"], where=str(path)).variant_with(
             self.stored.tensors
         )
         self.model_config = self.family.read_hf_config(config)

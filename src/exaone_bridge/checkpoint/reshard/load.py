@@ -19,7 +19,7 @@ import torch.distributed as dist
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.hf.maps import TensorMaps
 from exaone_bridge.checkpoint.hf.source import plan_of, refuse_names, refuse_shape
-from exaone_bridge.checkpoint.reshard.plan import LocalParam, Plan, Rank, even_stages
+from exaone_bridge.checkpoint.reshard.plan import LocalParam, Plan, Rank
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
 from exaone_bridge.schema.model_family import ModelFamily
@@ -74,7 +74,7 @@ def plan_here(mappings: tuple[ParamMapping, ...], model_config: Any, placed: Loc
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
     layout = placed.layout
-    stages = even_stages(model_config.num_layers, layout)
+    stages = layout.stage_layers(model_config.num_layers)
     if not placed.even:  # of other stages nothing is known here
         stages = tuple(placed.layers if stage == placed.pp else () for stage in range(layout.pp))
     words = (0, "embedding.word_embeddings.weight"), (len(placed.layers) - 1, "output_layer.weight")

@@ -296,19 +296,7 @@ def make_plan(
     )
     each = experts // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
-    return Plan(layout, parts, stages or even_stages(layers, layout), dealt, tied, grouped)
-
-
-def even_stages(layers: int, layout: Layout) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Megatron-Core's split: chunk c of stage p has the layers after those of chunks below c and stages before p."""
-    each = layers // (layout.pp * layout.vpp)
-    return tuple(
-        tuple(
-            tuple(range((chunk * layout.pp + stage) * each, (chunk * layout.pp + stage + 1) * each))
-            for chunk in range(layout.vpp)
-        )
-        for stage in range(layout.pp)
-    )
+    return Plan(layout, parts, stages or layout.stage_layers(layers), dealt, tied, grouped)
 
 
 def _part(

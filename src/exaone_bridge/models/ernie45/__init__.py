@@ -17,7 +17,7 @@ from exaone_bridge.models.ernie45.weights import (
     passthrough_tensors,
     without_passthrough,
 )
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.model_family import ModelFamily, PassthroughTensors, TinyFiles
 
 __all__ = ["ERNIE45"]
 
@@ -28,10 +28,9 @@ ERNIE45 = ModelFamily(
     write_hf_config=write_hf_config,
     mappings=ernie45_mappings,
     tiny=TINY,
-    special_tokens=SPECIAL_TOKENS,
-    chat_template=CHAT_TEMPLATE,
-    passthrough=PASSTHROUGH,
-    passthrough_tensors=passthrough_tensors,
-    without_passthrough=without_passthrough,
+    tiny_files=TinyFiles(special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE),
+    passthrough=PassthroughTensors(
+        pattern=PASSTHROUGH, tensors=passthrough_tensors, without=without_passthrough
+    ),
     listed_fields={MODEL_TYPES[MOE]: LISTED},
 )

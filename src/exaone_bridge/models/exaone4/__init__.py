@@ -5,7 +5,7 @@ from __future__ import annotations
 from exaone_bridge.models.exaone4.config import ARCHITECTURE, read_hf_config, write_hf_config
 from exaone_bridge.models.exaone4.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
 from exaone_bridge.models.exaone4.weights import exaone4_mappings
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.model_family import ModelFamily, TinyFiles
 
 __all__ = ["EXAONE4"]
 
@@ -16,6 +16,5 @@ EXAONE4 = ModelFamily(
     write_hf_config=write_hf_config,
     mappings=exaone4_mappings,
     tiny=TINY,
-    special_tokens=SPECIAL_TOKENS,
-    chat_template=CHAT_TEMPLATE,
+    tiny_files=TinyFiles(special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE),
 )

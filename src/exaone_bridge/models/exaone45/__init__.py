@@ -15,7 +15,12 @@ from exaone_bridge.models.exaone45.weights import (
     passthrough_tensors,
     without_passthrough,
 )
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.model_family import (
+    ImageSupport,
+    ModelFamily,
+    PassthroughTensors,
+    TinyFiles,
+)
 
 __all__ = ["EXAONE45", "EXAONE45_WITH_MTP"]
 
@@ -32,28 +37,26 @@ def _collators() -> Mapping[str, Callable[..., Any]]:
     return {"Exaone4_5_Processor": exaone45_collate}
 
 
-_WITH_PASSTHROUGH = ModelFamily(
+EXAONE45_WITH_MTP = ModelFamily(
     name="exaone45",
     architectures=(ARCHITECTURE,),
     read_hf_config=read_hf_config,
     write_hf_config=write_hf_config,
-    mappings=exaone45_mappings,
-    tiny=TINY,
-    special_tokens=SPECIAL_TOKENS,
-    chat_template=CHAT_TEMPLATE,
-    processor_files=PROCESSOR_FILES,
-    image_prompts=_image_prompts,
-    collators=_collators,
-    passthrough=PASSTHROUGH,
-    passthrough_tensors=passthrough_tensors,
-    without_passthrough=without_passthrough,
-)
-# The same models, built with their multi-token prediction: nothing travels beside them.
-EXAONE45_WITH_MTP = replace(
-    _WITH_PASSTHROUGH,
     mappings=exaone45_mappings_with_mtp,
-    passthrough=None,
-    passthrough_tensors=lambda model_config: (),
-    without_passthrough=lambda model_config: model_config,
+    tiny=TINY,
+    tiny_files=TinyFiles(
+        special_tokens=SPECIAL_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+        processor_files=PROCESSOR_FILES,
+    ),
+    images=ImageSupport(prompts=_image_prompts, collators=_collators),
 )
-EXAONE45 = replace(_WITH_PASSTHROUGH, built=EXAONE45_WITH_MTP, built_prefix="mtp.")
+# Where multi-token prediction is not built, its tensors pass through.
+EXAONE45 = replace(
+    EXAONE45_WITH_MTP,
+    mappings=exaone45_mappings,
+    passthrough=PassthroughTensors(
+        pattern=PASSTHROUGH, tensors=passthrough_tensors, without=without_passthrough
+    ),
+    with_mtp=EXAONE45_WITH_MTP,
+)

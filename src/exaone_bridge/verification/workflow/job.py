@@ -269,7 +269,7 @@ def make_job(source: HFSource, layout: Layout, asked: VerifyOptions) -> Job:
     if asked.dtype not in DTYPES:
         raise UnsupportedConfig("--dtype", got=asked.dtype, known=tuple(DTYPES), where="verify")
     depth = int(getattr(source.model_config, "mtp_depth", 0))
-    if asked.mtp and not (depth and source.family.built):
+    if asked.mtp and not (depth and source.family.with_mtp):
         raise UnsupportedConfig(
             "--mtp",
             got=True,
@@ -281,7 +281,7 @@ def make_job(source: HFSource, layout: Layout, asked: VerifyOptions) -> Job:
     )
     batches = batches_of(source, asked.count, asked.length, asked.seed)
     images: list[Sequence[Images]] = []
-    if source.family.image_prompts is not None:
+    if source.family.images is not None:
         tokens_of_images, last = _with_images(
             source, asked.count, asked.seed + 3, batches[0].shape[1]
         )
@@ -316,8 +316,8 @@ def _with_images(
     source: HFSource, count: int, seed: int, length: int
 ) -> tuple[torch.Tensor, list[Images]]:
     """Prompts of at least this length, and the images of each, as the family makes them."""
-    assert source.family.image_prompts is not None
-    make = source.family.image_prompts
+    assert source.family.images is not None
+    make = source.family.images.prompts
     found: tuple[torch.Tensor, list[Images]] = make(source.model_config, count, seed, length)
     return found
 
@@ -330,7 +330,7 @@ def _gradient_prompts(
     model_config, even = source.model_config, 2 * layout.tp * layout.cp
     positions = min(24 * even, model_config.max_positions // even * even)
     images: list[Images] = []
-    if source.family.image_prompts is None:
+    if source.family.images is None:
         tokens = prompts(model_config.vocab_size, max(2, layout.pp), positions + 1, seed)
     else:
         count = -(-4 // layout.pp) * layout.pp

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from exaone_bridge.checkpoint.hf import headers
 from exaone_bridge.checkpoint.hf.headers import (
-    DTYPE_BYTES,
     TensorInfo,
     read_file_header,
     read_headers,
     read_json,
 )
 from exaone_bridge.errors import CheckpointError
+from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

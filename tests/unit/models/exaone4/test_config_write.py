@@ -352,11 +352,11 @@ def test_the_order_of_new_keys_does_not_hang_on_the_hash_seed() -> None:
     """The same model must give the same bytes of config.json in every process."""
     program = (
         "from dataclasses import replace\n"
-        "from exaone_bridge.models.exaone4.config import read_config, write_config\n"
+        "from exaone_bridge.models.exaone4.config import read_hf_config, write_hf_config\n"
         "source = {'layer_types': ['full_attention'] * 32}\n"
-        "changed = replace(read_config(source), vocab_size=9, hidden_size=64, ffn_size=9, num_kv_heads=8,\n"
+        "changed = replace(read_hf_config(source), vocab_size=9, hidden_size=64, ffn_size=9, num_kv_heads=8,\n"
         "                  norm_eps=0.5, head_dim=6, tied=True, dtype='float16', rope_theta=9.0)\n"
-        "print(list(write_config(changed, {})), list(write_config(changed, source)))"
+        "print(list(write_hf_config(changed, {})), list(write_hf_config(changed, source)))"
     )
     orders = {
         subprocess.run(
