@@ -119,3 +119,16 @@ def megatron_folder(
     folder = tmp_path_factory.mktemp("megatron") / "exaone4"
     import_checkpoint(sharded, folder, Layout(tp=2, pp=2), workers=3)
     return folder
+
+
+@pytest.fixture
+def layer_2_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the arithmetic alone: the layer with 0-based number 2 forgets its window."""
+    from exaone_bridge.modules import attention
+
+    right = attention.is_layer_window_attention
+
+    def forgetful(window: Any, skip: Any, layer_number: int) -> bool:
+        return layer_number != 3 and right(window, skip, layer_number)
+
+    monkeypatch.setattr(attention, "is_layer_window_attention", forgetful)

@@ -1,0 +1,46 @@
+"""`--help` names every command, and shows examples that parse."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from exaone_bridge.cli.app import app
+from tests.helpers.cli import Cli
+
+COMMANDS = ["demo", "tiny", "inspect", "import", "export", "verify"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_shows_an_example_that_parses(command: str) -> None:
+    program = Path(sys.executable).with_name("exaone-bridge")
+    done = subprocess.run(
+        [program, *command.split(), "--help"],
+        env=os.environ | {"COLUMNS": "120"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    examples = re.findall(r"Example: (exaone-bridge .*?)\s*$", done.stdout, re.MULTILINE)
+    assert examples
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for example in examples:
+        _, name, *arguments = shlex.split(example)
+        assert name == (command or name)
+        commands[name].make_context(name, arguments)  # raises on what it cannot parse
+
+
+def test_help_names_every_command(cli: Cli) -> None:
+    run = cli("--help")
+    assert run.code == 0
+    assert [
+        command for command in COMMANDS if re.search(rf"^│ {command}\b", run.out, re.MULTILINE)
+    ] == COMMANDS
