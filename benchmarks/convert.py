@@ -41,7 +41,7 @@ from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.models import family_of
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
 from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import hf_tensors
 
@@ -207,7 +207,7 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
 def measure_load(run: Run) -> None:
     """Import into a model at TP1, against a plain copy and the host's loader."""
     folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
-    (found,) = run_ranks(_load_rank, 1, folder, run.repeats)
+    (found,) = ForkLauncher(1).all(_load_rank, folder, run.repeats)
     plain, ours, upstream = found["plain copy"], found["planned"], found["host"]
     for what, a, b, c in zip(("seconds", "of CPU"), plain, ours, upstream, strict=True):
         print(f"| import at TP1, {what}: plain copy, planned, host | {a:.3f}, {b:.3f}, {c:.3f} |")
@@ -234,7 +234,7 @@ def measure_bytes(run: Run) -> None:
     whole = 0
     for tp in (1, 2, 4, 8):
         layout = Layout(tp=tp)
-        moved = run_ranks(_bytes_rank, tp, folder, layout)
+        moved = ForkLauncher(tp).all(_bytes_rank, folder, layout)
         if tp == 1:
             source = open_source(folder)
             plan = source.plan(Layout(tp=2))
@@ -312,7 +312,7 @@ def measure_export(run: Run) -> None:
     work = run.work / "exports"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    (found,) = run_ranks(_export_rank, 1, folder, work, run.repeats)
+    (found,) = ForkLauncher(1).all(_export_rank, folder, work, run.repeats)
     for flushed in ("", " + fsync"):
         plain, ours = found["save_file" + flushed], found["planned" + flushed]
         print(f"| export{flushed}, seconds: save_file, planned | {plain:.2f}, {ours:.2f} |")

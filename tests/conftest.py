@@ -62,16 +62,18 @@ def references(_seen: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> No
 
     Not for tests that plant something on Transformers' side. Every test has a copy of its own.
     """
+    from exaone_bridge.runtime.fork import ForkLauncher
     from exaone_bridge.verification.workflow import verify as module
 
-    run = module.run_alone
+    first = ForkLauncher.first
 
-    def once(target: Any, folder: Path, job: Any, **options: Any) -> Any:
-        if target is not module.run_theirs:
-            return run(target, folder, job, **options)
+    def once(launcher: ForkLauncher, fn: Any, *args: Any, **options: Any) -> Any:
+        if fn is not module.run_theirs:
+            return first(launcher, fn, *args, **options)
+        folder, job = args
         key = pickle.dumps((folder, dataclasses.replace(job, layout=Layout(), backend="")))
         if key not in _seen:
-            _seen[key] = pickle.dumps(run(target, folder, job, **options))
+            _seen[key] = pickle.dumps(first(launcher, fn, folder, job, **options))
         return pickle.loads(_seen[key])
 
-    monkeypatch.setattr(module, "run_alone", once)
+    monkeypatch.setattr(ForkLauncher, "first", once)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 
 
@@ -86,5 +86,6 @@ def difference(
 def worst_on_cpu(folder: Any, layout: Layout, lengths: list[int]) -> float:
     """The maximum of `difference` on forked ranks, of a model whose vocabulary has 387 words."""
     return max(
-        worst for _, worst in run_ranks(difference, layout.ranks, folder, layout, lengths, 387)
+        worst
+        for _, worst in ForkLauncher(layout.ranks).all(difference, folder, layout, lengths, 387)
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from exaone_bridge.modules.context_parallel import positions_of
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -171,7 +171,7 @@ _TOKENS = torch.randint(387, (4, 41), generator=torch.Generator().manual_seed(1)
 @functools.cache
 def _five_steps(folder: Path, micro_batches: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Of Transformers; the same for every layout."""
-    return run_ranks(train_transformers, 1, folder, _TOKENS[:micro_batches], 5)[0]
+    return ForkLauncher(1).all(train_transformers, folder, _TOKENS[:micro_batches], 5)[0]
 
 
 def assert_trains_alike(folder: Path, layout: Layout, untrained: tuple[str, ...] = ()) -> None:
@@ -185,7 +185,9 @@ def assert_trains_alike(folder: Path, layout: Layout, untrained: tuple[str, ...]
     # A pipeline of two stages, interleaved, is full with four; where there is none, two show that gradients add up.
     micro_batches = 4 if layout.pp > 1 else 2
     losses, gradients = _five_steps(folder, micro_batches)
-    results = run_ranks(train_megatron, layout.ranks, folder, layout, _TOKENS[:micro_batches], 5)
+    results = ForkLauncher(layout.ranks).all(
+        train_megatron, folder, layout, _TOKENS[:micro_batches], 5
+    )
     last_stage = [result[0] for result in results if result[0][0] == result[0][0]]
     assert last_stage
     for ours in last_stage:

@@ -133,7 +133,7 @@ def test_notes_travel_too() -> None:
 
 
 def test_a_rank_failure_travels_too() -> None:
-    from exaone_bridge.runtime.ranks import RankFailure
+    from exaone_bridge.runtime.fork import RankFailure
 
     found = pickle.loads(pickle.dumps(RankFailure("rank 1: it died")))
     assert (

@@ -23,26 +23,30 @@ def main() -> None:
     try:
         _run(sys.argv[1:])
     except ParityFailure as error:
-        _say(str(error))
+        _say(str(error), error)
         sys.exit(FAILED)
     except BridgeError as error:
-        _say(f"exaone-bridge: {error}")
-        from exaone_bridge.runtime.ranks import RankFailure
+        _say(f"exaone-bridge: {error}", error)
+        from exaone_bridge.runtime.fork import RankFailure
 
         sys.exit(BROKEN if isinstance(error, RankFailure) else BAD_INPUT)
     except Exception as error:
         if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        _say(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).")
+        _say(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).", error)
         sys.exit(BROKEN)
 
 
-def _say(text: str) -> None:
-    """What all ranks of torchrun's have met, the first says; the others let it, for their end would be its end too."""
-    from exaone_bridge.runtime.launch import speaks
+def _say(text: str, error: Exception) -> None:
+    """Print an error: rank 0 one that all ranks have met, any rank one of its own.
 
-    if speaks():
+    The other ranks wait for rank 0 to print, because torchrun ends all ranks when one ends.
+    """
+    from exaone_bridge.runtime.launch import is_rank_zero
+    from exaone_bridge.runtime.torchrun import is_local_to_rank
+
+    if is_rank_zero() or is_local_to_rank(error):
         print(text, file=sys.stderr)
     else:
         time.sleep(_GRACE)

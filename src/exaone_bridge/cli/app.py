@@ -63,13 +63,13 @@ def demo(tp: Tp = 2, pp: Pp = 2, vpp: Vpp = 1, ep: Ep = 2, backend: Backend = "a
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
         for name, (_, config) in TINY_CONFIGS.items():
-            with stages(name) as on_event:
-                on_event(0, "importing Megatron-Core (half a minute, once)")
+            with stages(name) as progress:
+                progress.stage("importing Megatron-Core (half a minute, once)")
                 folder = Path(work) / name
                 config, layout = _fitted(config, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep))
                 write_random(folder, config)
                 reports.append(
-                    run(folder, layout, VerifyOptions(backend=backend), on_event=on_event)
+                    run(folder, layout, VerifyOptions(backend=backend), progress=progress)
                 )
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
@@ -225,7 +225,7 @@ def import_(
     from exaone_bridge.convert.convert import import_checkpoint
 
     layout = Layout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
-    with conversion("import") as on_event:
+    with conversion("import") as progress:
         done = import_checkpoint(
             hf_folder,
             megatron_folder,
@@ -233,7 +233,7 @@ def import_(
             backend=backend,
             workers=workers,
             dry_run=dry_run,
-            on_event=on_event,
+            progress=progress,
         )
     say_summary(megatron_folder, done, dry_run=dry_run)
 
@@ -261,7 +261,7 @@ def export(
     max_shard_bytes = (
         None if max_shard_size is None else read_size(max_shard_size, "--max-shard-size")
     )
-    with conversion("export") as on_event:
+    with conversion("export") as progress:
         done = export_checkpoint(
             megatron_folder,
             hf_folder,
@@ -269,7 +269,7 @@ def export(
             drop_passthrough=drop_passthrough,
             workers=workers,
             dry_run=dry_run,
-            on_event=on_event,
+            progress=progress,
         )
     say_summary(hf_folder, done, dry_run=dry_run)
 

@@ -4,65 +4,72 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress import Progress as RichProgress
 
 from exaone_bridge.cli.show import console, quiet, say
-from exaone_bridge.convert.progress import Advance, Summary, Total
+from exaone_bridge.convert.progress import Summary
+from exaone_bridge.runtime.progress import Progress
 
 __all__ = ["conversion", "say_summary"]
 
 
+class _Conversion:
+    """Shows a conversion's stages and bytes: on a bar, or in lines where there is no terminal."""
+
+    def __init__(self, command: str, drawn: RichProgress, task: TaskID) -> None:
+        self._command, self._drawn, self._task = command, drawn, task
+        self._started = time.perf_counter()
+        self._done = self._total = self._tenths = 0
+
+    def stage(self, text: str) -> None:
+        self._drawn.update(self._task, description=f"{self._command}: {text}")
+        self._line(text)
+
+    def total(self, nbytes: int) -> None:
+        self._total, self._done, self._tenths = nbytes, 0, 0
+        self._drawn.reset(self._task, total=nbytes)
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._drawn.advance(self._task, nbytes)
+        if self._total and (tenths := self._done * 10 // self._total) > self._tenths:
+            self._tenths = tenths
+            self._line(f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB")
+
+    def _line(self, text: str) -> None:
+        if not console.is_terminal:
+            seconds = time.perf_counter() - self._started
+            line = f"[{seconds:5.1f} s] {self._command}: {text}"
+            console.print(line, markup=False, highlight=False)
+
+
 @contextlib.contextmanager
-def conversion(what: str) -> Iterator[Callable[[int, Any], None]]:
-    """Show what a conversion says of itself. Yields `on_event`, for stages and for bytes."""
+def conversion(command: str) -> Iterator[Progress]:
+    """Show the stages and bytes that the `Progress` it yields is told of."""
     quiet()
-    started = time.perf_counter()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
-    done = total = tenths = 0
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as progress:
-        task = progress.add_task(what, total=None)
-
-        def line(text: str) -> None:
-            if not console.is_terminal:
-                seconds = time.perf_counter() - started
-                console.print(f"[{seconds:5.1f} s] {what}: {text}", markup=False, highlight=False)
-
-        def on_event(rank: int, event: Any) -> None:
-            nonlocal done, total, tenths
-            if isinstance(event, Total):
-                total, done, tenths = event.nbytes, 0, 0
-                progress.reset(task, total=total)
-            elif isinstance(event, Advance):
-                done += event.nbytes
-                progress.advance(task, event.nbytes)
-                if total and (now := done * 10 // total) > tenths:
-                    tenths = now
-                    line(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB")
-            elif rank == 0:
-                progress.update(task, description=f"{what}: {event}")
-                line(str(event))
-
-        yield on_event
+    with RichProgress(*columns, console=console, transient=True) as drawn:
+        yield _Conversion(command, drawn, drawn.add_task(command, total=None))
 
 
 def say_summary(folder: object, done: Summary, *, dry_run: bool) -> None:

@@ -7,13 +7,15 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from exaone_bridge.runtime.progress import NO_PROGRESS, NoProgress, Progress
 
 __all__ = ["console", "quiet", "say", "stages", "table"]
 
@@ -26,45 +28,35 @@ def quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-@contextlib.contextmanager
-def stages(
-    what: str, *, quiet_libraries: bool = True, shown: bool = True
-) -> Iterator[Callable[[int, Any], None]]:
-    """Show what is being done: a spinner on a terminal, a line a stage elsewhere; nothing unless `shown`.
+class _Stages(NoProgress):
+    """Shows stages: beside a spinner on a terminal, elsewhere a line for each."""
 
-    Yields `on_event`.
-    """
+    def __init__(self, command: str, drawn: RichProgress, task: TaskID) -> None:
+        self._command, self._drawn, self._task = command, drawn, task
+        self._last, self._started = "", time.perf_counter()
+
+    def stage(self, text: str) -> None:
+        if text == self._last:
+            return
+        self._last = text
+        self._drawn.update(self._task, description=f"{self._command}: {text}")
+        if not console.is_terminal:
+            seconds = time.perf_counter() - self._started
+            line = f"[{seconds:5.1f} s] {self._command}: {text}"
+            console.print(line, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def stages(command: str, *, quiet_libraries: bool = True, shown: bool = True) -> Iterator[Progress]:
+    """Show the stages that the `Progress` it yields is told of; nothing unless `shown`."""
     if quiet_libraries:
         quiet()
     if not shown:
-        yield lambda rank, stage: None
+        yield NO_PROGRESS
         return
-    last = ""
-    started = time.perf_counter()
-
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
-        task = progress.add_task(what)
-
-        def on_event(rank: int, stage: Any) -> None:
-            nonlocal last
-            if rank != 0 or stage == last:
-                return
-            last = stage
-            progress.update(task, description=f"{what}: {stage}")
-            if not console.is_terminal:
-                console.print(
-                    f"[{time.perf_counter() - started:5.1f} s] {what}: {stage}",
-                    markup=False,
-                    highlight=False,
-                )
-
-        yield on_event
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with RichProgress(*columns, console=console, transient=True) as drawn:
+        yield _Stages(command, drawn, drawn.add_task(command))
 
 
 def say(line: str) -> None:

@@ -127,42 +127,43 @@ def verify(
             "SOURCE", got=None, wanted="a folder (or --self-test)", where="command line"
         )
     _check_outputs(json_, html, card)
-    from exaone_bridge.runtime.launch import is_first, leave
+    from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
     from exaone_bridge.verification import verify_model
 
-    with stages("verify", shown=is_first()) as on_event:
-        on_event(0, "importing Megatron-Core (half a minute)")
-        report = verify_model(
-            source,
-            other,
-            layout=layout,
-            backend=backend,
-            dtype=dtype,
-            quick=quick,
-            count=count,
-            length=length,
-            seed=seed,
-            gradients=gradients,
-            mtp=mtp,
-            stream=stream,
-            command=_command(),
-            on_event=on_event,
-        )
-    if is_first():
-        if json_ is not None:
-            report.write_json(json_)
-        if html is not None:
-            from exaone_bridge.verification.report.html import write_html
+    with choose_launcher(layout.ranks) as launcher:
+        with stages("verify", shown=is_rank_zero()) as progress:
+            progress.stage("importing Megatron-Core (half a minute)")
+            report = verify_model(
+                source,
+                other,
+                layout=layout,
+                backend=backend,
+                dtype=dtype,
+                quick=quick,
+                count=count,
+                length=length,
+                seed=seed,
+                gradients=gradients,
+                mtp=mtp,
+                stream=stream,
+                command=_command(),
+                launcher=launcher,
+                progress=progress,
+            )
+        if is_rank_zero():
+            if json_ is not None:
+                report.write_json(json_)
+            if html is not None:
+                from exaone_bridge.verification.report.html import write_html
 
-            write_html(report, html)
-        if card is not None:
-            from exaone_bridge.verification.report.card import write_card
+                write_html(report, html)
+            if card is not None:
+                from exaone_bridge.verification.report.card import write_card
 
-            write_card(report, card, name=name or report.source, note=note)
-        print_report(report)
-    leave()
+                write_card(report, card, name=name or report.source, note=note)
+            print_report(report)
     if not report.passed:
-        raise ParityFailure(report.faults() if is_first() else "")
+        raise ParityFailure(report.faults() if is_rank_zero() else "")
 
 
 def _command() -> str:
@@ -206,9 +207,9 @@ def _self_test(json_: Path | None) -> None:
     from exaone_bridge.verification.self_test.run import self_test
 
     _check_outputs(json_)
-    with stages("self-test") as on_event:
-        on_event(0, "importing Megatron-Core (half a minute)")
-        result = self_test(on_event=on_event)
+    with stages("self-test") as progress:
+        progress.stage("importing Megatron-Core (half a minute)")
+        result = self_test(progress=progress)
     table(
         f"{len(result.outcomes)} planted faults, {result.clean} clean models, {result.seconds:.0f} s",
         [

@@ -30,15 +30,15 @@ from exaone_bridge.checkpoint.megatron.torch_dist_write import (
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.checkpoint.staging import FULL, check_space, refuse_existing, resumable, staged
 from exaone_bridge.convert.extra_tensors import PASSTHROUGH, keep_passthrough, passthrough_sizes
-from exaone_bridge.convert.progress import Meter, Summary, Total, deal, peak_memory, resident_memory
+from exaone_bridge.convert.progress import Summary, deal, peak_memory, resident_memory
 from exaone_bridge.errors import CheckpointError, OutputError
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
 
 ASSETS = "hf"  # the folder in a Megatron checkpoint that holds what Megatron has no place for
-OnEvent = Callable[[int, Any], None]
 
 
 def shards_like(source: HFSource) -> dict[str, str]:
@@ -75,17 +75,15 @@ def _import_rank(
     parameters: list[Parameter],
     shares: list[list[int]],
     tensors: Mapping[str, TensorInfo],
+    progress: Progress,
 ) -> tuple[list[WrittenParam], int, int]:
     """Write this rank's share; where each parameter went, and the memory before and at most."""
-    from exaone_bridge.runtime.ranks import emit
-
-    base, meter, written = resident_memory(), Meter(emit), []
+    base, written = resident_memory(), []
     with _typed_disk_errors(target):
         path = target / f"__{dist.get_rank()}_0.distcp"
         for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], tensors, path):
             written.append(where)
-            meter.advance(nbytes)
-    meter.flush()
+            progress.advance(nbytes)
     return written, base, peak_memory()
 
 
@@ -97,7 +95,7 @@ def import_checkpoint(
     backend: str = "auto",
     workers: int = 1,
     dry_run: bool = False,
-    on_event: OnEvent | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Summary:
     """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist), which loads at any layout.
 
@@ -124,7 +122,7 @@ def import_checkpoint(
         return Summary(len(source.tensors), source.nbytes, 0.0)
     from exaone_bridge.bridge.registration import supported
     from exaone_bridge.convert.run_config import layers_are_stacked, provider_for, write_beside
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
 
     supported()
     provider = provider_for(hf_folder, layout, backend)
@@ -132,15 +130,12 @@ def import_checkpoint(
         plan, source.model_config.num_layers, stacked=layers_are_stacked(provider)
     )
     shares = deal([parameter.nbytes for parameter in parameters], workers)
-    _tell(
-        on_event,
-        "writing the Megatron checkpoint",
-        Total(sum(tensor.nbytes for tensor in ours.values())),
-    )
+    progress.stage("writing the Megatron checkpoint")
+    progress.total(sum(tensor.nbytes for tensor in ours.values()))
     with staged(megatron_folder) as folder:
         iteration = write_beside(folder, provider, megatron_folder.absolute())
         arguments = (hf_folder.absolute(), iteration, parameters, shares, ours)
-        results = run_ranks(_import_rank, workers, *arguments, on_event=on_event)
+        results = ForkLauncher(workers).all(_import_rank, *arguments, progress=progress)
         write_metadata(
             iteration, parameters, ours, [where for written, _, _ in results for where in written]
         )
@@ -157,25 +152,18 @@ def import_checkpoint(
     return Summary(len(source.tensors), source.nbytes, seconds, peak_bytes=peak, base_bytes=base)
 
 
-def _tell(on_event: OnEvent | None, *events: Any) -> None:
-    if on_event is not None:
-        for event in events:
-            on_event(0, event)
-
-
 def _export_rank(
     source: MegatronSource,
     target: Path,
     writer: ShardWriter,
     shares: list[list[str]],
     passthrough: Mapping[str, TensorInfo],
+    progress: Progress,
 ) -> tuple[int, int, int]:
     """Write this rank's share; bytes that were there already, and the memory before and at most."""
     import torch
 
-    from exaone_bridge.runtime.ranks import emit
-
-    base, meter = resident_memory(), Meter(emit)
+    base = resident_memory()
     try:
         with _typed_disk_errors(target):
             for name in shares[dist.get_rank()]:
@@ -192,12 +180,11 @@ def _export_rank(
                     if tensor.nbytes
                     else [],
                 )
-                meter.advance(tensor.nbytes)
+                progress.advance(tensor.nbytes)
                 del tensor
             writer.close()
     finally:
         writer.abandon()
-    meter.flush()
     return writer.kept, base, peak_memory()
 
 
@@ -209,7 +196,7 @@ def export_checkpoint(
     drop_passthrough: bool = False,
     workers: int = 1,
     dry_run: bool = False,
-    on_event: OnEvent | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Summary:
     """Convert a Megatron checkpoint to a Hugging Face folder: weights, configuration, and what travelled with it.
 
@@ -235,8 +222,8 @@ def export_checkpoint(
             remedy="name a Megatron checkpoint folder",
         )
 
+    from exaone_bridge.runtime.fork import ForkLauncher
     from exaone_bridge.runtime.model import provider_of
-    from exaone_bridge.runtime.ranks import run_ranks
 
     _, config = provider_of(megatron_folder)
     source = MegatronSource(megatron_folder, config)
@@ -256,14 +243,15 @@ def export_checkpoint(
     check_space(hf_folder, shards.nbytes)
     if dry_run:
         return Summary(len(specs), shards.nbytes, 0.0)
-    _tell(on_event, "writing the Hugging Face folder", Total(shards.nbytes))
+    progress.stage("writing the Hugging Face folder")
+    progress.total(shards.nbytes)
     with resumable(hf_folder) as folder, _typed_disk_errors(hf_folder):
         writer = ShardWriter.create(folder, shards)
         groups = [*source.groups(), *([name] for name in passthrough)]
         hands = deal([sum(sizes[name] for name in group) for group in groups], workers)
         shares = [[name for number in hand for name in groups[number]] for hand in hands]
-        results = run_ranks(
-            _export_rank, workers, source, folder, writer, shares, passthrough, on_event=on_event
+        results = ForkLauncher(workers).all(
+            _export_rank, source, folder, writer, shares, passthrough, progress=progress
         )
         write_index(folder, shards)
         write_config_json(folder, config)

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["Advance", "Meter", "Summary", "Total", "deal", "peak_memory", "resident_memory"]
-
-
-class Total(NamedTuple):
-    """An event: so many bytes are to be moved in all."""
-
-    nbytes: int
-
-
-class Advance(NamedTuple):
-    """An event: so many bytes more have been moved."""
-
-    nbytes: int
+__all__ = ["Summary", "deal", "peak_memory", "resident_memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +26,6 @@ class Summary:
     peak_bytes: int = 0
     base_bytes: int = 0
     kept_bytes: int = 0
-
-
-class Meter:
-    """Adds up bytes, and tells them a few times a second."""
-
-    def __init__(self, tell: Callable[[Advance], None], every: float = 0.1) -> None:
-        self._tell, self._every = tell, every
-        self._untold, self._told_at = 0, time.monotonic()
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes more."""
-        self._untold += nbytes
-        if time.monotonic() - self._told_at >= self._every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Tell what has not been told."""
-        if self._untold:
-            self._tell(Advance(self._untold))
-        self._untold, self._told_at = 0, time.monotonic()
 
 
 def deal(sizes: list[int], hands: int) -> list[list[int]]:

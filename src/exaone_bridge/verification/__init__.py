@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.parallel_layout import Layout
 
 if TYPE_CHECKING:
+    from exaone_bridge.runtime.launch import Launcher
     from exaone_bridge.verification.report.report import Report
 
 __all__ = ["verify_model"]
@@ -32,7 +33,8 @@ def verify_model(
     mtp: bool = False,
     stream: bool | None = None,
     command: str = "",
-    on_event: Callable[[int, Any], None] | None = None,
+    launcher: Launcher | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Check a model's round trip through Megatron-Core and its logits against Transformers, or two models.
 
@@ -48,7 +50,8 @@ def verify_model(
         mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
         stream: a layer at a time on both sides; None: where the weights would take more than 2 GiB in fp32.
         command: what the report says it came from.
-        on_event: called with (rank, stage) while it works.
+        launcher: runs both sides' work; None: on torchrun's ranks, or on forked ones.
+        progress: is told of each stage.
 
     Returns:
         The report; `report.holds` says whether every check does. Nothing is raised for a difference.
@@ -61,7 +64,7 @@ def verify_model(
         >>> report = exaone_bridge.verify("/models/EXAONE-4.0-1.2B")
         >>> assert report.holds, report.faults()
     """
-    from exaone_bridge.runtime.launch import check_ranks
+    from exaone_bridge.runtime.launch import choose_launcher
     from exaone_bridge.verification.workflow.compare import compare, is_megatron, verify_megatron
     from exaone_bridge.verification.workflow.job import VerifyOptions
     from exaone_bridge.verification.workflow.layerwise import streams, verify_streaming
@@ -69,7 +72,7 @@ def verify_model(
 
     source = Path(source)
     layout = layout or Layout()
-    check_ranks(layout.ranks)
+    launcher = launcher or choose_launcher(layout.ranks)
     asked = VerifyOptions(
         backend=backend,
         dtype=dtype,
@@ -85,11 +88,11 @@ def verify_model(
             "--mtp", got=True, wanted="off but for one Hugging Face folder", where="verify"
         )
     if other is not None:
-        report = compare(source, Path(other), layout, asked, on_event=on_event)
+        report = compare(source, Path(other), layout, asked, launcher, progress=progress)
     elif is_megatron(source):
-        report = verify_megatron(source, layout, asked, on_event=on_event)
+        report = verify_megatron(source, layout, asked, launcher, progress=progress)
     elif streams(source, stream):
-        report = verify_streaming(source, layout, asked, on_event=on_event)
+        report = verify_streaming(source, layout, asked, launcher, progress=progress)
     else:
-        report = verify(source, layout, asked, on_event=on_event)
+        report = verify(source, layout, asked, launcher, progress=progress)
     return dataclasses.replace(report, command=command)

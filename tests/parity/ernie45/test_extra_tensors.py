@@ -12,7 +12,7 @@ from exaone_bridge.checkpoint.hf.headers import read_headers, read_json
 from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
@@ -112,7 +112,7 @@ def test_autobridge_carries_them_and_says_so_once(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     source = tiny("ernie45")
-    (said,) = run_ranks(_save_through_autobridge, 1, source, tmp_path / "exported")
+    (said,) = ForkLauncher(1).all(_save_through_autobridge, source, tmp_path / "exported")
     assert compare_tensors(source, tmp_path / "exported").passed
     assert (
         len([line for line in said if "carried from the source unchanged: 12 tensors" in line]) == 1
@@ -133,5 +133,5 @@ def _export_without_source(source: Path) -> None:
 
 def test_autobridge_without_its_source_stops(megatron_bridge: Any, tiny: Any) -> None:
     with pytest.raises(UnmappedTensors, match="cannot be reached"):
-        run_ranks(_export_without_source, 1, tiny("ernie45"))
-    run_ranks(_export_without_source, 1, tiny("ernie45", num_nextn_predict_layers=0))
+        ForkLauncher(1).all(_export_without_source, tiny("ernie45"))
+    ForkLauncher(1).all(_export_without_source, tiny("ernie45", num_nextn_predict_layers=0))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from exaone_bridge.errors import UnmappedTensors
-from exaone_bridge.runtime.ranks import RankFailure
+from exaone_bridge.runtime.fork import RankFailure
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.workflow.verify import verify

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.ernie45.router import choose_experts
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.logits import prompts
 from tests.helpers.ernie45_cases import MOE_NAMES, with_selection_bias
@@ -69,14 +69,14 @@ def test_experts_chosen(
     """Identical, per token and layer; and the bias does choose: without it, other experts are."""
     folder = with_selection_bias(tiny(name), tmp_path / name, std)
     tokens = prompts(387, 2, 64)
-    (reference,) = run_ranks(_reference_choices, 1, folder, tokens)
+    (reference,) = ForkLauncher(1).all(_reference_choices, folder, tokens)
     ours: Choices = {}
-    for result in run_ranks(_our_choices, layout.ranks, folder, layout, tokens):
+    for result in ForkLauncher(layout.ranks).all(_our_choices, folder, layout, tokens):
         ours |= result
     assert ours.keys() == reference.keys()
     assert all(torch.equal(ours[layer], reference[layer]) for layer in reference)
-    (unbiased,) = run_ranks(
-        _reference_choices, 1, with_selection_bias(folder, tmp_path / "unbiased", 0.0), tokens
+    (unbiased,) = ForkLauncher(1).all(
+        _reference_choices, with_selection_bias(folder, tmp_path / "unbiased", 0.0), tokens
     )
     assert any(not torch.equal(unbiased[layer], reference[layer]) for layer in reference)
 
@@ -122,7 +122,7 @@ def test_bf16_model_decides_as_transformers_bf16_model(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, std: float
 ) -> None:
     folder = with_selection_bias(tiny(name, dtype="bfloat16"), tmp_path / name, std)
-    (found,) = run_ranks(_bf16_routing, 1, folder)
+    (found,) = ForkLauncher(1).all(_bf16_routing, folder)
     assert torch.equal(*found["experts"])
     expected, ours = found["weights"]
     assert torch.equal(
@@ -147,7 +147,7 @@ def test_fp32_on_disk_where_transformers_writes_fp32(
 ) -> None:
     """save_pretrained of a bf16 model: the types that `open_source` asks for."""
     folder = tiny("ernie45", dtype="bfloat16", num_nextn_predict_layers=0)
-    run_ranks(_saved_types, 1, folder, tmp_path / "saved")
+    ForkLauncher(1).all(_saved_types, folder, tmp_path / "saved")
 
     def types(path: Path) -> dict[str, str]:
         with safe_open(path / "model.safetensors", "pt") as file:
@@ -193,7 +193,9 @@ def _after_a_step(
 @pytest.fixture(scope="module")
 def balanced(megatron_bridge: Any, tiny: Any) -> Any:
     tokens = prompts(387, 1, 49)
-    return lambda **overrides: run_ranks(_after_a_step, 1, tiny("ernie45"), tokens, overrides)[0]
+    return lambda **overrides: ForkLauncher(1).all(
+        _after_a_step, tiny("ernie45"), tokens, overrides
+    )[0]
 
 
 def test_nothing_balances_unless_configured(balanced: Any, tiny: Any) -> None:

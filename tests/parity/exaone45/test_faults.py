@@ -11,7 +11,7 @@ import torch
 
 from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.self_test.exaone45_faults import (
     join_in_another_order,
@@ -106,10 +106,10 @@ def compare(megatron_bridge: Any, tiny: Any) -> Callable[[str], float]:
     """The worst difference of logits with this fault."""
     folder = tiny("exaone45")
     tokens, images = image_prompts(read_hf_config(CONFIG), 3, seed=5)
-    (expected,) = run_ranks(_theirs, 1, folder, tokens, images)
+    (expected,) = ForkLauncher(1).all(_theirs, folder, tokens, images)
 
     def run(fault: str) -> float:
-        (found,) = run_ranks(_ours, 1, folder, tokens, images, fault)
+        (found,) = ForkLauncher(1).all(_ours, folder, tokens, images, fault)
         return (found - expected).abs().max().item()
 
     return run

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.convert.convert import export_checkpoint
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_configs
 from tests.helpers.exaone45_cases import changed
@@ -24,8 +24,10 @@ def _compare(
     folder: Path, layout: Layout, depth: int, overrides: dict[str, Any], rule: int = 0
 ) -> float:
     """The worst difference of logits; everything else is asserted."""
-    (expected,) = run_ranks(formula, 1, folder, prompts_of(), depth, rule, torch.float32, layout.cp)
-    results = run_ranks(ours, layout.ranks, folder, layout, prompts_of(), depth, overrides)
+    (expected,) = ForkLauncher(1).all(
+        formula, folder, prompts_of(), depth, rule, torch.float32, layout.cp
+    )
+    results = ForkLauncher(layout.ranks).all(ours, folder, layout, prompts_of(), depth, overrides)
     last = [result for result in results if result.logits]
     assert last
     worst = max(
@@ -66,7 +68,7 @@ def test_two_words_further(megatron_bridge: Any, tiny: Any, shared: bool) -> Non
         assert _compare(tiny("exaone45", **fields), Layout(), 2, {}) <= 1e-4
     else:  # `mtp.fc` and the norms are one on disk, and Megatron-Core has them once a layer
         with pytest.raises(UnsupportedConfig, match="mtp_share_layers"):
-            run_ranks(ours, 1, tiny("exaone45", **fields), Layout(), prompts_of(), 2, {})
+            ForkLauncher(1).all(ours, tiny("exaone45", **fields), Layout(), prompts_of(), 2, {})
 
 
 def test_another_rule(megatron_bridge: Any, tiny: Any) -> None:
@@ -104,9 +106,11 @@ def _export_through_autobridge(source: Path, megatron: Path, target: Path) -> No
 def test_what_was_trained_is_exported(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """From a checkpoint with multi-token prediction built, by the command line's way and by AutoBridge's."""
     source = tiny("exaone45")
-    run_ranks(_train_and_save, 4, source, tmp_path / "megatron", Layout(tp=2, pp=2), 1)
+    ForkLauncher(4).all(_train_and_save, source, tmp_path / "megatron", Layout(tp=2, pp=2), 1)
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
-    run_ranks(_export_through_autobridge, 1, source, tmp_path / "megatron", tmp_path / "autobridge")
+    ForkLauncher(1).all(
+        _export_through_autobridge, source, tmp_path / "megatron", tmp_path / "autobridge"
+    )
     before = load_file(source / "model.safetensors")
     for folder in (tmp_path / "exported", tmp_path / "autobridge"):
         after = load_file(folder / "model.safetensors")
@@ -119,7 +123,7 @@ def test_what_was_trained_is_exported(megatron_bridge: Any, tiny: Any, tmp_path:
 
 def test_what_was_not_built_is_carried(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     source = tiny("exaone45")
-    run_ranks(_train_and_save, 1, source, tmp_path / "megatron", Layout(), None)
+    ForkLauncher(1).all(_train_and_save, source, tmp_path / "megatron", Layout(), None)
     with pytest.raises(CheckpointError, match="travel beside the model"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     export_checkpoint(tmp_path / "megatron", tmp_path / "dropped", drop_passthrough=True)
@@ -133,7 +137,9 @@ def test_what_was_not_built_is_carried(megatron_bridge: Any, tiny: Any, tmp_path
 @pytest.mark.parametrize("frozen", ["freeze_mtp_model", "freeze_language_model"])
 def test_frozen(megatron_bridge: Any, tiny: Any, frozen: str) -> None:
     """Each is frozen alone; the other learns."""
-    (found,) = run_ranks(ours, 1, tiny("exaone45"), Layout(), prompts_of(), 1, {frozen: True})
+    (found,) = ForkLauncher(1).all(
+        ours, tiny("exaone45"), Layout(), prompts_of(), 1, {frozen: True}
+    )
     moved = {
         name.startswith("mtp.")
         for name, value in found.gradients.items()

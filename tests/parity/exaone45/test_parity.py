@@ -19,7 +19,7 @@ from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts, prompt_of
 from exaone_bridge.modules.context_parallel import gathered_in_order
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
@@ -116,7 +116,7 @@ def test_megatron_core_loads_what_import_wrote(
     """At another layout; and AutoBridge exports it bitwise."""
     source = tiny("exaone45")
     import_checkpoint(source, tmp_path / "megatron", Layout())
-    run_ranks(_exported_from, 4, tmp_path / "megatron", source, tmp_path / "exported")
+    ForkLauncher(4).all(_exported_from, tmp_path / "megatron", source, tmp_path / "exported")
     check = compare_tensors(source, tmp_path / "exported")
     assert check.passed, check.where
 
@@ -153,8 +153,8 @@ def test_one_batch_of_text_images_and_video(megatron_bridge: Any, tiny: Any) -> 
     tokens, images = image_prompts(read_hf_config(CONFIG), 4, seed=5)
     order = [3, 1, 2, 0]
     tokens, images = tokens[order], [images[number] for number in order]
-    (expected,) = run_ranks(_reference, 1, tiny("exaone45"), tokens, images)
-    (found,) = run_ranks(_logits_of_batch, 1, tiny("exaone45"), tokens, together(images), 1)
+    (expected,) = ForkLauncher(1).all(_reference, tiny("exaone45"), tokens, images)
+    (found,) = ForkLauncher(1).all(_logits_of_batch, tiny("exaone45"), tokens, together(images), 1)
     assert (found - expected).abs().max() <= 1e-4
 
 
@@ -182,11 +182,11 @@ def test_context_parallelism_cuts_whole_sequences(megatron_bridge: Any, tiny: An
     tokens = torch.cat(
         (tokens, torch.full((4, 5 - tokens.shape[1] % 4), 7)), dim=1
     )  # S a multiple of four
-    (logits,) = run_ranks(_reference, 1, tiny("exaone45"), tokens[:, :-1], images)
+    (logits,) = ForkLauncher(1).all(_reference, tiny("exaone45"), tokens[:, :-1], images)
     expected = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), tokens[:, 1:], reduction="none"
     )
-    parts = run_ranks(_whole_sequences, 2, tiny("exaone45"), tokens, together(images))
+    parts = ForkLauncher(2).all(_whole_sequences, tiny("exaone45"), tokens, together(images))
     assert (gathered_in_order(parts, 1) - expected).abs().max() <= 1e-4
 
 
@@ -227,7 +227,7 @@ def test_wrong_counts_are_refused_with_both_numbers(megatron_bridge: Any, tiny: 
     without_grid = {"pixel_values": images["pixel_values"]}
     cut = images | {"pixel_values": images["pixel_values"][:-4]}
     cases = [(tokens[:, 1:], images), (tokens, video), (tokens, without_grid), (tokens, cut)]
-    (said,) = run_ranks(_refused, 1, tiny("exaone45"), cases)
+    (said,) = ForkLauncher(1).all(_refused, tiny("exaone45"), cases)
     numbers = [re.findall(r"\d+", text.replace("id 67", "").replace("id 68", "")) for text in said]
     assert numbers == [["5", "6"], ["0", "6"], ["24"], ["20", "24"]]
     assert "image" in said[0] and "video" in said[1]

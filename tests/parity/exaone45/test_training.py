@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.exaone45_cases import batches, step_of_megatron, step_of_transformers
 from tests.helpers.training import relative_difference
@@ -23,7 +23,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def reference(megatron_bridge: Any, tiny: Any) -> tuple[float, dict[str, Any]]:
-    return run_ranks(step_of_transformers, 1, tiny("exaone45"), batches())[0]
+    return ForkLauncher(1).all(step_of_transformers, tiny("exaone45"), batches())[0]
 
 
 def _compare(results: list[Any], reference: tuple[float, dict[str, Any]], trained: Any) -> None:
@@ -45,7 +45,9 @@ def test_gradients_of_every_parameter(
     megatron_bridge: Any, tiny: Any, reference: Any, layout: Layout
 ) -> None:
     """Prompts with one image, several, a video, none: the last has a gradient for the tower, of zero."""
-    results = run_ranks(step_of_megatron, layout.ranks, tiny("exaone45"), layout, batches(), {})
+    results = ForkLauncher(layout.ranks).all(
+        step_of_megatron, tiny("exaone45"), layout, batches(), {}
+    )
     _compare(results, reference, lambda name: True)
 
 
@@ -57,7 +59,7 @@ def test_recomputed(megatron_bridge: Any, tiny: Any, reference: Any) -> None:
         "recompute_num_layers": 1,
     }
     _compare(
-        run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), batches(), again),
+        ForkLauncher(1).all(step_of_megatron, tiny("exaone45"), Layout(), batches(), again),
         reference,
         lambda name: True,
     )
@@ -80,8 +82,8 @@ def test_frozen(
 ) -> None:
     """Gradients flow through what is frozen to what is not, and only there."""
     switch, is_frozen = FROZEN[which]
-    results = run_ranks(
-        step_of_megatron, layout.ranks, tiny("exaone45"), layout, batches(), {switch: True}
+    results = ForkLauncher(layout.ranks).all(
+        step_of_megatron, tiny("exaone45"), layout, batches(), {switch: True}
     )
     assert all(frozen for _, _, frozen in results)
     _compare(results, reference, lambda name: not is_frozen(name))
@@ -90,8 +92,8 @@ def test_frozen(
 def test_text_alone_trains_with_overlapped_reduction(megatron_bridge: Any, tiny: Any) -> None:
     """No image in the whole batch: the tower's gradients are there, and zero."""
     data = [(tokens, {}) for tokens, images in batches(8) if not images]
-    ((_, expected),) = run_ranks(step_of_transformers, 1, tiny("exaone45"), data)
-    ((_, found, _),) = run_ranks(step_of_megatron, 1, tiny("exaone45"), Layout(), data, {})
+    ((_, expected),) = ForkLauncher(1).all(step_of_transformers, tiny("exaone45"), data)
+    ((_, found, _),) = ForkLauncher(1).all(step_of_megatron, tiny("exaone45"), Layout(), data, {})
     assert not any(gradient.any() for name, gradient in found.items() if ".visual." in name)
     assert all(
         relative_difference(found[name], gradient) <= 1e-4 for name, gradient in expected.items()
@@ -121,5 +123,7 @@ def test_fault_gradients_of_cuts_not_summed(
         return vision_encoder
 
     monkeypatch.setattr(provider, "build_vision_encoder", unmarked)
-    results = run_ranks(step_of_megatron, 2, tiny("exaone45"), Layout(tp=2, sp=True), batches(), {})
+    results = ForkLauncher(2).all(
+        step_of_megatron, tiny("exaone45"), Layout(tp=2, sp=True), batches(), {}
+    )
     assert _gradients_differ(results, reference)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.exaone45_cases import changed
 
@@ -77,17 +77,17 @@ def folder(megatron_bridge: Any, tiny: Any) -> Path:
 
 
 def test_features(folder: Path) -> None:
-    ((found, _),) = run_ranks(_ours, 1, folder, torch.float32)
+    ((found, _),) = ForkLauncher(1).all(_ours, folder, torch.float32)
     for attention in ("eager", "sdpa"):
-        (expected,) = run_ranks(_theirs, 1, folder, attention)
+        (expected,) = ForkLauncher(1).all(_theirs, folder, attention)
         assert (found - expected).abs().max() <= 1e-5
         assert expected.std() > 0.1
 
 
 def test_angles_stay_in_fp32(folder: Path) -> None:
     """Megatron-Core's half-precision wrapper casts buffers; Transformers' own bf16 model has fp32 angles."""
-    ((found, dtype),) = run_ranks(_ours, 1, folder, torch.bfloat16)
-    (expected,) = run_ranks(_theirs, 1, folder, "sdpa")
+    ((found, dtype),) = ForkLauncher(1).all(_ours, folder, torch.bfloat16)
+    (expected,) = ForkLauncher(1).all(_theirs, folder, "sdpa")
     assert found.dtype == torch.bfloat16
     assert dtype == torch.float32
     assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()

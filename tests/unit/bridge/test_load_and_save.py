@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from exaone_bridge.errors import BridgeError
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_files, compare_tensors
 
@@ -105,7 +105,7 @@ def test_loads_and_exports_are_the_hosts(
     layout: Layout,
 ) -> None:
     source = tiny(name, **fields)
-    results = run_ranks(_both_ways, layout.ranks, source, tmp_path, layout, dtype)
+    results = ForkLauncher(layout.ranks).all(_both_ways, source, tmp_path, layout, dtype)
     assert [(differ, why) for _, differ, why in results] == [([], None)] * layout.ranks
     assert all(count > 8 for count, _, _ in results)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generic", "planned"]
@@ -162,7 +162,9 @@ def _load_without_a_word_to_others(folder: Path, layout: Layout) -> list[str]:
 def test_the_load_waits_for_nobody_and_says_its_way_once(
     megatron_bridge: Any, tiny: Any, layout: Layout
 ) -> None:
-    results = run_ranks(_load_without_a_word_to_others, layout.ranks, tiny("ernie45-300b"), layout)
+    results = ForkLauncher(layout.ranks).all(
+        _load_without_a_word_to_others, tiny("ernie45-300b"), layout
+    )
     assert results[0] == ["Hugging Face -> Megatron-Core: by the plan of copies"]
     assert all(lines == [] for lines in results[1:])
 
@@ -233,7 +235,7 @@ def _load_the_hosts_way(folder: Path, name: str) -> tuple[list[str], bool]:
 def test_what_the_plan_does_not_cover_goes_the_hosts_way(
     name: str, megatron_bridge: Any, tiny: Any
 ) -> None:
-    ((lines, equal),) = run_ranks(_load_the_hosts_way, 1, tiny("exaone4"), name)
+    ((lines, equal),) = ForkLauncher(1).all(_load_the_hosts_way, tiny("exaone4"), name)
     assert lines == [
         f"Hugging Face -> Megatron-Core: by Megatron-Bridge's own code, because {OTHERS[name][2]}"
     ]
@@ -258,7 +260,7 @@ def _fsdp_and_others(folder: Path) -> list[str | None]:
 
 
 def test_fsdp_shards_and_fp8_exports_are_not_planned(megatron_bridge: Any, tiny: Any) -> None:
-    ((plain, fsdp, fp8),) = run_ranks(_fsdp_and_others, 1, tiny("exaone4"))
+    ((plain, fsdp, fp8),) = ForkLauncher(1).all(_fsdp_and_others, tiny("exaone4"))
     assert (plain, fsdp, fp8) == (
         None,
         "its parameters are FSDP shards",
@@ -284,7 +286,7 @@ def _uneven(folder: Path, target: Path) -> tuple[list[str], list[int]]:
 
 def test_a_pipeline_that_is_cut_unevenly(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """Loaded by plan, each rank for the layers it has; exported the host's way, and still whole or not at all."""
-    results = run_ranks(_uneven, 2, tiny("exaone4"), tmp_path / "output")
+    results = ForkLauncher(2).all(_uneven, tiny("exaone4"), tmp_path / "output")
     assert [layers for _, layers in results] == [[1, 2, 3], [4, 5, 6, 7, 8]]
     assert results[0][0] == [
         "Hugging Face -> Megatron-Core: by the plan of copies",
@@ -340,7 +342,7 @@ def test_a_model_that_is_not_the_configurations_is_refused(
 ) -> None:
     fields, change, says = OTHER_MODELS[name]
     with pytest.raises(BridgeError, match=says):
-        run_ranks(_load_into, 2, tiny("exaone4"), Layout(pp=2), fields, change)
+        ForkLauncher(2).all(_load_into, tiny("exaone4"), Layout(pp=2), fields, change)
 
 
 # --- where it is written ----------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def test_a_folder_that_is_there_gets_the_new_weights_and_keeps_the_rest(
     """AutoBridge's calls may write into a folder again; each file takes its name when all of them are whole."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
-    run_ranks(_save_twice, 2, tiny("exaone4"), tmp_path)
+    ForkLauncher(2).all(_save_twice, tiny("exaone4"), tmp_path)
     for name in ("random", "there"):
         assert compare_tensors(tiny("exaone4"), tmp_path / name).passed
     assert (tmp_path / "there" / "notes.txt").read_text() == "mine"

@@ -27,7 +27,7 @@ from exaone_bridge.checkpoint.reshard import save
 from exaone_bridge.convert import convert
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import CheckpointError, OutputError
-from exaone_bridge.runtime.ranks import RankFailure, run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher, RankFailure
 from exaone_bridge.schema.parallel_layout import Layout
 
 KILLS = int(os.environ.get("KILLS", "6"))
@@ -74,7 +74,7 @@ def _save_rank(began: Path, source: Path, target: Path, layout: Layout) -> None:
 
 def _world(began: Path, source: Path, target: Path, ranks: int) -> None:
     layout = Layout(tp=ranks // 2 or 1, pp=min(ranks, 2))
-    run_ranks(_save_rank, layout.ranks, began, source, target, layout)
+    ForkLauncher(layout.ranks).all(_save_rank, began, source, target, layout)
 
 
 def _alone(run: Callable[..., None], *args: Any) -> None:
@@ -253,11 +253,15 @@ def test_one_rank_that_cannot_write_ends_all_of_them(
     with pytest.raises(
         OutputError, match=r"the disk refuses to take more \(File too large\); free some space"
     ):
-        run_ranks(_save_with_a_full_rank, 4, source, tmp_path / "output", Layout(tp=2, pp=2), full)
+        ForkLauncher(4).all(
+            _save_with_a_full_rank, source, tmp_path / "output", Layout(tp=2, pp=2), full
+        )
     assert time.perf_counter() - started < 60
     assert not (tmp_path / "output").exists()
-    run_ranks(_save_rank, 4, tmp_path / "began", source, tmp_path / "output", Layout(tp=2, pp=2))
-    run_ranks(_save_rank, 1, tmp_path / "began", source, tmp_path / "other", Layout())
+    ForkLauncher(4).all(
+        _save_rank, tmp_path / "began", source, tmp_path / "output", Layout(tp=2, pp=2)
+    )
+    ForkLauncher(1).all(_save_rank, tmp_path / "began", source, tmp_path / "other", Layout())
     assert digests(tmp_path / "output") == digests(tmp_path / "other")
 
 
@@ -276,10 +280,12 @@ def _save_and_one_dies(source: Path, target: Path, layout: Layout) -> None:
 
 def test_one_rank_dies(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RankFailure):
-        run_ranks(_save_and_one_dies, 4, source, tmp_path / "output", Layout(tp=2, pp=2))
+        ForkLauncher(4).all(_save_and_one_dies, source, tmp_path / "output", Layout(tp=2, pp=2))
     assert not (tmp_path / "output").exists()
-    run_ranks(_save_rank, 4, tmp_path / "began", source, tmp_path / "output", Layout(tp=2, pp=2))
-    run_ranks(_save_rank, 1, tmp_path / "began", source, tmp_path / "other", Layout())
+    ForkLauncher(4).all(
+        _save_rank, tmp_path / "began", source, tmp_path / "output", Layout(tp=2, pp=2)
+    )
+    ForkLauncher(1).all(_save_rank, tmp_path / "began", source, tmp_path / "other", Layout())
     assert digests(tmp_path / "output") == digests(tmp_path / "other")
 
 

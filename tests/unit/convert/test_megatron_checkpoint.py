@@ -22,7 +22,7 @@ from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.convert.open_tensors import open_tensors
 from exaone_bridge.models.exaone4 import EXAONE4
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
@@ -150,8 +150,10 @@ def test_saved_at_one_layout_loaded_at_another(
         if name == "exaone4"
         else tiny(name, num_hidden_layers=8, layer_types=["full_attention"] * 8)
     )
-    run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
-    run_ranks(_load, loaded.ranks, source, tmp_path / "megatron", tmp_path / "exported", loaded)
+    ForkLauncher(saved.ranks).all(_save, source, tmp_path / "megatron", saved)
+    ForkLauncher(loaded.ranks).all(
+        _load, source, tmp_path / "megatron", tmp_path / "exported", loaded
+    )
     _assert_same(source, tmp_path / "exported")
 
 
@@ -169,8 +171,10 @@ def test_experts_saved_at_one_layout_loaded_at_another(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, saved: Layout, loaded: Layout
 ) -> None:
     source = tiny("ernie45-300b", dtype="bfloat16", use_bias=True)
-    run_ranks(_save, saved.ranks, source, tmp_path / "megatron", saved)
-    run_ranks(_load, loaded.ranks, source, tmp_path / "megatron", tmp_path / "exported", loaded)
+    ForkLauncher(saved.ranks).all(_save, source, tmp_path / "megatron", saved)
+    ForkLauncher(loaded.ranks).all(
+        _load, source, tmp_path / "megatron", tmp_path / "exported", loaded
+    )
     _assert_same(source, tmp_path / "exported")
 
 
@@ -181,7 +185,7 @@ def test_run_config_is_plain_and_keeps_the_wishes(
     import yaml
 
     source = tiny("exaone4")
-    run_ranks(_save, 1, source, tmp_path / "megatron", Layout())
+    ForkLauncher(1).all(_save, source, tmp_path / "megatron", Layout())
     (path,) = (tmp_path / "megatron").glob("iter_*/run_config.yaml")
     model = yaml.safe_load(path.read_text())["model"]
     assert model["_target_"] == "exaone_bridge.models.exaone4.provider.Exaone4ModelProvider"
@@ -237,7 +241,7 @@ def test_streamed_keys_are_the_hosts(
         name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {})
     )
     import_checkpoint(source, tmp_path / "ours", Layout(), workers=2)
-    run_ranks(_save, 1, source, tmp_path / "host", Layout())
+    ForkLauncher(1).all(_save, source, tmp_path / "host", Layout())
     ours, hosts = (
         pickle.loads((tmp_path / who / "iter_0000000" / ".metadata").read_bytes())
         for who in ("ours", "host")
@@ -276,7 +280,9 @@ def test_what_is_streamed_loads_in_the_hosts_loader(
 ) -> None:
     source = tiny(name, dtype="bfloat16")
     import_checkpoint(source, tmp_path / "megatron", Layout(tp=2))
-    run_ranks(_load, layout.ranks, source, tmp_path / "megatron", tmp_path / "exported", layout)
+    ForkLauncher(layout.ranks).all(
+        _load, source, tmp_path / "megatron", tmp_path / "exported", layout
+    )
     assert compare_tensors(source, tmp_path / "exported").passed
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.logits import prompts
@@ -219,10 +219,10 @@ def _logits(folder: Path, tokens: torch.Tensor, adapter: Path | None) -> torch.T
 def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
     """The adapter in PEFT's format has the logits of the model in training; merged, they are rounded to bf16."""
     tokens = prompts(2048, 2, 100)
-    (adapted,) = run_ranks(_adapted, 1, made / "model", tmp_path, tokens)
-    (base,) = run_ranks(_logits, 1, made / "model", tokens, None)
-    (in_peft,) = run_ranks(_logits, 1, made / "model", tokens, tmp_path / "adapter")
-    (merged,) = run_ranks(_logits, 1, tmp_path / "merged", tokens, None)
+    (adapted,) = ForkLauncher(1).all(_adapted, made / "model", tmp_path, tokens)
+    (base,) = ForkLauncher(1).all(_logits, made / "model", tokens, None)
+    (in_peft,) = ForkLauncher(1).all(_logits, made / "model", tokens, tmp_path / "adapter")
+    (merged,) = ForkLauncher(1).all(_logits, tmp_path / "merged", tokens, None)
     assert (adapted - base).abs().max() > 0.1
     assert (adapted - in_peft).abs().max() <= 1e-3
     assert (adapted - merged).abs().mean() <= 0.1 * (adapted - base).abs().mean()

@@ -9,11 +9,11 @@ import torch
 
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.modules.context_parallel import exchanges, gathered_in_order, positions_of
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 
 
 def test_positions_are_megatron_cores_two_chunks(megatron_bridge: Any) -> None:
-    for rank, held in enumerate(run_ranks(_megatron_cores_cut, 4, 32)):
+    for rank, held in enumerate(ForkLauncher(4).all(_megatron_cores_cut, 32)):
         assert held == positions_of(rank, 4, 32).tolist()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.logits import prompts
 
@@ -85,9 +85,11 @@ def test_lora_as_trained_is_lora_as_exported(
     """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
     folder = tiny("exaone4")
     tokens = prompts(387, 2, 40)
-    results = run_ranks(_adapted, layout.ranks, folder, layout, "lora", [target], tokens, tmp_path)
-    (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
-    (in_peft,) = run_ranks(_transformers, 1, folder, tokens, tmp_path / "adapter")
+    results = ForkLauncher(layout.ranks).all(
+        _adapted, folder, layout, "lora", [target], tokens, tmp_path
+    )
+    (merged,) = ForkLauncher(1).all(_transformers, tmp_path / "merged", tokens)
+    (in_peft,) = ForkLauncher(1).all(_transformers, folder, tokens, tmp_path / "adapter")
     for result in results:
         assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
         assert (result["adapted"] - merged).abs().max() <= TOLERANCE
@@ -105,8 +107,8 @@ def test_the_check_catches_the_hosts_order(
     monkeypatch.setattr(AdapterWrapper, "__init__", AdapterWrapper.__init__.__wrapped__)
     folder = tiny("exaone4")
     tokens = prompts(387, 2, 40)
-    (result,) = run_ranks(_adapted, 1, folder, Layout(), "lora", [target], tokens, tmp_path)
-    (merged,) = run_ranks(_transformers, 1, tmp_path / "merged", tokens)
+    (result,) = ForkLauncher(1).all(_adapted, folder, Layout(), "lora", [target], tokens, tmp_path)
+    (merged,) = ForkLauncher(1).all(_transformers, tmp_path / "merged", tokens)
     difference = (result["adapted"] - merged).abs().max()
     assert (
         not difference <= 100 * TOLERANCE
@@ -130,13 +132,17 @@ def _assert_one_model(
 ) -> None:
     """With adapters, merged in Megatron-Core and in Transformers, and with PEFT: the same logits."""
     tokens = prompts(387, 2, 40)
-    results = run_ranks(_adapted, layout.ranks, folder, layout, kind, targets, tokens, work, 0.1)
+    results = ForkLauncher(layout.ranks).all(
+        _adapted, folder, layout, kind, targets, tokens, work, 0.1
+    )
     others = {
-        "merged, Transformers": run_ranks(_transformers, 1, work / "merged", tokens)[0],
-        "merged, Megatron-Core": run_ranks(_again, 1, work / "merged", tokens)[0],
+        "merged, Transformers": ForkLauncher(1).all(_transformers, work / "merged", tokens)[0],
+        "merged, Megatron-Core": ForkLauncher(1).all(_again, work / "merged", tokens)[0],
     }
     if in_peft:
-        others["adapter, PEFT"] = run_ranks(_transformers, 1, folder, tokens, work / "adapter")[0]
+        others["adapter, PEFT"] = ForkLauncher(1).all(
+            _transformers, folder, tokens, work / "adapter"
+        )[0]
     for result in (result for result in results if result["adapted"] is not None):
         assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
         assert (result["disabled"] - result["base"]).abs().max() <= 1e-5
@@ -216,8 +222,8 @@ def _dora_faults(folder: Path) -> tuple[str, str, bool]:
 
 
 def test_dora_that_would_be_wrong_is_refused(megatron_bridge: Any, tiny: Any) -> None:
-    ((experts, dropout, marked),) = run_ranks(
-        _dora_faults, 1, tiny("ernie45", num_nextn_predict_layers=0)
+    ((experts, dropout, marked),) = ForkLauncher(1).all(
+        _dora_faults, tiny("ernie45", num_nextn_predict_layers=0)
     )
     assert "routed experts" in experts and "use LoRA for experts" in experts
     assert "dropout is 0.1" in dropout and "set dropout=0.0" in dropout

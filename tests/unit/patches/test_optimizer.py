@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 
 
@@ -57,7 +57,7 @@ def _train_and_save(folder: Any, ours: bool) -> dict[str, list[bool]]:
 
 def test_states_are_saved_under_their_own_parameter(megatron_bridge: Any, tiny: Any) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
-    (found,) = run_ranks(_train_and_save, 1, folder, True)
+    (found,) = ForkLauncher(1).all(_train_and_save, folder, True)
     assert any("router.weight" in name for name in found)
     wrong = [name for name, checks in found.items() if not all(checks)]
     assert not wrong
@@ -65,7 +65,7 @@ def test_states_are_saved_under_their_own_parameter(megatron_bridge: Any, tiny: 
 
 def test_megatron_cores_own_order_is_wrong(megatron_bridge: Any, tiny: Any) -> None:
     """Should this fail, Megatron-Core has mended it, and `patches/optimizer.py` can go."""
-    (found,) = run_ranks(_train_and_save, 1, tiny("ernie45", dtype="bfloat16"), False)
+    (found,) = ForkLauncher(1).all(_train_and_save, tiny("ernie45", dtype="bfloat16"), False)
     assert [name for name, checks in found.items() if not all(checks)]
 
 
@@ -102,8 +102,8 @@ def _remembered_after_load(folder: Any, layout: Layout) -> tuple[bool, bool, str
 def test_fp8_parameters_remember_what_was_loaded(
     megatron_bridge: Any, tiny: Any, layout: Layout
 ) -> None:
-    for remembered, loaded, kept in run_ranks(
-        _remembered_after_load, layout.ranks, tiny("exaone4"), layout
+    for remembered, loaded, kept in ForkLauncher(layout.ranks).all(
+        _remembered_after_load, tiny("exaone4"), layout
     ):
         assert loaded
         assert remembered

@@ -22,7 +22,7 @@ from exaone_bridge.recipes.plan import Plan
 from exaone_bridge.recipes.plans import ADAPTER_RANK, PLANS, plan_of
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.table import table
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import hf_tensors
@@ -179,7 +179,7 @@ def test_parameters_of_a_rank_are_the_models(
     family = family_of(config["architectures"], where=name)
     model_config = family.read_hf_config(config)
     plan = Plan(gpus=layout.ranks, layout=layout, seq_length=64, global_batch=2 * layout.ranks)
-    built = run_ranks(_held, layout.ranks, folder, layout)
+    built = ForkLauncher(layout.ranks).all(_held, folder, layout)
     assert {
         stage.parameters for stage in stages(family.mappings(model_config), model_config, plan)
     } == {2 * count for count in built}

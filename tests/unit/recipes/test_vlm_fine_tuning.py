@@ -22,7 +22,7 @@ import torch
 
 from exaone_bridge.errors import UnsupportedLayout, VisionInputError
 from exaone_bridge.recipes import recipe
-from exaone_bridge.runtime.ranks import run_ranks
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.paths import ROOT
 from tests.helpers.training import relative_difference
@@ -224,7 +224,7 @@ class _Straggler(contextlib.nullcontext):  # type: ignore[type-arg]
 def reference(
     megatron_bridge: Any, folder: Path, data: Path
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    return run_ranks(_theirs, 1, folder, data)[0]
+    return ForkLauncher(1).all(_theirs, folder, data)[0]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_loss_and_gradients(
     config = _config(folder, data, packed=packed)
     batches = _batches(config)
     expected, gradients = reference
-    results = run_ranks(_ours, layout.ranks, folder, layout, config, batches)
+    results = ForkLauncher(layout.ranks).all(_ours, folder, layout, config, batches)
     losses = [loss for loss, _ in results if loss is not None]
     assert losses and all(abs(loss - expected) <= 1e-4 for loss in losses)
     for _, found in results:
@@ -266,11 +266,11 @@ def test_the_comparison_can_fail(
     for batch in batches:
         batch["labels"] = torch.nn.functional.pad(batch["input_ids"][:, 1:], (0, 1))
         batch["loss_mask"] = batch["attention_mask"].float()
-    (asked, _), *_ = run_ranks(_ours, 1, folder, Layout(), config, batches)
+    (asked, _), *_ = ForkLauncher(1).all(_ours, folder, Layout(), config, batches)
     batches = _batches(config)
     seen = batches[1]["visual_inputs"]
     seen.pixel_values = seen.pixel_values.flip(0)
-    (swapped, _), *_ = run_ranks(_ours, 1, folder, Layout(), config, batches)
+    (swapped, _), *_ = ForkLauncher(1).all(_ours, folder, Layout(), config, batches)
     assert min(abs(asked - reference[0]), abs(swapped - reference[0])) > 1e-3
 
 
@@ -395,7 +395,7 @@ def test_packed_rows_are_not_cut(folder: Path, data: Path, found_processor: None
     config = _config(folder, data, packed=True)
     config.dataset.in_batch_packing_pad_to_multiple_of = 4
     with pytest.raises(VisionInputError, match="words on each of the 2 ranks that share it"):
-        run_ranks(_ours, 2, folder, Layout(cp=2), config, _batches(config))
+        ForkLauncher(2).all(_ours, folder, Layout(cp=2), config, _batches(config))
     with pytest.raises(
         UnsupportedLayout, match="cp is 2, and must be 1 where conversations with images are packed"
     ):

@@ -1,8 +1,9 @@
-"""Where a verification runs under torchrun: who speaks, who waits, what is refused early, and fp32 that is fp32."""
+"""The launchers: which rank reports an error, which ranks wait, and full fp32 precision."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -15,7 +16,10 @@ import torch
 
 from exaone_bridge import cli
 from exaone_bridge.errors import UnsupportedLayout
-from exaone_bridge.runtime import launch
+from exaone_bridge.runtime.fork import ForkLauncher
+from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
+from exaone_bridge.runtime.precision import full_fp32
+from exaone_bridge.runtime.torchrun import TorchrunLauncher, is_local_to_rank
 
 
 def _as_rank(patch: pytest.MonkeyPatch, rank: int, ranks: int = 2) -> None:
@@ -41,16 +45,16 @@ def test_another_number_of_ranks_is_refused_before_anything_is_computed(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     _as_rank(monkeypatch, 0)
-    monkeypatch.setattr(launch, "run_alone", None)  # nothing gets as far
+    monkeypatch.setattr(TorchrunLauncher, "first", None)  # nothing gets as far
     monkeypatch.setattr(
         sys, "argv", ["exaone-bridge", "verify", str(tiny("exaone4")), "--pp", "4", "--quick"]
     )
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2 and "--nproc_per_node 4" in capsys.readouterr().err
-    launch.check_ranks(1)
+    assert isinstance(choose_launcher(1), TorchrunLauncher)
     with pytest.raises(UnsupportedLayout, match="multiple of 4"):
-        launch.check_ranks(4)
+        choose_launcher(4)
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_fp32_is_full_inside_and_as_it_was_outside(
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     else:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", set_before)
-    with contextlib.suppress(KeyError), launch.full_fp32():
+    with contextlib.suppress(KeyError), full_fp32():
         assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
         assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
         raise KeyError
@@ -83,18 +87,20 @@ def _write_last(report: Path) -> tuple[bool, bool]:
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    if launch.is_first():
-        time.sleep(1)
-        report.write_text("whole")
-    launch.leave()
+    with choose_launcher():
+        if is_rank_zero():
+            time.sleep(1)
+            report.write_text("whole")
     return report.is_file(), dist.is_initialized()
 
 
 def test_no_rank_ends_before_the_report_is_written(megatron_bridge: Any, tmp_path: Path) -> None:
     """And a world that was there before is left up."""
-    from exaone_bridge.runtime.ranks import run_ranks
+    assert ForkLauncher(2).all(_write_last, tmp_path / "report") == [(True, True)] * 2
 
-    assert run_ranks(_write_last, 2, tmp_path / "report") == [(True, True)] * 2
+
+def _fails_everywhere() -> None:
+    raise ValueError("everywhere")
 
 
 def _fails() -> None:
@@ -105,20 +111,31 @@ def _fails() -> None:
         raise ValueError("only here")
 
 
-def _speaks_in_work() -> tuple[bool, bool]:
+def _fail_alone() -> tuple[list[bool], str]:
+    """On a rank: which of two errors are local to it, and what the command line prints of the second."""
     import torch.distributed as dist
 
     rank = dist.get_rank()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
-    before = launch.speaks()
-    if rank == 0:  # it would wait for the other's result
-        return before, launch.speaks()
-    with pytest.raises(ValueError, match="only here"):
-        launch.run_world(_fails, 2)
-    return before, launch.speaks()
+    launcher, errors = choose_launcher(2), []
+    with pytest.raises(ValueError, match="everywhere") as raised:
+        launcher.first(_fails_everywhere)
+    errors.append(raised.value)
+    if rank == 1:  # rank 0 would wait for the other's result
+        with pytest.raises(ValueError, match="only here") as raised:
+            launcher.all(_fails)
+        errors.append(raised.value)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_GRACE", 0)
+        for error in errors:
+            cli._say(str(error), error)
+    return [is_local_to_rank(error) for error in errors], printed.getvalue()
 
 
-def test_a_rank_that_fails_alone_speaks(megatron_bridge: Any) -> None:
-    from exaone_bridge.runtime.ranks import run_ranks
-
-    assert run_ranks(_speaks_in_work, 2) == [(True, True), (False, True)]
+def test_a_rank_that_fails_alone_reports_its_error(megatron_bridge: Any) -> None:
+    """Rank 0 reports an error that all ranks have met."""
+    assert ForkLauncher(2).all(_fail_alone) == [
+        ([False], "everywhere\n"),
+        ([False, True], "only here\n"),
+    ]

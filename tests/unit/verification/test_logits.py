@@ -56,11 +56,11 @@ def test_every_place_of_every_layer_is_on_both_sides(
     name: str, megatron_bridge: Any, tiny: Any
 ) -> None:
     """The table comes from the rows alone, and each of its modules is there in both models."""
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
 
     source = open_source(tiny(name))
     points = points_of(source.mappings)
-    found = run_ranks(_seen_by_megatron, 1, source.folder, points)[0]
+    found = ForkLauncher(1).all(_seen_by_megatron, source.folder, points)[0]
     modules = dict(load(source.folder, torch.float32).named_modules())
     assert {point.hf for point in points} == found
     assert {point.hf for point in points} <= modules.keys()

@@ -333,9 +333,9 @@ def _streaming(*models: Path) -> dict[str, str]:
 def test_ranks_that_are_there_already_are_used(
     run: Callable[..., Any], megatron_bridge: Any, tiny: Any
 ) -> None:
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
 
-    first, second = run_ranks(run, 2, tiny("exaone4"))
+    first, second = ForkLauncher(2).all(run, tiny("exaone4"))
     assert first == second and first["logits"] == first["tensors"] == "holds"
 
 
@@ -344,10 +344,10 @@ def test_a_megatron_checkpoint_in_torchruns_world(
 ) -> None:
     """Ranks can fork none of their own: a process that does exports it, and both ranks see what it wrote."""
     from exaone_bridge.convert.convert import import_checkpoint
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
 
     import_checkpoint(tiny("exaone4"), tmp_path / "megatron", Layout())
-    first, second = run_ranks(_as_torchrun, 2, tiny("exaone4"), tmp_path / "megatron")
+    first, second = ForkLauncher(2).all(_as_torchrun, tiny("exaone4"), tmp_path / "megatron")
     assert (
         first
         == second
@@ -360,30 +360,34 @@ def _apart(folder: Path) -> list[str]:
     import torch.distributed as dist
 
     from exaone_bridge.convert.convert import export_checkpoint
-    from exaone_bridge.runtime.launch import run_apart
+    from exaone_bridge.runtime.launch import choose_launcher
 
     os.environ |= {
         "RANK": str(dist.get_rank()),
         "WORLD_SIZE": str(dist.get_world_size()),
         "MASTER_PORT": "1",
     }
-    said = []
+    said, launcher = [], choose_launcher()
     for target, arguments in (
         (export_checkpoint, (folder / "nowhere", folder / "out")),
         (os._exit, (3,)),
     ):
         with pytest.raises(BridgeError) as refused:
-            run_apart(target, *arguments)
+            launcher.subprocess(target, *arguments)
         said.append(f"{type(refused.value).__name__}: {refused.value}")
-    assert run_apart(os.getenv, "MASTER_PORT") is run_apart(os.getenv, "RANK") is None
-    assert run_apart(os.path.basename, "a/b") == "b"
+    assert (
+        launcher.subprocess(os.getenv, "MASTER_PORT")
+        is launcher.subprocess(os.getenv, "RANK")
+        is None
+    )
+    assert launcher.subprocess(os.path.basename, "a/b") == "b"
     return said
 
 
 def test_a_process_of_its_own_answers_every_rank(megatron_bridge: Any, tmp_path: Path) -> None:
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
 
-    first, second = run_ranks(_apart, 2, tmp_path)
+    first, second = ForkLauncher(2).all(_apart, tmp_path)
     assert first == second
     assert first[0].startswith("CheckpointError") and str(tmp_path / "nowhere") in first[0]
     assert first[1] == "RankFailure: the process of _exit ended with 3: "

@@ -9,11 +9,11 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.verification.report.report import Check, Location
 from exaone_bridge.verification.self_test.ernie45_faults import ERNIE45_FAULTS
 from exaone_bridge.verification.self_test.exaone4_faults import EXAONE4_FAULTS
@@ -26,7 +26,6 @@ __all__ = ["FAULTS", "Outcome", "Result", "self_test"]
 
 FAULTS: tuple[Fault, ...] = (*EXAONE4_FAULTS, *EXAONE45_FAULTS, *ERNIE45_FAULTS, *FOLDER_FAULTS)
 SEEDS = 20
-OnEvent = Callable[[int, Any], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +142,14 @@ class Result:
 
 
 def _run_family(
-    work: Path, name: str, faults: Sequence[Fault], seeds: Sequence[int]
+    work: Path, name: str, faults: Sequence[Fault], seeds: Sequence[int], progress: Progress
 ) -> tuple[list[Outcome], list[str]]:
-    from exaone_bridge.runtime.ranks import emit
     from exaone_bridge.verification.self_test.injection import Bench
 
     outcomes: list[Outcome] = []
     false_reports: list[str] = []
     for number, seed in enumerate(seeds):
-        emit(f"{name}: clean models, {number + 1} of {len(seeds)}")
+        progress.stage(f"{name}: clean models, {number + 1} of {len(seeds)}")
         clean = Bench(work, name, seed)
         checks, location, _ = clean.look(clean.clean)
         false_reports += [
@@ -165,7 +163,7 @@ def _run_family(
         bench = Bench(work, name, seed=len(seeds))
         for number, fault in enumerate(faults):
             if number % 5 == 0:
-                emit(f"{name}: {number} of {len(faults)} faults")
+                progress.stage(f"{name}: {number} of {len(faults)} faults")
             checks, location, upstream = bench.plant(fault)
             outcomes.append(
                 Outcome(
@@ -185,7 +183,7 @@ def self_test(
     faults: Sequence[Fault] = FAULTS,
     seeds: int = SEEDS,
     models: Sequence[str] | None = None,
-    on_event: OnEvent = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Result:
     """Plant these faults, and look at clean models of so many seeds.
 
@@ -193,7 +191,7 @@ def self_test(
         models: miniatures whose clean models are looked at; None: those that faults are planted in.
     """
     from exaone_bridge.bridge.registration import supported
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
 
     started = time.perf_counter()
     supported()
@@ -205,9 +203,9 @@ def self_test(
         mine = [fault for fault in faults if fault.model == name]
         numbers = range(seeds) if models is None or name in models else range(0)
         with tempfile.TemporaryDirectory(prefix="exaone_bridge-bench-") as work:
-            found, false = run_ranks(
-                _run_family, 1, Path(work), name, mine, numbers, on_event=on_event
-            )[0]
+            found, false = ForkLauncher().first(
+                _run_family, Path(work), name, mine, numbers, progress=progress
+            )
         outcomes += found
         false_reports += false
         clean += len(numbers)

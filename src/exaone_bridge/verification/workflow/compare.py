@@ -13,7 +13,8 @@ from typing import Any
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.errors import BridgeError, CheckpointError
-from exaone_bridge.runtime.launch import run_alone, run_apart, run_world, work_folder
+from exaone_bridge.runtime.launch import Launcher
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import digest_folder
 from exaone_bridge.verification.checks.folders import (
@@ -25,7 +26,6 @@ from exaone_bridge.verification.checks.generation import compare_generated
 from exaone_bridge.verification.report.report import Check, Report
 from exaone_bridge.verification.workflow.job import (
     Job,
-    OnEvent,
     Theirs,
     VerifyOptions,
     make_job,
@@ -54,7 +54,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def side(path: Path, on_event: OnEvent = None) -> Iterator[Side]:
+def side(path: Path, launcher: Launcher, progress: Progress) -> Iterator[Side]:
     """The model at this path; a Megatron checkpoint is exported to a temporary folder.
 
     Raises:
@@ -70,27 +70,38 @@ def side(path: Path, on_event: OnEvent = None) -> Iterator[Side]:
     if not is_megatron(path):
         yield Side(path.name, path, None)
         return
-    with work_folder() as work:
+    with launcher.folder() as work:
         folder = work / path.name
-        _export(path, folder, on_event)
+        _export(path, folder, launcher, progress)
         yield Side(path.name, folder, path)
 
 
-def _export(path: Path, folder: Path, on_event: OnEvent) -> None:
+def _export(path: Path, folder: Path, launcher: Launcher, progress: Progress) -> None:
     """By the conversion engine, tensor by tensor, without a model."""
     from exaone_bridge.convert.convert import export_checkpoint
 
-    if on_event is not None:
-        on_event(0, "exporting the Megatron checkpoint")
-    run_apart(export_checkpoint, path, folder, on_event=on_event)
+    progress.stage("exporting the Megatron checkpoint")
+    launcher.subprocess(export_checkpoint, path, folder, progress=progress)
 
 
 def verify_megatron(
-    path: Path, layout: Layout, asked: VerifyOptions, *, on_event: OnEvent = None
+    path: Path,
+    layout: Layout,
+    asked: VerifyOptions,
+    launcher: Launcher,
+    *,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """`verify` of a Megatron checkpoint: what it exports to, computed from its own weights at this layout."""
-    with side(path, on_event) as exported:
-        return verify(exported.folder, layout, asked, megatron=exported.megatron, on_event=on_event)
+    with side(path, launcher, progress) as exported:
+        return verify(
+            exported.folder,
+            layout,
+            asked,
+            launcher,
+            megatron=exported.megatron,
+            progress=progress,
+        )
 
 
 def run_other(folder: Path, job: Job) -> Theirs:
@@ -106,7 +117,13 @@ def run_other(folder: Path, job: Job) -> Theirs:
 
 
 def compare(
-    source: Path, other: Path, layout: Layout, asked: VerifyOptions, *, on_event: OnEvent = None
+    source: Path,
+    other: Path,
+    layout: Layout,
+    asked: VerifyOptions,
+    launcher: Launcher,
+    *,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Check that two models are the same on disk and compute the same.
 
@@ -118,7 +135,10 @@ def compare(
         BridgeError: a source that is no good by itself.
     """
     started = time.perf_counter()
-    with side(source, on_event) as left, side(other, on_event) as right:
+    with (
+        side(source, launcher, progress) as left,
+        side(other, launcher, progress) as right,
+    ):
         first = open_source(left.folder)
         gradients = asked.gradients and right.megatron is not None
         job = make_job(first, layout, dataclasses.replace(asked, gradients=gradients))
@@ -133,7 +153,7 @@ def compare(
         if why:
             found["checks"] = [Check("logits", "the other model cannot be run", False, why)]
         else:
-            found, generated = _run(left, right, first, job, on_event)
+            found, generated = _run(left, right, first, job, launcher, progress)
             checks += generated
     seconds = time.perf_counter() - started
     return make_report(
@@ -153,18 +173,18 @@ def _cannot_run(first: HFSource, folder: Path) -> str:
 
 
 def _run(
-    left: Side, right: Side, first: HFSource, job: Job, on_event: OnEvent
+    left: Side, right: Side, first: HFSource, job: Job, launcher: Launcher, progress: Progress
 ) -> tuple[dict[str, Any], list[Check]]:
     from exaone_bridge.verification.workflow.job import run_theirs
     from exaone_bridge.verification.workflow.megatron import merge
 
-    theirs = run_alone(run_theirs, left.folder, job, on_event=on_event)
+    theirs = launcher.first(run_theirs, left.folder, job, progress=progress)
     gradients = None
     if right.megatron is None:
-        ours = run_alone(run_other, right.folder, job).runs
+        ours = launcher.first(run_other, right.folder, job).runs
     else:
         arguments: tuple[Any, ...] = (right.folder, right.megatron, None, {}, job)
-        results = run_world(run_megatron, job.layout.ranks, *arguments, on_event=on_event)
+        results = launcher.all(run_megatron, *arguments, progress=progress)
         ours = [
             merge([result.runs[number] for result in results]) for number in range(len(job.batches))
         ]
@@ -172,8 +192,7 @@ def _run(
     found = arithmetic(theirs, ours, gradients, first, job)
     if not job.generate:
         return found, []
-    if on_event is not None:
-        on_event(0, "generation from the other model")
+    progress.stage("generation from the other model")
     return found, [
-        compare_generated(theirs.generated or {}, run_alone(run_generation, right.folder, job))
+        compare_generated(theirs.generated or {}, launcher.first(run_generation, right.folder, job))
     ]

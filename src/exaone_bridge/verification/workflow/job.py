@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from exaone_bridge.checkpoint.hf.source import HFSource, check_layout
 from exaone_bridge.checkpoint.hf.writer import write_hf_folder
 from exaone_bridge.convert.convert import drain
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.activations.capture import Activations
@@ -28,7 +29,6 @@ from exaone_bridge.verification.workflow.transformers import Images, together
 __all__ = [
     "DTYPES",
     "Job",
-    "OnEvent",
     "Ours",
     "Theirs",
     "VerifyOptions",
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OnEvent = Callable[[int, Any], None] | None
 
 _LONGEST = 512  # positions of a prompt that a laptop computes in a minute
 _LARGE = 2e8  # parameters from which on a laptop computes 64
@@ -172,22 +171,21 @@ class Theirs:
     gradients: Any = None
 
 
-def run_theirs(folder: Path, job: Job) -> Theirs:
+def run_theirs(folder: Path, job: Job, progress: Progress = NO_PROGRESS) -> Theirs:
     """On one rank: Transformers' fp32 run of every prompt, and what else the job asks for."""
-    from exaone_bridge.runtime.ranks import emit
     from exaone_bridge.verification.workflow.transformers import load, run_reference
 
-    emit("Transformers' logits")
+    progress.stage("Transformers' logits")
     model = load(folder, torch.float32)
     found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
     if job.generate:
-        emit("Transformers' greedy generation")
+        progress.stage("Transformers' greedy generation")
         found.generated = generate(model, folder, job.words)
     if job.gradient_tokens is not None:
-        emit("Transformers' gradients")
+        progress.stage("Transformers' gradients")
         found.gradients = gradients_of_transformers(model, job.gradient_tokens, job.gradient_images)
     if job.dtype != "float32":
-        emit(f"Transformers' logits in {job.dtype}")
+        progress.stage(f"Transformers' logits in {job.dtype}")
         model = load(folder, DTYPES[job.dtype])
         found.half = [
             run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()
@@ -212,7 +210,12 @@ class Ours:
 
 
 def run_megatron(
-    source: Path, megatron: Path | None, target: Path | None, files: Mapping[str, str], job: Job
+    source: Path,
+    megatron: Path | None,
+    target: Path | None,
+    files: Mapping[str, str],
+    job: Job,
+    progress: Progress = NO_PROGRESS,
 ) -> Ours:
     """On a rank: load, export to `target`, run every prompt.
 
@@ -226,20 +229,19 @@ def run_megatron(
 
     from exaone_bridge.bridge.exact_bridge import config_mapping
     from exaone_bridge.runtime.model import build, load_megatron
-    from exaone_bridge.runtime.ranks import emit
     from exaone_bridge.verification.workflow.megatron import run_ours
 
     bridge = AutoBridge.from_hf_pretrained(source)
     source_config = config_mapping(bridge.hf_pretrained.config)
     dtype = DTYPES[job.dtype]
     if megatron is None:
-        emit("HF -> Megatron-Core")
+        progress.stage("HF -> Megatron-Core")
         model = build(bridge, job.layout, backend=job.backend, **job.overrides)
     else:
-        emit("loading the Megatron checkpoint")
+        progress.stage("loading the Megatron checkpoint")
         model = load_megatron(bridge, megatron, job.layout, backend=job.backend)
     if target is not None:
-        emit("Megatron-Core -> HF")
+        progress.stage("Megatron-Core -> HF")
         weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
         config = bridge._model_bridge.megatron_to_hf_config(model[0].config)
         drain(weights, lambda stream: write_hf_folder(target, stream, files, config, source))
@@ -248,10 +250,10 @@ def run_megatron(
             model
         )  # its bits are known to be the source's by now, or the check of tensors says otherwise
         model = build(bridge, job.layout, dtype=dtype, backend=job.backend, **job.overrides)
-    emit("Megatron-Core's logits")
+    progress.stage("Megatron-Core's logits")
     found = Ours(source_config, [run_ours(model, job.points, *batch) for batch in job.runs()])
     if job.gradient_tokens is not None:
-        emit("Megatron-Core's gradients")
+        progress.stage("Megatron-Core's gradients")
         tokens, images = job.gradient_tokens, job.gradient_images
         found.gradients = gradients_of_megatron(source, job.layout, job.backend, tokens, images)
     return found
@@ -306,6 +308,7 @@ def _check_host(backend: str) -> None:
     """That our bridges are the host's, and that there is such a backend; Megatron is imported here, and not before."""
     from exaone_bridge.bridge.registration import supported
     from exaone_bridge.modules.backend import resolve_backend
+    from exaone_bridge.runtime import model  # noqa: F401  imported once, here, not on every forked rank
 
     supported()
     if backend != "auto":  # which asks CUDA, and that is for the ranks

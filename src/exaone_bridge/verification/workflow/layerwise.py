@@ -16,7 +16,8 @@ import torch
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.checkpoint.hf.writer import write_config_json
-from exaone_bridge.runtime.launch import is_first, run_alone, run_world, work_folder
+from exaone_bridge.runtime.launch import Launcher, choose_launcher
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
@@ -29,7 +30,6 @@ from exaone_bridge.verification.report.report import Check, Report
 from exaone_bridge.verification.workflow.job import (
     DTYPES,
     Job,
-    OnEvent,
     Ours,
     Theirs,
     VerifyOptions,
@@ -49,13 +49,12 @@ def streams(folder: Path, wish: bool | None) -> bool:
     return wish if wish is not None else open_source(folder).parameters * 4 > _HOLDABLE
 
 
-def run_theirs_streaming(folder: Path, job: Job) -> Theirs:
+def run_theirs_streaming(folder: Path, job: Job, progress: Progress) -> Theirs:
     """On one rank: as `run_theirs`, a layer at a time."""
-    from exaone_bridge.runtime.ranks import emit
     from exaone_bridge.verification.workflow.transformers import run_reference
 
     source = open_source(folder)
-    emit("Transformers' logits, layer by layer")
+    progress.stage("Transformers' logits, layer by layer")
     model = streamed_transformers(source, torch.float32)
     found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
     if job.dtype != "float32":
@@ -67,29 +66,30 @@ def run_theirs_streaming(folder: Path, job: Job) -> Theirs:
     return found
 
 
-def run_megatron_streaming(folder: Path, target: Path, job: Job) -> tuple[Ours, dict[str, Digest]]:
+def run_megatron_streaming(
+    folder: Path, target: Path, job: Job, progress: Progress
+) -> tuple[Ours, dict[str, Digest]]:
     """On a rank: as `run_megatron`, a layer at a time; weights are digested instead of written to `target`."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.bridge.exact_bridge import config_mapping
-    from exaone_bridge.runtime.ranks import emit
     from exaone_bridge.verification.workflow.megatron import run_ours
 
     source = open_source(folder)
     bridge = AutoBridge.from_hf_pretrained(folder)
-    emit("HF -> Megatron-Core -> HF, layer by layer")
+    progress.stage("HF -> Megatron-Core -> HF, layer by layer")
     streamed = StreamedMegatron(
         bridge, source, job.layout, job.backend, DTYPES[source.model_config.dtype], job.overrides
     )
     digests = streamed.round_trip()
-    if is_first():
+    if torch.distributed.get_rank() == 0:
         write_config_json(
             target, bridge._model_bridge.megatron_to_hf_config(streamed.model[0].config)
         )
         copy_companion_files(folder, target)
     del streamed
     gc.collect()
-    emit("Megatron-Core's logits, layer by layer")
+    progress.stage("Megatron-Core's logits, layer by layer")
     streamed = StreamedMegatron(
         bridge, source, job.layout, job.backend, DTYPES[job.dtype], job.overrides
     )
@@ -102,8 +102,9 @@ def verify_streaming(
     source_folder: Path,
     layout: Layout,
     asked: VerifyOptions = VerifyOptions(),
+    launcher: Launcher | None = None,
     *,
-    on_event: OnEvent = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """`verify`, holding one layer's weights at a time on either side.
 
@@ -112,17 +113,16 @@ def verify_streaming(
     from exaone_bridge.verification.workflow.megatron import merge
 
     started = time.perf_counter()
+    launcher = launcher or choose_launcher(layout.ranks)
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
     job = make_job(
         source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False)
     )
-    theirs = run_alone(run_theirs_streaming, source_folder, job, on_event=on_event)
+    theirs = launcher.first(run_theirs_streaming, source_folder, job, progress=progress)
     before = digest_folder(source_folder)
-    with work_folder() as work:
-        results = run_world(
-            run_megatron_streaming, layout.ranks, source_folder, work, job, on_event=on_event
-        )
+    with launcher.folder() as work:
+        results = launcher.all(run_megatron_streaming, source_folder, work, job, progress=progress)
         # What travels beside the model is copied, not converted.
         after = {name: before[name] for name in source.passthrough} | results[0][1]
         checks = [

@@ -11,7 +11,8 @@ from typing import Any
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.convert.convert import shards_like
-from exaone_bridge.runtime.launch import run_alone, run_world, work_folder
+from exaone_bridge.runtime.launch import Launcher, choose_launcher
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.activations.capture import Activations
 from exaone_bridge.verification.activations.locate import locate
@@ -32,7 +33,6 @@ from exaone_bridge.verification.report.report import Check, Report, versions
 from exaone_bridge.verification.report.summary import model_summary
 from exaone_bridge.verification.workflow.job import (
     Job,
-    OnEvent,
     Theirs,
     VerifyOptions,
     make_job,
@@ -110,42 +110,44 @@ def verify(
     source_folder: Path,
     layout: Layout,
     asked: VerifyOptions = VerifyOptions(),
+    launcher: Launcher | None = None,
     *,
     megatron: Path | None = None,
-    on_event: OnEvent = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Check that a model survives Megatron-Core: what lies on disk after a round trip, and what it computes there.
 
     Args:
         source_folder: a Hugging Face folder.
-        layout: ranks are processes on this machine, or torchrun's.
+        layout: of Megatron-Core's side.
         asked: prompts, precision, and which checks.
         megatron: a Megatron checkpoint of the same model, whose weights are to be looked at.
-        on_event: called with (rank, stage) while it works.
+        launcher: has the ranks of this layout; None: torchrun's or forked ones.
+        progress: is told of each stage.
 
     Raises:
         BridgeError: bad input; see `open_source`.
     """
     started = time.perf_counter()
+    launcher = launcher or choose_launcher(layout.ranks)
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
     job = make_job(source, layout, asked)
-    theirs = run_alone(run_theirs, source_folder, job, on_event=on_event)
+    theirs = launcher.first(run_theirs, source_folder, job, progress=progress)
     before = digest_folder(source_folder)
-    with work_folder() as work:
+    with launcher.folder() as work:
         target = work / source_folder.name
         target.mkdir(exist_ok=True)
         arguments = (source_folder, megatron, target, shards_like(source), job)
-        results = run_world(run_megatron, layout.ranks, *arguments, on_event=on_event)
+        results = launcher.all(run_megatron, *arguments, progress=progress)
         checks = [
             compare_digests(before, digest_folder(target)),
             compare_configs(results[0].config, read_json(target / "config.json")),
             compare_files(source_folder, target),
         ]
         if job.generate:
-            if on_event is not None:
-                on_event(0, "generation after the round trip")
-            after = run_alone(run_generation, target, job)
+            progress.stage("generation after the round trip")
+            after = launcher.first(run_generation, target, job)
             checks.append(compare_generated(theirs.generated or {}, after))
     from exaone_bridge.verification.workflow.megatron import merge
 
