@@ -147,13 +147,13 @@ def test_what_the_host_wrote_is_exported(
     name: str, megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
 ) -> None:
     """At other layouts than ours, with extra states; tensors beside the model come from the folder `hf`."""
-    from exaone_bridge.runtime.ranks import run_ranks
+    from exaone_bridge.runtime.fork import ForkLauncher
     from exaone_bridge.schema.parallel_layout import Layout
 
     source = tiny(name, dtype="bfloat16")
     layout = Layout(tp=2, pp=2) if name == "exaone4" else Layout(tp=2, ep=2, etp=1)
     assert cli("import", source, tmp_path / "ours").code == 0
-    run_ranks(save_by_host, layout.ranks, source, tmp_path / "megatron", layout)
+    ForkLauncher(layout.ranks).all(save_by_host, source, tmp_path / "megatron", layout)
     shutil.copytree(tmp_path / "ours" / "hf", tmp_path / "megatron" / "hf")
     assert cli("export", tmp_path / "megatron", tmp_path / "exported").code == 0
     assert same_bits(tensors_of(tmp_path / "exported"), tensors_of(source))
