@@ -18,7 +18,7 @@ import torch  # before transformer_engine: the two bring different versions of c
 # before megatron.bridge: registers the models
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.models import family_of
-from exaone_bridge.recipes import RECIPES, recipe
+from exaone_bridge.recipes import recipe
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.hf_config import language_config
 
@@ -40,8 +40,8 @@ def arguments(description: str, default_recipe: str) -> argparse.ArgumentParser:
     for name in LAYOUT:
         parser.add_argument(f"--{name}", type=int, help="instead of the recipe's")
     parser.add_argument("--seq-length", type=int)
-    parser.add_argument("--micro-batch", type=int)
-    parser.add_argument("--global-batch", type=int)
+    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument("--global-batch-size", type=int)
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--rate", type=float, help="learning rate's peak")
     parser.add_argument(
@@ -64,7 +64,7 @@ def changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the arguments change of the recipe's plan; the number of GPUs is torchrun's."""
     given = {
         name: getattr(options, name)
-        for name in (*LAYOUT, "seq_length", "micro_batch", "global_batch")
+        for name in (*LAYOUT, "seq_length", "micro_batch_size", "global_batch_size")
     }
     found = {name: value for name, value in given.items() if value is not None}
     if "tp" in found:
@@ -243,7 +243,7 @@ def train_tokenizer(folder: Path, texts: Iterator[str], config: dict[str, Any]) 
 
 def write_model(folder: Path, name: str) -> None:
     """A Hugging Face folder of this recipe's model with random weights, and a tokenizer trained on `docstrings`."""
-    config = dict(CONFIGS[RECIPES[name][0]])
+    config = dict(CONFIGS[name.rsplit("_", 2)[0]])
     write_random(folder, config, tokenizer=False)
     train_tokenizer(folder, (text for example in docstrings() for text in example.values()), config)
     for file, content in family_of(

@@ -21,7 +21,7 @@ from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.logits import prompts
 from tests.helpers.paths import ROOT
 
-TRAINING = ("pretrain", "--iters", 10, "--rate", 1e-3, "--global-batch", 16)
+TRAINING = ("pretrain", "--iters", 10, "--rate", 1e-3, "--global-batch-size", 16)
 
 
 def _started(work: Path, name: str, example: object, *arguments: object) -> subprocess.Popen[bytes]:
@@ -53,11 +53,19 @@ def _started(work: Path, name: str, example: object, *arguments: object) -> subp
 RUNS: dict[str, tuple[object, ...]] = {
     "whole": (*TRAINING, "--save-every", 5),
     "published": (
-        *("pretrain", "--recipe", "exaone4_1p2b_pretrain_config", "--iters", 6, "--micro-batch", 1),
-        *("--global-batch", 2, "--rate", 1e-4, "--save-every", -1),
+        *(
+            "pretrain",
+            "--recipe",
+            "exaone4_1p2b_pretrain_config",
+            "--iters",
+            6,
+            "--micro-batch-size",
+            1,
+        ),
+        *("--global-batch-size", 2, "--rate", 1e-4, "--save-every", -1),
     ),
     "sft": ("sft", "--iters", 8, "--rate", 1e-3),
-    "packed": ("sft", "--iters", 4, "--rate", 1e-3, "--packed", "--micro-batch", 1),
+    "packed": ("sft", "--iters", 4, "--rate", 1e-3, "--packed", "--micro-batch-size", 1),
     "lora": ("lora", "--iters", 8, "--rate", 1e-2),
     "dora": ("lora", "--scheme", "dora", "--iters", 8, "--rate", 1e-2),
     "images": ("sft_images", "--iters", 12, "--rate", 1e-3),
@@ -183,13 +191,15 @@ def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
     """The peak that PyTorch allocated is at most the formula's sum with its reserve, and not far below it."""
     from exaone_bridge.models import family_of
     from exaone_bridge.recipes.memory import GB, estimate
-    from exaone_bridge.recipes.plans import plan_of
     from exaone_bridge.recipes.published import CONFIGS
+    from exaone_bridge.recipes.training_plans import training_plan
 
     config = CONFIGS["exaone4_1p2b"]
     family = family_of(config["architectures"], where="published")
     model_config = family.read_hf_config(config)
-    plan = plan_of("exaone4_1p2b", "pretrain", 80).changed(gpus=1, micro_batch=1, global_batch=2)
+    plan = training_plan("exaone4_1p2b", "pretrain", 80).with_overrides(
+        gpus=1, micro_batch_size=1, global_batch_size=2
+    )
     needed = estimate(family.mappings(model_config), model_config, plan).total / GB
     peak = max(line["peak_gb"] for line in runs.lines("published"))
     print(f"peak {peak:.1f} GB, estimated {needed:.1f} GB")

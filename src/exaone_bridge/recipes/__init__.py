@@ -1,46 +1,134 @@
-"""Recipes: functions that return Megatron-Bridge's ConfigContainer, sized for 80 GB and 141 GB GPUs.
+"""Training recipes: functions that return a ConfigContainer, sized for 80 GB and 141 GB GPUs.
 
     from exaone_bridge.recipes import exaone4_1p2b_pretrain_config
     config = exaone4_1p2b_pretrain_config(gpu_memory_gb=141)
     megatron.bridge.training.pretrain.pretrain(config, forward_step)
 
-`docs/recipes.md` holds the table of their layouts. Importing this package imports Megatron-Bridge only when a recipe is
-asked for.
+docs/recipes.md has the table of their parallel layouts. Importing this package imports neither
+torch nor Megatron-Bridge; calling a recipe does.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from exaone_bridge.recipes.plans import PLANS
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.recipes.ernie45 import (
+    ernie45_0p3b_peft_config,
+    ernie45_0p3b_pretrain_config,
+    ernie45_0p3b_sft_config,
+    ernie45_21b_a3b_peft_config,
+    ernie45_21b_a3b_pretrain_config,
+    ernie45_21b_a3b_sft_config,
+    ernie45_300b_a47b_peft_config,
+    ernie45_300b_a47b_pretrain_config,
+    ernie45_300b_a47b_sft_config,
+    ernie45_tiny_peft_config,
+    ernie45_tiny_pretrain_config,
+    ernie45_tiny_sft_config,
+)
+from exaone_bridge.recipes.exaone4 import (
+    exaone4_1p2b_64k_pretrain_config,
+    exaone4_1p2b_peft_config,
+    exaone4_1p2b_pretrain_config,
+    exaone4_1p2b_sft_config,
+    exaone4_32b_128k_pretrain_config,
+    exaone4_32b_peft_config,
+    exaone4_32b_pretrain_config,
+    exaone4_32b_sft_config,
+    exaone4_tiny_peft_config,
+    exaone4_tiny_pretrain_config,
+    exaone4_tiny_sft_config,
+)
+from exaone_bridge.recipes.exaone45 import (
+    exaone45_33b_peft_config,
+    exaone45_33b_sft_config,
+    exaone45_vl_33b_peft_config,
+    exaone45_vl_33b_sft_config,
+    exaone45_vl_tiny_peft_config,
+    exaone45_vl_tiny_sft_config,
+)
 
-__all__ = ["RECIPES", "recipe"]
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
 
-# Name -> (model, stage).
-RECIPES: dict[str, tuple[str, str]] = {
-    f"{model}_{stage}_config": (model, stage) for model, stage in PLANS
+__all__ = [
+    "RECIPES",
+    "ernie45_0p3b_peft_config",
+    "ernie45_0p3b_pretrain_config",
+    "ernie45_0p3b_sft_config",
+    "ernie45_21b_a3b_peft_config",
+    "ernie45_21b_a3b_pretrain_config",
+    "ernie45_21b_a3b_sft_config",
+    "ernie45_300b_a47b_peft_config",
+    "ernie45_300b_a47b_pretrain_config",
+    "ernie45_300b_a47b_sft_config",
+    "ernie45_tiny_peft_config",
+    "ernie45_tiny_pretrain_config",
+    "ernie45_tiny_sft_config",
+    "exaone4_1p2b_64k_pretrain_config",
+    "exaone4_1p2b_peft_config",
+    "exaone4_1p2b_pretrain_config",
+    "exaone4_1p2b_sft_config",
+    "exaone4_32b_128k_pretrain_config",
+    "exaone4_32b_peft_config",
+    "exaone4_32b_pretrain_config",
+    "exaone4_32b_sft_config",
+    "exaone4_tiny_peft_config",
+    "exaone4_tiny_pretrain_config",
+    "exaone4_tiny_sft_config",
+    "exaone45_33b_peft_config",
+    "exaone45_33b_sft_config",
+    "exaone45_vl_33b_peft_config",
+    "exaone45_vl_33b_sft_config",
+    "exaone45_vl_tiny_peft_config",
+    "exaone45_vl_tiny_sft_config",
+    "recipe",
+]
+
+RECIPES: dict[str, Callable[..., ConfigContainer]] = {
+    function.__name__: function
+    for function in (
+        exaone4_1p2b_pretrain_config,
+        exaone4_1p2b_64k_pretrain_config,
+        exaone4_1p2b_sft_config,
+        exaone4_1p2b_peft_config,
+        exaone4_32b_pretrain_config,
+        exaone4_32b_128k_pretrain_config,
+        exaone4_32b_sft_config,
+        exaone4_32b_peft_config,
+        exaone4_tiny_pretrain_config,
+        exaone4_tiny_sft_config,
+        exaone4_tiny_peft_config,
+        exaone45_33b_sft_config,
+        exaone45_33b_peft_config,
+        exaone45_vl_33b_sft_config,
+        exaone45_vl_33b_peft_config,
+        exaone45_vl_tiny_sft_config,
+        exaone45_vl_tiny_peft_config,
+        ernie45_0p3b_pretrain_config,
+        ernie45_0p3b_sft_config,
+        ernie45_0p3b_peft_config,
+        ernie45_21b_a3b_pretrain_config,
+        ernie45_21b_a3b_sft_config,
+        ernie45_21b_a3b_peft_config,
+        ernie45_300b_a47b_pretrain_config,
+        ernie45_300b_a47b_sft_config,
+        ernie45_300b_a47b_peft_config,
+        ernie45_tiny_pretrain_config,
+        ernie45_tiny_sft_config,
+        ernie45_tiny_peft_config,
+    )
 }
 
 
-@functools.cache
-def recipe(name: str) -> Callable[..., Any]:
-    """The recipe of that name.
+def recipe(name: str) -> Callable[..., ConfigContainer]:
+    """Look up a recipe by its name, for example from a command line.
 
     Raises:
-        UnsupportedConfig: there is none; the message lists them.
+        UnsupportedConfig: there is no such recipe; the message lists all of them.
     """
-    from exaone_bridge.errors import UnsupportedConfig
-
     if name not in RECIPES:
         raise UnsupportedConfig("recipe", got=name, known=sorted(RECIPES), where="recipes")
-    from exaone_bridge.recipes.functions import function_of
-
-    return function_of(name, *RECIPES[name])
-
-
-def __getattr__(name: str) -> Any:
-    if name in RECIPES:
-        return recipe(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return RECIPES[name]

@@ -1,6 +1,6 @@
-"""`python -m exaone_bridge.recipes`: the table of docs/recipes.md."""
+"""`python -m exaone_bridge.recipes` prints the table of docs/recipes.md."""
 
-from exaone_bridge.recipes.table import table
+from exaone_bridge.recipes.table import plan_table
 
 if __name__ == "__main__":
-    print(table())
+    print(plan_table())

@@ -1,196 +1,242 @@
-"""A plan and a configuration -> the host's ConfigContainer.
+"""Build Megatron-Bridge's ConfigContainer from a training plan and a Hugging Face config.
 
-The model comes from a Hugging Face configuration through AutoBridge and our provider; no field of it is listed here.
+The functions here are what every recipe calls. Arguments that the recipes share:
+
+    gpu_memory_gb: memory of one GPU, 80 or 141, for which the recipe has a training plan.
+    hf_path: a Hugging Face directory on disk, which gives the config, the tokenizer and the
+        initial weights. None: the published config, random weights, and no tokenizer. PEFT needs
+        a directory.
+    dataset_root: (SFT and PEFT) a directory with training.jsonl and validation.jsonl.
+    packed: (SFT and PEFT) pack several samples into one sequence.
+    peft_scheme: (PEFT) "lora", "dora", or an object of Megatron-Bridge's PEFT class.
+    overrides: other values for fields of the plan, by keyword: see `PlanOverrides`.
+
+All of them raise UnsupportedConfig, UnsupportedLayout or CheckpointError before anything is built.
+
+The model comes from the Hugging Face config through AutoBridge and our provider, so no architecture
+field is repeated here. Importing this module imports neither torch nor Megatron-Bridge.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from megatron.bridge import AutoBridge
-from megatron.bridge.peft.base import PEFT
-from megatron.bridge.peft.dora import DoRA
-from megatron.bridge.peft.lora import LoRA
-from megatron.bridge.training.config import ConfigContainer
+from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.models import family_of
-from exaone_bridge.recipes.common import container, conversations, questions_and_answers, text
 from exaone_bridge.recipes.memory import GB, estimate
-from exaone_bridge.recipes.plan import Plan
-from exaone_bridge.recipes.plans import ADAPTER_RANK, plan_of
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
+from exaone_bridge.recipes.training_plans import ADAPTER_RANK, training_plan
 
-__all__ = ["peft", "pretrain", "sft"]
+if TYPE_CHECKING:
+    from megatron.bridge.peft.base import PEFT
+    from megatron.bridge.training.config import ConfigContainer
 
-_PROCESSORS = {
-    "exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"
-}  # where no folder is named; the run downloads it
+    from exaone_bridge.modules.provider import ExactGPTModelProvider
+
+__all__ = ["peft_config", "pretrain_config", "sft_config"]
+
+# The processor that a run downloads where the recipe is given no directory.
+_PROCESSORS = {"exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_BIAS_UPDATE_RATE = 1e-3  # of the bias that selects experts; DeepSeek-V3 (2024), section 4.2
-_ADAPTED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
-_SCHEMES = {"lora": LoRA, "dora": DoRA}
+_BIAS_UPDATE_RATE = 1e-3  # of the expert selection bias: DeepSeek-V3 (2024), section 4.2
+_TARGET_MODULES = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+_PEFT_SCHEMES = ("lora", "dora")
 
 
-def _provider(model: str, hf_path: str | Path | None) -> Any:
-    """Of the folder where there is one, else of the published configuration."""
+def pretrain_config(
+    model: str,
+    stage: str,
+    gpu_memory_gb: int,
+    hf_path: str | Path | None,
+    overrides: PlanOverrides,
+) -> ConfigContainer:
+    """Build a pretraining config; its data are Megatron-Core's mock data until `dataset` is set.
+
+    Args:
+        model: a key of `published.CONFIGS`.
+        stage: "pretrain", "64k_pretrain" or "128k_pretrain".
+        gpu_memory_gb, hf_path, overrides: see the module's docstring.
+
+    Raises:
+        UnsupportedConfig: there is no plan for `gpu_memory_gb`, or an override has an unknown name.
+        UnsupportedLayout: the plan does not fit the model (`TrainingPlan.check`), or the GPU.
+        CheckpointError: `hf_path` has no config.json.
+    """
+    from exaone_bridge.recipes import common
+
+    provider = _provider(model, hf_path)
+    plan = _checked_plan(model, stage, gpu_memory_gb, provider, overrides)
+    _apply_plan(provider, plan)
+    if provider.num_moe_experts:
+        # ERNIE 4.5 balances experts by the selection bias. Its provider rejects an auxiliary loss
+        # together with it.
+        provider.moe_router_enable_expert_bias = True
+        provider.moe_router_bias_update_rate = _BIAS_UPDATE_RATE
+    dataset = common.mock_text(plan)
+    config = common.container(
+        provider, plan, dataset, train_iters=300_000, lr=3e-4, lr_warmup_iters=500
+    )
+    _set_tokenizer_and_weights(config, hf_path)
+    return config
+
+
+def sft_config(
+    model: str,
+    gpu_memory_gb: int,
+    hf_path: str | Path | None,
+    dataset_root: str | Path | None,
+    packed: bool,
+    overrides: PlanOverrides,
+) -> ConfigContainer:
+    """Build a config for supervised fine-tuning of all parameters; see `pretrain_config`."""
+    provider = _provider(model, hf_path)
+    plan = _checked_plan(model, "sft", gpu_memory_gb, provider, overrides)
+    return _fine_tuning(model, provider, plan, hf_path, dataset_root, packed, lr=5e-6)
+
+
+def peft_config(
+    model: str,
+    peft_scheme: str | PEFT,
+    gpu_memory_gb: int,
+    hf_path: str | Path | None,
+    dataset_root: str | Path | None,
+    packed: bool,
+    overrides: PlanOverrides,
+) -> ConfigContainer:
+    """Build a config for LoRA or DoRA, on all linears but those of routed experts.
+
+    Raises:
+        UnsupportedConfig: an unknown name of a scheme, or what `pretrain_config` raises.
+        UnsupportedLayout, CheckpointError: see `pretrain_config`.
+    """
+    from megatron.bridge.peft.base import PEFT
+    from megatron.bridge.peft.dora import DoRA
+    from megatron.bridge.peft.lora import LoRA
+
+    if not isinstance(peft_scheme, PEFT) and peft_scheme not in _PEFT_SCHEMES:
+        where = f"recipe {model}_peft_config"
+        raise UnsupportedConfig("peft_scheme", got=peft_scheme, known=_PEFT_SCHEMES, where=where)
+    provider = _provider(model, hf_path)
+    plan = _checked_plan(model, "peft", gpu_memory_gb, provider, overrides)
+    config = _fine_tuning(model, provider, plan, hf_path, dataset_root, packed, lr=1e-4)
+    if isinstance(peft_scheme, PEFT):
+        config.peft = peft_scheme
+    else:
+        targets = _TARGET_MODULES[:2] if provider.num_moe_experts else _TARGET_MODULES
+        adapter = LoRA if peft_scheme == "lora" else DoRA
+        config.peft = adapter(dim=ADAPTER_RANK, alpha=ADAPTER_RANK, target_modules=targets)
+    return config
+
+
+def _fine_tuning(
+    model: str,
+    provider: ExactGPTModelProvider,
+    plan: TrainingPlan,
+    hf_path: str | Path | None,
+    dataset_root: str | Path | None,
+    packed: bool,
+    lr: float,
+) -> ConfigContainer:
+    from exaone_bridge.recipes import common
+
+    _apply_plan(provider, plan)
+    has_images = "_vl_" in model
+    dataset: Any
+    if has_images:
+        if packed and plan.cp > 1:
+            raise UnsupportedLayout(
+                "cp",
+                got=plan.cp,
+                wanted="1 where conversations with images are packed",
+                remedy="pass packed=False: context parallelism does not shard packed sequences of "
+                "this model",
+            )
+        dataset = common.image_conversations(
+            plan, dataset_root, hf_path or _PROCESSORS.get(model), packed
+        )
+    else:
+        dataset = common.prompt_completions(plan, dataset_root, packed)
+    if hasattr(provider, "freeze_vision_model"):
+        # Text alone cannot train the vision encoder. Images train its merger, and nothing else.
+        provider.freeze_vision_model = True
+        provider.freeze_vision_projection = not has_images
+    config = common.container(provider, plan, dataset, train_iters=1000, lr=lr, lr_warmup_iters=50)
+    _set_tokenizer_and_weights(config, hf_path)
+    # Answers differ in length: average the loss over tokens, not over microbatches or ranks.
+    provider.calculate_per_token_loss = True
+    config.ddp.average_in_collective = False
+    return config
+
+
+def _provider(model: str, hf_path: str | Path | None) -> ExactGPTModelProvider:
+    """Build the provider from the config in `hf_path`, or else from the published config."""
     supported()
+    from megatron.bridge import AutoBridge
+
     if hf_path is not None:
         if not (Path(hf_path) / "config.json").is_file():
             raise CheckpointError(
                 hf_path,
                 "config.json is missing",
-                remedy="name a Hugging Face folder on disk; recipes download nothing",
+                remedy="pass a Hugging Face directory on disk; recipes download nothing",
             )
         return AutoBridge.from_hf_pretrained(str(hf_path)).to_megatron_provider(load_weights=False)
     from transformers import CONFIG_MAPPING
 
-    config = CONFIGS[model]
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    published = CONFIGS[model]
+    hf_config = CONFIG_MAPPING[published["model_type"]].from_dict(dict(published))
     return AutoBridge.from_hf_config(hf_config).to_megatron_provider(load_weights=False)
 
 
-def _planned(
-    model: str, stage: str, gpu_memory_gb: int, provider: Any, changes: dict[str, Any]
-) -> Plan:
-    """The recipe's plan with the caller's changes, checked against the model and the GPU."""
-    plan = plan_of(model, stage, gpu_memory_gb).changed(**changes)
+def _checked_plan(
+    model: str,
+    stage: str,
+    gpu_memory_gb: int,
+    provider: ExactGPTModelProvider,
+    overrides: PlanOverrides,
+) -> TrainingPlan:
+    """Look up the plan, apply the overrides, and check it against the model and the GPU."""
+    plan = training_plan(model, stage, gpu_memory_gb).with_overrides(**overrides)
     family = family_of(provider.hf_config["architectures"], where=f"recipe {model}")
     model_config = family.read_hf_config(provider.hf_config)
     plan.check(model_config)
-    rank = ADAPTER_RANK if stage.endswith("peft") else 0
-    needed = (
-        estimate(family.mappings(model_config), model_config, plan, adapter_rank=rank).total / GB
-    )
+    adapter_rank = ADAPTER_RANK if stage == "peft" else 0
+    mappings = family.mappings(model_config)
+    needed = estimate(mappings, model_config, plan, adapter_rank=adapter_rank).total / GB
     if needed > gpu_memory_gb:
         raise UnsupportedLayout(
             "memory of a GPU",
             got=f"{gpu_memory_gb} GB",
-            wanted=f"the {needed:.0f} GB that this plan is estimated to need",
-            remedy="cut the model into more pieces, shorten the sequence, or recompute",
+            wanted=f"at least the {needed:.0f} GB that this plan is estimated to need",
+            remedy="shard the model further (tp, pp, ep), lower seq_length, or set recompute=True",
         )
     return plan
 
 
-def _spread(provider: Any, plan: Plan) -> None:
-    """Layout, lengths and kernels, on the provider."""
+def _apply_plan(provider: ExactGPTModelProvider, plan: TrainingPlan) -> None:
+    """Set the layout, the sequence length and the recomputation on the provider."""
+    import torch
+
     for name, value in plan.layout.provider_overrides().items():
         setattr(provider, name, value)
     provider.seq_length = plan.seq_length
     provider.pipeline_dtype = torch.bfloat16
     if plan.recompute:
-        provider.recompute_granularity, provider.recompute_method, provider.recompute_num_layers = (
-            "full",
-            "uniform",
-            1,
-        )
+        provider.recompute_granularity = "full"
+        provider.recompute_method = "uniform"
+        provider.recompute_num_layers = 1
 
 
-def _start_from(config: ConfigContainer, hf_path: str | Path | None) -> None:
-    """Tokenizer and weights of the folder, where there is one; the model's vocabulary stays the published one."""
+def _set_tokenizer_and_weights(config: ConfigContainer, hf_path: str | Path | None) -> None:
+    """Use the tokenizer and weights in `hf_path`, if given; the vocabulary size stays."""
     tokenizer = config.tokenizer
     if hf_path is not None and any((Path(hf_path) / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer.tokenizer_type, tokenizer.tokenizer_model = "HuggingFaceTokenizer", str(hf_path)
     else:
         tokenizer.tokenizer_type, tokenizer.vocab_size = "NullTokenizer", config.model.vocab_size
     if hf_path is not None:
-        config.checkpoint.pretrained_checkpoint = str(
-            hf_path
-        )  # the host reads such a folder through our bridge
-
-
-def pretrain(
-    model: str, stage: str, gpu_memory_gb: int, hf_path: str | Path | None, **changes: Any
-) -> ConfigContainer:
-    """Training from random weights, or on from those in `hf_path`; the host's mock data until `dataset` is set.
-
-    Raises:
-        UnsupportedConfig, UnsupportedLayout, CheckpointError: see `Plan.check`, `plan_of`; or there is no such folder.
-    """
-    provider = _provider(model, hf_path)
-    plan = _planned(model, stage, gpu_memory_gb, provider, changes)
-    _spread(provider, plan)
-    if provider.num_moe_experts:
-        # ERNIE 4.5 balances its experts by the selection bias; an auxiliary loss beside it would be refused.
-        provider.moe_router_enable_expert_bias = True
-        provider.moe_router_bias_update_rate = _BIAS_UPDATE_RATE
-    config = container(provider, plan, text(plan), iterations=300_000, rate=3e-4, warmup=500)
-    _start_from(config, hf_path)
-    return config
-
-
-def _fine_tune(
-    model: str,
-    provider: Any,
-    plan: Plan,
-    hf_path: str | Path | None,
-    root: str | Path | None,
-    packed: bool,
-    rate: float,
-) -> ConfigContainer:
-    _spread(provider, plan)
-    images = "_vl_" in model
-    dataset: Any
-    if images:
-        if packed and plan.cp > 1:
-            raise UnsupportedLayout(
-                "cp",
-                got=plan.cp,
-                wanted="1 where conversations with images are packed",
-                remedy="leave packed out: the model cuts whole rows only",
-            )
-        dataset = conversations(plan, root, hf_path or _PROCESSORS.get(model), packed)
-    else:
-        dataset = questions_and_answers(plan, root, packed)
-    if hasattr(provider, "freeze_vision_model"):
-        # Questions and answers are words, which cannot train a tower. Of images its merger learns, and it stays.
-        provider.freeze_vision_model, provider.freeze_vision_projection = True, not images
-    config = container(provider, plan, dataset, iterations=1000, rate=rate, warmup=50)
-    _start_from(config, hf_path)
-    # Answers differ in length: the loss is that of a mean token, whatever copy of the model or part of a sequence
-    # it is in, and not a mean of means.
-    provider.calculate_per_token_loss, config.ddp.average_in_collective = True, False
-    return config
-
-
-def sft(
-    model: str,
-    gpu_memory_gb: int,
-    hf_path: str | Path | None,
-    dataset_root: str | Path | None,
-    packed: bool,
-    **changes: Any,
-) -> ConfigContainer:
-    """Training of every parameter on questions and answers; raises what `pretrain` does."""
-    provider = _provider(model, hf_path)
-    plan = _planned(model, "sft", gpu_memory_gb, provider, changes)
-    return _fine_tune(model, provider, plan, hf_path, dataset_root, packed, rate=5e-6)
-
-
-def peft(
-    model: str,
-    scheme: str | PEFT,
-    gpu_memory_gb: int,
-    hf_path: str | Path | None,
-    dataset_root: str | Path | None,
-    packed: bool,
-    **changes: Any,
-) -> ConfigContainer:
-    """Training of LoRA or DoRA adapters; routed experts have none. Raises what `pretrain` does, and for a scheme."""
-    if not isinstance(scheme, PEFT) and scheme not in _SCHEMES:
-        known = tuple(_SCHEMES)
-        raise UnsupportedConfig(
-            "peft_scheme", got=scheme, known=known, where=f"recipe {model}_peft_config"
-        )
-    provider = _provider(model, hf_path)
-    plan = _planned(model, "peft", gpu_memory_gb, provider, changes)
-    config = _fine_tune(model, provider, plan, hf_path, dataset_root, packed, rate=1e-4)
-    if isinstance(scheme, PEFT):
-        config.peft = scheme
-    else:
-        targets = _ADAPTED[:2] if provider.num_moe_experts else _ADAPTED
-        config.peft = _SCHEMES[scheme](dim=ADAPTER_RANK, alpha=ADAPTER_RANK, target_modules=targets)
-    return config
+        # Megatron-Bridge loads a Hugging Face directory here through our bridge.
+        config.checkpoint.pretrained_checkpoint = str(hf_path)

@@ -1,13 +1,14 @@
-"""What recipes of one stage share, in the host's own configuration classes.
+"""The parts that recipes share, in Megatron-Bridge's own configuration classes.
 
-Megatron-Bridge has the like in `megatron.bridge.recipes.common`; importing that imports every recipe it has, and with
-them packages that text models do not need (diffusers). Defaults follow it where nothing is said.
+Megatron-Bridge 0.6.2 has a similar module, `megatron.bridge.recipes.common`, and the defaults here
+follow it. It is not imported: it would import every recipe of Megatron-Bridge, and with them
+packages that text models do not need (diffusers).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron.bridge.data.builders import (
     ChatSFTPreprocessingConfig,
@@ -32,48 +33,61 @@ from megatron.bridge.training.config import (
 )
 
 from exaone_bridge.patches.vlm_data import IN_FOLDER
-from exaone_bridge.recipes.plan import Plan
+from exaone_bridge.recipes.training_plan import TrainingPlan
 
-__all__ = ["ENVIRONMENT", "container", "conversations", "questions_and_answers", "text"]
+__all__ = ["ENV_VARS", "container", "image_conversations", "mock_text", "prompt_completions"]
 
-# Process defaults; what the shell has set wins. NVLink multicast needs buffers that most launchers do not grant.
-ENVIRONMENT: dict[str, str | int | float | bool] = {
+if TYPE_CHECKING:
+    from exaone_bridge.modules.provider import ExactGPTModelProvider
+
+# Defaults of the environment; values that the shell has set win. NVLink multicast needs buffers
+# that most launchers do not grant.
+ENV_VARS: dict[str, str | int | float | bool] = {
     "NCCL_NVLS_ENABLE": 0,
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    "NCCL_GRAPH_REGISTER": 0,  # with the line above
+    "NCCL_GRAPH_REGISTER": 0,  # needed with expandable segments
     "TORCH_NCCL_AVOID_RECORD_STREAMS": 1,
 }
 
 
 def container(
-    model: Any, plan: Plan, dataset: Any, *, iterations: int, rate: float, warmup: int
+    model: ExactGPTModelProvider,
+    plan: TrainingPlan,
+    dataset: GPTDatasetConfig | GPTSFTDatasetConfig | DirectHFSFTDatasetConfig,
+    *,
+    train_iters: int,
+    lr: float,
+    lr_warmup_iters: int,
 ) -> ConfigContainer:
-    """A run of this many steps: AdamW with a cosine from `rate` to its tenth, bf16 with fp32 gradients, all overlaps.
+    """Build the config of a training run.
+
+    The optimizer is AdamW with a cosine schedule from `lr` down to a tenth of it; parameters are
+    bf16 and gradients fp32; communication overlaps with computation.
 
     Args:
-        model: the provider, its layout set.
-        plan: for the batch.
-        dataset: of the host's classes.
-        iterations: steps.
-        rate: the learning rate's peak.
-        warmup: steps of linear rise to it.
+        model: the provider, with its layout set.
+        plan: gives the batch sizes.
+        dataset: the dataset's config.
+        train_iters: optimizer steps.
+        lr: the peak learning rate.
+        lr_warmup_iters: steps of linear warm-up to it.
     """
-    folder = Path.cwd() / "nemo_experiments" / "default"  # the host's
+    directory = Path.cwd() / "nemo_experiments" / "default"  # Megatron-Bridge's default
     return ConfigContainer(
         model=model,
         dataset=dataset,
         train=TrainingConfig(
-            train_iters=iterations,
-            micro_batch_size=plan.micro_batch,
-            global_batch_size=plan.global_batch,
+            train_iters=train_iters,
+            micro_batch_size=plan.micro_batch_size,
+            global_batch_size=plan.global_batch_size,
             manual_gc=True,
             manual_gc_interval=100,
         ),
-        validation=ValidationConfig(eval_interval=min(500, iterations), eval_iters=32),
+        validation=ValidationConfig(eval_interval=min(500, train_iters), eval_iters=32),
         optimizer=OptimizerConfig(
             optimizer="adam",
-            lr=rate,
-            min_lr=rate / 10,
+            lr=lr,
+            min_lr=lr / 10,
             weight_decay=0.1,
             adam_beta1=0.9,
             adam_beta2=0.95,
@@ -83,7 +97,7 @@ def container(
         ),
         scheduler=SchedulerConfig(
             lr_decay_style="cosine",
-            lr_warmup_iters=warmup,
+            lr_warmup_iters=lr_warmup_iters,
             start_weight_decay=0.1,
             end_weight_decay=0.1,
             weight_decay_incr_style="constant",
@@ -97,23 +111,23 @@ def container(
             average_in_collective=True,
             use_distributed_optimizer=True,
         ),
-        mixed_precision="bf16_mixed",  # parameters in bf16; gradients are summed in fp32
-        logger=LoggerConfig(log_interval=10, tensorboard_dir=str(folder / "tb_logs")),
+        mixed_precision="bf16_mixed",  # bf16 parameters; fp32 gradient accumulation
+        logger=LoggerConfig(log_interval=10, tensorboard_dir=str(directory / "tb_logs")),
         tokenizer=TokenizerConfig(),
         checkpoint=CheckpointConfig(
-            save=str(folder / "checkpoints"),
-            load=str(folder / "checkpoints"),
+            save=str(directory / "checkpoints"),
+            load=str(directory / "checkpoints"),
             save_interval=500,
             ckpt_format="torch_dist",
             fully_parallel_save=True,
         ),
         rng=RNGConfig(seed=1234),
-        env_vars=dict(ENVIRONMENT),
+        env_vars=dict(ENV_VARS),
     )
 
 
-def text(plan: Plan) -> GPTDatasetConfig:
-    """Pretraining text: Megatron-Core's mock data until `blend` names files."""
+def mock_text(plan: TrainingPlan) -> GPTDatasetConfig:
+    """Build the pretraining dataset's config: Megatron-Core's mock data until `blend` is set."""
     return GPTDatasetConfig(
         seq_length=plan.seq_length,
         random_seed=1234,
@@ -128,10 +142,17 @@ def text(plan: Plan) -> GPTDatasetConfig:
     )
 
 
-def questions_and_answers(plan: Plan, root: str | Path | None, packed: bool) -> GPTSFTDatasetConfig:
-    """`training.jsonl` and `validation.jsonl` with `input` and `output`, several to a sequence if `packed`.
+def prompt_completions(
+    plan: TrainingPlan, dataset_root: str | Path | None, packed: bool
+) -> GPTSFTDatasetConfig:
+    """Build the config of a dataset of prompts and completions.
 
-    Without a folder it is SQuAD, the host's default, which the training run, not the recipe, would download.
+    Args:
+        plan: gives the sequence length and the multiple to which packed samples are padded.
+        dataset_root: a directory with training.jsonl and validation.jsonl, whose lines have
+            `input` and `output`. None: SQuAD, Megatron-Bridge's default, which the training run
+            (not the recipe) downloads.
+        packed: pack several samples into one sequence.
     """
     specs = None
     if packed:
@@ -139,8 +160,8 @@ def questions_and_answers(plan: Plan, root: str | Path | None, packed: bool) -> 
         specs = PackedSequenceSpecs(packed_sequence_size=plan.seq_length, pad_seq_to_mult=multiple)
     return GPTSFTDatasetConfig(
         seq_length=plan.seq_length,
-        dataset_root=None if root is None else str(root),
-        hf_dataset=HFDatasetSourceConfig(dataset_name="squad") if root is None else None,
+        dataset_root=None if dataset_root is None else str(dataset_root),
+        hf_dataset=HFDatasetSourceConfig(dataset_name="squad") if dataset_root is None else None,
         preprocessing=PromptCompletionSFTPreprocessingConfig(
             prompt_column="input", completion_column="output", separator="\n"
         ),
@@ -154,31 +175,37 @@ def questions_and_answers(plan: Plan, root: str | Path | None, packed: bool) -> 
     )
 
 
-def conversations(
-    plan: Plan, root: str | Path | None, processor: str | Path | None, packed: bool
+def image_conversations(
+    plan: TrainingPlan,
+    dataset_root: str | Path | None,
+    processor: str | Path | None,
+    packed: bool,
 ) -> DirectHFSFTDatasetConfig:
-    """`training.jsonl` and `validation.jsonl` of conversations with images, a micro batch in one row if `packed`.
-
-    A line has `messages`, turns of `role` and `content`, always a list of parts: text, image, video. A part names its
-    file from the folder on (`path`), or takes the next of the line's `images`. Without a folder it is CORD v2, the
-    host's default, which the training run, not the recipe, would download.
+    """Build the config of a dataset of conversations with images and videos.
 
     Args:
-        processor: the Hugging Face folder (or name) of the processor that makes words and pixels of them.
+        plan: gives the sequence length.
+        dataset_root: a directory with training.jsonl and validation.jsonl. A line has `messages`,
+            each with `role` and `content`, a list of parts of type text, image or video. A part
+            names its file relative to the directory (`path`), or takes the next one of the line's
+            `images`. None: CORD v2, Megatron-Bridge's default, which the training run (not the
+            recipe) downloads.
+        processor: the Hugging Face directory (or name) of the tokenizer and image processor.
+        packed: pack the samples of a microbatch into one sequence.
     """
-    if root is None:
+    if dataset_root is None:
         source = HFDatasetSourceConfig(dataset_name="cord_v2")
     else:
-        folder = Path(root).absolute()
+        directory = Path(dataset_root).absolute()
         files = {
-            "train": str(folder / "training.jsonl"),
-            "validation": str(folder / "validation.jsonl"),
+            "train": str(directory / "training.jsonl"),
+            "validation": str(directory / "validation.jsonl"),
         }
         source = HFDatasetSourceConfig(
             path_or_dataset="json",
             load_kwargs={"data_files": files},
             schema_adapter=IN_FOLDER,
-            adapter_kwargs={"root": str(folder)},
+            adapter_kwargs={"root": str(directory)},
         )
     return DirectHFSFTDatasetConfig(
         seq_length=plan.seq_length,

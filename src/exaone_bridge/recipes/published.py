@@ -1,6 +1,6 @@
-"""The configurations that recipes are for: `config.json` of the published models, and miniatures for one GPU. No torch.
+"""The Hugging Face configs of the recipes: published config.json files, and tiny ones. No torch.
 
-Recipes ask nobody on the network. A recipe that is given a folder reads the configuration there instead.
+Recipes work offline. A recipe that is given a directory reads the config there instead.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ _ERNIE45_EXPERTS: dict[str, Any] = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-# Widths that Transformer Engine's kernels take (head_dim 64, multiples of 16), and words enough for real text.
+# Sizes that Transformer Engine's kernels support (head_dim 64, multiples of 16), and a vocabulary
+# that is large enough for real text.
 _TINY: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -95,12 +96,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 65536,
         "tie_word_embeddings": True,
         "sliding_window": None,
-        "sliding_window_pattern": 0,  # what Transformers makes of null
+        "sliding_window_pattern": 0,  # as Transformers reads null
         "layer_types": [FULL] * 30,
     },
     "exaone4_32b": _EXAONE4 | _EXAONE4_32B,
-    # Less the multi-token prediction that the published folder ships: a recipe that starts from random weights has none
-    # to carry.
+    # Without the multi-token prediction of the published checkpoint: a recipe that starts from
+    # random weights has no passthrough tensors.
     "exaone45_33b": {
         "architectures": ["Exaone4_5_ForConditionalGeneration"],
         "model_type": "exaone4_5",
@@ -142,8 +143,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
-    # Less the next-token-prediction layer that the published folder ships and Transformers ignores: a recipe that
-    # starts from random weights has none to carry.
+    # Without the multi-token prediction layer of the published checkpoint, which Transformers
+    # ignores: a recipe that starts from random weights has no passthrough tensors.
     "ernie45_21b_a3b": _ERNIE45
     | _ERNIE45_EXPERTS
     | {
@@ -174,7 +175,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": 53,
         "tie_word_embeddings": False,
     },
-    # The tower's patches are those of its family's miniature: so are the processor's that goes with it.
+    # The vision encoder's patch sizes are the tiny model's, which those of its processor match.
     "exaone45_vl_tiny": EXAONE45_TINY["exaone45"]
     | {
         "dtype": "bfloat16",
@@ -189,5 +190,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | _TINY
     | {"moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
 }
-# The same model, on images (`recipes/functions.py`).
+# The same model; its recipes train on conversations with images.
 CONFIGS["exaone45_vl_33b"] = CONFIGS["exaone45_33b"]

@@ -1,45 +1,38 @@
-"""The table of all plans, as the documentation shows it. No torch."""
+"""The table of all training plans in docs/recipes.md. No torch."""
 
 from __future__ import annotations
 
 from exaone_bridge.models import family_of
 from exaone_bridge.recipes.memory import GB, estimate
-from exaone_bridge.recipes.plans import ADAPTER_RANK, PLANS
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.recipes.training_plans import ADAPTER_RANK, TRAINING_PLANS
 
-__all__ = ["table"]
+__all__ = ["plan_table"]
 
 
-def table() -> str:
-    """Markdown: a line for each recipe and GPU, with the memory that it is estimated to need."""
+def plan_table() -> str:
+    """Return a Markdown table: per recipe and GPU size, the plan and its estimated memory in GB."""
     lines: list[list[str]] = []
-    for (model, stage), plans in PLANS.items():
+    for (model, stage), plans in TRAINING_PLANS.items():
         if model.endswith("_tiny"):
             continue
         family = family_of(CONFIGS[model]["architectures"], where=model)
         model_config = family.read_hf_config(CONFIGS[model])
-        for memory, plan in plans.items():
-            needed = estimate(
-                family.mappings(model_config),
-                model_config,
-                plan,
-                adapter_rank=ADAPTER_RANK if stage == "peft" else 0,
-            )
-            parts = (
-                needed.parameters,
-                needed.gradients,
-                needed.optimizer,
-                needed.activations,
-                needed.total,
-            )
-            figures = {
-                f"{name}, GB": f"{part / GB:.1f}"
-                for name, part in zip(
-                    ("weights", "gradients", "optimizer", "activations", "all"), parts, strict=True
-                )
+        mappings = family.mappings(model_config)
+        adapter_rank = ADAPTER_RANK if stage == "peft" else 0
+        for gpu_memory_gb, plan in plans.items():
+            memory = estimate(mappings, model_config, plan, adapter_rank=adapter_rank)
+            columns = {
+                "recipe": f"`{model}_{stage}_config`",
+                "GPU, GB": str(gpu_memory_gb),
+                **plan.table_row(),
+                "weights, GB": f"{memory.parameters / GB:.1f}",
+                "gradients, GB": f"{memory.gradients / GB:.1f}",
+                "optimizer, GB": f"{memory.optimizer / GB:.1f}",
+                "activations, GB": f"{memory.activations / GB:.1f}",
+                "all, GB": f"{memory.total / GB:.1f}",
             }
-            row = {"recipe": f"`{model}_{stage}_config`", "GPU, GB": memory} | plan.row() | figures
             if not lines:
-                lines = [list(row), ["---"] * len(row)]
-            lines.append([str(value) for value in row.values()])
+                lines = [list(columns), ["---"] * len(columns)]
+            lines.append(list(columns.values()))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -145,8 +145,8 @@ def test_configured(
         "pp": 2,
         "iters": 20,
         "rate": 1e-3,
-        "micro-batch": 1,
-        "global-batch": 8,
+        "micro-batch-size": 1,
+        "global-batch-size": 8,
         "save-every": 5,
     }
     arguments = [f"--{name}={value}" for name, value in sizes.items()]

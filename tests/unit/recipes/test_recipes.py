@@ -1,4 +1,4 @@
-"""Every recipe is built and validated as the host's training loop does it, at its own world size; bad ones refused."""
+"""Recipes are valid for Megatron-Bridge at their own world size, and reject what cannot work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import exaone_bridge.recipes
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.models import family_of
 from exaone_bridge.recipes import RECIPES, recipe
-from exaone_bridge.recipes.memory import GB, RESERVE, estimate, stages
-from exaone_bridge.recipes.plan import Plan
-from exaone_bridge.recipes.plans import ADAPTER_RANK, PLANS, plan_of
+from exaone_bridge.recipes.memory import GB, RESERVE, estimate, estimate_stages
 from exaone_bridge.recipes.published import CONFIGS
-from exaone_bridge.recipes.table import table
+from exaone_bridge.recipes.table import plan_table
+from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
+from exaone_bridge.recipes.training_plans import ADAPTER_RANK, TRAINING_PLANS, training_plan
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
@@ -29,12 +29,12 @@ from exaone_bridge.schema.param_mapping import hf_tensors
 from tests.helpers.paths import ROOT
 
 CASES = [
-    (name, memory)
-    for name, key in RECIPES.items()
-    for memory in PLANS[key]
-    if "tiny" not in name or memory == 80
+    (model, stage, gpu_memory_gb)
+    for model, stage in TRAINING_PLANS
+    for gpu_memory_gb in TRAINING_PLANS[model, stage]
+    if "tiny" not in model or gpu_memory_gb == 80
 ]
-# Parameters of the published models, as their cards have them, in billions.
+# Parameters of the published models in billions, from their model cards.
 BILLIONS = {
     "exaone4_1p2b": 1.28,
     "exaone4_32b": 32.0,
@@ -46,37 +46,38 @@ BILLIONS = {
 }
 
 
-def _model_config(model: str) -> tuple[Any, Any]:
+def _mappings_and_config(model: str) -> tuple[Any, Any]:
     family = family_of(CONFIGS[model]["architectures"], where=model)
     model_config = family.read_hf_config(CONFIGS[model])
     return family.mappings(model_config), model_config
 
 
-def _validated(config: Any, gpus: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What `pretrain` does to a configuration before it touches a GPU; only the number of ranks is made up."""
+def _validate(config: Any, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validate a config as `pretrain` does before it uses a GPU, with a made-up world size."""
     from megatron.bridge.training.config import runtime_config_update
 
     monkeypatch.setenv("WORLD_SIZE", str(gpus))
     monkeypatch.setenv("RANK", "0")
-    for name, value in config.env_vars.items():  # so that they are gone after the test
+    for name, value in config.env_vars.items():  # monkeypatch removes them after the test
         monkeypatch.setenv(name, str(value))
     runtime_config_update(config)
-    return config
 
 
-@pytest.mark.parametrize(("name", "memory"), CASES)
-def test_recipe(
-    megatron_bridge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, memory: int
+@pytest.mark.parametrize(("model", "stage", "gpu_memory_gb"), CASES)
+def test_recipe_config_is_valid_and_matches_its_plan(
+    megatron_bridge: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    stage: str,
+    gpu_memory_gb: int,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model, stage = RECIPES[name]
-    plan = plan_of(model, stage, memory)
-    config = recipe(name)(gpu_memory_gb=memory)
+    plan = training_plan(model, stage, gpu_memory_gb)
+    config = recipe(f"{model}_{stage}_config")(gpu_memory_gb=gpu_memory_gb)
     if stage == "peft":
-        config.checkpoint.pretrained_checkpoint = str(
-            tmp_path
-        )  # must be there; nothing is read yet
-    _validated(config, plan.gpus, monkeypatch)
+        config.checkpoint.pretrained_checkpoint = str(tmp_path)  # must exist; is not read yet
+    _validate(config, plan.gpus, monkeypatch)
     provider = config.model
     assert config.data_parallel_size == plan.dp
     assert provider.seq_length == config.dataset.seq_length == plan.seq_length
@@ -86,79 +87,71 @@ def test_recipe(
     assert config.ddp.overlap_grad_reduce and config.ddp.overlap_param_gather
     assert provider.sequence_parallel == (provider.tensor_model_parallel_size > 1)
     assert (config.peft is not None) == (stage == "peft")
-    assert (
-        provider.vocab_size
-        == language_config(CONFIGS[model])["vocab_size"]
-        == config.tokenizer.vocab_size
-    )
+    vocab_size = language_config(CONFIGS[model])["vocab_size"]
+    assert provider.vocab_size == config.tokenizer.vocab_size == vocab_size
     assert not config.tokenizer.use_tokenizer_vocab_size
     assert provider.calculate_per_token_loss == (stage in ("sft", "peft"))
     if model.startswith("exaone45"):
         assert provider.freeze_vision_model and not provider.freeze_language_model
         assert provider.freeze_vision_projection == ("_vl_" not in model)
-    wished = (
-        provider.to_cfg_dict()
-    )  # what this machine's backend had to switch off is on again on a GPU
-    assert wished["cross_entropy_loss_fusion"] and wished["bias_activation_fusion"]
+    # Fusions that this machine's backend turns off are requested again for a GPU.
+    requested = provider.to_cfg_dict()
+    assert requested["cross_entropy_loss_fusion"] and requested["bias_activation_fusion"]
     if provider.num_moe_experts:
-        assert wished["moe_grouped_gemm"] and wished["moe_permute_fusion"]
-        assert wished["moe_token_dispatcher_type"] == "alltoall"
+        assert requested["moe_grouped_gemm"] and requested["moe_permute_fusion"]
+        assert requested["moe_token_dispatcher_type"] == "alltoall"
         assert provider.moe_router_enable_expert_bias == ("pretrain" in stage)
-        assert (
-            provider.moe_aux_loss_coeff == 0.0 and provider.moe_router_load_balancing_type == "none"
-        )
-    # The model is the published one, and so is the configuration that an export writes.
+        assert provider.moe_aux_loss_coeff == 0.0
+        assert provider.moe_router_load_balancing_type == "none"
+    # The model is the published one, and so is the config that an export writes.
     exported = megatron_bridge[CONFIGS[model]["architectures"][0]].megatron_to_hf_config(provider)
-    read = family_of(exported["architectures"], where=name).read_hf_config
+    read = family_of(exported["architectures"], where=model).read_hf_config
     assert read(exported) == read(CONFIGS[model])
 
 
-@pytest.mark.parametrize(("model", "stage"), [key for key in PLANS if "tiny" not in key[0]])
-def test_plan_fits(model: str, stage: str) -> None:
-    """Cut evenly, tp within a node, and within the GPU's memory; of the larger GPU no more are needed."""
-    mappings, model_config = _model_config(model)
-    for memory, plan in PLANS[model, stage].items():
+@pytest.mark.parametrize(
+    ("model", "stage"), [key for key in TRAINING_PLANS if "tiny" not in key[0]]
+)
+def test_plan_divides_the_model_and_fits_the_gpu(model: str, stage: str) -> None:
+    """TP stays within a node, and a larger GPU needs no more GPUs."""
+    mappings, model_config = _mappings_and_config(model)
+    for gpu_memory_gb, plan in TRAINING_PLANS[model, stage].items():
         plan.check(model_config)
         assert plan.layout.tp <= 8 and plan.layout.ep * plan.layout.expert_tp <= 64
-        needed = estimate(
-            mappings, model_config, plan, adapter_rank=ADAPTER_RANK if stage == "peft" else 0
-        )
-        assert needed.total <= memory * GB
-        assert min(needed.parameters, needed.gradients, needed.optimizer, needed.activations) > 0
-    assert PLANS[model, stage][141].gpus <= PLANS[model, stage][80].gpus
+        adapter_rank = ADAPTER_RANK if stage == "peft" else 0
+        memory = estimate(mappings, model_config, plan, adapter_rank=adapter_rank)
+        assert memory.total <= gpu_memory_gb * GB
+        assert min(memory.parameters, memory.gradients, memory.optimizer, memory.activations) > 0
+    assert TRAINING_PLANS[model, stage][141].gpus <= TRAINING_PLANS[model, stage][80].gpus
 
 
 @pytest.mark.parametrize("model", BILLIONS)
-def test_parameters_are_the_published_number(model: str) -> None:
-    mappings, model_config = _model_config(model)
-    count = sum(
-        math.prod(tensor.shape(model_config.dims)) for tensor in hf_tensors(mappings).values()
-    )
+def test_parameter_count_equals_the_published_number(model: str) -> None:
+    mappings, model_config = _mappings_and_config(model)
+    shapes = [tensor.shape(model_config.dims) for tensor in hf_tensors(mappings).values()]
+    count = sum(math.prod(shape) for shape in shapes)
     assert count / 1e9 == pytest.approx(BILLIONS[model], rel=0.01)
-    one = Plan(gpus=1, layout=Layout(), seq_length=4096, global_batch=1)
-    found = estimate(mappings, model_config, one)
-    assert (found.parameters, found.gradients, found.optimizer) == (
-        2 * count,
-        4 * count,
-        12 * count,
-    )
+    one_gpu = TrainingPlan(gpus=1, layout=Layout(), seq_length=4096, global_batch_size=1)
+    memory = estimate(mappings, model_config, one_gpu)
+    expected = (2 * count, 4 * count, 12 * count)
+    assert (memory.parameters, memory.gradients, memory.optimizer) == expected
 
 
-def _held(folder: Path, layout: Layout) -> int:
-    """On a rank: how many parameters it has."""
+def _count_local_parameters(hf_path: Path, layout: Layout) -> int:
+    """On a rank: count the parameters and expert biases of the Megatron-Core model."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
 
-    model = build(AutoBridge.from_hf_pretrained(folder), layout)
-    return sum(
-        parameter.numel() for chunk in model for name, parameter in chunk.named_parameters()
-    ) + sum(
-        buffer.numel()
+    model = build(AutoBridge.from_hf_pretrained(hf_path), layout)
+    tensors = [parameter for chunk in model for parameter in chunk.parameters()]
+    tensors += [
+        buffer
         for chunk in model
         for name, buffer in chunk.named_buffers()
         if name.endswith("expert_bias")
-    )
+    ]
+    return sum(tensor.numel() for tensor in tensors)
 
 
 @pytest.mark.parametrize(
@@ -170,63 +163,60 @@ def _held(folder: Path, layout: Layout) -> int:
     ],
     ids=str,
 )
-def test_parameters_of_a_rank_are_the_models(
+def test_parameters_per_stage_equal_megatron_cores(
     megatron_bridge: Any, tiny: Any, name: str, layout: Layout
 ) -> None:
-    """The formula's stages against what Megatron-Core builds there."""
-    folder = tiny(name, vocab_size=388)
-    config = json.loads((folder / "config.json").read_text())
+    hf_path = tiny(name, vocab_size=388)
+    config = json.loads((hf_path / "config.json").read_text())
     family = family_of(config["architectures"], where=name)
     model_config = family.read_hf_config(config)
-    plan = Plan(gpus=layout.ranks, layout=layout, seq_length=64, global_batch=2 * layout.ranks)
-    built = ForkLauncher(layout.ranks).all(_held, folder, layout)
-    assert {
-        stage.parameters for stage in stages(family.mappings(model_config), model_config, plan)
-    } == {2 * count for count in built}
-
-
-def test_activations_follow_the_paper() -> None:
-    """Korthikanti et al., table 2: t cuts a whole layer with sequence parallelism, a part without; recompute: 2sbh."""
-    mappings, model_config = _model_config("exaone4_32b")
-    one = Plan(gpus=8, layout=Layout(), seq_length=4096, global_batch=8)
-
-    def layers(plan: Plan) -> float:
-        logits = (
-            8
-            * plan.seq_length
-            * plan.micro_batch
-            * model_config.vocab_size
-            / plan.layout.tp
-            / plan.cp
-        )
-        return estimate(mappings, model_config, plan).activations - logits
-
-    cut = {sp: layers(one.changed(tp=8, sp=sp)) for sp in (True, False)}
-    assert cut[True] == pytest.approx(layers(one) / 8)
-    assert cut[True] < cut[False] < layers(one)
-    assert layers(one.changed(cp=4)) == pytest.approx(layers(one) / 4)
-    assert layers(one.changed(micro_batch=2, global_batch=16)) == pytest.approx(2 * layers(one))
-    kept = model_config.num_layers * 2 * 4096 * model_config.hidden_size
-    assert layers(one.changed(recompute=True)) == pytest.approx(
-        kept + layers(one) / model_config.num_layers
+    plan = TrainingPlan(
+        gpus=layout.ranks, layout=layout, seq_length=64, global_batch_size=2 * layout.ranks
     )
-    # The first stage of a pipeline keeps as many micro batches as there are stages: no less in all.
-    first = estimate(mappings, model_config, one.changed(pp=8, global_batch=8)).activations
-    assert first == pytest.approx(layers(one))
-    interleaved = estimate(
-        mappings, model_config, one.changed(pp=8, vpp=2, global_batch=64)
-    ).activations
-    assert interleaved == pytest.approx(layers(one) * (1 + 7 / 16))  # 1 + (p - 1) / (p m)
+    counts = ForkLauncher(layout.ranks).all(_count_local_parameters, hf_path, layout)
+    stages = estimate_stages(family.mappings(model_config), model_config, plan)
+    assert {stage.parameters for stage in stages} == {2 * count for count in counts}
+
+
+def test_activations_follow_korthikanti() -> None:
+    """Korthikanti et al. 2022, table 2: SP shards all of a layer; full recomputation keeps 2sbh."""
+    mappings, model_config = _mappings_and_config("exaone4_32b")
+    plan = TrainingPlan(gpus=8, layout=Layout(), seq_length=4096, global_batch_size=8)
+
+    def activations(**overrides: Any) -> float:
+        """Activations of the layers, without the logits."""
+        other = plan.with_overrides(**overrides)
+        tokens = other.seq_length * other.micro_batch_size / other.cp
+        logits = 8 * tokens * model_config.vocab_size / other.layout.tp
+        return estimate(mappings, model_config, other).activations - logits
+
+    layers = activations()
+    tp, tp_with_sp = activations(tp=8), activations(tp=8, sp=True)
+    assert tp_with_sp == pytest.approx(layers / 8)
+    assert tp_with_sp < tp < layers
+    assert activations(cp=4) == pytest.approx(layers / 4)
+    assert activations(micro_batch_size=2, global_batch_size=16) == pytest.approx(2 * layers)
+    inputs = model_config.num_layers * 2 * 4096 * model_config.hidden_size
+    one_layer = layers / model_config.num_layers
+    assert activations(recompute=True) == pytest.approx(inputs + one_layer)
+
+    # The first stage stores as many microbatches as there are stages: as much as without PP.
+    def first_stage(**overrides: Any) -> float:
+        return estimate(mappings, model_config, plan.with_overrides(**overrides)).activations
+
+    assert first_stage(pp=8, global_batch_size=8) == pytest.approx(layers)
+    interleaved = first_stage(pp=8, vpp=2, global_batch_size=64)
+    assert interleaved == pytest.approx(layers * (1 + 7 / 16))  # 1 + (p - 1) / (p m)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "overrides", "message"),
     [
         ("exaone4_1p2b_pretrain_config", {"tp": 3}, "tp is 3"),
         ("exaone4_1p2b_pretrain_config", {"pp": 4}, "pp x vpp is 4 x 1"),
         ("exaone4_1p2b_pretrain_config", {"gpus": 6, "tp": 4, "sp": True}, "gpus is 6"),
         ("exaone4_1p2b_pretrain_config", {"gpus": 1, "tp": 2, "sp": True}, "gpus is 1"),
-        ("exaone4_1p2b_pretrain_config", {"global_batch": 100}, "global_batch is 100"),
+        ("exaone4_1p2b_pretrain_config", {"global_batch_size": 100}, "global_batch_size is 100"),
         ("exaone4_1p2b_pretrain_config", {"ep": 2}, "ep is 2"),
         ("exaone4_1p2b_pretrain_config", {"cp": 4, "seq_length": 4100}, "seq_length is 4100"),
         (
@@ -236,42 +226,65 @@ def test_activations_follow_the_paper() -> None:
         ),
         ("exaone4_1p2b_pretrain_config", {"seq_length": 65536}, "memory of a GPU is 80 GB"),
         ("exaone4_32b_sft_config", {"gpus": 8, "pp": 1}, "memory of a GPU is 80 GB"),
-        ("exaone4_32b_pretrain_config", {"global_batch": 4}, "micro batches is 1"),
-        ("exaone4_32b_pretrain_config", {"micro_batch": 0}, "micro_batch is 0"),
+        ("exaone4_32b_pretrain_config", {"global_batch_size": 4}, "num_microbatches is 1"),
+        ("exaone4_32b_pretrain_config", {"micro_batch_size": 0}, "micro_batch_size is 0"),
         ("ernie45_21b_a3b_pretrain_config", {"ep": 5}, "ep is 5"),
         ("ernie45_21b_a3b_pretrain_config", {"tp": 2}, "sp is off"),
-        ("ernie45_21b_a3b_pretrain_config", {"gpus": 12, "global_batch": 12}, "gpus is 12"),
+        ("ernie45_21b_a3b_pretrain_config", {"gpus": 12, "global_batch_size": 12}, "gpus is 12"),
         ("ernie45_300b_a47b_pretrain_config", {"pp": 8}, "pp x vpp is 8 x 2"),
     ],
 )
-def test_wrong_sizes_are_refused(
-    megatron_bridge: Any, name: str, changes: dict[str, Any], said: str
+def test_recipe_with_impossible_sizes_raises(
+    megatron_bridge: Any, name: str, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UnsupportedLayout) as caught:
-        recipe(name)(**changes)
-    assert said in str(caught.value)
+        recipe(name)(**overrides)
+    assert message in str(caught.value)
 
 
-def test_a_recipe_is_a_function_of_the_package(megatron_bridge: Any) -> None:
-    """By its name, with its arguments and what it says of itself; by reference where it is sent to another process."""
-    for name, (model, stage) in RECIPES.items():
-        found = getattr(exaone_bridge.recipes, name)
-        assert pickle.loads(pickle.dumps(found)) is found is recipe(name) and found.__name__ == name
-        parameters = inspect.signature(found).parameters
-        assert ("peft_scheme" in parameters) == (stage == "peft") and ("packed" in parameters) == (
-            stage in ("sft", "peft")
-        )
-        assert "packed" not in parameters or parameters["packed"].default == (
-            not re.search("_tiny|_vl_", model)
-        )
-        assert found.__doc__ and ("positions" in found.__doc__) == ("k_" in stage)
+def test_recipe_is_an_exported_function_with_a_signature() -> None:
+    """Every plan has a recipe of its name; recipes are pickled by reference."""
+    assert set(RECIPES) == {f"{model}_{stage}_config" for model, stage in TRAINING_PLANS}
+    assert set(exaone_bridge.recipes.__all__) == {"RECIPES", "recipe", *RECIPES}
+    for model, stage in TRAINING_PLANS:
+        name = f"{model}_{stage}_config"
+        function = getattr(exaone_bridge.recipes, name)
+        assert pickle.loads(pickle.dumps(function)) is function is recipe(name)
+        parameters = inspect.signature(function).parameters
+        assert ("peft_scheme" in parameters) == (stage == "peft")
+        assert ("packed" in parameters) == (stage in ("sft", "peft"))
+        if "packed" in parameters:
+            assert parameters["packed"].default == (not re.search("_tiny|_vl_", model))
+        assert function.__doc__ and ("positions" in function.__doc__) == ("k_" in stage)
 
 
-def test_wrong_arguments_are_refused(megatron_bridge: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "stage"), TRAINING_PLANS)
+def test_recipe_calls_the_builder_with_its_own_plan(
+    monkeypatch: pytest.MonkeyPatch, model: str, stage: str
+) -> None:
+    calls = []
+    from exaone_bridge.recipes import build
+
+    for builder in build.__all__:
+        monkeypatch.setattr(build, builder, lambda *args, name=builder: calls.append((name, *args)))
+    recipe(f"{model}_{stage}_config")(gpu_memory_gb=141, hf_path="path", tp=2)
+    builder = "pretrain_config" if "pretrain" in stage else f"{stage}_config"
+    ((name, *arguments),) = calls
+    assert (name, arguments[0], arguments[-1]) == (builder, model, {"tp": 2})
+    assert "path" in arguments and 141 in arguments and (stage in arguments) == ("train" in stage)
+
+
+def test_plan_overrides_are_the_fields_of_plan_and_layout() -> None:
+    fields = TrainingPlan.__dataclass_fields__.keys() | Layout.__dataclass_fields__.keys()
+    assert PlanOverrides.__annotations__.keys() == fields - {"layout"}
+
+
+def test_recipe_with_wrong_arguments_raises(megatron_bridge: Any) -> None:
     with pytest.raises(UnsupportedConfig, match="gpu_memory_gb is 96, and must be one of 80, 141"):
         recipe("exaone4_1p2b_sft_config")(gpu_memory_gb=96)
-    with pytest.raises(UnsupportedConfig, match="peft_scheme is 'ia3'"):
-        recipe("exaone4_1p2b_peft_config")("ia3")
+    for scheme in ("ia3", 3):
+        with pytest.raises(UnsupportedConfig, match=f"peft_scheme is {scheme!r}"):
+            recipe("exaone4_1p2b_peft_config")(scheme)
     with pytest.raises(UnsupportedConfig, match="tpp is 2, and must be one of 'cp'"):
         recipe("exaone4_1p2b_sft_config")(tpp=2)
     with pytest.raises(UnsupportedConfig, match="recipe is 'exaone5_config'"):
@@ -280,21 +293,20 @@ def test_wrong_arguments_are_refused(megatron_bridge: Any, tmp_path: Path) -> No
         recipe("exaone4_1p2b_sft_config")(hf_path="LGAI-EXAONE/EXAONE-4.0-1.2B")
 
 
-def test_folder_gives_configuration_tokenizer_and_weights(
+def test_hf_path_gives_config_tokenizer_and_weights(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    folder = tiny("exaone4-1.2b")
-    config = recipe("exaone4_tiny_peft_config")("dora", hf_path=folder, dataset_root=tmp_path)
+    hf_path = tiny("exaone4-1.2b")
+    config = recipe("exaone4_tiny_peft_config")("dora", hf_path=hf_path, dataset_root=tmp_path)
     assert config.model.num_layers == 6 and config.model.hf_config["tie_word_embeddings"]
     assert config.tokenizer.tokenizer_type == "HuggingFaceTokenizer"
-    assert (
-        config.tokenizer.tokenizer_model == config.checkpoint.pretrained_checkpoint == str(folder)
-    )
+    assert config.tokenizer.tokenizer_model == str(hf_path)
+    assert config.checkpoint.pretrained_checkpoint == str(hf_path)
     assert type(config.peft).__name__ == "DoRA"
     assert config.dataset.dataset_root == str(tmp_path)
 
 
-def test_documented_table() -> None:
-    """docs/recipes.md shows what `python -m exaone_bridge.recipes` prints."""
+def test_documented_table_is_current() -> None:
+    """docs/recipes.md shows the output of `python -m exaone_bridge.recipes`."""
     assert RESERVE == 8 * GB
-    assert table() in (ROOT / "docs" / "recipes.md").read_text()
+    assert plan_table() in (ROOT / "docs" / "recipes.md").read_text()

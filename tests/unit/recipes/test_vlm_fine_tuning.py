@@ -81,7 +81,12 @@ def found_processor(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _config(folder: Path, data: Path, **more: Any) -> Any:
     return recipe("exaone45_vl_tiny_sft_config")(
-        hf_path=folder, dataset_root=data, seq_length=LENGTH, micro_batch=2, global_batch=4, **more
+        hf_path=folder,
+        dataset_root=data,
+        seq_length=LENGTH,
+        micro_batch_size=2,
+        global_batch_size=4,
+        **more,
     )
 
 
