@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
 from exaone_bridge.checkpoint.hf.source import HFSource, open_source
-from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config
+from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config_json
 from exaone_bridge.checkpoint.megatron.tensors import Spec
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
@@ -128,7 +128,7 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
         )
     writer.close()
     write_index(partial, places)
-    write_config(partial, config)
+    write_config_json(partial, config)
     partial.rename(folder)
     return folder
 

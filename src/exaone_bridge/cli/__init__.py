@@ -1,44 +1,54 @@
-"""The command line: parse, call, print. Heavy imports happen inside the commands."""
+"""The command line: parse, call, print. Torch and rich are imported by the commands that need them."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from argparse import Namespace
 
-from exaone_bridge.cli.plain import inspect_arguments
+from exaone_bridge.cli.arguments import layout_of, make_parser
 from exaone_bridge.errors import BridgeError, ParityFailure
 
 __all__ = ["main"]
 
-PASSED, FAILED, BAD_INPUT, BROKEN = 0, 1, 2, 3
-_GRACE = 5  # seconds
+PASSED, MISMATCH, INVALID_INPUT, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 3, 130
+_GRACE_SECONDS = 5
 
 
 def main() -> None:
-    """Run the command; exit code 0: it holds, 1: it differs, 2: bad input, 3: something of ours broke.
+    """Run the command of `sys.argv` and exit.
 
-    torchrun's own exit code is 1 whichever of its ranks' is not 0.
+    Exit codes: 0 passed, 1 mismatch, 2 invalid input, 3 internal error. torchrun itself exits with
+    1 whichever nonzero code its ranks exit with.
     """
     try:
         _run(sys.argv[1:])
     except ParityFailure as error:
-        _say(str(error), error)
-        sys.exit(FAILED)
+        _print_error(str(error), error)
+        sys.exit(MISMATCH)
     except BridgeError as error:
-        _say(f"exaone-bridge: {error}", error)
+        _print_error(f"exaone-bridge: {error}", error)
         from exaone_bridge.runtime.fork import RankFailure
 
-        sys.exit(BROKEN if isinstance(error, RankFailure) else BAD_INPUT)
+        sys.exit(INTERNAL_ERROR if isinstance(error, RankFailure) else INVALID_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(MISMATCH)
     except Exception as error:
         if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        _say(f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 shows where).", error)
-        sys.exit(BROKEN)
+        _print_error(
+            f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 prints the traceback).", error
+        )
+        sys.exit(INTERNAL_ERROR)
+    sys.exit(PASSED)
 
 
-def _say(text: str, error: Exception) -> None:
+def _print_error(text: str, error: Exception) -> None:
     """Print an error: rank 0 one that all ranks have met, any rank one of its own.
 
     The other ranks wait for rank 0 to print, because torchrun ends all ranks when one ends.
@@ -49,23 +59,55 @@ def _say(text: str, error: Exception) -> None:
     if is_rank_zero() or is_local_to_rank(error):
         print(text, file=sys.stderr)
     else:
-        time.sleep(_GRACE)
+        time.sleep(_GRACE_SECONDS)
 
 
 def _run(arguments: list[str]) -> None:
-    asked = inspect_arguments(arguments)
-    if asked is None:
-        from exaone_bridge.cli.app import app
+    parser = make_parser()
+    if not arguments:
+        parser.print_help()
+        parser.exit(INVALID_INPUT)
+    _call(parser.parse_args(arguments))
+    sys.stdout.flush()  # raises BrokenPipeError here, where main() catches it
 
-        app()
-        return
-    from exaone_bridge.cli.inspect import inspect
 
-    try:
-        inspect(asked.folder, asked.layout, as_json=asked.as_json)
-    except BrokenPipeError:  # whoever read it has seen enough; this and the next as typer does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(PASSED)
+def _call(options: Namespace) -> None:
+    match options.command:
+        case "demo":
+            from exaone_bridge.cli.demo import demo
+
+            demo(layout_of(options), options.backend)
+        case "tiny":
+            from exaone_bridge.cli.tiny import tiny
+
+            tiny(options.model, options.folder, options.set, options.seed)
+        case "inspect":
+            from exaone_bridge.cli.inspect import inspect
+
+            inspect(options.folder, layout_of(options), as_json=options.json)
+        case "import":
+            from exaone_bridge.cli.convert import import_
+
+            import_(
+                options.source,
+                options.target,
+                layout_of(options),
+                backend=options.backend,
+                workers=options.workers,
+                dry_run=options.dry_run,
+            )
+        case "export":
+            from exaone_bridge.cli.convert import export
+
+            export(
+                options.source,
+                options.target,
+                max_shard_size=options.max_shard_size,
+                drop_passthrough=options.drop_passthrough,
+                workers=options.workers,
+                dry_run=options.dry_run,
+            )
+        case "verify":
+            from exaone_bridge.cli.verify import verify
+
+            verify(options, layout_of(options))

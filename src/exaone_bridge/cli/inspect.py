@@ -1,6 +1,6 @@
-"""`inspect`: what a checkpoint is, where each tensor goes, what each rank would read, hold and write.
+"""The command `inspect`: describes a checkpoint, its parameter mapping and its shards over the ranks.
 
-Neither torch nor what draws tables is imported: it answers before they would be there, of 60,000 tensors too.
+It imports neither torch nor rich, whose import would take longer than inspecting 60,000 tensors.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,21 @@ from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["inspect"]
 
-_TRIED = (2, 4, 8, 16, 32)  # ranks along one axis, when it is asked which layouts cannot work
-_RANKS_SHOWN = 16
+_TRIED_SIZES = (2, 4, 8, 16, 32)  # of one parallel axis, to list the layouts that are not supported
+_MAX_RANKS_SHOWN = 16
 
 
 def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
-    """Print it; of a folder that does not fit its config.json also which tensors do not, before it is refused.
+    """Print a description of a Hugging Face folder, as text or as one line of JSON.
 
     Raises:
-        CheckpointError, UnsupportedConfig: see `survey`.
-        UnmappedTensors: see `HFSource.check_names`; by then all is printed.
-        UnsupportedLayout: the model cannot be cut so.
+        CheckpointError: the folder is missing, damaged or unsafe.
+        UnsupportedConfig: its config.json is not supported.
+        UnsupportedLayout: the model cannot be sharded by this layout.
+        UnmappedTensors: keys are missing or unexpected; the description has been printed by then.
     """
     collecting = gc.isenabled()
-    gc.disable()  # 60,000 tensors are a million objects, and none of them is garbage before the end
+    gc.disable()  # saves 5% with 60,000 tensors: a million objects, none of which is garbage
     try:
         source = _print(folder, layout, as_json)
     finally:
@@ -59,8 +60,9 @@ def _print(folder: Path, layout: Layout, as_json: bool) -> HFSource:
 def _unsupported(source: HFSource) -> Iterator[tuple[str, str]]:
     """Yield layouts with one parallel axis that the model does not support, and the reason."""
     for axis in ("tp", "pp", "ep"):
-        for ranks in _TRIED:
-            layout = Layout(**{axis: ranks, "etp": 1 if axis == "ep" else None})  # type: ignore[arg-type]
+        for ranks in _TRIED_SIZES:
+            sizes: dict[str, Any] = {axis: ranks, "etp": 1 if axis == "ep" else None}
+            layout = Layout(**sizes)
             try:
                 check_layout(source.model_config, layout)
                 plan_of(source.mappings, source.model_config, layout)
@@ -68,7 +70,7 @@ def _unsupported(source: HFSource) -> Iterator[tuple[str, str]]:
                 reason = str(error).removeprefix("parallel layout: ").partition("; ")[0]
                 yield f"{axis.upper()}{ranks}", reason
                 if axis == "ep" and not getattr(source.model_config, "num_experts", 0):
-                    break  # no number of ranks will do
+                    break  # a dense model supports no EP at all
 
 
 def _ranks(plan: Plan) -> list[dict[str, Any]]:
@@ -87,6 +89,11 @@ def _ranks(plan: Plan) -> list[dict[str, Any]]:
 
 def _json(source: HFSource, plan: Plan) -> str:
     model_config = source.model_config
+    destinations: dict[str, str] = {}
+    for mapping in source.mappings:
+        parameters, *columns = mapping.columns()
+        for names in columns:
+            destinations.update(zip(names, parameters, strict=True))
     summary = {
         "folder": str(source.folder),
         "family": source.family.name,
@@ -103,100 +110,82 @@ def _json(source: HFSource, plan: Plan) -> str:
         "unsupported_layouts": dict(_unsupported(source)),
         "passthrough": list(source.passthrough),
         "unexpected": list(source.unexpected),
-        "missing": {name: list(shape) for name, shape in source.missing.items()},
+        "missing": source.missing,
+        "tensors": {
+            name: {
+                "shape": info.shape,
+                "dtype": info.dtype,
+                "file": info.file.name,
+                "megatron": destinations.get(name),  # null: passthrough or unexpected
+            }
+            for name, info in source.tensors.items()
+        },
     }
-    # A line each, and by hand: the encoder that indents is written in Python, and takes a second for 60,000 tensors.
-    tensors = ",\n".join(_json_tensors(source))
-    return f'{json.dumps(summary, indent=2)[:-2]},\n  "tensors": {{\n{tensors}\n  }}\n}}'
-
-
-def _json_tensors(source: HFSource) -> Iterator[str]:
-    destinations: dict[str, str] = {}
-    for mapping in source.mappings:
-        parameters, *columns = mapping.columns()
-        for names in columns:
-            destinations.update(zip(names, parameters, strict=True))
-    known: dict[
-        tuple[object, ...], str
-    ] = {}  # few shapes, types and files; a path's own hash takes long
-    goes_to = map(destinations.get, source.tensors)  # null: passthrough or unexpected
-    for info, name, to in zip(
-        source.tensors.values(), _quoted(source.tensors), _quoted(goes_to), strict=True
-    ):
-        kind = info.shape, info.dtype, id(info.file)
-        if (text := known.get(kind)) is None:
-            described = {"shape": info.shape, "dtype": info.dtype, "file": info.file.name}
-            text = known[kind] = json.dumps(described)[1:-1]
-        yield f'    {name}: {{{text}, "megatron": {to}}}'
-
-
-def _quoted(values: Iterable[str | None]) -> list[str]:
-    """Each as JSON; an encoded text has no line of its own, so that all can be encoded at once."""
-    return json.dumps(list(values), separators=("\n", ":"))[1:-1].split("\n")
+    return json.dumps(summary)  # without indentation, which would take a second for 60,000 tensors
 
 
 def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
-    model_config, layout = source.model_config, plan.layout
-    size = f"{source.parameters:,} in {len(source.tensors)} tensors, {model_config.dtype}, {source.nbytes / 1e9:.2f} GB"
-    what = {
+    yield str(source.folder)
+    yield from (f"  {name:<36}{value}" for name, value in _summary(source, plan).items())
+    yield "Ranks"
+    yield from _rank_lines(_ranks(plan))
+    yield from (f"  {name} is not supported: {why}" for name, why in _unsupported(source))
+    yield "Parameter mapping (the first * is the layer, the second the expert)"
+    for mapping in source.mappings:
+        for tensor in mapping.hf:
+            shape = " x ".join(tensor.axes)
+            yield f"  {tensor.name} [{shape}] -> {mapping.megatron} ({mapping.kind})"
+    for info in source.passthrough.values():
+        yield f"  {_described(info)} -> passthrough: exported unchanged"
+    for info in source.unexpected.values():
+        yield f"  {_described(info)} -> unexpected: no parameter mapping has this name"
+    for name, sizes in source.missing.items():
+        yield f"  {name} {list(sizes)} -> missing: the model needs it"
+
+
+def _summary(source: HFSource, plan: Plan) -> dict[str, str]:
+    model_config = source.model_config
+    heads = f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}"
+    summary = {
         "family": source.family.name,
-        "parameters": size,
+        "parameters": f"{source.parameters:,} in {len(source.tensors)} tensors, "
+        f"{model_config.dtype}, {source.nbytes / 1e9:.2f} GB",
         "layers (L sliding-window, G full)": pattern(model_config.windows),
     }
     if any(_moe(model_config)):
-        what["MLP (D dense, E experts)"] = mlp_pattern(_moe(model_config))
-        what["experts"] = (
-            f"{model_config.num_experts}, {model_config.topk} a token, {model_config.num_shared_experts} shared"
-        )
-    what |= {
-        "RoPE (R applied, - none)": "".join("R" if has else "-" for has in model_config.rope),
+        summary |= {
+            "MLP (D dense, E experts)": mlp_pattern(_moe(model_config)),
+            "experts": f"{model_config.num_experts}, {model_config.topk} per token, "
+            f"{model_config.num_shared_experts} shared",
+        }
+    return summary | {
+        "RoPE (R applied, - none)": "".join("R" if rope else "-" for rope in model_config.rope),
         "sliding window": str(next((window for window in model_config.windows if window), "-")),
-        "heads": f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}",
+        "heads / KV heads x head width": heads,
         "embeddings": "tied" if model_config.tied else "untied",
-        "layout": f"{layout} fits: {layout.ranks} ranks",
-        "padding of the vocabulary": f"{plan.padding:,} elements",
+        "layout": f"{plan.layout}, {plan.layout.ranks} ranks",
+        "vocabulary padding": f"{plan.padding:,} elements",
     }
-    yield str(source.folder)
-    yield from (f"  {name:<36}{value}" for name, value in what.items())
-    yield "Ranks"
-    yield from _rank_lines(_ranks(plan))
-    yield from (f"  {name} is not supported: {reason}" for name, reason in _unsupported(source))
-    yield "Where each tensor goes (* is the layer, then the expert; the letters are the axes of schema/param_mapping.py)"
-    for mapping in source.mappings:
-        for tensor in mapping.hf:
-            yield f"  {tensor.name} [{' x '.join(tensor.axes)}] -> {mapping.megatron} ({mapping.kind})"
-    yield from (
-        f"{_one(info)} -> passthrough: exported unchanged" for info in source.passthrough.values()
-    )
-    yield from (
-        f"{_one(info)} -> unexpected: no parameter mapping has this name"
-        for info in source.unexpected.values()
-    )
-    for name, shape in source.missing.items():
-        yield f"  {name} {list(shape)} -> missing: the model needs it"
 
 
-def _one(info: TensorInfo) -> str:
+def _described(info: TensorInfo) -> str:
     name = info.name if info.name.isprintable() else repr(info.name)  # it comes from a file
-    return f"  {name} {list(info.shape)} {info.dtype}, {info.file.name}"
+    return f"{name} {list(info.shape)} {info.dtype}, {info.file.name}"
 
 
 def _rank_lines(ranks: list[dict[str, Any]]) -> Iterator[str]:
-    """A line a rank, in columns."""
     lines = [["rank", "coordinates", "layers", "import reads", "parameters", "export writes"]]
-    for number, rank in enumerate(ranks[:_RANKS_SHOWN]):
-        place = " ".join(f"{axis}{rank[axis]}" for axis in ("tp", "pp", "ep", "etp"))
+    for number, rank in enumerate(ranks[:_MAX_RANKS_SHOWN]):
+        coordinates = " ".join(f"{axis}{rank[axis]}" for axis in ("tp", "pp", "ep", "etp"))
         layers = ", ".join(f"{chunk[0]}-{chunk[-1]}" for chunk in rank["layers"] if chunk)
-        sizes = (
-            f"{rank[what] / 1e6:,.1f} MB"
-            for what in ("read_bytes", "parameter_bytes", "written_bytes")
-        )
-        lines.append([str(number), place, layers, *sizes])
+        nbytes = (rank[key] for key in ("read_bytes", "parameter_bytes", "written_bytes"))
+        sizes = (f"{size / 1e6:,.1f} MB" for size in nbytes)
+        lines.append([str(number), coordinates, layers, *sizes])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-    if len(ranks) > _RANKS_SHOWN:
-        yield f"  ... and {len(ranks) - _RANKS_SHOWN} more (--json has all)"
+    if len(ranks) > _MAX_RANKS_SHOWN:
+        yield f"  ... and {len(ranks) - _MAX_RANKS_SHOWN} more (--json lists all)"
 
 
 def _moe(model_config: Any) -> tuple[bool, ...]:

@@ -829,7 +829,7 @@ VERIFY_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a type that is none": (["{source}", "--dtype", "int8"], ("--dtype is 'int8'", "'bfloat16'")),
     "a report in no folder": (
         ["{source}", "--report", "no/report.html"],
-        ("no/report.html", "a folder that is there"),
+        ("no/report.html", "a folder that exists"),
     ),
     "a folder for a report": (["{source}", "--json", "tmp"], ("output is 'tmp'",)),
 }

@@ -42,8 +42,7 @@ def test_demo_prints_one_table(megatron_bridge: Any, cli: Cli, tmp_path: Path) -
 def test_demo_ends_with_one_where_a_model_differs(
     megatron_bridge: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = {name: (EXAONE4, config) for name, config in EXAONE4.tiny.items()}
-    monkeypatch.setattr("exaone_bridge.cli.app.TINY_CONFIGS", two)
+    monkeypatch.setattr("exaone_bridge.cli.demo.TINY_CONFIGS", EXAONE4.tiny)
     run = cli("demo", "--tp", 1, "--pp", 1, "--backend", "torch")
     assert run.code == 1
     rows = {row[0]: row for row in mappings_of(run.out)}

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from exaone_bridge.cli.app import app
+from exaone_bridge.cli.arguments import make_parser
 from tests.helpers.cli import Cli
 
 COMMANDS = ["demo", "tiny", "inspect", "import", "export", "verify"]
@@ -31,16 +30,15 @@ def test_help_shows_an_example_that_parses(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     examples = re.findall(r"Example: (exaone-bridge .*?)\s*$", done.stdout, re.MULTILINE)
     assert examples
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for example in examples:
         _, name, *arguments = shlex.split(example)
         assert name == (command or name)
-        commands[name].make_context(name, arguments)  # raises on what it cannot parse
+        make_parser().parse_args([name, *arguments])  # raises UsageError on what it cannot parse
 
 
 def test_help_names_every_command(cli: Cli) -> None:
     run = cli("--help")
     assert run.code == 0
     assert [
-        command for command in COMMANDS if re.search(rf"^│ {command}\b", run.out, re.MULTILINE)
+        command for command in COMMANDS if re.search(rf"^    {command}\b", run.out, re.MULTILINE)
     ] == COMMANDS

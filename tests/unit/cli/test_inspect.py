@@ -31,14 +31,11 @@ def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
     assert (
         model_config["family"] == "exaone4"
         and model_config["sliding window"] == "8"
-        and model_config["heads"] == "4 / 2 x 24"
+        and model_config["heads / KV heads x head width"] == "4 / 2 x 24"
     )
     assert model_config["layers (L sliding-window, G full)"] == "LLLGLLLG"
     assert model_config["RoPE (R applied, - none)"] == "RRR-RRR-"
-    assert (
-        model_config["embeddings"] == "untied"
-        and model_config["layout"] == "TP1 x PP1 fits: 1 ranks"
-    )
+    assert model_config["embeddings"] == "untied" and model_config["layout"] == "TP1 x PP1, 1 ranks"
     tensors = tensors_of(tiny("exaone4"))
     count = sum(tensor.numel() for tensor in tensors.values())
     assert model_config["parameters"].startswith(f"{count:,} in {len(tensors)} tensors, float32")
@@ -59,7 +56,7 @@ def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
 def test_inspect_says_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 2, "--vpp", 4, "--sp")
     assert run.code == 0
-    assert model_config_of(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP fits: 8 ranks"
+    assert model_config_of(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP, 8 ranks"
 
 
 def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
@@ -81,7 +78,7 @@ def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
     )
     many = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 8).out
     assert (
-        "\n  ... and 16 more (--json has all)\n" in many
+        "\n  ... and 16 more (--json lists all)\n" in many
         and len(re.findall(r"^ +\d+  tp", many, re.MULTILINE)) == 16
     )
 

@@ -1,0 +1,276 @@
+"""The argument parser of all commands. It imports neither torch nor rich, so that parsing takes milliseconds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from exaone_bridge.errors import BridgeError
+from exaone_bridge.models import FAMILIES
+from exaone_bridge.schema.parallel_layout import Layout
+
+__all__ = ["TINY_CONFIGS", "UsageError", "layout_of", "make_parser"]
+
+TINY_CONFIGS = {name: config for family in FAMILIES for name, config in family.tiny.items()}
+
+_SIZES = {
+    "tp": "tensor-parallel size",
+    "pp": "pipeline-parallel size",
+    "vpp": "virtual pipeline stages per rank",
+    "ep": "expert-parallel size",
+    "etp": "expert tensor-parallel size",
+    "cp": "context-parallel size",
+}
+_MAX_WORKERS = 256
+
+
+class UsageError(BridgeError):
+    """An argument of the command line is unknown, missing or malformed."""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` lists the arguments.")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own hides a BrokenPipeError
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # raises BrokenPipeError here, where main() catches it
+        super().exit(status, message)
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of all commands; its Namespace names the command in `command`.
+
+    Its methods raise UsageError where argparse would exit with an error.
+    """
+    parser = _Parser(
+        prog="exaone-bridge",
+        description="Convert, inspect and verify EXAONE and ERNIE models, "
+        "between Hugging Face and Megatron-Core.",
+        epilog="Example: exaone-bridge demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
+    for add in (_add_demo, _add_tiny, _add_inspect, _add_import, _add_export, _add_verify):
+        add(commands)
+    return parser
+
+
+def layout_of(options: Namespace) -> Layout:
+    """Return the parallel layout of the options.
+
+    Raises:
+        UnsupportedLayout: the sizes contradict each other.
+    """
+    given = {name: getattr(options, name) for name in (*_SIZES, "sp") if hasattr(options, name)}
+    return Layout(**given)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: ArgumentParser, *_: object) -> None:
+        from exaone_bridge import __version__
+
+        print(__version__)
+        parser.exit()
+
+
+def _command(commands: Any, name: str, description: str, example: str) -> ArgumentParser:
+    parser: ArgumentParser = commands.add_parser(
+        name,
+        help=description.partition(".")[0],
+        description=description,
+        epilog=f"Example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "Convert tiny random models to Megatron-Core and back, and verify them.",
+        "exaone-bridge demo",
+    )
+    _add_layout(parser, tp=2, pp=2, vpp=1, ep=2)
+    _add_backend(parser)
+
+
+def _add_tiny(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "tiny",
+        "Write a tiny random checkpoint with the topology of a published model.",
+        "exaone-bridge tiny exaone4 /tmp/tiny --set num_hidden_layers=4 --set dtype=bfloat16",
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(TINY_CONFIGS)}")
+    _add_path(parser, "folder", "FOLDER", "output; must not exist")
+    parser.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a field of config.json; dots reach nested fields, the value is JSON (repeatable)",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the weights")
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "Describe a checkpoint: its config, its parameter mapping, its parallel layout.\n\n"
+        "Reads no tensor data. Lists unexpected, passthrough and missing tensors, and exits\n"
+        "with 2 where `import` would reject the checkpoint.",
+        "exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4",
+    )
+    _add_path(parser, "folder", "FOLDER", "a Hugging Face folder")
+    _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_import(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "import",
+        "Convert a Hugging Face folder to a Megatron checkpoint (torch_dist).\n\n"
+        "The checkpoint loads at any layout; its run_config.yaml records the one given here.",
+        "exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2",
+    )
+    _add_path(parser, "source", "HF_FOLDER", "a Hugging Face folder")
+    _add_path(parser, "target", "MEGATRON_FOLDER", "output; must not exist")
+    _add_layout(parser, tp=1, pp=1, vpp=1, ep=1, etp=None)
+    _add_backend(parser)
+    _add_conversion(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "Convert a Megatron checkpoint of any layout to a Hugging Face folder.\n\n"
+        "Needs the checkpoint alone. The same command resumes an interrupted export.",
+        "exaone-bridge export /checkpoints/exaone /models/exported",
+    )
+    _add_path(parser, "source", "MEGATRON_FOLDER", "a Megatron-Bridge checkpoint")
+    _add_path(parser, "target", "HF_FOLDER", "output; must not exist")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="re-shard the safetensors files, such as 5GB (default: the shards of the source)",
+    )
+    parser.add_argument(
+        "--drop-passthrough", action="store_true", help="leave out passthrough tensors"
+    )
+    _add_conversion(parser)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "Verify the round trip through Megatron-Core, and logits against Transformers.\n\n"
+        "With OTHER, compare two models. Thresholds are derived, not configured.",
+        "exaone-bridge verify /tmp/tiny --tp 2 --pp 2 --report /tmp/report.html",
+    )
+    model = "a Hugging Face folder or a Megatron checkpoint"
+    _add_path(parser, "source", "SOURCE", model, nargs="?")
+    _add_path(
+        parser, "other", "OTHER", f"{model} (default: SOURCE after its round trip)", nargs="?"
+    )
+    _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
+    _add_backend(parser)
+    checks = parser.add_argument_group("checks")
+    flag: dict[str, Any] = {"action": "store_true"}
+    checks.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
+    checks.add_argument("--quick", help="one prompt of each length, no generation", **flag)
+    checks.add_argument(
+        "--count", metavar="N", type=_positive, default=3, help="number of long prompts"
+    )
+    checks.add_argument(
+        "--length",
+        metavar="N",
+        type=_positive,
+        help="tokens of a long prompt (default: more than the sliding window)",
+    )
+    checks.add_argument("--seed", metavar="N", type=_not_negative, default=0, help="of the prompts")
+    checks.add_argument("--gradients", help="also compare the gradients of one step", **flag)
+    checks.add_argument(
+        "--mtp", help="build multi-token prediction; otherwise its tensors are passthrough", **flag
+    )
+    checks.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="run layer by layer (default: above 2 GiB of weights in fp32)",
+    )
+    checks.add_argument(
+        "--self-test", help="inject faults into tiny models; show that each is caught", **flag
+    )
+    outputs = parser.add_argument_group("outputs")
+    for name, what in (("json", "as JSON"), ("report", "as one HTML file")):
+        outputs.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"the report {what}")
+    outputs.add_argument(
+        "--card", metavar="FILE", type=Path, help="a model card (Markdown), written or extended"
+    )
+    outputs.add_argument("--name", help="the model's name in the card (default: SOURCE)")
+    outputs.add_argument("--note", default="", help="a sentence for the card")
+
+
+def _add_path(parser: ArgumentParser, name: str, metavar: str, what: str, **more: Any) -> None:
+    parser.add_argument(name, metavar=metavar, type=Path, help=what, **more)
+
+
+def _add_layout(parser: ArgumentParser, **defaults: int | None) -> None:
+    group = parser.add_argument_group("parallel layout")
+    for name, default in defaults.items():
+        if name == "sp":
+            group.add_argument("--sp", action="store_true", help="sequence parallelism over TP")
+            continue
+        text = f"{_SIZES[name]} (default: {'that of --tp' if default is None else default})"
+        group.add_argument(f"--{name}", metavar="N", type=_positive, default=default, help=text)
+
+
+def _add_backend(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", default="auto", help="auto (default), transformer_engine or torch"
+    )
+
+
+def _add_conversion(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_workers,
+        default=1,
+        help="processes, each with one or two tensors in memory (default: 1)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+
+
+def _positive(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _workers(text: str) -> int:
+    return _whole_number(text, 1, _MAX_WORKERS)
+
+
+def _whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
+    value = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+    return value

@@ -1,0 +1,73 @@
+"""The command `tiny`: a tiny random checkpoint. Bad arguments are rejected before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.cli.arguments import TINY_CONFIGS
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.schema.hf_config import language_config
+
+__all__ = ["tiny"]
+
+
+def tiny(model: str, folder: Path, settings: list[str], seed: int) -> None:
+    """Write a tiny random checkpoint.
+
+    Args:
+        model: one of TINY_CONFIGS.
+        folder: the output; must not exist.
+        settings: changes of config.json, each `field=value` with the value as JSON.
+        seed: of the weights.
+
+    Raises:
+        UnsupportedConfig: there is no such model, seed or field, or the config makes no model.
+        CheckpointError: the folder exists, or cannot be made.
+    """
+    if model not in TINY_CONFIGS:
+        raise _rejected("family", model, known=tuple(TINY_CONFIGS))
+    if not 0 <= seed < 2**63:
+        raise _rejected("--seed", seed, wanted="from 0 to 2^63 - 1")
+    config = _with_settings(TINY_CONFIGS[model], settings)
+    from exaone_bridge.checkpoint.hf.tiny import write_random
+    from exaone_bridge.cli.show import say
+
+    write_random(folder, config, seed=seed)
+    say(f"{folder}: {language_config(config)['num_hidden_layers']} layers, {config['dtype']}")
+
+
+def _rejected(field: str, got: object, **expected: Any) -> UnsupportedConfig:
+    return UnsupportedConfig(field, got=got, where="command line", **expected)
+
+
+def _with_settings(config: Mapping[str, Any], settings: list[str]) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(config))  # a deep copy
+    names = set()
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *outer, field = path.split(".")
+        if not equals or not field:
+            raise _rejected("--set", setting, wanted="field=value")
+        target: Any = changed
+        for name in outer:
+            if not isinstance(target := target.get(name), dict):
+                wanted = "a field of config.json, with dots between nested names"
+                raise _rejected("--set", setting, wanted=wanted)
+        try:
+            target[field] = json.loads(text)
+        except ValueError:
+            target[field] = text  # a string without quotes, such as dtype=bfloat16
+        names.add(field)
+    if names == {"dtype"}:  # one dtype for the language model and the vision encoder
+        for nested in changed.values():
+            if isinstance(nested, dict) and "dtype" in nested:
+                nested["dtype"] = changed["dtype"]
+    language = language_config(changed)
+    layers, types = language.get("num_hidden_layers"), language.get("layer_types")
+    only_layers = "num_hidden_layers" in names and "layer_types" not in names
+    if only_layers and isinstance(layers, int) and types:  # repeat or truncate the layer pattern
+        language["layer_types"] = (types * max(1, layers))[: max(0, layers)]
+    return changed
