@@ -61,7 +61,7 @@ def main() -> None:
     layout = Layout(tp=options.tp, pp=options.pp, ep=options.ep)
     (in_memory if under_torchrun else on_disk)(options.hf_folder, options.output, layout)
     if os.environ.get("RANK", "0") == "0":
-        print(compare_tensors(options.hf_folder, options.output / "exported").figure)
+        print(compare_tensors(options.hf_folder, options.output / "exported").summary)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def references(_seen: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> No
     first = ForkLauncher.first
 
     def once(launcher: ForkLauncher, fn: Any, *args: Any, **options: Any) -> Any:
-        if fn is not module.run_theirs:
+        if fn is not module.run_transformers:
             return first(launcher, fn, *args, **options)
         folder, job = args
         key = pickle.dumps((folder, dataclasses.replace(job, layout=Layout(), backend="")))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.bridge.registration import register, register_when_imported, supported
 from exaone_bridge.patches.import_guard import guard_imports
-from exaone_bridge.verification import verify_model as verify
+from exaone_bridge.verification import verify
 
 if TYPE_CHECKING:
     from exaone_bridge.bridge.ernie45 import Ernie45Bridge

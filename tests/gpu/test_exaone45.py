@@ -175,7 +175,7 @@ def test_megatron_checkpoint_changes_backend(
     loaded = load_megatron(bridge, tmp_path / "megatron", Layout(), backend=read)
     bridge.save_hf_pretrained(loaded, tmp_path / "exported", show_progress=False)
     check = compare_tensors(folder, tmp_path / "exported")
-    assert check.passed, check.where
+    assert check.passed, check.details
     tokens, images = image_prompts(read_hf_config(CONFIG | wide45()), 2, seed=5)
     first, second = (forward_logits(model, tokens, images)[0] for model in (saved, loaded))
     assert first is not None and second is not None and (first - second).abs().max() <= 1e-3

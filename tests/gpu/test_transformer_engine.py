@@ -113,7 +113,7 @@ def test_megatron_checkpoint_changes_backend(
     ]
     bridge.save_hf_pretrained(loaded, tmp_path / "exported", show_progress=False)
     check = compare_tensors(folder, tmp_path / "exported")
-    assert check.passed, check.where
+    assert check.passed, check.details
     tokens = prompts(512, 1, 200)
     first, second = (forward_logits(model, tokens)[0] for model in (saved, loaded))
     assert (first - second).abs().max() <= 1e-3

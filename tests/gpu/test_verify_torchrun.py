@@ -1,4 +1,4 @@
-"""`torchrun -m exaone_bridge verify` on two GPUs, NCCL and Transformer Engine: each line's verdict, exit codes, faults.
+"""`torchrun -m exaone_bridge verify` on two GPUs, NCCL and Transformer Engine: each check's status, exit codes, faults.
 
 Three starts of torchrun, all at once: the command itself; the command with one weight altered; and one whose processes
 run the command once for each of the other cases.
@@ -24,7 +24,7 @@ CP2 = ("--cp", "2", "--dtype", "bfloat16")
 
 
 def _cases() -> list[dict[str, Any]]:
-    """Name, options, and what must be said: of each check its verdict, where it is not that it holds.
+    """Name, options, and what must be said: the status of each check that does not pass.
 
     Also whether the model is verified as a Megatron checkpoint.
     """
@@ -37,17 +37,17 @@ def _cases() -> list[dict[str, Any]]:
         {
             "name": "exaone4",
             "options": ("--pp", "2", "--stream"),
-            "verdicts": {"generation": "not run"},
+            "statuses": {"generation": "not run"},
         }
     )
     cases.append({"name": "ernie45", "options": ("--ep", "2", "--quick")})
-    differs = {"tensors": "differs", "logits": "differs"}
+    differs = {"tensors": "failed", "logits": "failed"}
     cases.append(
         {
             "name": "exaone4",
             "options": (*CP2, "--quick"),
             "fault": "one-projection",
-            "verdicts": differs,
+            "statuses": differs,
             "code": 1,
         }
     )
@@ -136,29 +136,29 @@ def _said(work: Path, name: str) -> str:
     )
 
 
-def _verdicts(report: Path) -> dict[str, str]:
-    return {check["name"]: check["verdict"] for check in json.loads(report.read_text())["checks"]}
+def _statuses(report: Path) -> dict[str, str]:
+    return {check["name"]: check["status"] for check in json.loads(report.read_text())["checks"]}
 
 
 def test_the_command_holds(work: Path) -> None:
     """Exit code 0; the first rank alone prints, one table."""
     assert (work / "right.code").read_text() == "0", _said(work, "right")
-    assert _verdicts(work / "right.json") == dict.fromkeys(CHECKS, "holds")
+    assert _statuses(work / "right.json") == dict.fromkeys(CHECKS, "passed")
     printed = (work / "right.out").read_text()
     print(printed)
-    assert printed.count("held against") == 1 and printed.count("importing Megatron-Core") == 1
+    assert printed.count("threshold") == 1 and printed.count("importing Megatron-Core") == 1
     assert "initializing..." not in printed
 
 
 def test_one_weight_altered(work: Path) -> None:
     """On the second rank, one number of one linear: exit code 1, the report is written whole, and says where."""
     assert (work / "fault.code").read_text() == "1", _said(work, "fault")
-    expected = dict.fromkeys(CHECKS, "holds") | {"tensors": "differs", "logits": "differs"}
+    expected = dict.fromkeys(CHECKS, "passed") | {"tensors": "failed", "logits": "failed"}
     report = json.loads((work / "fault.json").read_text())
-    assert _verdicts(work / "fault.json") in (expected, expected | {"generation": "differs"})
-    assert (report["location"]["layer"], report["location"]["sublayer"]) == (2, "attention")
+    assert _statuses(work / "fault.json") in (expected, expected | {"generation": "failed"})
+    assert (report["divergence"]["layer"], report["divergence"]["sublayer"]) == (2, "attention")
     said = (work / "fault.err").read_text()
-    assert said.count("hidden states part at layer 2, attention") == 1, _said(work, "fault")
+    assert said.count("hidden states diverge at layer 2, attention") == 1, _said(work, "fault")
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: CASES[number]["id"])
@@ -178,16 +178,16 @@ def test_every_case(work: Path, number: int) -> None:
     wanted = {"tensors", "config", "files", "logits"}
     wanted |= set() if "--quick" in case["options"] else {"generation"}
     wanted |= {"gradients"} if "--gradients" in case["options"] else set()
-    assert _verdicts(work / f"{number}.json") == dict.fromkeys(wanted, "holds") | case.get(
-        "verdicts", {}
+    assert _statuses(work / f"{number}.json") == dict.fromkeys(wanted, "passed") | case.get(
+        "statuses", {}
     )
     logits = next(check for check in report["checks"] if check["name"] == "logits")
     print(
         case["id"],
         f"{report['seconds']:.1f} s:",
-        logits["figure"],
-        "; held against",
-        logits["bound"],
+        logits["summary"],
+        "; threshold",
+        logits["threshold"],
     )
 
 

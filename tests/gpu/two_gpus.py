@@ -106,7 +106,7 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     bridge.save_hf_pretrained(model, exported, show_progress=False)
     dist.barrier()
     check = compare_tensors(folder, exported)
-    return result | {"bitwise": bool(check.passed), "where": str(check.where)}
+    return result | {"bitwise": bool(check.passed), "where": str(check.details)}
 
 
 def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:

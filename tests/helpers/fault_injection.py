@@ -80,4 +80,4 @@ def assert_caught(folder: Path, layer: int) -> None:
     assert not report.passed
     assert not next(check for check in report.checks if check.name == "logits").passed
     assert report.max_logit_difference > 1e-3  # no fault hides near the tolerance
-    assert report.first_differing_layer == str(layer)
+    assert report.first_diverging_layer == str(layer)

@@ -13,7 +13,7 @@ from exaone_bridge.verification.workflow.verify import verify
 def assert_passes(folder: Path, layout: Layout, asked: VerifyOptions = VerifyOptions()) -> Report:
     """Tensors, configuration and files bitwise, and every position's logits within 1e-4 of Transformers'."""
     report = verify(folder, layout, asked)
-    assert report.passed, report.faults()
+    assert report.passed, report.failures()
     assert len(report.checks) == 4
     assert report.max_logit_difference <= 1e-4
     return report

@@ -43,9 +43,9 @@ if __name__ == "__main__":
     peaks = [base]
     threading.Thread(target=watch, daemon=True).start()
     report = exaone_bridge.verify(sys.argv[1], count=1, length=64, generation=False)
-    checks = {check.name: [check.holds, check.figure, check.bound] for check in report.checks}
+    checks = {check.name: [check.passed, check.summary, check.threshold] for check in report.checks}
     found = {"above_gib": peaks[0] - base, "interpreter_gib": base, "seconds": report.seconds, "checks": checks}
-    found |= {"difference": report.max_logit_difference, "faults": report.faults(), "setup": dict(report.setup)}
+    found |= {"difference": report.max_logit_difference, "faults": report.failures(), "setup": dict(report.setup)}
     print(json.dumps(found))
 """
 

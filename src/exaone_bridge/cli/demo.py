@@ -56,15 +56,15 @@ def demo(layout: Layout, backend: str) -> None:
                 f"{report.parameters:,}",
                 report.layout,
                 f"{report.max_logit_difference:.1e}",
-                report.first_differing_layer,
-                "bitwise equal" if report.round_trip else "FAILED",
+                report.first_diverging_layer,
+                "bitwise equal" if report.round_trip_passed else "FAILED",
                 f"{report.seconds:.1f}",
             ]
             for report in reports
         ],
     )
     if not all(report.passed for report in reports):
-        raise ParityFailure("\n".join(report.faults() for report in reports))
+        raise ParityFailure("\n".join(report.failures() for report in reports))
 
 
 def _fit(config: dict[str, Any], layout: Layout) -> tuple[dict[str, Any], Layout]:

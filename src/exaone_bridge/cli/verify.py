@@ -34,12 +34,12 @@ def verify(options: Namespace, layout: Layout) -> None:
         raise UnsupportedConfig("SOURCE", got=None, wanted=wanted, where="command line")
     _check_outputs(options.json, options.report, options.card)
     from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
-    from exaone_bridge.verification import verify_model
+    from exaone_bridge.verification import verify as run_verification
 
     with choose_launcher(layout.ranks) as launcher:
         with stages("verify", shown=is_rank_zero()) as progress:
             progress.stage("importing Megatron-Core (half a minute)")
-            report = verify_model(
+            report = run_verification(
                 options.source,
                 options.other,
                 layout=layout,
@@ -60,7 +60,7 @@ def verify(options: Namespace, layout: Layout) -> None:
             _write(report, options)
             print_report(report)
     if not report.passed:
-        raise ParityFailure(report.faults() if is_rank_zero() else "")
+        raise ParityFailure(report.failures() if is_rank_zero() else "")
 
 
 def _write(report: Report, options: Namespace) -> None:
@@ -89,20 +89,20 @@ def print_report(report: Report) -> None:
     name = report.source if report.other is None else f"{report.source} against {report.other}"
     table(
         f"{name}, {report.parameters:,} parameters, {report.layout}, {report.dtype}, {report.seconds:.1f} s",
-        ["check", "figure", "held against", "verdict"],
+        ["check", "summary", "threshold", "status"],
         [
             [
                 check.name,
-                check.figure,
-                check.bound,
-                check.verdict.upper() if not check.passed else check.verdict.value,
+                check.summary,
+                check.threshold,
+                check.status.upper() if not check.passed else check.status.value,
             ]
             for check in report.checks
         ],
     )
     for check in report.checks:
         if not check.ran:
-            say(f"{check.name} was not run: {check.where}.")
+            say(f"{check.name} was not run: {check.details}.")
 
 
 def _self_test(json_: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Verification of a model: `exaone_bridge.verify` is the function `verify_model`. No torch until the call."""
+"""Verification of a model: `exaone_bridge.verify` is the function `verify`. No torch until the call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from exaone_bridge.runtime.launch import Launcher
     from exaone_bridge.verification.report.report import Report
 
-__all__ = ["verify_model"]
+__all__ = ["verify"]
 
 
-def verify_model(
+def verify(
     source: str | Path,
     other: str | Path | None = None,
     *,
@@ -54,7 +54,7 @@ def verify_model(
         progress: is told of each stage.
 
     Returns:
-        The report; `report.holds` says whether every check does. Nothing is raised for a difference.
+        The report; `report.passed` says whether every check does. Nothing is raised for a difference.
 
     Raises:
         BridgeError: bad input.
@@ -62,12 +62,12 @@ def verify_model(
     Example:
         >>> import exaone_bridge
         >>> report = exaone_bridge.verify("/models/EXAONE-4.0-1.2B")
-        >>> assert report.holds, report.faults()
+        >>> assert report.passed, report.failures()
     """
     from exaone_bridge.runtime.launch import choose_launcher
     from exaone_bridge.verification.workflow.compare import compare, is_megatron, verify_megatron
     from exaone_bridge.verification.workflow.job import VerifyOptions
-    from exaone_bridge.verification.workflow.layerwise import streams, verify_streaming
+    from exaone_bridge.verification.workflow.layerwise import is_layerwise, verify_layerwise
     from exaone_bridge.verification.workflow.verify import verify
 
     source = Path(source)
@@ -91,8 +91,8 @@ def verify_model(
         report = compare(source, Path(other), layout, asked, launcher, progress=progress)
     elif is_megatron(source):
         report = verify_megatron(source, layout, asked, launcher, progress=progress)
-    elif streams(source, stream):
-        report = verify_streaming(source, layout, asked, launcher, progress=progress)
+    elif is_layerwise(source, stream):
+        report = verify_layerwise(source, layout, asked, launcher, progress=progress)
     else:
         report = verify(source, layout, asked, launcher, progress=progress)
     return dataclasses.replace(report, command=command)

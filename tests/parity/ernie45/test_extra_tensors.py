@@ -47,7 +47,7 @@ def test_export_from_the_checkpoint_alone(
     export_checkpoint(imported, exported, workers=workers)
     assert len(_mtp(exported)) == 12
     for check in (compare_tensors(source, exported), compare_files(source, exported)):
-        assert check.passed, check.where
+        assert check.passed, check.details
     plain = read_json(source / "config.json")
     for field in (
         "moe_num_experts",

@@ -165,8 +165,8 @@ def test_verify_tells_where(
     failing = ["tensors", "logits"] if fault in OF_WEIGHTS else ["logits"]
     assert [
         check.name for check in report.checks if not check.passed
-    ] == failing and report.location is not None
+    ] == failing and report.divergence is not None
     sublayer, module = BEGINS[fault]
-    assert report.location.sublayer == f"vision {sublayer}"
-    assert report.location.name == ".".join(filter(None, ["model.visual", module]))
-    assert f"hidden states part at vision {sublayer} (" in report.faults()
+    assert report.divergence.sublayer == f"vision {sublayer}"
+    assert report.divergence.name == ".".join(filter(None, ["model.visual", module]))
+    assert f"hidden states diverge at vision {sublayer} (" in report.failures()

@@ -27,7 +27,7 @@ from exaone_bridge.verification.checks.folders import (
     compare_tensors,
 )
 from exaone_bridge.verification.workflow.job import VerifyOptions
-from exaone_bridge.verification.workflow.layerwise import verify_streaming
+from exaone_bridge.verification.workflow.layerwise import verify_layerwise
 from exaone_bridge.verification.workflow.verify import verify
 from tests.helpers.exaone45_cases import CONFIG, LAYOUTS, changed
 from tests.helpers.parity import assert_passes
@@ -95,7 +95,7 @@ def test_import_and_export(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> N
             read_json(source / "config.json"), read_json(tmp_path / "exported/config.json")
         ),
     )
-    assert all(check.passed for check in checks), [check.where for check in checks]
+    assert all(check.passed for check in checks), [check.details for check in checks]
     assert (tmp_path / "exported/preprocessor_config.json").is_file()
 
 
@@ -118,7 +118,7 @@ def test_megatron_core_loads_what_import_wrote(
     import_checkpoint(source, tmp_path / "megatron", Layout())
     ForkLauncher(4).all(_exported_from, tmp_path / "megatron", source, tmp_path / "exported")
     check = compare_tensors(source, tmp_path / "exported")
-    assert check.passed, check.where
+    assert check.passed, check.details
 
 
 def _logits_of_batch(
@@ -194,10 +194,10 @@ def test_context_parallelism_cuts_whole_sequences(megatron_bridge: Any, tiny: An
 def test_all_that_verify_can_check(megatron_bridge: Any, tiny: Any, streaming: bool) -> None:
     """Generation and gradients too; and a layer at a time."""
     if streaming:
-        report = verify_streaming(tiny("exaone45"), Layout(tp=2))
+        report = verify_layerwise(tiny("exaone45"), Layout(tp=2))
     else:
         report = verify(tiny("exaone45"), Layout(), VerifyOptions(generation=True, gradients=True))
-    assert report.passed, report.faults()
+    assert report.passed, report.failures()
 
 
 def _refused(folder: Path, cases: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> list[str]:

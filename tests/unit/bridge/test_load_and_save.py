@@ -110,9 +110,9 @@ def test_loads_and_exports_are_the_hosts(
     assert all(count > 8 for count, _, _ in results)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generic", "planned"]
     same = compare_tensors(tmp_path / "generic", tmp_path / "planned")
-    assert same.passed, same.where
+    assert same.passed, same.details
     files = compare_files(source, tmp_path / "planned")
-    assert files.passed, files.where
+    assert files.passed, files.details
     if dtype is None:
         assert compare_tensors(source, tmp_path / "planned").passed
 

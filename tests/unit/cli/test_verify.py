@@ -35,10 +35,10 @@ def test_verify_holds(
     run = cli("verify", tiny(name), "--quick", *layout)
     assert (run.code, run.err) == (0, "")
     assert [(row[0], row[3]) for row in mappings_of(run.out)[1:]] == [
-        ("tensors", "holds"),
-        ("config", "holds"),
-        ("files", "holds"),
-        ("logits", "holds"),
+        ("tensors", "passed"),
+        ("config", "passed"),
+        ("files", "passed"),
+        ("logits", "passed"),
     ]
     figures = {row[0]: row[1] for row in mappings_of(run.out)}
     assert figures["tensors"] == f"{len(tensors_of(tiny(name)))} tensors bitwise equal"
@@ -73,11 +73,11 @@ def test_verify_sees_a_window_off_by_one(
     monkeypatch.setattr(provider, "megatron_window", one_more)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1
-    verdicts = {row[0]: row[3] for row in mappings_of(run.out)[1:]}
-    assert verdicts["tensors"] == verdicts["files"] == "holds" and verdicts["logits"] == "FAILED"
+    statuses = {row[0]: row[3] for row in mappings_of(run.out)[1:]}
+    assert statuses["tensors"] == statuses["files"] == "passed" and statuses["logits"] == "FAILED"
     assert (
         "exaone4: logits: max |difference| " in run.err
-        and "hidden states part at layer 0" in run.err
+        and "hidden states diverge at layer 0" in run.err
     )
 
 
@@ -88,10 +88,10 @@ def test_verify_names_the_layer_that_differs_first(
 ) -> None:
     run = cli("verify", tiny("exaone4"), *layout, "--quick", "--backend", "torch")
     assert run.code == 1
-    assert [row[3] for row in mappings_of(run.out)[1:]] == ["holds", "holds", "holds", "FAILED"]
+    assert [row[3] for row in mappings_of(run.out)[1:]] == ["passed", "passed", "passed", "FAILED"]
     assert (
         run.err.startswith("exaone4: logits: ")
-        and "hidden states part at layer 2, attention" in run.err
+        and "hidden states diverge at layer 2, attention" in run.err
     )
     assert len(run.err.splitlines()) == 2 and "usual causes: RoPE" in run.err
 

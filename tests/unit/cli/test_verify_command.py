@@ -19,8 +19,8 @@ import pytest
 Cli = Callable[..., Any]
 
 
-def verdicts(path: Path) -> dict[str, str]:
-    return {check["name"]: check["verdict"] for check in json.loads(path.read_text())["checks"]}
+def statuses(path: Path) -> dict[str, str]:
+    return {check["name"]: check["status"] for check in json.loads(path.read_text())["checks"]}
 
 
 def test_a_report_is_written_whatever_the_verdict(
@@ -43,21 +43,21 @@ def test_a_report_is_written_whatever_the_verdict(
         "A copy.",
     ]
     run = cli("verify", tiny("exaone4"), "other", "--quick", *outputs)
-    assert run.code == 1 and "hidden states part at layer 0, attention" in run.err
+    assert run.code == 1 and "hidden states diverge at layer 0, attention" in run.err
     data = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(
         data,
         json.loads((files("exaone_bridge.verification.report") / "report.schema.json").read_text()),
     )
-    assert data["location"]["sublayer"] == "attention" and data["location"]["layer"] == 0
+    assert data["divergence"]["sublayer"] == "attention" and data["divergence"]["layer"] == 0
     assert data["command"].startswith("exaone-bridge verify ") and data["command"].endswith(
         "--note 'A copy.'"
     )
-    assert verdicts(tmp_path / "r.json") == {
-        "tensors": "holds",
-        "config": "differs",
-        "files": "holds",
-        "logits": "differs",
+    assert statuses(tmp_path / "r.json") == {
+        "tensors": "passed",
+        "config": "failed",
+        "files": "passed",
+        "logits": "failed",
     }
     page = (tmp_path / "r.html").read_text()
     assert "sliding_window: 8, then 9" in page and "data:image/png;base64," in page
@@ -71,8 +71,8 @@ def test_a_megatron_checkpoint_alone(
     """Its own weights, loaded at another layout than it was written at."""
     run = cli("verify", megatron_folder, "--tp", 2, "--quick", "--json", "r.json")
     assert (run.code, run.err) == (0, "")
-    assert verdicts(tmp_path / "r.json") == dict.fromkeys(
-        ("tensors", "config", "files", "logits"), "holds"
+    assert statuses(tmp_path / "r.json") == dict.fromkeys(
+        ("tensors", "config", "files", "logits"), "passed"
     )
 
 
@@ -81,11 +81,12 @@ def test_a_megatron_checkpoint_against_its_source(
 ) -> None:
     run = cli("verify", sharded, megatron_folder, "--json", "r.json")
     assert (run.code, run.err) == (0, "")
-    assert set(verdicts(tmp_path / "r.json").values()) == {"holds"}
+    assert set(statuses(tmp_path / "r.json").values()) == {"passed"}
     assert (
         0
         < max(
-            place["difference"] for place in json.loads((tmp_path / "r.json").read_text())["places"]
+            place["difference"]
+            for place in json.loads((tmp_path / "r.json").read_text())["activations"]
         )
         < 1e-5
     )
@@ -96,13 +97,13 @@ def test_a_megatron_checkpoint_against_another_model(
 ) -> None:
     run = cli("verify", tiny("exaone4", seed=1), megatron_folder, "--quick", "--json", "r.json")
     assert run.code == 1
-    assert verdicts(tmp_path / "r.json") == {
-        "tensors": "differs",
-        "config": "holds",
-        "files": "holds",
-        "logits": "differs",
+    assert statuses(tmp_path / "r.json") == {
+        "tensors": "failed",
+        "config": "passed",
+        "files": "passed",
+        "logits": "failed",
     }
-    assert json.loads((tmp_path / "r.json").read_text())["location"]["sublayer"] == "embedding"
+    assert json.loads((tmp_path / "r.json").read_text())["divergence"]["sublayer"] == "embedding"
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -95,7 +95,7 @@ def _assert_same(source: Path, exported: Path) -> None:
         compare_tensors(source, exported),
         compare_configs(read_json(source / "config.json"), read_json(exported / "config.json")),
     ):
-        assert check.passed, f"{check.name}: {check.where}"
+        assert check.passed, f"{check.name}: {check.details}"
 
 
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b", "ernie45-300b", "ernie45-dense"])
@@ -108,7 +108,7 @@ def test_import_ckpt_and_export_ckpt(
     _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
     _assert_same(source, tmp_path / "exported")
     files = compare_files(source, tmp_path / "exported")
-    assert files.passed, files.where
+    assert files.passed, files.details
     _alone(_from_auto_config, tmp_path / "megatron", source, tmp_path / "config.json")
     assert compare_configs(
         read_json(source / "config.json"), read_json(tmp_path / "config.json")

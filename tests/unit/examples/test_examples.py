@@ -78,7 +78,7 @@ def test_train(tiny: Any, tmp_path: Path) -> None:
     assert losses[1] < losses[0]
     check = compare_tensors(folder, tmp_path / "out")
     assert not check.passed
-    assert check.figure == "68 of 68 tensors differ"
+    assert check.summary == "68 of 68 tensors differ"
 
 
 def test_images(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_tensor_that_differs_is_named(name: str, pair: tuple[Path, Path]) -> N
 def test_many_faults_are_counted_and_a_few_named(pair: tuple[Path, Path]) -> None:
     change(pair[1], lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
     check = compare_tensors(*pair)
-    assert check.figure == "91 of 91 tensors differ" and len(check.where.split("; ")) == 5
+    assert check.summary == "91 of 91 tensors differ" and len(check.details.split("; ")) == 5
 
 
 def test_tensors_that_cannot_be_read_are_bad_input(pair: tuple[Path, Path]) -> None:
@@ -235,7 +235,7 @@ def test_equal_configs_hold_in_any_order(config: dict[str, Any]) -> None:
     check = compare_configs(config, shuffled)
     assert (
         check.passed
-        and check.figure == f"{len(config.keys() - {'transformers_version'})} keys equal"
+        and check.summary == f"{len(config.keys() - {'transformers_version'})} keys equal"
     )
 
 

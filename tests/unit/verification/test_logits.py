@@ -10,17 +10,17 @@ import torch
 from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.verification.activations.capture import Activations, routing_weights
 from exaone_bridge.verification.activations.locate import CAUSES, locate
-from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, points_of
+from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, probe_points
 from exaone_bridge.verification.checks.logits import (
+    compare_activations,
     compare_half_precision,
     compare_logits,
-    places_of,
     prompts,
 )
-from exaone_bridge.verification.checks.precision import CEILING, UNIT_ROUNDOFF, Rounding
+from exaone_bridge.verification.checks.precision import CEILING, UNIT_ROUNDOFF, RoundingModel
 from exaone_bridge.verification.report.report import ActivationDiff
 from exaone_bridge.verification.workflow.job import prompt_length
-from exaone_bridge.verification.workflow.transformers import load, run_reference
+from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
 NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 
@@ -35,17 +35,17 @@ def copy_of(run: Activations) -> Activations:
 def run(tiny: Any) -> tuple[Any, tuple[Any, ...], Activations]:
     """Facts, points and Transformers' run of the hybrid miniature."""
     source = open_source(tiny("exaone4"))
-    points = points_of(source.mappings)
+    points = probe_points(source.mappings)
     return (
         source.model_config,
         points,
-        run_reference(load(source.folder, torch.float32), points, prompts(387, 2, 21)),
+        capture_transformers(load(source.folder, torch.float32), points, prompts(387, 2, 21)),
     )
 
 
 def places(run: Any, ours: Activations) -> tuple[ActivationDiff, ...]:
     model_config, points, reference = run
-    return places_of(points, [reference], [ours], model_config)
+    return compare_activations(points, [reference], [ours], model_config)
 
 
 # --- places ---------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_every_place_of_every_layer_is_on_both_sides(
     from exaone_bridge.runtime.fork import ForkLauncher
 
     source = open_source(tiny(name))
-    points = points_of(source.mappings)
+    points = probe_points(source.mappings)
     found = ForkLauncher(1).all(_seen_by_megatron, source.folder, points)[0]
     modules = dict(load(source.folder, torch.float32).named_modules())
     assert {point.hf for point in points} == found
@@ -78,10 +78,10 @@ def _seen_by_megatron(folder: Any, points: Any) -> set[str]:
 
     from exaone_bridge.runtime.model import build
     from exaone_bridge.schema.parallel_layout import Layout
-    from exaone_bridge.verification.workflow.megatron import run_ours
+    from exaone_bridge.verification.workflow.megatron import capture_megatron
 
     return set(
-        run_ours(
+        capture_megatron(
             build(AutoBridge.from_hf_pretrained(folder), Layout()), points, prompts(387, 1, 5)
         ).values
     )
@@ -95,9 +95,9 @@ def test_equal_sides_part_nowhere(run: Any) -> None:
     check = compare_logits([run[2]], [copy_of(run[2])], found)
     assert (
         check.passed
-        and check.values["max"] == 0
-        and check.values["top1"] == 1
-        and check.values["positions"] == 42
+        and check.metrics["max"] == 0
+        and check.metrics["top1"] == 1
+        and check.metrics["positions"] == 42
     )
 
 
@@ -133,7 +133,7 @@ def test_the_first_place_is_the_first_of_the_arithmetic(run: Any) -> None:
     assert location is not None and (location.layer, location.sublayer) == (2, "norm")
     assert (
         str(location)
-        == "hidden states part at layer 2, norm (model.layers.2.post_attention_layernorm)"
+        == "hidden states diverge at layer 2, norm (model.layers.2.post_attention_layernorm)"
     )
 
 
@@ -180,38 +180,38 @@ def test_figures_are_those_of_every_position(run: Any) -> None:
     ours.logits[0, 3, word] -= 100
     check = compare_logits([run[2]], [ours], places(run, ours))
     assert not check.passed
-    assert check.values["max"] == pytest.approx(100, rel=1e-4)
-    assert check.values["mean"] == pytest.approx(100 / ours.logits.numel(), rel=1e-3)
-    assert check.values["top1"] == pytest.approx(41 / 42)
+    assert check.metrics["max"] == pytest.approx(100, rel=1e-4)
+    assert check.metrics["mean"] == pytest.approx(100 / ours.logits.numel(), rel=1e-3)
+    assert check.metrics["top1"] == pytest.approx(41 / 42)
     expected = run[2].logits[0, 3].double().log_softmax(-1)
     kl = (expected.exp() * (expected - ours.logits[0, 3].double().log_softmax(-1))).sum()
-    assert check.values["kl_max"] == pytest.approx(kl.item(), rel=1e-6)
-    assert check.values["kl_mean"] == pytest.approx(kl.item() / 42, rel=1e-6)
+    assert check.metrics["kl_max"] == pytest.approx(kl.item(), rel=1e-6)
+    assert check.metrics["kl_mean"] == pytest.approx(kl.item() / 42, rel=1e-6)
 
 
 def test_positions_behind_a_routers_tie_do_not_count(run: Any) -> None:
     model_config, points, reference = run
     decided = torch.ones(2, 21, dtype=torch.bool)
     decided[1, 5:] = False
-    tied = Activations(reference.logits, reference.values, reference.sensitivity, decided)
+    tied = Activations(reference.logits, reference.values, reference.amplification, decided)
     ours = copy_of(reference)
     ours.logits[1, 5] += 1
-    found = places_of(points, [tied], [ours], model_config)
+    found = compare_activations(points, [tied], [ours], model_config)
     check = compare_logits([tied], [ours], found)
-    assert check.passed and check.values["positions"] == 26 and check.values["skipped"] == 16
-    assert "16 behind a router's tie left out" in check.figure
+    assert check.passed and check.metrics["positions"] == 26 and check.metrics["skipped"] == 16
+    assert "16 behind a router's tie left out" in check.summary
     ours.logits[1, 4] += 1
     assert not compare_logits(
-        [tied], [ours], places_of(points, [tied], [ours], model_config)
+        [tied], [ours], compare_activations(points, [tied], [ours], model_config)
     ).passed
     nothing = Activations(
         reference.logits,
         reference.values,
-        reference.sensitivity,
+        reference.amplification,
         torch.zeros(2, 21, dtype=torch.bool),
     )
     assert not compare_logits(
-        [nothing], [reference], places_of(points, [nothing], [reference], model_config)
+        [nothing], [reference], compare_activations(points, [nothing], [reference], model_config)
     ).passed
 
 
@@ -242,24 +242,24 @@ def test_half_precision_may_be_as_far_as_transformers_and_a_tenth(run: Any) -> N
 
 
 def test_the_bound_follows_from_roundoff_terms_and_amplification(run: Any) -> None:
-    rounding = Rounding(run[0], 21)
+    rounding = RoundingModel(run[0], 21)
     assert (
-        rounding.bound(100, 0.1)
-        == rounding.bound(100, 1)
+        rounding.threshold(100, 0.1)
+        == rounding.threshold(100, 1)
         == pytest.approx(2**0.5 * UNIT_ROUNDOFF * 10)
     )
-    assert rounding.bound(400, 3) == pytest.approx(6 * rounding.bound(100, 1))
-    assert rounding.bound(1e30, 1) == rounding.bound(1, 1e30) == CEILING
+    assert rounding.threshold(400, 3) == pytest.approx(6 * rounding.threshold(100, 1))
+    assert rounding.threshold(1e30, 1) == rounding.threshold(1, 1e30) == CEILING
     terms = [rounding.terms(layer, kind) for layer in range(8) for kind in ("attention", "layer")]
     assert terms == sorted(terms) and terms[0] > rounding.terms(None, "embedding")
     assert rounding.terms(None, "output layer", is_last=True) > terms[-1]
 
 
 def test_a_small_change_becomes_what_the_model_makes_of_it(run: Any) -> None:
-    sensitivity = run[2].sensitivity
-    assert sensitivity["model.embed_tokens"] == 1
-    assert all(0.5 < value < 30 for value in sensitivity.values())
-    assert sensitivity.keys() == {*run[2].values, LOGITS}
+    amplification = run[2].amplification
+    assert amplification["model.embed_tokens"] == 1
+    assert all(0.5 < value < 30 for value in amplification.values())
+    assert amplification.keys() == {*run[2].values, LOGITS}
 
 
 def test_the_reference_is_transformers_eager_model(tiny: Any, run: Any) -> None:
@@ -283,10 +283,10 @@ def test_a_tie_is_where_a_nudge_changes_the_experts(megatron_bridge: Any, tiny: 
     """At one token the third and the fourth expert of a layer are made to score the same, as far as fp32 can tell."""
     folder = tiny("ernie45")
     source, model = open_source(folder), load(folder, torch.float32)
-    points, tokens = points_of(source.mappings), prompts(387, 1, 30)
+    points, tokens = probe_points(source.mappings), prompts(387, 1, 30)
     gate, seen = model.model.layers[2].mlp.gate, []
     handle = gate.register_forward_hook(lambda _, __, output: seen.append(output[0]))
-    decided = run_reference(model, points, tokens).decided
+    decided = capture_transformers(model, points, tokens).stable
     handle.remove()
     assert decided is not None and decided.all()
     bias = gate.moe_statics.e_score_correction_bias[0]
@@ -294,7 +294,7 @@ def test_a_tie_is_where_a_nudge_changes_the_experts(megatron_bridge: Any, tiny: 
     order = scores.argsort(descending=True)
     with torch.no_grad():
         bias[order[3]] += scores[order[2]] - scores[order[3]]
-    tied = run_reference(model, points, tokens).decided
+    tied = capture_transformers(model, points, tokens).stable
     assert (
         tied is not None and tied[0, :10].all() and not tied[0, 10:].any()
     )  # attention carries it to later positions
@@ -343,16 +343,16 @@ def test_prompts_pass_window_and_ropes_own_length_where_that_is_affordable(
 
 def test_points_say_how_to_look(tiny: Any) -> None:
     takes = {
-        point.hf: (point.take, point.megatron)
-        for point in points_of(open_source(tiny("exaone4")).mappings)
+        point.hf: (point.capture, point.megatron)
+        for point in probe_points(open_source(tiny("exaone4")).mappings)
     }
     assert takes["model.layers.2.mlp"] == (
         Capture.INPUT,
         "decoder.layers.2.mlp.linear_fc2.post_layernorm",
     )
     takes = {
-        point.hf: (point.take, point.megatron)
-        for point in points_of(open_source(tiny("ernie45")).mappings)
+        point.hf: (point.capture, point.megatron)
+        for point in probe_points(open_source(tiny("ernie45")).mappings)
     }
     assert takes["model.layers.2.mlp"] == (Capture.OUTPUT, "decoder.layers.2.mlp")
     assert takes["model.layers.0.input_layernorm"] == (

@@ -1,4 +1,4 @@
-"""The report: verdicts, JSON by its schema, HTML with a plot, cards."""
+"""The report: statuses, JSON by its schema, HTML with a plot, cards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from exaone_bridge.verification.report.report import (
     ActivationDiff,
     Check,
     Report,
-    Verdict,
+    Status,
     versions,
 )
 from tests.helpers.paths import ROOT
@@ -63,8 +63,8 @@ def report(*checks: Check, parts: int | None = None, **more: Any) -> Report:
     tensors = {"model.norm.weight": {"dtype": "F32", "shape": [64], "sha256": "0" * 64}}
     defaults: dict[str, Any] = {
         "model": model,
-        "places": found,
-        "location": locate(found),
+        "activations": found,
+        "divergence": locate(found),
         "tensors": tensors,
     }
     defaults |= {
@@ -85,28 +85,30 @@ def test_a_report_holds_only_if_every_check_that_ran_does() -> None:
     assert (
         not Report("m", "TP1").passed and not Report("m", "TP1", (SKIPPED,)).passed
     )  # nothing was checked
-    assert Report("m", "TP1", (GOOD, SKIPPED)).passed and Report("m", "TP1", (GOOD,)).faults() == ""
+    assert (
+        Report("m", "TP1", (GOOD, SKIPPED)).passed and Report("m", "TP1", (GOOD,)).failures() == ""
+    )
     found = Report("m", "TP1", (GOOD, BAD))
-    assert not found.passed and found.faults() == "m: config: 1 of 2 keys differ; a: 1, then 2"
-    assert [check.verdict for check in (GOOD, BAD, SKIPPED)] == [
-        Verdict.PASSED,
-        Verdict.FAILED,
-        Verdict.NOT_RUN,
+    assert not found.passed and found.failures() == "m: config: 1 of 2 keys differ; a: 1, then 2"
+    assert [check.status for check in (GOOD, BAD, SKIPPED)] == [
+        Status.PASSED,
+        Status.FAILED,
+        Status.NOT_RUN,
     ]
 
 
 def test_the_round_trip_is_every_check_but_those_of_the_arithmetic() -> None:
     assert (
-        Report("m", "TP1", (GOOD, LOGITS)).round_trip
-        and not Report("m", "TP1", (GOOD, BAD)).round_trip
+        Report("m", "TP1", (GOOD, LOGITS)).round_trip_passed
+        and not Report("m", "TP1", (GOOD, BAD)).round_trip_passed
     )
 
 
 def test_a_report_says_where_and_why() -> None:
     found = report(GOOD, LOGITS, parts=8)
-    assert found.first_differing_layer == "1" and found.location is not None
-    assert found.location.sublayer == "router" and "sigmoid" in found.faults()
-    assert report(GOOD).first_differing_layer == "-"
+    assert found.first_diverging_layer == "1" and found.divergence is not None
+    assert found.divergence.sublayer == "router" and "sigmoid" in found.failures()
+    assert report(GOOD).first_diverging_layer == "-"
     sublayers = set(schema()["$defs"]["sublayer"]["enum"])
     assert CAUSES.keys() == sublayers and MARKS.keys() == {
         name for name in sublayers if not name.startswith(VISION_ENCODER)
@@ -129,7 +131,7 @@ def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> 
     ]
     language = places()
     every = (language[0], *vision_encoder, *language[1:])
-    found = report(GOOD, LOGITS, places=every, location=locate(every))
+    found = report(GOOD, LOGITS, activations=every, divergence=locate(every))
     found.write_json(tmp_path / "report.json")
     jsonschema.Draft202012Validator(schema()).validate(
         json.loads((tmp_path / "report.json").read_text())
@@ -142,11 +144,11 @@ def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> 
         unnamed
     )  # as many places, and no tower below them
     if parts is None:
-        assert found.location is None and found.first_differing_layer == "-"
+        assert found.divergence is None and found.first_diverging_layer == "-"
         return
-    assert str(found.location) == "hidden states part at vision attention (visual.attention)"
-    assert found.first_differing_layer == "vision attention"
-    assert "Hidden states part at vision attention (visual.attention)" in html_of(found)
+    assert str(found.divergence) == "hidden states diverge at vision attention (visual.attention)"
+    assert found.first_diverging_layer == "vision attention"
+    assert "Hidden states diverge at vision attention (visual.attention)" in html_of(found)
 
 
 @pytest.mark.parametrize("parts", [None, 0, 8, 16])
@@ -157,13 +159,13 @@ def test_json_is_what_the_schema_says(parts: int | None, tmp_path: Path) -> None
     jsonschema.Draft202012Validator(schema()).validate(data)
     assert (
         data == found.to_json()
-        and data["verdict"] == "differs"
-        and data["checks"][3]["values"]["max"] is None
+        and data["status"] == "failed"
+        and data["checks"][3]["metrics"]["max"] is None
     )
-    assert (data["location"] is None) == (parts is None)
+    assert (data["divergence"] is None) == (parts is None)
 
 
-@pytest.mark.parametrize("field", ["schema", "checks", "location", "tensors"])
+@pytest.mark.parametrize("field", ["schema_version", "checks", "divergence", "tensors"])
 def test_the_schema_refuses_what_is_missing_or_strange(field: str) -> None:
     data = report(GOOD).to_json()
     validator = jsonschema.Draft202012Validator(schema())
@@ -183,17 +185,17 @@ def test_html_holds_everything_and_needs_no_other_file() -> None:
     )
     page = html_of(found)
     assert "&lt;other&gt;" in page and "1 &lt;b&gt; of 2" in page and "a &amp; b" in page
-    assert "Hidden states part at layer 1, router" in page and all(
+    assert "Hidden states diverge at layer 1, router" in page and all(
         escape(cause) in page for cause in CAUSES["router"]
     )
     assert (
-        page.count('class="verdict holds"') > 5
-        and 'class="verdict differs"' in page
+        page.count('class="badge passed"') > 5
+        and 'class="badge failed"' in page
         and "not run" in page
     )
     assert not re.search(r'(src|href)="(?!data:)', page)
     (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert base64.b64decode(image) == differences_png(found.places)
+    assert base64.b64decode(image) == differences_png(found.activations)
 
 
 def colours(data: bytes) -> dict[tuple[int, int, int], int]:
@@ -228,7 +230,7 @@ def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:
     first = path.read_text()
     assert "# M-1B" in first and "In miniature." in first and "`exaone-bridge verify m`" in first
     assert (
-        "| tensors | 91 tensors bitwise equal | equal | holds |" in first
+        "| tensors | 91 tensors bitwise equal | equal | passed |" in first
         and "1 verifications" in first
     )
     write_card(report(GOOD, SKIPPED, dtype="bfloat16"), path, name="M-1B")
@@ -236,7 +238,7 @@ def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:
     write_card(report(GOOD, BAD, seconds=2.0), path, name="M-1B")
     text = path.read_text()
     assert text.count("\n## ") == 2 and "1 of 2 keys differ" in text and "In miniature." not in text
-    assert "**1 of 2 verifications differ.**" in text
+    assert "**1 of 2 verifications failed.**" in text
 
 
 def test_every_published_configuration_has_a_card_that_holds() -> None:
@@ -254,7 +256,7 @@ def test_every_published_configuration_has_a_card_that_holds() -> None:
             "\n## "
         )
         assert (
-            "| differs |" not in text
+            "| failed |" not in text
             and "bfloat16, backend" in text
             and ("TP2" in text or "EP4" in text)
         )

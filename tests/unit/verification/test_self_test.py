@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.verification.report.report import Check, Location
+from exaone_bridge.verification.report.report import Check, Divergence
 from exaone_bridge.verification.self_test.run import FAULTS, SEEDS, Outcome, Result, self_test
 from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict, upstream_verdict
 
@@ -68,7 +68,7 @@ def test_the_bench_itself_can_fail(megatron_bridge: Any) -> None:
 
 
 def outcome(**more: Any) -> Outcome:
-    check, where = Check("logits", "", False), Location("model.layers.1.mlp", 1, "mlp", ())
+    check, where = Check("logits", "", False), Divergence("model.layers.1.mlp", 1, "mlp", ())
     return Outcome(
         "f", "m", ("logits",), (1, "mlp"), (check,), where, UpstreamVerdict(0.9, 0.0), **more
     )

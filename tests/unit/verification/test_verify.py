@@ -18,27 +18,30 @@ import exaone_bridge
 from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification import verify_model
-from exaone_bridge.verification.activations.probe_points import points_of
+from exaone_bridge.verification import verify
+from exaone_bridge.verification.activations.probe_points import probe_points
 from exaone_bridge.verification.checks.generation import (
     CHATS,
     Generated,
-    compare_generated,
+    compare_generation,
     generate,
 )
 from exaone_bridge.verification.checks.logits import prompts
 from exaone_bridge.verification.report.report import Report
-from exaone_bridge.verification.workflow.layerwise import streams
-from exaone_bridge.verification.workflow.transformers import load, run_reference
-from exaone_bridge.verification.workflow.transformers_layerwise import Reader, streamed_transformers
+from exaone_bridge.verification.workflow.layerwise import is_layerwise
+from exaone_bridge.verification.workflow.transformers import capture_transformers, load
+from exaone_bridge.verification.workflow.transformers_layerwise import (
+    Reader,
+    layerwise_transformers,
+)
 from tests.helpers.fault_injection import build_with, mappings_with
 
 EXAONE = "exaone_bridge.bridge.exaone4:Exaone4Bridge"
 ERNIE = "exaone_bridge.bridge.ernie45:Ernie45Bridge"
 
 
-def verdicts(report: Report) -> dict[str, str]:
-    return {check.name: check.verdict.value for check in report.checks}
+def statuses(report: Report) -> dict[str, str]:
+    return {check.name: check.status.value for check in report.checks}
 
 
 # --- the public name ------------------------------------------------------------------------------------------------
@@ -65,8 +68,8 @@ def test_every_check_of_a_model_holds(
     name: str, layout: Layout, megatron_bridge: Any, tiny: Any
 ) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, gradients=True)
-    assert report.passed, report.faults()
-    assert set(verdicts(report)) == {
+    assert report.passed, report.failures()
+    assert set(statuses(report)) == {
         "tensors",
         "config",
         "files",
@@ -74,17 +77,22 @@ def test_every_check_of_a_model_holds(
         "generation",
         "gradients",
     }
-    assert report.check("generation").values["prompts"] == ["plain", *CHATS]
+    assert report.check("generation").metrics["prompts"] == ["plain", *CHATS]
     assert (
-        0 < report.check("logits").values["relative"] < report.check("logits").values["bound"] / 3
+        0
+        < report.check("logits").metrics["relative"]
+        < report.check("logits").metrics["threshold"] / 3
     )
     assert (
         0
-        < report.check("gradients").values["relative"]
-        < report.check("gradients").values["bound"] / 3
+        < report.check("gradients").metrics["relative"]
+        < report.check("gradients").metrics["threshold"] / 3
     )
     assert report.tensors.keys() == open_source(tiny(name)).tensors.keys()
-    assert {place.layer for place in report.places} == {None, *range(report.model["num_layers"])}
+    assert {place.layer for place in report.activations} == {
+        None,
+        *range(report.model["num_layers"]),
+    }
 
 
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])
@@ -92,9 +100,9 @@ def test_half_precision(
     name: str, megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny(name, dtype="bfloat16")
-    report = verify_model(folder, dtype="bfloat16", generation=False)
-    assert report.passed, report.faults()
-    assert 0.5 < report.check("logits").values["relative"] <= 1.1
+    report = verify(folder, dtype="bfloat16", generation=False)
+    assert report.passed, report.failures()
+    assert 0.5 < report.check("logits").metrics["relative"] <= 1.1
 
     def negate(model: Any) -> None:
         from megatron.core.utils import unwrap_model
@@ -102,8 +110,8 @@ def test_half_precision(
         unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight.neg_()
 
     build_with(negate)(monkeypatch)
-    report = verify_model(folder, dtype="bfloat16", generation=False)
-    assert verdicts(report)["logits"] == "differs" and report.first_differing_layer == "2"
+    report = verify(folder, dtype="bfloat16", generation=False)
+    assert statuses(report)["logits"] == "failed" and report.first_diverging_layer == "2"
 
 
 def test_gradients_that_are_not_summed_differ(
@@ -113,11 +121,11 @@ def test_gradients_that_are_not_summed_differ(
     import megatron.core.distributed as distributed
 
     monkeypatch.setattr(distributed, "finalize_model_grads", lambda *_, **__: None)
-    report = verify_model(tiny("exaone4"), layout=Layout(tp=2), quick=True, gradients=True)
-    assert verdicts(report) == dict.fromkeys(("tensors", "config", "files", "logits"), "holds") | {
-        "gradients": "differs"
+    report = verify(tiny("exaone4"), layout=Layout(tp=2), quick=True, gradients=True)
+    assert statuses(report) == dict.fromkeys(("tensors", "config", "files", "logits"), "passed") | {
+        "gradients": "failed"
     }
-    assert "_norm.weight differs" in report.check("gradients").where
+    assert "_norm.weight differs" in report.check("gradients").details
 
 
 # --- layer by layer -------------------------------------------------------------------------------------------------
@@ -129,10 +137,10 @@ def test_streamed_transformers_is_transformers(
     name: str, dtype: str, megatron_bridge: Any, tiny: Any
 ) -> None:
     source = open_source(tiny(name, dtype=dtype))
-    points, tokens = points_of(source.mappings), prompts(387, 2, 30)
-    expected = run_reference(load(source.folder, torch.float32), points, tokens)
-    model = streamed_transformers(source, torch.float32)
-    found = run_reference(model, points, tokens)
+    points, tokens = probe_points(source.mappings), prompts(387, 2, 30)
+    expected = capture_transformers(load(source.folder, torch.float32), points, tokens)
+    model = layerwise_transformers(source, torch.float32)
+    found = capture_transformers(model, points, tokens)
     assert torch.equal(found.logits, expected.logits) and list(found.values) == list(
         expected.values
     )
@@ -160,8 +168,8 @@ def test_layer_by_layer_holds_at_any_layout(
     name: str, layout: Layout, megatron_bridge: Any, tiny: Any
 ) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, stream=True)
-    assert report.passed, report.faults()
-    assert verdicts(report) == dict.fromkeys(("tensors", "config", "files", "logits"), "holds") | {
+    assert report.passed, report.failures()
+    assert statuses(report) == dict.fromkeys(("tensors", "config", "files", "logits"), "passed") | {
         "generation": "not run"
     }
 
@@ -179,9 +187,12 @@ def test_layer_by_layer_sees_a_table_that_is_wrong(
         )
 
     mappings_with(EXAONE, swap)(monkeypatch)
-    report = verify_model(tiny("exaone4"), stream=True, quick=True)
-    assert verdicts(report)["tensors"] == "holds" and verdicts(report)["logits"] == "differs"
-    assert report.location is not None and (report.location.layer, report.location.sublayer) == (
+    report = verify(tiny("exaone4"), stream=True, quick=True)
+    assert statuses(report)["tensors"] == "passed" and statuses(report)["logits"] == "failed"
+    assert report.divergence is not None and (
+        report.divergence.layer,
+        report.divergence.sublayer,
+    ) == (
         0,
         "mlp",
     )
@@ -204,15 +215,19 @@ def test_layer_by_layer_sees_a_bit(
         }
 
     monkeypatch.setattr(RowParallelMapping, "megatron_to_hf", flip)
-    report = verify_model(tiny("exaone4"), stream=True, quick=True)
-    assert {name for name, verdict in verdicts(report).items() if verdict == "differs"} == {
+    report = verify(tiny("exaone4"), stream=True, quick=True)
+    assert {name for name, verdict in statuses(report).items() if verdict == "failed"} == {
         "tensors"
     }
-    assert report.check("tensors").where == "model.layers.6.mlp.down_proj.weight differs"
+    assert report.check("tensors").details == "model.layers.6.mlp.down_proj.weight differs"
 
 
 def test_only_large_models_are_streamed_unasked(tiny: Any) -> None:
-    assert [streams(tiny("exaone4"), wish) for wish in (None, True, False)] == [False, True, False]
+    assert [is_layerwise(tiny("exaone4"), wish) for wish in (None, True, False)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 # --- one model against another --------------------------------------------------------------------------------------
@@ -233,38 +248,38 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
 def test_a_copy_is_equal(megatron_bridge: Any, tiny: Any, other: Path) -> None:
     report = exaone_bridge.verify(tiny("exaone4"), other)
     assert report.passed and report.other == "other" and report.max_logit_difference == 0
-    assert set(verdicts(report)) == {"tensors", "config", "files", "generation", "logits"}
+    assert set(statuses(report)) == {"tensors", "config", "files", "generation", "logits"}
 
 
 def test_another_layer_is_found(megatron_bridge: Any, tiny: Any, other: Path) -> None:
     edit(other, lambda tensors: tensors["model.layers.4.mlp.up_proj.weight"].mul_(1.01))
-    report = verify_model(tiny("exaone4"), other, generation=False)
-    assert not report.passed and str(report.location).startswith(
-        "hidden states part at layer 4, mlp"
+    report = verify(tiny("exaone4"), other, generation=False)
+    assert not report.passed and str(report.divergence).startswith(
+        "hidden states diverge at layer 4, mlp"
     )
 
 
 def test_a_model_that_cannot_run_differs(megatron_bridge: Any, tiny: Any, other: Path) -> None:
     edit(other, lambda tensors: tensors.pop("model.layers.4.mlp.up_proj.weight"))
-    report = verify_model(tiny("exaone4"), other)
-    assert verdicts(report) == {
-        "tensors": "differs",
-        "config": "holds",
-        "files": "holds",
-        "logits": "differs",
+    report = verify(tiny("exaone4"), other)
+    assert statuses(report) == {
+        "tensors": "failed",
+        "config": "passed",
+        "files": "passed",
+        "logits": "failed",
     }
-    assert "model.layers.4.mlp.up_proj.weight" in report.check("logits").where
+    assert "model.layers.4.mlp.up_proj.weight" in report.check("logits").details
 
 
 def test_another_vocabulary_differs(megatron_bridge: Any, tiny: Any) -> None:
-    report = verify_model(tiny("exaone4"), tiny("exaone4", vocab_size=400))
-    assert "400 words" in report.check("logits").where and not report.passed
+    report = verify(tiny("exaone4"), tiny("exaone4", vocab_size=400))
+    assert "400 words" in report.check("logits").details and not report.passed
 
 
 def test_a_folder_that_cannot_be_read_is_bad_input(tiny: Any, other: Path) -> None:
     (other / "model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="too short"):
-        verify_model(tiny("exaone4"), other)
+        verify(tiny("exaone4"), other)
 
 
 # --- generation -----------------------------------------------------------------------------------------------------
@@ -274,19 +289,19 @@ def test_generation_is_compared_prompt_by_prompt() -> None:
     before = {
         "plain": Generated((1, 2), (3, 4)),
         "chat": Generated((5,), (6,)),
-        "tools": Generated(refused="no tools"),
+        "tools": Generated(template_error="no tools"),
     }
-    assert compare_generated(before, dict(before)).passed
-    assert "tools (refused by the template)" in compare_generated(before, dict(before)).figure
+    assert compare_generation(before, dict(before)).passed
+    assert "tools (refused by the template)" in compare_generation(before, dict(before)).summary
     faults = {
         "plain: word 1 is 4, then 9": {"plain": Generated((1, 2), (3, 9))},
         "chat: the template makes another prompt": {"chat": Generated((7,), (6,))},
-        "tools: the template makes another prompt": {"tools": Generated(refused="no roles")},
+        "tools: the template makes another prompt": {"tools": Generated(template_error="no roles")},
     }
     for where, change in faults.items():
-        check = compare_generated(before, before | change)
-        assert not check.passed and check.where == where
-    assert not compare_generated(before, {"plain": before["plain"]}).passed
+        check = compare_generation(before, before | change)
+        assert not check.passed and check.details == where
+    assert not compare_generation(before, {"plain": before["plain"]}).passed
 
 
 def test_a_template_may_refuse_a_conversation(tiny: Any, other: Path) -> None:
@@ -295,13 +310,13 @@ def test_a_template_may_refuse_a_conversation(tiny: Any, other: Path) -> None:
         "{%- if tools %}{{ raise_exception('no tools here') }}{%- endif %}" + template.read_text()
     )
     found = generate(load(other, torch.float32), other, [1, 2, 3])
-    assert [name for name, each in found.items() if each.refused] == [
+    assert [name for name, each in found.items() if each.template_error] == [
         "chat, tools",
         "chat, tool called",
     ]
     assert (
-        found["chat, tools"].refused == "no tools here"
-        and len(found["chat"].words) == len(found["plain"].words) == 8
+        found["chat, tools"].template_error == "no tools here"
+        and len(found["chat"].tokens) == len(found["plain"].tokens) == 8
     )
     assert found["chat"].prompt != found["chat, thinking"].prompt
 
@@ -320,9 +335,9 @@ def _as_torchrun(*models: Path, **options: Any) -> dict[str, str]:
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    report = verify_model(*models, layout=Layout(tp=2), count=1, **options)
-    assert report.passed, report.faults()
-    return verdicts(report)
+    report = verify(*models, layout=Layout(tp=2), count=1, **options)
+    assert report.passed, report.failures()
+    return statuses(report)
 
 
 def _streaming(*models: Path) -> dict[str, str]:
@@ -336,7 +351,7 @@ def test_ranks_that_are_there_already_are_used(
     from exaone_bridge.runtime.fork import ForkLauncher
 
     first, second = ForkLauncher(2).all(run, tiny("exaone4"))
-    assert first == second and first["logits"] == first["tensors"] == "holds"
+    assert first == second and first["logits"] == first["tensors"] == "passed"
 
 
 def test_a_megatron_checkpoint_in_torchruns_world(
@@ -351,7 +366,7 @@ def test_a_megatron_checkpoint_in_torchruns_world(
     assert (
         first
         == second
-        == dict.fromkeys(["tensors", "config", "files", "logits", "generation"], "holds")
+        == dict.fromkeys(["tensors", "config", "files", "logits", "generation"], "passed")
     )
 
 

@@ -28,17 +28,17 @@ def report(megatron_bridge: Any, tiny: Any) -> Report:
 
 
 def test_gradients_are_of_the_tower_too(report: Report) -> None:
-    assert report.passed, report.faults()
+    assert report.passed, report.failures()
     names = {name for name in report.tensors if not name.startswith("mtp.")}
     assert sum(".visual." in name for name in names) == 54
-    assert report.check("gradients").values["gradients"] == len(names) == 145
+    assert report.check("gradients").metrics["gradients"] == len(names) == 145
 
 
 def test_every_place_is_far_from_its_bound(megatron_bridge: Any, tiny: Any, report: Report) -> None:
     """Within a quarter, as documented: the tower's own rounding is in the bound."""
     more = exaone_bridge.verify(tiny("exaone45"), generation=False, seed=1)
     for each in (report, more):
-        assert max(place.difference / place.bound for place in each.places) < 0.25
+        assert max(place.difference / place.threshold for place in each.activations) < 0.25
 
 
 def test_the_card_tells_of_tower_images_and_prediction(report: Report, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_two_folders_are_asked_about_their_images(
     folder = tiny("exaone45")
     shutil.copytree(folder, tmp_path / "copy")
     same = exaone_bridge.verify(folder, tmp_path / "copy", generation=False)
-    assert same.passed and same.check("logits").values["max"] < 1e-4, same.faults()
+    assert same.passed and same.check("logits").metrics["max"] < 1e-4, same.failures()
     other = _trained(folder, tmp_path / "other", "model.visual.blocks.2.mlp.down_proj.weight")
     found = exaone_bridge.verify(folder, other, generation=False)
     assert not found.check("tensors").passed and not found.check("logits").passed
@@ -84,10 +84,10 @@ def test_prediction_that_is_built_goes_through_the_model(
     found = exaone_bridge.verify(
         tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, mtp=True
     )
-    assert found.passed, found.faults()
+    assert found.passed, found.failures()
     assert (
         found.setup["built"] == ["mtp_num_layers"]
-        and found.check("tensors").values["tensors"] == 160
+        and found.check("tensors").metrics["tensors"] == 160
     )
     with pytest.raises(UnsupportedConfig, match="multi-token prediction that can be built"):
         exaone_bridge.verify(tiny("exaone4"), mtp=True)
@@ -101,7 +101,8 @@ def test_prediction_that_is_built_goes_through_the_model(
     build_with(spoil)(monkeypatch)
     found = exaone_bridge.verify(tiny("exaone45"), generation=False, mtp=True)
     assert (
-        found.check("tensors").values["names"] == ["mtp.fc.weight"] and found.check("logits").passed
+        found.check("tensors").metrics["names"] == ["mtp.fc.weight"]
+        and found.check("logits").passed
     )
 
 

@@ -23,14 +23,14 @@ class Activations:
         logits: [N, S, V].
         values: Hugging Face module -> [N, S, features], in the order of the arithmetic on Transformers' side; of a
             vision tower's, [1, patches, features], those of images first.
-        sensitivity: place -> relative change there for a relative change of one in the embeddings; the reference's.
-        decided: [N, S] bool; False from the first position on where rounding decides which expert is chosen.
+        amplification: place -> relative change there for a relative change of one in the embeddings; the reference's.
+        stable: [N, S] bool; False from the first position on where rounding decides which expert is chosen.
     """
 
     logits: torch.Tensor
     values: dict[str, torch.Tensor] = field(default_factory=dict)
-    sensitivity: dict[str, float] = field(default_factory=dict)
-    decided: torch.Tensor | None = None
+    amplification: dict[str, float] = field(default_factory=dict)
+    stable: torch.Tensor | None = None
 
 
 def routing_weights(output: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +65,7 @@ def hf_hooks(
 
     def hook(point: ProbePoint) -> Any:
         def look(_: Any, __: Any, output: Any) -> None:
-            if point.take is Capture.ROUTER:
+            if point.capture is Capture.ROUTER:
                 weights, chosen = routing_weights(output)
                 keep(
                     point,
@@ -164,7 +164,7 @@ def _watch(
             value.detach().flatten(2).transpose(0, 1).float().cpu().clone()
         )
 
-    if point.take is Capture.PATCHES:
+    if point.capture is Capture.PATCHES:
         return module.register_forward_hook(
             lambda _, __, output: into.setdefault(point.hf, []).append(
                 _tensor(output).detach().float().cpu()
@@ -176,7 +176,7 @@ def _watch(
         if not next(calls):
             return
         value = _tensor(output)
-        match point.take:
+        match point.capture:
             case Capture.INPUT:
                 keep(_whole(arguments[0], config))
             case Capture.FUSED_NORM:
@@ -187,7 +187,7 @@ def _watch(
                     )
                 )
             case Capture.QUERY | Capture.KEY | Capture.VALUE:
-                keep(_part(value, point.take, config))
+                keep(_part(value, point.capture, config))
             case Capture.ROUTER:
                 batch = arguments[0].shape[1]
                 keep(_whole(value.reshape(-1, batch, value.shape[-1]), config))

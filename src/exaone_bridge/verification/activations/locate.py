@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exaone_bridge.verification.report.report import ActivationDiff, Location
+from exaone_bridge.verification.report.report import ActivationDiff, Divergence
 
 __all__ = ["CAUSES", "locate"]
 
@@ -72,9 +72,9 @@ CAUSES: dict[str, tuple[str, ...]] = {
 }
 
 
-def locate(places: Sequence[ActivationDiff]) -> Location | None:
+def locate(places: Sequence[ActivationDiff]) -> Divergence | None:
     """The first place that parts; None if none does."""
     for place in places:
-        if place.parts:
-            return Location(place.name, place.layer, place.sublayer, CAUSES[place.sublayer])
+        if place.diverges:
+            return Divergence(place.name, place.layer, place.sublayer, CAUSES[place.sublayer])
     return None

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
-__all__ = ["LOGITS", "VISION_ENCODER", "Capture", "ProbePoint", "points_of"]
+__all__ = ["LOGITS", "VISION_ENCODER", "Capture", "ProbePoint", "probe_points"]
 
 LOGITS = "logits"  # the place after all others
 VISION_ENCODER = "vision "  # before the sublayers of a vision tower
@@ -47,12 +47,12 @@ class ProbePoint:
     layer: int | None
     sublayer: str
     megatron: str
-    take: Capture
+    capture: Capture
     heads: bool = False
     block: int | None = None
 
 
-def points_of(mappings: Iterable[ParamMapping]) -> tuple[ProbePoint, ...]:
+def probe_points(mappings: Iterable[ParamMapping]) -> tuple[ProbePoint, ...]:
     """Every place of a model with these rows, in no particular order."""
     mappings = tuple(mappings)
     vision_encoder = tuple(

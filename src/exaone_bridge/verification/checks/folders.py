@@ -49,7 +49,7 @@ def compare_digests(first: Mapping[str, Digest], second: Mapping[str, Digest]) -
 
 
 def _check(name: str, figure: str, faults: list[str], values: Mapping[str, Any]) -> Check:
-    return Check(name, figure, not faults, "; ".join(faults[:_NAMED]), values=values)
+    return Check(name, figure, not faults, "; ".join(faults[:_NAMED]), metrics=values)
 
 
 def compare_configs(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
@@ -92,4 +92,4 @@ def compare_files(left: Path, right: Path) -> Check:
         f"{len(names)} files equal" if not faults else f"{len(faults)} of {len(names)} files differ"
     )
     values = {"files": len(names), "differing": len(faults), "names": faults}
-    return Check("files", figure, not faults, ", ".join(faults[:_NAMED]), values=values)
+    return Check("files", figure, not faults, ", ".join(faults[:_NAMED]), metrics=values)

@@ -10,7 +10,7 @@ from typing import Any
 from exaone_bridge.schema.hf_files import has_tokenizer
 from exaone_bridge.verification.report.report import Check
 
-__all__ = ["Generated", "compare_generated", "generate"]
+__all__ = ["Generated", "compare_generation", "generate"]
 
 NEW_TOKENS = 8
 
@@ -51,8 +51,8 @@ class Generated:
     """Words in and words out of one prompt; `refused`: what the chat template said instead."""
 
     prompt: tuple[int, ...] = ()
-    words: tuple[int, ...] = ()
-    refused: str = ""
+    tokens: tuple[int, ...] = ()
+    template_error: str = ""
 
 
 def _chats(folder: Path) -> dict[str, Generated]:
@@ -73,7 +73,7 @@ def _chats(folder: Path) -> dict[str, Generated]:
             )
             found[name] = Generated(tuple(tokenizer(text, add_special_tokens=False).input_ids))
         except TemplateError as error:
-            found[name] = Generated(refused=str(error))
+            found[name] = Generated(template_error=str(error))
     return found
 
 
@@ -104,29 +104,29 @@ def generate(model: Any, folder: Path, words: list[int]) -> dict[str, Generated]
     return found
 
 
-def compare_generated(before: Mapping[str, Generated], after: Mapping[str, Generated]) -> Check:
+def compare_generation(before: Mapping[str, Generated], after: Mapping[str, Generated]) -> Check:
     """The same prompts and the same words, conversation by conversation."""
     faults = []
     for name in dict.fromkeys((*before, *after)):
         a, b = before.get(name), after.get(name)
         if a is None or b is None:
             faults.append(f"{name}: only one side has it")
-        elif (a.prompt, a.refused) != (b.prompt, b.refused):
+        elif (a.prompt, a.template_error) != (b.prompt, b.template_error):
             faults.append(f"{name}: the template makes another prompt")
-        elif a.words != b.words:
+        elif a.tokens != b.tokens:
             first = next(
                 at
-                for at, pair in enumerate(zip(a.words, b.words, strict=True))
+                for at, pair in enumerate(zip(a.tokens, b.tokens, strict=True))
                 if pair[0] != pair[1]
             )
-            faults.append(f"{name}: word {first} is {a.words[first]}, then {b.words[first]}")
+            faults.append(f"{name}: word {first} is {a.tokens[first]}, then {b.tokens[first]}")
     names = ", ".join(
-        f"{name} (refused by the template)" if each.refused else name
+        f"{name} (refused by the template)" if each.template_error else name
         for name, each in before.items()
     )
-    count = sum(len(each.words) for each in before.values())
+    count = sum(len(each.tokens) for each in before.values())
     figure = f"{count} greedy words, {len(before)} prompts: {names}"
     if faults:
         figure = f"{len(faults)} of {len(before)} prompts differ"
     values = {"prompts": list(before), "words": count, "differing": len(faults)}
-    return Check("generation", figure, not faults, "; ".join(faults), values=values)
+    return Check("generation", figure, not faults, "; ".join(faults), metrics=values)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.precision import Rounding
+from exaone_bridge.verification.checks.precision import RoundingModel
 from exaone_bridge.verification.report.report import Check
 from exaone_bridge.verification.workflow.transformers import (
     PERTURBATION,
@@ -171,10 +171,10 @@ def compare_gradients(
         name: _relative(ours[name], expected[name]) if name in ours else float("inf")
         for name in sorted(expected)
     }
-    rounding = Rounding(model_config, positions)
+    rounding = RoundingModel(model_config, positions)
     # There and back, and the gradient itself, a sum over all positions.
     terms = 3 * rounding.terms(None, "output layer", is_last=True) + positions
-    bound = rounding.bound(terms, amplification)
+    bound = rounding.threshold(terms, amplification)
     worst = max(
         differences,
         key=lambda name: differences[name] if differences[name] == differences[name] else 9e9,
@@ -188,7 +188,7 @@ def compare_gradients(
     values = {
         "gradients": len(differences),
         "relative": differences[worst],
-        "bound": bound,
+        "threshold": bound,
         "worst": worst,
     }
     return Check(
@@ -196,6 +196,6 @@ def compare_gradients(
         figure,
         not faults,
         "; ".join(faults[:5]),
-        bound=f"{differences[worst]:.1e} of {bound:.1e} (rounding)",
-        values=values,
+        threshold=f"{differences[worst]:.1e} of {bound:.1e} (rounding)",
+        metrics=values,
     )

@@ -16,10 +16,10 @@ from exaone_bridge.verification.activations.probe_points import (
     Capture,
     ProbePoint,
 )
-from exaone_bridge.verification.checks.precision import BF16_RATIO, Rounding
+from exaone_bridge.verification.checks.precision import BF16_RATIO, RoundingModel
 from exaone_bridge.verification.report.report import ActivationDiff, Check
 
-__all__ = ["compare_half_precision", "compare_logits", "places_of", "prompts"]
+__all__ = ["compare_activations", "compare_half_precision", "compare_logits", "prompts"]
 
 
 def prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _worst(relative: torch.Tensor, decided: torch.Tensor | None) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class LogitMetrics:
     """How far logits are apart, over the positions of all prompts that count."""
 
     positions: int
@@ -51,7 +51,7 @@ class Figures:
     max: float
     mean: float
     relative: float  # the worst position's, by its largest logit
-    bound: float
+    threshold: float
     kl_mean: float
     kl_max: float
     top1: float
@@ -65,8 +65,8 @@ class Figures:
 
 
 def _figures(
-    references: Sequence[Activations], ours: Sequence[Activations], bound: float
-) -> Figures:
+    references: Sequence[Activations], ours: Sequence[Activations], threshold: float
+) -> LogitMetrics:
     expected = torch.cat([run.logits[_mask(run)] for run in references])
     found = torch.cat([mine.logits[_mask(run)] for run, mine in zip(references, ours, strict=True)])
     difference = (found - expected).abs()
@@ -75,13 +75,13 @@ def _figures(
         (logs.exp() * (logs - ours_logs)).sum(-1).abs()
     )  # rounding can make it a little less than zero
     total = sum(run.logits.shape[0] * run.logits.shape[1] for run in references)
-    return Figures(
+    return LogitMetrics(
         positions=len(expected),
         skipped=total - len(expected),
         max=_max(difference),
         mean=difference.mean().item(),
         relative=_max(_relative(expected[None], found[None])),
-        bound=bound,
+        threshold=threshold,
         kl_mean=kl.mean().item(),
         kl_max=_max(kl),
         top1=(found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
@@ -93,9 +93,7 @@ def _max(values: torch.Tensor) -> float:
 
 
 def _mask(run: Activations) -> torch.Tensor:
-    return (
-        torch.ones(run.logits.shape[:2], dtype=torch.bool) if run.decided is None else run.decided
-    )
+    return torch.ones(run.logits.shape[:2], dtype=torch.bool) if run.stable is None else run.stable
 
 
 def compare_logits(
@@ -105,12 +103,14 @@ def compare_logits(
 
     Args:
         references, ours: a run for each length of prompts.
-        places: of `places_of`; the last is the logits'.
+        places: of `compare_activations`; the last is the logits'.
     """
-    figures = _figures(references, ours, places[-1].bound)
-    passed = figures.positions > 0 and not places[-1].parts
-    bound = f"{figures.relative:.1e} of {figures.bound:.1e} (rounding)"
-    return Check("logits", figures.text(), passed, bound=bound, values=dataclasses.asdict(figures))
+    figures = _figures(references, ours, places[-1].threshold)
+    passed = figures.positions > 0 and not places[-1].diverges
+    bound = f"{figures.relative:.1e} of {figures.threshold:.1e} (rounding)"
+    return Check(
+        "logits", figures.text(), passed, threshold=bound, metrics=dataclasses.asdict(figures)
+    )
 
 
 def compare_half_precision(
@@ -131,7 +131,7 @@ def compare_half_precision(
         ]
         return torch.cat(gaps).mean().item()
 
-    whole = [dataclasses.replace(run, decided=None) for run in references]
+    whole = [dataclasses.replace(run, stable=None) for run in references]
     own, bound = distance(ours), BF16_RATIO * distance(theirs)
     figures = dataclasses.replace(_figures(whole, ours, bound), relative=own / bound * BF16_RATIO)
     text = (
@@ -140,10 +140,10 @@ def compare_half_precision(
         f"top-1 agreement {figures.top1:.1%}, {figures.positions} positions"
     )
     limit = f"{bound:.2e} ({BF16_RATIO} x Transformers')"
-    return Check("logits", text, own <= bound, bound=limit, values=dataclasses.asdict(figures))
+    return Check("logits", text, own <= bound, threshold=limit, metrics=dataclasses.asdict(figures))
 
 
-def places_of(
+def compare_activations(
     points: Iterable[ProbePoint],
     references: Sequence[Activations],
     ours: Sequence[Activations],
@@ -156,7 +156,7 @@ def places_of(
         theirs: Transformers' own run in half precision: then the median position is held against twice theirs.
     """
     table = {point.hf: point for point in points}
-    rounding = Rounding(model_config, max(run.logits.shape[1] for run in references))
+    rounding = RoundingModel(model_config, max(run.logits.shape[1] for run in references))
     places = []
     names = max(
         (run.values for run in references), key=len
@@ -166,7 +166,7 @@ def places_of(
         if point is not None and point.heads and any(name not in run.values for run in ours):
             continue  # tensor parallelism: a rank has some heads only
         layer, sublayer = (None, "output layer") if point is None else (point.layer, point.sublayer)
-        vision_encoder = point if point is not None and point.take is Capture.PATCHES else None
+        vision_encoder = point if point is not None and point.capture is Capture.PATCHES else None
         runs = [
             number for number, run in enumerate(references) if name == LOGITS or name in run.values
         ]
@@ -174,20 +174,20 @@ def places_of(
             (
                 _of(references[n], name),
                 _of(ours[n], name),
-                None if vision_encoder else references[n].decided,
+                None if vision_encoder else references[n].stable,
             )
             for n in runs
         ]
         if theirs is None:
             difference = max((_worst(_relative(a, b), mask) for a, b, mask in pairs), key=_nan_last)
-            amplification = max(run.sensitivity.get(name, 1.0) for run in references)
+            amplification = max(run.amplification.get(name, 1.0) for run in references)
             if vision_encoder is None:
                 terms = rounding.terms(layer, sublayer, is_last=sublayer != "embedding")
             else:
                 terms = rounding.vision_terms(
                     vision_encoder.block, sublayer.removeprefix(VISION_ENCODER)
                 )
-            bound = rounding.bound(terms, amplification)
+            bound = rounding.threshold(terms, amplification)
         else:
             difference = _typical([_relative(a, b) for a, b, _ in pairs])
             other = [

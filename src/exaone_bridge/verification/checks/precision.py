@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["BF16_RATIO", "UNIT_ROUNDOFF", "Rounding"]
+__all__ = ["BF16_RATIO", "UNIT_ROUNDOFF", "RoundingModel"]
 
 UNIT_ROUNDOFF = 2.0**-24  # of fp32, to nearest
 CEILING = (
@@ -19,7 +19,7 @@ _VISION_THETA = 1e4  # Transformers' `Exaone4_5_VisionRotaryEmbedding`
 BF16_RATIO = 1.1  # of distances from fp32: two runs of one precision are that far from each other
 
 
-class Rounding:
+class RoundingModel:
     """Expected relative rounding error of fp32 after each place of one model.
 
     Args:
@@ -100,7 +100,7 @@ class Rounding:
         here = self._attention(layer) + (0 if sublayer == "attention" else self._mlp())
         return before + here
 
-    def bound(self, terms: float, amplification: float) -> float:
+    def threshold(self, terms: float, amplification: float) -> float:
         """The largest relative difference of two fp32 programs that differ in nothing but the order of their sums.
 
         Never above the ceiling: a fault may not hide behind a model that amplifies everything.

@@ -30,9 +30,9 @@ def write_card(report: Report, path: Path, *, name: str, note: str = "") -> None
 
 
 def _summary(sections: dict[str, str]) -> str:
-    failed = [title for title, text in sections.items() if "| differs |" in text]
+    failed = [title for title, text in sections.items() if "| failed |" in text]
     if failed:
-        return f"**{len(failed)} of {len(sections)} verifications differ.**\n"
+        return f"**{len(failed)} of {len(sections)} verifications failed.**\n"
     return (
         f"{len(sections)} verifications, and every check that ran holds. None of them is of the published weights\n"
         + (
@@ -79,12 +79,12 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
         f"- Versions: {_versions(report)}.",
     ]
     lines += [f"- {report.seconds:.0f} s: `{report.command}`", ""] if report.command else [""]
-    lines += ["| check | figure | held against | verdict |", "|---|---|---|---|"]
+    lines += ["| check | summary | threshold | status |", "|---|---|---|---|"]
     for check in report.checks:
-        figure = check.figure if check.ran else check.where
-        figure += f"; {check.where}" if not check.passed else ""
+        figure = check.summary if check.ran else check.details
+        figure += f"; {check.details}" if not check.passed else ""
         lines.append(
-            f"| {check.name} | {_cell(figure)} | {_cell(check.bound)} | {check.verdict.value} |"
+            f"| {check.name} | {_cell(figure)} | {_cell(check.threshold)} | {check.status.value} |"
         )
     return title, "\n".join(lines) + "\n"
 

@@ -50,11 +50,13 @@ def differences_png(places: Sequence[ActivationDiff]) -> bytes:
     step = (WIDTH - LEFT - RIGHT) / len(places)
     xs = [LEFT + step * (number + 0.5) for number in range(len(places))]
     _axes(canvas, places, step, low, high, y)
-    canvas.line([(x, y(place.bound)) for x, place in zip(xs, places, strict=True)], BOUND, 1.6)
-    first = next((number for number, place in enumerate(places) if place.parts), None)
+    canvas.line([(x, y(place.threshold)) for x, place in zip(xs, places, strict=True)], BOUND, 1.6)
+    first = next((number for number, place in enumerate(places) if place.diverges), None)
     for number, (x, place) in enumerate(zip(xs, places, strict=True)):
         size = 3.4 if step > 7 else 2.4
-        canvas.mark(_shape(place), x, y(place.difference), size, BEYOND if place.parts else WITHIN)
+        canvas.mark(
+            _shape(place), x, y(place.difference), size, BEYOND if place.diverges else WITHIN
+        )
         if number == first:
             canvas.line([(x, TOP), (x, HEIGHT - BOTTOM)], BEYOND, 1.2)
             name = (
@@ -131,7 +133,7 @@ def _decades(places: Sequence[ActivationDiff]) -> tuple[int, int]:
     values = [
         value
         for place in places
-        for value in (place.difference, place.bound)
+        for value in (place.difference, place.threshold)
         if 0 < value < float("inf")
     ]
     if not values:

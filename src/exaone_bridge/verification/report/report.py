@@ -1,4 +1,7 @@
-"""What a verification says: checks with a figure, a bound and a verdict each, and where two models part. No torch."""
+"""The report of a verification: a list of checks, and the first activation where two models diverge.
+
+No torch is imported here. `report.schema.json` beside this file describes the JSON form.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "ActivationDiff", "Check", "Location", "Report", "Verdict", "versions"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "ActivationDiff",
+    "Check",
+    "Divergence",
+    "Report",
+    "Status",
+    "versions",
+]
 
-SCHEMA = 1  # of `Report.to_json`; raised only where a field goes away or changes its meaning
+SCHEMA_VERSION = 2  # of `Report.to_json`; raised only if a field is removed or changes its meaning
 
 _PACKAGES = (
     "exaone-bridge",
@@ -24,76 +35,96 @@ _PACKAGES = (
     "transformers",
     "torch",
 )
+_ARITHMETIC = ("logits", "gradients")
 
 
-class Verdict(StrEnum):
-    """Of one check."""
+class Status(StrEnum):
+    """The result of a check, or of a whole report."""
 
-    PASSED = "holds"
-    FAILED = "differs"
+    PASSED = "passed"
+    FAILED = "failed"
     NOT_RUN = "not run"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: what was checked, the figure that was found, whether it holds, and where it does not.
+    """One comparison, and whether it passed.
 
     Attributes:
-        where: what differs first; or why the check was not run.
-        bound: what the figure is held against.
-        values: the figure's numbers, for programs.
-        ran: False: nothing could be said, and `holds` says nothing.
+        name: one of tensors, config, files, generation, logits, gradients.
+        summary: the measured values in one sentence.
+        passed: whether the measured values are within the threshold; True if the check was not run.
+        details: the first differences, or why the check was not run.
+        threshold: what `summary` is compared with.
+        metrics: the measured values as numbers.
+        ran: False if there was nothing to compare; such a check does not fail the report.
     """
 
     name: str
-    figure: str
+    summary: str
     passed: bool
-    where: str = ""
-    bound: str = "equal"
-    values: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    details: str = ""
+    threshold: str = "equal"
+    metrics: Mapping[str, Any] = field(default_factory=dict, compare=False)
     ran: bool = True
 
     @property
-    def verdict(self) -> Verdict:
-        """`holds`, `differs`, or `not run`."""
+    def status(self) -> Status:
+        """The check's result."""
         if not self.ran:
-            return Verdict.NOT_RUN
-        return Verdict.PASSED if self.passed else Verdict.FAILED
+            return Status.NOT_RUN
+        return Status.PASSED if self.passed else Status.FAILED
 
     @classmethod
-    def not_run(cls, name: str, why: str) -> Check:
-        """A line that says why there is no figure; it does not stand against the model."""
-        return cls(name, "-", True, why, "-", ran=False)
+    def not_run(cls, name: str, reason: str) -> Check:
+        """Make a check that records why it was not run."""
+        return cls(name, "-", True, reason, "-", ran=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the check as the JSON report has it."""
+        return {
+            "name": self.name,
+            "status": self.status.value,
+            "summary": self.summary,
+            "threshold": self.threshold,
+            "details": self.details,
+            "metrics": dict(self.metrics),
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationDiff:
-    """How far two models are apart at one place of the arithmetic.
+    """The difference of one activation between two models.
 
     Attributes:
         name: the Hugging Face module whose output it is.
-        layer: global, 0-based; None outside the layers.
-        sublayer: embedding, norm, attention, router, mlp, layer, or output layer; of a vision tower: vision embedding,
-            norm, attention, mlp, layer, merger, or features, each without a layer.
-        difference: the worst position's, relative to the largest entry there.
-        bound: what rounding alone can make of it.
+        layer: global, 0-based; None outside the decoder layers.
+        sublayer: embedding, norm, attention, router, mlp, layer or output layer; in a vision encoder
+            vision embedding, norm, attention, mlp, layer, merger or features, without a layer.
+        difference: the largest difference at any token, relative to the largest entry of that token
+            (in half precision: at the median token).
+        threshold: the largest difference that rounding explains.
     """
 
     name: str
     layer: int | None
     sublayer: str
     difference: float
-    bound: float
+    threshold: float
 
     @property
-    def parts(self) -> bool:
-        """Whether the difference is more than rounding; NaN is."""
-        return not self.difference <= self.bound
+    def diverges(self) -> bool:
+        """Whether the difference is above the threshold; NaN is."""
+        return not self.difference <= self.threshold
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the difference as the JSON report has it."""
+        return dataclasses.asdict(self) | {"diverges": self.diverges}
 
 
 @dataclass(frozen=True, slots=True)
-class Location:
-    """The first place where two models part, and what usually causes that."""
+class Divergence:
+    """The first activation where two models diverge, and the usual causes."""
 
     name: str
     layer: int | None
@@ -102,20 +133,23 @@ class Location:
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"layer {self.layer}, "
-        return f"hidden states part at {layer}{self.sublayer} ({self.name})"
+        return f"hidden states diverge at {layer}{self.sublayer} ({self.name})"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The checks of one model at one layout, or of two models against each other.
+    """The checks of one model's round trip, or of two models against each other.
 
     Attributes:
-        source, other: folders' names; other None: the source's own round trip.
-        layout, backend, dtype: of Megatron-Core's side and of the arithmetic.
-        model: family, parameters and shape, for people and cards.
-        places: differences in the order of the arithmetic.
+        source, other: names of the folders; other is None for the source's own round trip.
+        layout, backend: of the Megatron-Core model.
+        dtype: of the arithmetic.
+        model: family, parameter count and shape.
+        activations: differences in execution order.
+        divergence: the first of `activations` that diverges.
         tensors: name -> dtype, shape and SHA-256 of the source's tensors.
-        setup: prompts, seeds and other settings that the figures depend on.
+        setup: prompts, seed and other settings that the measured values depend on.
+        seconds: duration of the whole verification.
     """
 
     source: str
@@ -125,8 +159,8 @@ class Report:
     backend: str = "auto"
     dtype: str = "float32"
     model: Mapping[str, Any] = field(default_factory=dict)
-    places: tuple[ActivationDiff, ...] = ()
-    location: Location | None = None
+    activations: tuple[ActivationDiff, ...] = ()
+    divergence: Divergence | None = None
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     setup: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -135,10 +169,20 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every check that ran holds, and there is at least one."""
+        """Whether at least one check ran, and none failed."""
         return any(check.ran for check in self.checks) and all(
             check.passed for check in self.checks
         )
+
+    @property
+    def status(self) -> Status:
+        """`passed` or `failed`."""
+        return Status.PASSED if self.passed else Status.FAILED
+
+    @property
+    def title(self) -> str:
+        """The source's name, or both names."""
+        return self.source if self.other is None else f"{self.source} against {self.other}"
 
     @property
     def parameters(self) -> int:
@@ -146,85 +190,65 @@ class Report:
         return int(self.model.get("parameters", 0))
 
     def check(self, name: str) -> Check:
-        """The check of that name.
+        """Return the check of this name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the report has no such check.
         """
         for check in self.checks:
             if check.name == name:
                 return check
         raise KeyError(name)
 
-    def faults(self) -> str:
-        """One line for each check that does not hold, and where it begins."""
+    def failures(self) -> str:
+        """Return one line for each failed check, and the usual causes of the divergence."""
         lines = [
-            f"{self.source}: {check.name}: {check.figure}; {check.where}"
+            f"{self.source}: {check.name}: {check.summary}; {check.details}"
             for check in self.checks
             if not check.passed
         ]
-        if self.location is not None:
-            lines += [
-                f"{self.source}: {self.location.sublayer}: usual causes: {'; '.join(self.location.causes)}"
-            ]
+        if self.divergence is not None:
+            causes = "; ".join(self.divergence.causes)
+            lines.append(f"{self.source}: {self.divergence.sublayer}: usual causes: {causes}")
         return "\n".join(lines)
 
     @property
-    def round_trip(self) -> bool:
-        """Whether what lies on disk came back: every check but those of the arithmetic holds."""
-        return all(
-            check.passed for check in self.checks if check.name not in ("logits", "gradients")
-        )
+    def round_trip_passed(self) -> bool:
+        """Whether every check passed but those of logits and gradients."""
+        return all(check.passed for check in self.checks if check.name not in _ARITHMETIC)
 
     @property
     def max_logit_difference(self) -> float:
-        """The largest absolute difference of any logit; NaN where logits were not compared."""
-        values = [check.values for check in self.checks if check.name == "logits" and check.ran]
-        return float(values[0]["max"]) if values else float("nan")
+        """The largest absolute difference of any logit; NaN if logits were not compared."""
+        metrics = [check.metrics for check in self.checks if check.name == "logits" and check.ran]
+        return float(metrics[0]["max"]) if metrics else float("nan")
 
     @property
-    def first_differing_layer(self) -> str:
-        """The layer where hidden states part first, or the sublayer where that is in none; `-` where they do not."""
-        if self.location is None:
+    def first_diverging_layer(self) -> str:
+        """The layer of the divergence, its sublayer if it is outside the layers, `-` if none."""
+        if self.divergence is None:
             return "-"
-        return self.location.sublayer if self.location.layer is None else str(self.location.layer)
+        layer = self.divergence.layer
+        return self.divergence.sublayer if layer is None else str(layer)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as `report.schema.json` beside this file describes it; what is not a number is null."""
-        result = {
-            "schema": SCHEMA,
-            "verdict": (Verdict.PASSED if self.passed else Verdict.FAILED).value,
-        }
-        result |= {name: getattr(self, name) for name in _PLAIN}
-        result["checks"] = [
-            {
-                "name": check.name,
-                "verdict": check.verdict.value,
-                "figure": check.figure,
-                "bound": check.bound,
-                "where": check.where,
-                "values": dict(check.values),
-            }
-            for check in self.checks
-        ]
-        result["location"] = None if self.location is None else dataclasses.asdict(self.location)
-        result["places"] = [
-            dataclasses.asdict(place) | {"parts": place.parts} for place in self.places
-        ]
+        """Return plain data as `report.schema.json` describes it; NaN and infinity become null."""
+        result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "status": self.status.value}
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if part.name in ("checks", "activations"):
+                value = [item.to_json() for item in value]
+            elif part.name == "divergence" and value is not None:
+                value = dataclasses.asdict(value)
+            result[part.name] = value
         return json.loads(json.dumps(_finite(result)))
 
     def write_json(self, path: Path) -> None:
-        """`to_json`, indented."""
+        """Write `to_json`, indented."""
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
 
 
-_PLAIN = (
-    "source", "other", "layout", "backend", "dtype", "model", "tensors", "setup", "versions", "command", "seconds",
-)  # fmt: skip
-
-
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):
@@ -233,7 +257,7 @@ def _finite(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the figures depend on."""
+    """Return the versions of Python and of the packages that the measured values depend on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in _PACKAGES:
         try:

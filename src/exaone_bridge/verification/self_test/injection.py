@@ -23,16 +23,21 @@ from exaone_bridge.verification.checks.folders import (
     compare_digests,
     compare_files,
 )
-from exaone_bridge.verification.checks.generation import Generated, compare_generated, generate
-from exaone_bridge.verification.report.report import Check, Location
+from exaone_bridge.verification.checks.generation import Generated, compare_generation, generate
+from exaone_bridge.verification.report.report import Check, Divergence
 from exaone_bridge.verification.self_test.fault import Fault
 from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict, upstream_verdict
-from exaone_bridge.verification.workflow.job import Job, Theirs, VerifyOptions, make_job
+from exaone_bridge.verification.workflow.job import (
+    ReferenceResult,
+    VerifyOptions,
+    Workload,
+    make_workload,
+)
 from exaone_bridge.verification.workflow.verify import arithmetic
 
 __all__ = ["Bench", "Verdicts"]
 
-Verdicts = tuple[list[Check], Location | None, UpstreamVerdict]
+Verdicts = tuple[list[Check], Divergence | None, UpstreamVerdict]
 
 
 class Bench:
@@ -46,20 +51,20 @@ class Bench:
     def __init__(self, work: Path, name: str, seed: int = 0) -> None:
         from megatron.bridge import AutoBridge
 
-        from exaone_bridge.verification.workflow.transformers import load, run_reference
+        from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
         self.folder = work / f"{name}-{seed}"
         write_random(self.folder, _tiny_configs()[name], seed=seed)
         self.source: HFSource = open_source(self.folder)
-        self.job: Job = make_job(
+        self.job: Workload = make_workload(
             self.source, Layout(), VerifyOptions(backend="torch", count=2, seed=seed)
         )
         self.host_run = (
             len(self.job.batches) - 1 if any(self.job.images) else 0
         )  # the prompts the host is asked about
         self.hf = load(self.folder, torch.float32)
-        self.theirs = Theirs(
-            [run_reference(self.hf, self.job.points, *batch) for batch in self.job.runs()]
+        self.theirs = ReferenceResult(
+            [capture_transformers(self.hf, self.job.points, *batch) for batch in self.job.runs()]
         )
         self.digests = digest_folder(self.folder)
         self.bridge = AutoBridge.from_hf_pretrained(self.folder)
@@ -83,7 +88,7 @@ class Bench:
     def look(self, model: list[Any]) -> Verdicts:
         """Round trip and arithmetic of a loaded model."""
         from exaone_bridge.bridge.exact_bridge import config_mapping
-        from exaone_bridge.verification.workflow.megatron import run_ours
+        from exaone_bridge.verification.workflow.megatron import capture_megatron
 
         checks: list[Check] = []
         weights: dict[str, torch.Tensor] = {}
@@ -97,14 +102,14 @@ class Bench:
         after: Mapping[str, Digest] = digest_stream(weights.items())
         if weights:
             checks.append(compare_digests(self.digests, after))
-        runs = [run_ours(model, self.job.points, *batch) for batch in self.job.runs()]
+        runs = [capture_megatron(model, self.job.points, *batch) for batch in self.job.runs()]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
         upstream = self._host(runs[self.host_run].logits, weights)
-        return [*checks, *found["checks"]], found["location"], upstream
+        return [*checks, *found.checks], found.divergence, upstream
 
     def look_at_folder(self, folder: Path, generation: bool) -> Verdicts:
         """Another folder against this one, by Transformers."""
-        from exaone_bridge.verification.workflow.transformers import load, run_reference
+        from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
         checks = [
             compare_digests(self.digests, digest_folder(folder)),
@@ -119,19 +124,19 @@ class Bench:
             return checks, None, self._host(self._anyway(folder), weights)
         model = load(folder, torch.float32)
         runs: Sequence[Activations] = [
-            run_reference(model, self.job.points, *batch, perturbed=False)
+            capture_transformers(model, self.job.points, *batch, perturbed=False)
             for batch in self.job.runs()
         ]
         found = arithmetic(self.theirs, runs, None, self.source, self.job)
-        checks += found["checks"]
+        checks += found.checks
         if generation:
             if self.generated is None:
-                self.generated = generate(self.hf, self.folder, self.job.words)
+                self.generated = generate(self.hf, self.folder, self.job.plain_prompt)
             checks.append(
-                compare_generated(self.generated, generate(model, folder, self.job.words))
+                compare_generation(self.generated, generate(model, folder, self.job.plain_prompt))
             )
         upstream = self._host(runs[self.host_run].logits, weights)
-        return checks, found["location"], upstream
+        return checks, found.divergence, upstream
 
     def _host(
         self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]
@@ -143,10 +148,10 @@ class Bench:
 
     def _anyway(self, folder: Path) -> torch.Tensor | None:
         """Logits of a folder that we refuse, where Transformers loads it in spite of everything."""
-        from exaone_bridge.verification.workflow.transformers import load, run_reference
+        from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
         try:
-            other = run_reference(
+            other = capture_transformers(
                 load(folder, torch.float32), (), *self.job.runs()[self.host_run], perturbed=False
             )
         except Exception:  # whatever Transformers thinks of a broken folder
@@ -155,7 +160,7 @@ class Bench:
 
     def plant(self, fault: Fault) -> Verdicts:
         """Plant one fault and look; what refuses the model is a check that does not hold."""
-        location: Location | None = None
+        location: Divergence | None = None
         try:
             if fault.folder is not None:
                 copy = self.folder.with_name("faulty")

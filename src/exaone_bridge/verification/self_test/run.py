@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
-from exaone_bridge.verification.report.report import Check, Location
+from exaone_bridge.verification.report.report import Check, Divergence
 from exaone_bridge.verification.self_test.ernie45_faults import ERNIE45_FAULTS
 from exaone_bridge.verification.self_test.exaone4_faults import EXAONE4_FAULTS
 from exaone_bridge.verification.self_test.exaone45_faults import EXAONE45_FAULTS
@@ -37,7 +37,7 @@ class Outcome:
     wanted: tuple[str, ...]
     begins: tuple[int | None, str] | None
     checks: tuple[Check, ...]
-    location: Location | None
+    divergence: Divergence | None
     upstream: UpstreamVerdict
 
     @property
@@ -48,15 +48,17 @@ class Outcome:
     @property
     def found(self) -> tuple[int | None, str] | None:
         """Layer and sublayer where hidden states part."""
-        return None if self.location is None else (self.location.layer, self.location.sublayer)
+        return (
+            None if self.divergence is None else (self.divergence.layer, self.divergence.sublayer)
+        )
 
     @property
     def excess(self) -> float | None:
         """The logits' difference by its bound; None where they were not computed, or are the same by design."""
         if self.begins is None:
             return None
-        figures = next(check.values for check in self.checks if check.name == "logits")
-        return float(figures["relative"] / figures["bound"])
+        figures = next(check.metrics for check in self.checks if check.name == "logits")
+        return float(figures["relative"] / figures["threshold"])
 
     @property
     def right(self) -> bool:
@@ -153,7 +155,7 @@ def _run_family(
         clean = Bench(work, name, seed)
         checks, location, _ = clean.look(clean.clean)
         false_reports += [
-            f"{name}, {seed}: {one.name}: {one.figure}; {one.where}"
+            f"{name}, {seed}: {one.name}: {one.summary}; {one.details}"
             for one in checks
             if not one.passed
         ]

@@ -22,17 +22,22 @@ from exaone_bridge.verification.checks.folders import (
     compare_digests,
     compare_files,
 )
-from exaone_bridge.verification.checks.generation import compare_generated
+from exaone_bridge.verification.checks.generation import compare_generation
 from exaone_bridge.verification.report.report import Check, Report
 from exaone_bridge.verification.workflow.job import (
-    Job,
-    Theirs,
+    ReferenceResult,
     VerifyOptions,
-    make_job,
+    Workload,
+    make_workload,
     run_generation,
     run_megatron,
 )
-from exaone_bridge.verification.workflow.verify import arithmetic, make_report, verify
+from exaone_bridge.verification.workflow.verify import (
+    ArithmeticResult,
+    arithmetic,
+    make_report,
+    verify,
+)
 
 __all__ = ["compare", "is_megatron", "verify_megatron"]
 
@@ -104,15 +109,15 @@ def verify_megatron(
         )
 
 
-def run_other(folder: Path, job: Job) -> Theirs:
+def run_other(folder: Path, job: Workload) -> ReferenceResult:
     """On one rank: Transformers' fp32 run of another folder."""
     import torch
 
-    from exaone_bridge.verification.workflow.transformers import load, run_reference
+    from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
     model = load(folder, torch.float32)
-    return Theirs(
-        [run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()]
+    return ReferenceResult(
+        [capture_transformers(model, job.points, *batch, perturbed=False) for batch in job.runs()]
     )
 
 
@@ -141,17 +146,18 @@ def compare(
     ):
         first = open_source(left.folder)
         gradients = asked.gradients and right.megatron is not None
-        job = make_job(first, layout, dataclasses.replace(asked, gradients=gradients))
+        job = make_workload(first, layout, dataclasses.replace(asked, gradients=gradients))
         before = digest_folder(left.folder)
         checks = [
             compare_digests(before, digest_folder(right.folder)),
             compare_configs(first.config, read_json(right.folder / "config.json")),
             compare_files(left.folder, right.folder),
         ]
-        found: dict[str, Any] = {"checks": [], "places": (), "location": None}
         why = _cannot_run(first, right.folder)
         if why:
-            found["checks"] = [Check("logits", "the other model cannot be run", False, why)]
+            found = ArithmeticResult(
+                (Check("logits", "the other model cannot be run", False, why),)
+            )
         else:
             found, generated = _run(left, right, first, job, launcher, progress)
             checks += generated
@@ -173,12 +179,12 @@ def _cannot_run(first: HFSource, folder: Path) -> str:
 
 
 def _run(
-    left: Side, right: Side, first: HFSource, job: Job, launcher: Launcher, progress: Progress
-) -> tuple[dict[str, Any], list[Check]]:
-    from exaone_bridge.verification.workflow.job import run_theirs
+    left: Side, right: Side, first: HFSource, job: Workload, launcher: Launcher, progress: Progress
+) -> tuple[ArithmeticResult, list[Check]]:
+    from exaone_bridge.verification.workflow.job import run_transformers
     from exaone_bridge.verification.workflow.megatron import merge
 
-    theirs = launcher.first(run_theirs, left.folder, job, progress=progress)
+    theirs = launcher.first(run_transformers, left.folder, job, progress=progress)
     gradients = None
     if right.megatron is None:
         ours = launcher.first(run_other, right.folder, job).runs
@@ -194,5 +200,7 @@ def _run(
         return found, []
     progress.stage("generation from the other model")
     return found, [
-        compare_generated(theirs.generated or {}, launcher.first(run_generation, right.folder, job))
+        compare_generation(
+            theirs.generated or {}, launcher.first(run_generation, right.folder, job)
+        )
     ]

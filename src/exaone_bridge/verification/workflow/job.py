@@ -17,7 +17,7 @@ from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.activations.capture import Activations
-from exaone_bridge.verification.activations.probe_points import ProbePoint, points_of
+from exaone_bridge.verification.activations.probe_points import ProbePoint, probe_points
 from exaone_bridge.verification.checks.generation import Generated, generate
 from exaone_bridge.verification.checks.gradients import (
     gradients_of_megatron,
@@ -28,16 +28,16 @@ from exaone_bridge.verification.workflow.transformers import Images, together
 
 __all__ = [
     "DTYPES",
-    "Job",
-    "Ours",
-    "Theirs",
+    "MegatronResult",
+    "ReferenceResult",
     "VerifyOptions",
+    "Workload",
     "batches_of",
-    "make_job",
+    "make_workload",
     "prompt_length",
     "run_generation",
     "run_megatron",
-    "run_theirs",
+    "run_transformers",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,7 +112,7 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Workload:
     """What is to be run, on both sides.
 
     Attributes:
@@ -156,13 +156,13 @@ class Job:
         return found | ({"built": sorted(self.overrides)} if self.overrides else {})
 
     @property
-    def words(self) -> list[int]:
+    def plain_prompt(self) -> list[int]:
         """The prompt that needs no tokenizer."""
         return self.batches[0][0, :_WORDS].tolist()
 
 
 @dataclass(slots=True)
-class Theirs:
+class ReferenceResult:
     """What Transformers made of a job."""
 
     runs: list[Activations]
@@ -171,16 +171,20 @@ class Theirs:
     gradients: Any = None
 
 
-def run_theirs(folder: Path, job: Job, progress: Progress = NO_PROGRESS) -> Theirs:
+def run_transformers(
+    folder: Path, job: Workload, progress: Progress = NO_PROGRESS
+) -> ReferenceResult:
     """On one rank: Transformers' fp32 run of every prompt, and what else the job asks for."""
-    from exaone_bridge.verification.workflow.transformers import load, run_reference
+    from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
     progress.stage("Transformers' logits")
     model = load(folder, torch.float32)
-    found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
+    found = ReferenceResult(
+        [capture_transformers(model, job.points, *batch) for batch in job.runs()]
+    )
     if job.generate:
         progress.stage("Transformers' greedy generation")
-        found.generated = generate(model, folder, job.words)
+        found.generated = generate(model, folder, job.plain_prompt)
     if job.gradient_tokens is not None:
         progress.stage("Transformers' gradients")
         found.gradients = gradients_of_transformers(model, job.gradient_tokens, job.gradient_images)
@@ -188,20 +192,20 @@ def run_theirs(folder: Path, job: Job, progress: Progress = NO_PROGRESS) -> Thei
         progress.stage(f"Transformers' logits in {job.dtype}")
         model = load(folder, DTYPES[job.dtype])
         found.half = [
-            run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()
+            capture_transformers(model, job.points, *batch, perturbed=False) for batch in job.runs()
         ]
     return found
 
 
-def run_generation(folder: Path, job: Job) -> dict[str, Generated]:
+def run_generation(folder: Path, job: Workload) -> dict[str, Generated]:
     """On one rank: greedy generation from another folder."""
     from exaone_bridge.verification.workflow.transformers import load
 
-    return generate(load(folder, torch.float32), folder, job.words)
+    return generate(load(folder, torch.float32), folder, job.plain_prompt)
 
 
 @dataclass(slots=True)
-class Ours:
+class MegatronResult:
     """What one rank of Megatron-Core made of a job."""
 
     config: dict[str, Any]
@@ -214,9 +218,9 @@ def run_megatron(
     megatron: Path | None,
     target: Path | None,
     files: Mapping[str, str],
-    job: Job,
+    job: Workload,
     progress: Progress = NO_PROGRESS,
-) -> Ours:
+) -> MegatronResult:
     """On a rank: load, export to `target`, run every prompt.
 
     Args:
@@ -229,7 +233,7 @@ def run_megatron(
 
     from exaone_bridge.bridge.exact_bridge import config_mapping
     from exaone_bridge.runtime.model import build, load_megatron
-    from exaone_bridge.verification.workflow.megatron import run_ours
+    from exaone_bridge.verification.workflow.megatron import capture_megatron
 
     bridge = AutoBridge.from_hf_pretrained(source)
     source_config = config_mapping(bridge.hf_pretrained.config)
@@ -251,7 +255,9 @@ def run_megatron(
         )  # its bits are known to be the source's by now, or the check of tensors says otherwise
         model = build(bridge, job.layout, dtype=dtype, backend=job.backend, **job.overrides)
     progress.stage("Megatron-Core's logits")
-    found = Ours(source_config, [run_ours(model, job.points, *batch) for batch in job.runs()])
+    found = MegatronResult(
+        source_config, [capture_megatron(model, job.points, *batch) for batch in job.runs()]
+    )
     if job.gradient_tokens is not None:
         progress.stage("Megatron-Core's gradients")
         tokens, images = job.gradient_tokens, job.gradient_images
@@ -259,7 +265,7 @@ def run_megatron(
     return found
 
 
-def make_job(source: HFSource, layout: Layout, asked: VerifyOptions) -> Job:
+def make_workload(source: HFSource, layout: Layout, asked: VerifyOptions) -> Workload:
     """A job whose prompts fit the model; all that can be refused is refused before half a minute of Transformers.
 
     Raises:
@@ -290,10 +296,10 @@ def make_job(source: HFSource, layout: Layout, asked: VerifyOptions) -> Job:
         images = [*((),) * len(batches), last]
         batches.append(tokens_of_images)
     _check_host(asked.backend)
-    return Job(
+    return Workload(
         batches=batches,
         images=images,
-        points=points_of(source.mappings),
+        points=probe_points(source.mappings),
         layout=layout,
         backend=asked.backend,
         dtype=asked.dtype,

@@ -29,56 +29,58 @@ from exaone_bridge.verification.checks.folders import (
 from exaone_bridge.verification.report.report import Check, Report
 from exaone_bridge.verification.workflow.job import (
     DTYPES,
-    Job,
-    Ours,
-    Theirs,
+    MegatronResult,
+    ReferenceResult,
     VerifyOptions,
-    make_job,
+    Workload,
+    make_workload,
 )
-from exaone_bridge.verification.workflow.megatron_layerwise import StreamedMegatron
-from exaone_bridge.verification.workflow.transformers_layerwise import streamed_transformers
+from exaone_bridge.verification.workflow.megatron_layerwise import LayerwiseMegatron
+from exaone_bridge.verification.workflow.transformers_layerwise import layerwise_transformers
 from exaone_bridge.verification.workflow.verify import arithmetic, make_report
 
-__all__ = ["streams", "verify_streaming"]
+__all__ = ["is_layerwise", "verify_layerwise"]
 
 _HOLDABLE = 2**31  # bytes of weights in fp32 that are held whole
 
 
-def streams(folder: Path, wish: bool | None) -> bool:
+def is_layerwise(folder: Path, wish: bool | None) -> bool:
     """Whether to go layer by layer: as wished, or by size."""
     return wish if wish is not None else open_source(folder).parameters * 4 > _HOLDABLE
 
 
-def run_theirs_streaming(folder: Path, job: Job, progress: Progress) -> Theirs:
-    """On one rank: as `run_theirs`, a layer at a time."""
-    from exaone_bridge.verification.workflow.transformers import run_reference
+def run_transformers_layerwise(folder: Path, job: Workload, progress: Progress) -> ReferenceResult:
+    """On one rank: as `run_transformers`, a layer at a time."""
+    from exaone_bridge.verification.workflow.transformers import capture_transformers
 
     source = open_source(folder)
     progress.stage("Transformers' logits, layer by layer")
-    model = streamed_transformers(source, torch.float32)
-    found = Theirs([run_reference(model, job.points, *batch) for batch in job.runs()])
+    model = layerwise_transformers(source, torch.float32)
+    found = ReferenceResult(
+        [capture_transformers(model, job.points, *batch) for batch in job.runs()]
+    )
     if job.dtype != "float32":
         del model
-        model = streamed_transformers(source, DTYPES[job.dtype])
+        model = layerwise_transformers(source, DTYPES[job.dtype])
         found.half = [
-            run_reference(model, job.points, *batch, perturbed=False) for batch in job.runs()
+            capture_transformers(model, job.points, *batch, perturbed=False) for batch in job.runs()
         ]
     return found
 
 
-def run_megatron_streaming(
-    folder: Path, target: Path, job: Job, progress: Progress
-) -> tuple[Ours, dict[str, Digest]]:
+def run_megatron_layerwise(
+    folder: Path, target: Path, job: Workload, progress: Progress
+) -> tuple[MegatronResult, dict[str, Digest]]:
     """On a rank: as `run_megatron`, a layer at a time; weights are digested instead of written to `target`."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.bridge.exact_bridge import config_mapping
-    from exaone_bridge.verification.workflow.megatron import run_ours
+    from exaone_bridge.verification.workflow.megatron import capture_megatron
 
     source = open_source(folder)
     bridge = AutoBridge.from_hf_pretrained(folder)
     progress.stage("HF -> Megatron-Core -> HF, layer by layer")
-    streamed = StreamedMegatron(
+    streamed = LayerwiseMegatron(
         bridge, source, job.layout, job.backend, DTYPES[source.model_config.dtype], job.overrides
     )
     digests = streamed.round_trip()
@@ -90,15 +92,15 @@ def run_megatron_streaming(
     del streamed
     gc.collect()
     progress.stage("Megatron-Core's logits, layer by layer")
-    streamed = StreamedMegatron(
+    streamed = LayerwiseMegatron(
         bridge, source, job.layout, job.backend, DTYPES[job.dtype], job.overrides
     )
     streamed.stream_layers()
-    runs = [run_ours(streamed.model, job.points, *batch) for batch in job.runs()]
-    return Ours(config_mapping(bridge.hf_pretrained.config), runs), digests
+    runs = [capture_megatron(streamed.model, job.points, *batch) for batch in job.runs()]
+    return MegatronResult(config_mapping(bridge.hf_pretrained.config), runs), digests
 
 
-def verify_streaming(
+def verify_layerwise(
     source_folder: Path,
     layout: Layout,
     asked: VerifyOptions = VerifyOptions(),
@@ -116,13 +118,13 @@ def verify_streaming(
     launcher = launcher or choose_launcher(layout.ranks)
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
-    job = make_job(
+    job = make_workload(
         source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False)
     )
-    theirs = launcher.first(run_theirs_streaming, source_folder, job, progress=progress)
+    theirs = launcher.first(run_transformers_layerwise, source_folder, job, progress=progress)
     before = digest_folder(source_folder)
     with launcher.folder() as work:
-        results = launcher.all(run_megatron_streaming, source_folder, work, job, progress=progress)
+        results = launcher.all(run_megatron_layerwise, source_folder, work, job, progress=progress)
         # What travels beside the model is copied, not converted.
         after = {name: before[name] for name in source.passthrough} | results[0][1]
         checks = [
@@ -136,7 +138,13 @@ def verify_streaming(
     found = arithmetic(theirs, ours, None, source, job)
     why = "it needs the whole model in memory (--no-stream)"
     unmet = {"generation": asked.generation, "gradients": asked.gradients}
-    found["checks"] += [Check.not_run(name, why) for name, wanted in unmet.items() if wanted]
+    found = dataclasses.replace(
+        found,
+        checks=(
+            *found.checks,
+            *[Check.not_run(name, why) for name, wanted in unmet.items() if wanted],
+        ),
+    )
     seconds = time.perf_counter() - started
     return make_report(
         source, job, before, checks, found, seed=asked.seed, seconds=seconds, streaming=True

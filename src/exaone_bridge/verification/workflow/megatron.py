@@ -10,10 +10,10 @@ import torch
 from exaone_bridge.verification.activations.capture import Activations, megatron_hooks
 from exaone_bridge.verification.activations.probe_points import Capture, ProbePoint
 
-__all__ = ["merge", "run_ours"]
+__all__ = ["capture_megatron", "merge"]
 
 
-def run_ours(
+def capture_megatron(
     model: list[Any],
     points: Sequence[ProbePoint],
     tokens: torch.Tensor,
@@ -26,7 +26,7 @@ def run_ours(
     seen: dict[str, list[torch.Tensor]] = {}
     with megatron_hooks(model, points, seen):
         logits, _ = forward_logits(model, tokens, images)
-    vision_encoder = {point.hf for point in points if point.take is Capture.PATCHES}
+    vision_encoder = {point.hf for point in points if point.capture is Capture.PATCHES}
     values = {
         hf: _images_first(parts, images)
         if hf in vision_encoder

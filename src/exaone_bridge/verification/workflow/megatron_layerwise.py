@@ -13,10 +13,10 @@ from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import Digest, digest_stream
 from exaone_bridge.verification.workflow.transformers_layerwise import Reader
 
-__all__ = ["StreamedMegatron"]
+__all__ = ["LayerwiseMegatron"]
 
 
-class StreamedMegatron:
+class LayerwiseMegatron:
     """A Megatron-Core model whose parameters are filled through Megatron-Bridge's own conversion, group by group.
 
     Until a parameter is filled its memory is only promised by the operating system; emptying it takes the promise anew.

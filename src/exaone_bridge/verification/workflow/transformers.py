@@ -15,7 +15,7 @@ Images = dict[
     str, torch.Tensor
 ]  # a prompt's pixels and grids, by the names of the model's arguments
 
-__all__ = ["embeddings_of", "load", "model_class", "run_reference", "together"]
+__all__ = ["capture_transformers", "embeddings_of", "load", "model_class", "together"]
 
 PERTURBATION = (
     2.0**-16
@@ -39,7 +39,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def run_reference(
+def capture_transformers(
     model: Any,
     points: Iterable[ProbePoint],
     tokens: torch.Tensor,
@@ -61,11 +61,11 @@ def run_reference(
     """
     count, length = tokens.shape
     copies = 3 if perturbed else 1
-    traced = Activations(torch.empty(0), decided=torch.ones(count, length, dtype=torch.bool))
+    traced = Activations(torch.empty(0), stable=torch.ones(count, length, dtype=torch.bool))
 
     def keep(point: ProbePoint, value: torch.Tensor, chosen: torch.Tensor | None) -> None:
         value = value.float()
-        if point.take is Capture.PATCHES:
+        if point.capture is Capture.PATCHES:
             keep_patches(point.hf, value.view(copies, -1, value.shape[-1]))
             return
         traced.values[point.hf] = value[:count].cpu().clone()
@@ -76,8 +76,8 @@ def run_reference(
                 (chosen[:count] == chosen[start : start + count]).all(-1)
                 for start in (count, 2 * count)
             ]
-            traced.decided &= (same[0] & same[1]).cpu().cumprod(-1).bool()
-        traced.sensitivity[point.hf] = _change(value, count, traced.decided)
+            traced.stable &= (same[0] & same[1]).cpu().cumprod(-1).bool()
+        traced.amplification[point.hf] = _change(value, count, traced.stable)
 
     def keep_patches(name: str, value: torch.Tensor) -> None:
         """[copies, patches, features] of a tower's call for images; another, for videos, may follow."""
@@ -88,7 +88,7 @@ def run_reference(
         if perturbed:
             everywhere = torch.ones(clean.shape[:2], dtype=torch.bool)
             change = _change(value, 1, everywhere)
-            traced.sensitivity[name] = max(change, traced.sensitivity.get(name, 0.0))
+            traced.amplification[name] = max(change, traced.amplification.get(name, 0.0))
 
     embeddings = embeddings_of(model)
     handles = [each.register_forward_hook(_perturb) for each in embeddings] if perturbed else []
@@ -104,10 +104,10 @@ def run_reference(
             handle.remove()
     traced.logits = logits[:count].cpu().clone()
     if perturbed:
-        traced.sensitivity[LOGITS] = _change(logits, count, traced.decided)
-        inputs = next(iter(traced.sensitivity.values()))  # the embeddings' own change
-        traced.sensitivity = {
-            place: change / inputs for place, change in traced.sensitivity.items()
+        traced.amplification[LOGITS] = _change(logits, count, traced.stable)
+        inputs = next(iter(traced.amplification.values()))  # the embeddings' own change
+        traced.amplification = {
+            place: change / inputs for place, change in traced.amplification.items()
         }
     return traced
 

@@ -12,7 +12,7 @@ from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.hf.source import HFSource
 from exaone_bridge.verification.workflow.transformers import model_class
 
-__all__ = ["Reader", "streamed_transformers"]
+__all__ = ["Reader", "layerwise_transformers"]
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -40,7 +40,7 @@ class Reader(Mapping[str, torch.Tensor]):
         return len(self.tensors)
 
 
-def streamed_transformers(source: HFSource, dtype: torch.dtype) -> Any:
+def layerwise_transformers(source: HFSource, dtype: torch.dtype) -> Any:
     """Transformers' eager model whose layers are filled when they run; what is outside them stays."""
     from transformers import AutoConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,53 @@ from exaone_bridge.verification.checks.folders import (
     compare_digests,
     compare_files,
 )
-from exaone_bridge.verification.checks.generation import compare_generated
+from exaone_bridge.verification.checks.generation import compare_generation
 from exaone_bridge.verification.checks.gradients import compare_gradients
 from exaone_bridge.verification.checks.logits import (
+    compare_activations,
     compare_half_precision,
     compare_logits,
-    places_of,
 )
-from exaone_bridge.verification.report.report import Check, Report, versions
+from exaone_bridge.verification.report.report import (
+    ActivationDiff,
+    Check,
+    Divergence,
+    Report,
+    versions,
+)
 from exaone_bridge.verification.report.summary import model_summary
 from exaone_bridge.verification.workflow.job import (
-    Job,
-    Theirs,
+    ReferenceResult,
     VerifyOptions,
-    make_job,
+    Workload,
+    make_workload,
     run_generation,
     run_megatron,
-    run_theirs,
+    run_transformers,
 )
 
-__all__ = ["arithmetic", "make_report", "verify"]
+__all__ = ["ArithmeticResult", "arithmetic", "make_report", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArithmeticResult:
+    """The comparison of logits, activations and gradients."""
+
+    checks: tuple[Check, ...]
+    activations: tuple[ActivationDiff, ...] = ()
+    divergence: Divergence | None = None
 
 
 def arithmetic(
-    theirs: Theirs, ours: Sequence[Activations], gradients: Any, source: HFSource, job: Job
-) -> dict[str, Any]:
-    """The report's fields that compare arithmetic: checks, places, location."""
+    theirs: ReferenceResult,
+    ours: Sequence[Activations],
+    gradients: Any,
+    source: HFSource,
+    job: Workload,
+) -> ArithmeticResult:
+    """Compare the logits, activations and gradients of both sides."""
     half = job.dtype != "float32"
-    places = places_of(job.points, theirs.runs, ours, source.model_config, theirs.half)
+    places = compare_activations(job.points, theirs.runs, ours, source.model_config, theirs.half)
     if half:
         assert theirs.half is not None
         check = compare_half_precision(theirs.runs, theirs.half, ours, job.dtype)
@@ -57,22 +77,22 @@ def arithmetic(
         check = compare_logits(theirs.runs, ours, places)
     location = locate(places) if not check.passed or not half else None
     if location is not None:  # also where a place parts and the logits do not show it
-        check = dataclasses.replace(check, passed=False, where=str(location))
+        check = dataclasses.replace(check, passed=False, details=str(location))
     checks = [check]
     if job.gradient_tokens is not None:
         positions = job.gradient_tokens.shape[0] * (job.gradient_tokens.shape[1] - 1)
         checks.append(
             compare_gradients(theirs.gradients, gradients, source.model_config, positions)
         )
-    return {"checks": checks, "places": places, "location": location}
+    return ArithmeticResult(tuple(checks), places, location)
 
 
 def make_report(
     source: HFSource,
-    job: Job,
+    job: Workload,
     tensors: Mapping[str, Digest],
     checks: Sequence[Check],
-    found: Mapping[str, Any],
+    found: ArithmeticResult,
     *,
     seed: int,
     seconds: float,
@@ -93,12 +113,12 @@ def make_report(
         source=source.folder.name,
         other=other,
         layout=str(job.layout),
-        checks=(*checks, *found["checks"]),
+        checks=(*checks, *found.checks),
         backend=job.backend,
         dtype=job.dtype,
         model=model_summary(source),
-        places=found["places"],
-        location=found["location"],
+        activations=found.activations,
+        divergence=found.divergence,
         tensors={name: digest.as_json() for name, digest in tensors.items()},
         setup=job.setup(seed) | setup,
         versions=versions(),
@@ -132,8 +152,8 @@ def verify(
     launcher = launcher or choose_launcher(layout.ranks)
     source_folder = source_folder.resolve()
     source = open_source(source_folder)
-    job = make_job(source, layout, asked)
-    theirs = launcher.first(run_theirs, source_folder, job, progress=progress)
+    job = make_workload(source, layout, asked)
+    theirs = launcher.first(run_transformers, source_folder, job, progress=progress)
     before = digest_folder(source_folder)
     with launcher.folder() as work:
         target = work / source_folder.name
@@ -148,7 +168,7 @@ def verify(
         if job.generate:
             progress.stage("generation after the round trip")
             after = launcher.first(run_generation, target, job)
-            checks.append(compare_generated(theirs.generated or {}, after))
+            checks.append(compare_generation(theirs.generated or {}, after))
     from exaone_bridge.verification.workflow.megatron import merge
 
     ours = [
