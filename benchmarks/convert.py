@@ -32,10 +32,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exaone_bridge.checkpoint.hf import shards
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.checkpoint.hf.headers import TensorSpec
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config_json
-from exaone_bridge.checkpoint.megatron.tensors import Spec
+from exaone_bridge.checkpoint.reshard.plan import reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.models import family_of
@@ -99,7 +100,7 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
     model_config = family.read_hf_config(config)
     kinds = {"bfloat16": "BF16", "float32": "F32"}
     specs = [
-        Spec(
+        TensorSpec(
             name,
             "F32" if tensor.fp32 else kinds[model_config.dtype],
             tensor.shape(model_config.dims),
@@ -223,7 +224,7 @@ def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout)
-    source = open_source(folder)
+    source = HFCheckpoint.open(folder)
     moved = load(folder, source.family, source.mappings, source.model_config, place_of(model))
     return moved.nbytes, moved.cut_nbytes
 
@@ -236,8 +237,8 @@ def measure_bytes(run: Run) -> None:
         layout = Layout(tp=tp)
         moved = ForkLauncher(tp).all(_bytes_rank, folder, layout)
         if tp == 1:
-            source = open_source(folder)
-            plan = source.plan(Layout(tp=2))
+            source = HFCheckpoint.open(folder)
+            plan = reshard_plan(source.model, Layout(tp=2))
             cut = [part for part in plan.parts if len(part.cuts) > 1]
             whole = sum(
                 math.prod(shape) * size * (len(part.row.layers) or 1)
@@ -328,7 +329,7 @@ def measure_stream(run: Run) -> None:
         shapes = {"small": ("b1", SMALL)}
     for size, (name, config) in shapes.items():
         folder = checkpoint(run.work / name, config)
-        source = open_source(folder)
+        source = HFCheckpoint.open(folder)
         largest = max(tensor.nbytes for tensor in source.tensors.values())
         megatron, exported = run.work / f"{name}-megatron", run.work / f"{name}-exported"
         for path in (megatron, exported):
@@ -352,10 +353,10 @@ def measure_stream(run: Run) -> None:
         shutil.rmtree(exported)
 
 
-def prove_plan(source: HFSource) -> None:
-    """Plan and validate a load at TP2 x PP2 from headers alone."""
+def prove_plan(source: HFCheckpoint) -> None:
+    """ReshardPlan and validate a load at TP2 x PP2 from headers alone."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    prove(source.plan(Layout(tp=2, pp=2)), shapes)
+    prove(reshard_plan(source.model, Layout(tp=2, pp=2)), shapes)
 
 
 def measure_linear(run: Run) -> None:
@@ -368,7 +369,7 @@ def measure_linear(run: Run) -> None:
     print("|---|---|---|---|---|---|")
     for layers, experts in sizes:
         folder = checkpoint(run.work / f"many-{layers}-{experts}", many(layers, experts))
-        source = open_source(folder)
+        source = HFCheckpoint.open(folder)
         count = len(source.tensors)
         validate_plan = functools.partial(prove_plan, source)
         plan = least(run.repeats, {"": validate_plan})[""].wall

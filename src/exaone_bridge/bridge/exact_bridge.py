@@ -22,13 +22,14 @@ from megatron.core.utils import unwrap_model
 
 from exaone_bridge.bridge import eligibility
 from exaone_bridge.bridge.mapping_registry import bind
+from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
 from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.checkpoint.reshard.load import load
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.patches.dora import DoRAExport
 from exaone_bridge.patches.fp8 import initial_values_renewed
 from exaone_bridge.schema.hf_files import COMPANION_FILES
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping, aliases, expected_hf, expected_megatron
 
 __all__ = ["ExactBridge", "config_mapping"]
@@ -115,13 +116,10 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         self._check_megatron(mappings, megatron_model)
         source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         if source is not None:
-            _check(
-                set(expected_hf(mappings, model_config.dims)),
-                {name for name in source.get_all_keys() if not self.FAMILY.is_passthrough(name)},
+            check_coverage(
+                expected_hf(mappings, model_config.dims),
+                [name for name in source.get_all_keys() if not self.FAMILY.is_passthrough(name)],
                 where="Hugging Face checkpoint",
-                missing="tensors that the model needs are missing",
-                extra="tensors that the model has no place for",
-                remedy="check that config.json belongs to these weights",
             )
         tasks = super().build_conversion_tasks(
             hf_pretrained, megatron_model, weight_dtype=weight_dtype
@@ -167,7 +165,7 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         placed = eligibility.place_of(model)
         if not placed.even:  # of an uneven pipeline each rank knows its own stage only
             self._check_megatron(mappings, unwrap_model(model))
-        load(folder, self.FAMILY, mappings, model_config, placed)
+        load(folder, ModelDescription(self.FAMILY, model_config, mappings), placed)
         return model
 
     def _output_bias_task(
@@ -203,14 +201,7 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
         names = {others.get(name, name) for name in _over_expert_ranks(names)}
         if "output_layer.weight" not in (expected := expected_megatron(mappings)):
             names.discard("output_layer.weight")  # tied: the last stage's copy of the embedding
-        _check(
-            expected,
-            names,
-            where="Megatron-Core model",
-            missing="parameters that the rows of this family fill are missing",
-            extra="parameters without a row",
-            remedy="the provider must build the model that the Hugging Face configuration describes",
-        )
+        check_coverage(expected, names, where="Megatron-Core model", remedy=BUILD_FROM_CONFIG)
 
     def stream_weights_megatron_to_hf(
         self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
@@ -309,12 +300,3 @@ def _over_expert_ranks(names: set[str]) -> set[str]:
     everyones: list[set[str]] = [set()] * group.size()
     dist.all_gather_object(everyones, names, group=group)
     return set().union(*everyones)
-
-
-def _check(
-    expected: set[str], found: set[str], *, where: str, missing: str, extra: str, remedy: str
-) -> None:
-    if lost := expected - found:
-        raise UnmappedTensors(missing, lost, where=where, remedy=remedy)
-    if strange := found - expected:
-        raise UnmappedTensors(extra, strange, where=where, remedy=remedy)

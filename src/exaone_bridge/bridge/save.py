@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from exaone_bridge.bridge import eligibility
 from exaone_bridge.checkpoint.reshard.save import Group, into, save, together
+from exaone_bridge.schema.model_family import ModelDescription
 
 __all__ = ["save_by_plan"]
 
@@ -101,8 +102,7 @@ def _save(auto_bridge: Any, model: list[Any], folder: Path) -> None:
     model_config, mappings, files, passthrough = bridge.to_be_saved(auto_bridge.hf_pretrained)
     save(
         folder,
-        mappings,
-        model_config,
+        ModelDescription(bridge.FAMILY, model_config, mappings),
         eligibility.place_of(model),
         dtype=unwrap_model(model)[0].config.params_dtype,
         dense=Group(

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
-from exaone_bridge.checkpoint.hf.source import HFSource, check_layout, plan_of, survey
-from exaone_bridge.checkpoint.reshard.plan import Plan
+from exaone_bridge.checkpoint.reshard.plan import ReshardPlan, check_layout, reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.layer_schedule import mlp_pattern, pattern
@@ -42,13 +42,13 @@ def inspect(folder: Path, layout: Layout, *, as_json: bool) -> None:
     finally:
         if collecting:
             gc.enable()
-    source.check_names()
+    source.check_coverage()
 
 
-def _print(folder: Path, layout: Layout, as_json: bool) -> HFSource:
-    source = survey(folder)
+def _print(folder: Path, layout: Layout, as_json: bool) -> HFCheckpoint:
+    source = HFCheckpoint.survey(folder)
     check_layout(source.model_config, layout)
-    plan = source.plan(layout)
+    plan = reshard_plan(source.model, layout)
     if not source.missing:
         prove(plan, source.shapes)
     text = _json(source, plan) if as_json else "\n".join(_lines(source, plan))
@@ -57,7 +57,7 @@ def _print(folder: Path, layout: Layout, as_json: bool) -> HFSource:
     return source
 
 
-def _unsupported(source: HFSource) -> Iterator[tuple[str, str]]:
+def _unsupported(source: HFCheckpoint) -> Iterator[tuple[str, str]]:
     """Yield layouts with one parallel axis that the model does not support, and the reason."""
     for axis in ("tp", "pp", "ep"):
         for ranks in _TRIED_SIZES:
@@ -65,7 +65,7 @@ def _unsupported(source: HFSource) -> Iterator[tuple[str, str]]:
             layout = Layout(**sizes)
             try:
                 check_layout(source.model_config, layout)
-                plan_of(source.mappings, source.model_config, layout)
+                reshard_plan(source.model, layout)
             except UnsupportedLayout as error:
                 reason = str(error).removeprefix("parallel layout: ").partition("; ")[0]
                 yield f"{axis.upper()}{ranks}", reason
@@ -73,7 +73,7 @@ def _unsupported(source: HFSource) -> Iterator[tuple[str, str]]:
                     break  # a dense model supports no EP at all
 
 
-def _ranks(plan: Plan) -> list[dict[str, Any]]:
+def _ranks(plan: ReshardPlan) -> list[dict[str, Any]]:
     written = plan.written_bytes()
     return [
         {
@@ -87,7 +87,7 @@ def _ranks(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _json(source: HFSource, plan: Plan) -> str:
+def _json(source: HFCheckpoint, plan: ReshardPlan) -> str:
     model_config = source.model_config
     destinations: dict[str, str] = {}
     for mapping in source.mappings:
@@ -97,7 +97,7 @@ def _json(source: HFSource, plan: Plan) -> str:
     summary = {
         "folder": str(source.folder),
         "family": source.family.name,
-        "parameters": source.parameters,
+        "parameters": source.num_elements,
         "bytes": source.nbytes,
         "dtype": model_config.dtype,
         "layers": pattern(model_config.windows),
@@ -124,7 +124,7 @@ def _json(source: HFSource, plan: Plan) -> str:
     return json.dumps(summary)  # without indentation, which would take a second for 60,000 tensors
 
 
-def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
+def _lines(source: HFCheckpoint, plan: ReshardPlan) -> Iterator[str]:
     yield str(source.folder)
     yield from (f"  {name:<36}{value}" for name, value in _summary(source, plan).items())
     yield "Ranks"
@@ -143,12 +143,12 @@ def _lines(source: HFSource, plan: Plan) -> Iterator[str]:
         yield f"  {name} {list(sizes)} -> missing: the model needs it"
 
 
-def _summary(source: HFSource, plan: Plan) -> dict[str, str]:
+def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
     model_config = source.model_config
     heads = f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}"
     summary = {
         "family": source.family.name,
-        "parameters": f"{source.parameters:,} in {len(source.tensors)} tensors, "
+        "parameters": f"{source.num_elements:,} in {len(source.tensors)} tensors, "
         f"{model_config.dtype}, {source.nbytes / 1e9:.2f} GB",
         "layers (L sliding-window, G full)": pattern(model_config.windows),
     }

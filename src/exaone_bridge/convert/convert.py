@@ -13,13 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_file_header, read_json
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.checkpoint.hf.headers import (
+    INDEX,
+    TensorInfo,
+    TensorSpec,
+    read_file_header,
+    read_json,
+)
+from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.hf.source import HFSource, check_layout, open_source
 from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards, write_config_json
-from exaone_bridge.checkpoint.megatron.tensors import DTYPES, MegatronSource, TensorSpec, read_into
+from exaone_bridge.checkpoint.megatron.tensors import MegatronSource
 from exaone_bridge.checkpoint.megatron.torch_dist_write import (
     Parameter,
     WrittenParam,
@@ -27,6 +35,7 @@ from exaone_bridge.checkpoint.megatron.torch_dist_write import (
     write_metadata,
     write_parameters,
 )
+from exaone_bridge.checkpoint.reshard.plan import check_layout, reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.checkpoint.staging import FULL, check_space, refuse_existing, resumable, staged
 from exaone_bridge.convert.extra_tensors import PASSTHROUGH, keep_passthrough, passthrough_sizes
@@ -36,14 +45,9 @@ from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint", "shards_like"]
+__all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint"]
 
 ASSETS = "hf"  # the folder in a Megatron checkpoint that holds what Megatron has no place for
-
-
-def shards_like(source: HFSource) -> dict[str, str]:
-    """Tensor -> file, as the source has it."""
-    return {name: tensor.file.name for name, tensor in source.tensors.items()}
 
 
 def drain(weights: Iterable[Any], write: Callable[[Iterable[Any]], None]) -> None:
@@ -70,18 +74,17 @@ def _typed_disk_errors(target: Path) -> Iterator[None]:
 
 
 def _import_rank(
-    source: Path,
+    source: HFCheckpoint,
     target: Path,
     parameters: list[Parameter],
     shares: list[list[int]],
-    tensors: Mapping[str, TensorInfo],
     progress: Progress,
 ) -> tuple[list[WrittenParam], int, int]:
     """Write this rank's share; where each parameter went, and the memory before and at most."""
     base, written = resident_memory(), []
     with _typed_disk_errors(target):
         path = target / f"__{dist.get_rank()}_0.distcp"
-        for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], tensors, path):
+        for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], source, path):
             written.append(where)
             progress.advance(nbytes)
     return written, base, peak_memory()
@@ -106,16 +109,16 @@ def import_checkpoint(
         dry_run: check everything, and write nothing.
 
     Raises:
-        CheckpointError, UnsupportedConfig, UnmappedTensors: see `open_source`; or the target exists.
+        CheckpointError, UnsupportedConfig, UnmappedTensors: see `HFCheckpoint.open`; or the target exists.
         UnsupportedLayout: the model cannot be cut so.
         OutputError: the disk is full.
     """
     started = time.perf_counter()
     refuse_existing(megatron_folder)
-    source = open_source(hf_folder)
+    source = HFCheckpoint.open(hf_folder)
     check_layout(source.model_config, layout)
-    ours = source.of_the_model
-    plan = source.plan(Layout())
+    ours = source.model_tensors
+    plan = reshard_plan(source.model, Layout())
     prove(plan, {name: tensor.shape for name, tensor in ours.items()})
     check_space(megatron_folder, source.nbytes)
     if dry_run:
@@ -134,7 +137,7 @@ def import_checkpoint(
     progress.total(sum(tensor.nbytes for tensor in ours.values()))
     with staged(megatron_folder) as folder:
         iteration = write_beside(folder, provider, megatron_folder.absolute())
-        arguments = (hf_folder.absolute(), iteration, parameters, shares, ours)
+        arguments = (source, iteration, parameters, shares)
         results = ForkLauncher(workers).all(_import_rank, *arguments, progress=progress)
         write_metadata(
             iteration, parameters, ours, [where for written, _, _ in results for where in written]
@@ -144,7 +147,7 @@ def import_checkpoint(
         write_config_json(assets, source.config)
         copy_companion_files(hf_folder, assets)
         keep_passthrough(source, assets)
-        (assets / INDEX).write_text(json.dumps({"weight_map": shards_like(source)}))
+        (assets / INDEX).write_text(json.dumps({"weight_map": source.files}))
     base, peak = max(
         ((base, peak) for _, base, peak in results), key=lambda pair: pair[1] - pair[0]
     )
@@ -161,17 +164,12 @@ def _export_rank(
     progress: Progress,
 ) -> tuple[int, int, int]:
     """Write this rank's share; bytes that were there already, and the memory before and at most."""
-    import torch
-
-    base = resident_memory()
+    base, reader = resident_memory(), TensorReader()
     try:
         with _typed_disk_errors(target):
             for name in shares[dist.get_rank()]:
                 if name in passthrough:
-                    tensor = torch.empty(
-                        passthrough[name].shape, dtype=DTYPES[passthrough[name].dtype]
-                    )
-                    read_into(passthrough[name], tensor)
+                    tensor = reader.read(passthrough[name])
                 else:
                     tensor = source.read(name)
                 writer.put(
@@ -236,7 +234,7 @@ def export_checkpoint(
         passthrough = {
             name: info for name, info in beside.items() if name not in source.tensors
         }  # built since the import
-    specs: list[TensorSpec] = [*source.tensors.values(), *passthrough.values()]
+    specs: list[TensorSpec | TensorInfo] = [*source.tensors.values(), *passthrough.values()]
     sizes = {spec.name: spec.nbytes for spec in specs}
     files = _source_shards(assets / INDEX, sizes) if max_shard_bytes is None else None
     shards = lay_out(specs, files or plan_shards(sizes, max_shard_bytes or MAX_SHARD_BYTES))

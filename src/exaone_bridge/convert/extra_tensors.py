@@ -7,46 +7,33 @@ source is out of reach.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_file_header
-from exaone_bridge.checkpoint.hf.source import HFSource
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.checkpoint.hf.headers import read_file_header
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.model_family import ModelFamily
 
-__all__ = ["PASSTHROUGH", "keep_passthrough", "passthrough_sizes", "passthrough_weights"]
+__all__ = ["PASSTHROUGH", "keep_passthrough", "passthrough_sizes"]
 
 PASSTHROUGH = "carried.safetensors"
 
 logger = logging.getLogger(__name__)
 
 
-def keep_passthrough(source: HFSource, folder: Path) -> None:
+def keep_passthrough(source: HFCheckpoint, folder: Path) -> None:
     """Copy a source's carried tensors to `folder`; nothing happens where source and configuration have none."""
     if not source.passthrough and not source.family.passthrough_tensors(source.model_config):
         return
-    save_file(dict(_read(source.passthrough)), folder / PASSTHROUGH)
+    save_file({name: source.read(name) for name in source.passthrough}, folder / PASSTHROUGH)
     logger.info(
         "carried past the model unchanged: %d tensors, in %s",
         len(source.passthrough),
         folder / PASSTHROUGH,
     )
-
-
-def _read(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any]]:
-    by_file = defaultdict(list)
-    for name, tensor in tensors.items():
-        by_file[tensor.file].append(name)
-    for path, names in by_file.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                yield name, file.get_tensor(name)
 
 
 def passthrough_sizes(folder: Path, family: ModelFamily, model_config: Any) -> dict[str, int]:
@@ -65,10 +52,3 @@ def passthrough_sizes(folder: Path, family: ModelFamily, model_config: Any) -> d
             remedy="restore it from the Hugging Face source by another `import`, or leave them out with --drop-passthrough",
         )
     return {}
-
-
-def passthrough_weights(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of what `keep_passthrough` left in `folder`."""
-    path = folder / PASSTHROUGH
-    if path.is_file():
-        yield from _read(read_file_header(path)[0])

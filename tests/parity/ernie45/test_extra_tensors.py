@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_headers, read_json
-from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
 from exaone_bridge.runtime.fork import ForkLauncher
@@ -33,7 +33,7 @@ def imported(megatron_bridge: Any, tiny: Any, tmp_path_factory: pytest.TempPathF
 
 
 def test_they_are_there(tiny: Any) -> None:
-    source = open_source(tiny("ernie45"))
+    source = HFCheckpoint.open(tiny("ernie45"))
     assert set(source.passthrough) == _mtp(source.folder)
     assert len(source.passthrough) == 12
 
@@ -88,7 +88,7 @@ def test_out_of_reach_stops_the_export_unless_told(
     source = tiny("ernie45", dtype="bfloat16")
     assert set(read_headers(tmp_path / "dropped")) == set(read_headers(source)) - _mtp(source)
     assert read_json(tmp_path / "dropped/config.json")["num_nextn_predict_layers"] == 0
-    open_source(tmp_path / "dropped")
+    HFCheckpoint.open(tmp_path / "dropped")
 
 
 def _save_through_autobridge(source: Path, target: Path) -> list[str]:

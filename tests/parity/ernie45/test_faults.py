@@ -130,7 +130,7 @@ def test_schedule_field_ignored(
         "_schedule",
         lambda config, layers: right({k: v for k, v in config.items() if k != field}, layers),
     )
-    with pytest.raises(UnmappedTensors, match="tensors that the model needs are missing"):
+    with pytest.raises(UnmappedTensors, match="missing keys"):
         verify(folder, Layout())
 
 
@@ -168,7 +168,7 @@ def test_dropped_row_stops_the_load(
         BRIDGE,
         lambda mapping: None if "experts.linear_fc2.weight*" in mapping.megatron else mapping,
     )(monkeypatch)
-    with pytest.raises(UnmappedTensors, match="parameters without a row") as caught:
+    with pytest.raises(UnmappedTensors, match="unexpected keys") as caught:
         verify(tiny("ernie45"), layout)
     assert len(caught.value.names) in (
         8,

@@ -145,7 +145,7 @@ def _saved_types(folder: Path, target: Path) -> None:
 def test_fp32_on_disk_where_transformers_writes_fp32(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """save_pretrained of a bf16 model: the types that `open_source` asks for."""
+    """save_pretrained of a bf16 model: the types that `HFCheckpoint.open` asks for."""
     folder = tiny("ernie45", dtype="bfloat16", num_nextn_predict_layers=0)
     ForkLauncher(1).all(_saved_types, folder, tmp_path / "saved")
 

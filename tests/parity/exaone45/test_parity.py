@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_headers, read_json
-from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import read_hf_config
@@ -82,10 +82,10 @@ def test_configurations(megatron_bridge: Any, tiny: Any, case: str) -> None:
 def test_import_and_export(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     """From the Megatron checkpoint alone: tensors, multi-token prediction's too, nested configurations, processors."""
     source = tiny("exaone45")
-    assert set(open_source(source).passthrough) == {
+    assert set(HFCheckpoint.open(source).passthrough) == {
         n for n in read_headers(source) if n.startswith("mtp.")
     }
-    assert len(open_source(source).passthrough) == 15
+    assert len(HFCheckpoint.open(source).passthrough) == 15
     import_checkpoint(source, tmp_path / "megatron", Layout(tp=2, pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     checks = (

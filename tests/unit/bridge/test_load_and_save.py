@@ -330,9 +330,9 @@ OTHER_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
     "one less": (
         {},
         "less",
-        r"rows of this family fill are missing \(decoder\.layers\.4\.mlp\.linear_fc1\.weight\)",
+        r"missing keys \(decoder\.layers\.4\.mlp\.linear_fc1\.weight\)",
     ),
-    "one more": ({}, "more", r"parameters without a row \(decoder\.layers\.4\.mlp\.extra\)"),
+    "one more": ({}, "more", r"unexpected keys \(decoder\.layers\.4\.mlp\.extra\)"),
 }
 
 

@@ -23,9 +23,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import INDEX
-from exaone_bridge.checkpoint.hf.source import open_source
-from exaone_bridge.checkpoint.megatron.tensors import FolderSource, MegatronSource
+from exaone_bridge.checkpoint.megatron.tensors import MegatronSource
+from exaone_bridge.checkpoint.reshard.plan import reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import prove
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import BridgeError, CheckpointError
@@ -223,13 +224,12 @@ def mutate(noise: random.Random, folder: Path) -> str:
 
 def correct(folder: Path) -> None:
     """What was accepted is what safetensors itself reads, bit for bit, and the plan of it is a bijection."""
-    source = open_source(folder)
-    reader = FolderSource(source)
-    prove(source.plan(Layout(tp=2)), source.shapes)
+    source = HFCheckpoint.open(folder)
+    prove(reshard_plan(source.model, Layout(tp=2)), source.shapes)
     for name, info in source.tensors.items():
         with safe_open(info.file, framework="pt") as file:
             expected = file.get_tensor(name)
-        found = reader.read(name)
+        found = source.read(name)
         assert found.dtype == expected.dtype and found.shape == expected.shape
         assert bytes(found.reshape(-1).view(torch.uint8).numpy()) == bytes(
             expected.reshape(-1).view(torch.uint8).numpy()

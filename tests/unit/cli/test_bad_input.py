@@ -222,28 +222,28 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "wrong dtype": (
         set_tensors(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].bfloat16()})),
-        (WEIGHTS, Q_PROJ, "type BF16", "makes it F32", "convert it, or correct dtype"),
+        (WEIGHTS, Q_PROJ, "dtype BF16", "makes it F32", "convert it, or correct dtype"),
     ),
     "a dtype of no family": (
         set_tensors(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].long()})),
-        (WEIGHTS, Q_PROJ, "type I64", "makes it F32"),
+        (WEIGHTS, Q_PROJ, "dtype I64", "makes it F32"),
     ),
     "tensor missing": (
         set_tensors(lambda tensors: tensors.pop(Q_PROJ)),
-        ("1 tensors that the model needs are missing", Q_PROJ, "download or copy it again"),
+        ("1 missing keys", Q_PROJ, "download them again"),
     ),
     "many tensors missing": (
         set_tensors(
             lambda tensors: [tensors.pop(name) for name in list(tensors) if "norm" in name]
         ),
-        ("33 tensors that the model needs are missing", "model.layers.0.", "and 28 more"),
+        ("33 missing keys", "model.layers.0.", "and 28 more"),
     ),
     "tensor extra": (
         set_tensors(
             lambda tensors: tensors.update({"model.layers.8.mlp.router.weight": torch.ones(2)})
         ),
         (
-            "1 tensors that the model has no place for",
+            "1 unexpected keys",
             "model.layers.8.mlp.router.weight",
             "check that config.json",
         ),
@@ -251,7 +251,7 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "fewer layers than weights": (
         set_config(num_hidden_layers=7, layer_types=["full_attention"] * 7, sliding_window=None),
         (
-            "11 tensors that the model has no place for",
+            "11 unexpected keys",
             "model.layers.7.",
             "check that config.json belongs",
         ),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.convert.open_tensors import open_tensors
@@ -219,7 +219,7 @@ def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path:
         tmp_path / "model",
         {**config, "num_hidden_layers": layers, "layer_types": ["full_attention"] * layers},
     )
-    source = open_source(tmp_path / "model")
+    source = HFCheckpoint.open(tmp_path / "model")
     largest = max(tensor.nbytes for tensor in source.tensors.values())
     imported = import_checkpoint(tmp_path / "model", tmp_path / "megatron", Layout())
     exported = export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
@@ -315,7 +315,7 @@ def test_a_source_reads_one_tensor_at_a_time_from_either_side(
     left, right = open_tensors(folder), open_tensors(tmp_path / "megatron")
     assert left.family is right.family and left.model_config == right.model_config
     assert {name for name in left.tensors if name not in right.tensors} == set(
-        open_source(folder).passthrough
+        HFCheckpoint.open(folder).passthrough
     )
     for name, spec in right.tensors.items():
         other = left.tensors[name]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from exaone_bridge.checkpoint.hf.source import open_source
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.verification.activations.capture import Activations, routing_weights
 from exaone_bridge.verification.activations.locate import CAUSES, locate
 from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, probe_points
@@ -34,7 +34,7 @@ def copy_of(run: Activations) -> Activations:
 @pytest.fixture(scope="module")
 def run(tiny: Any) -> tuple[Any, tuple[Any, ...], Activations]:
     """Facts, points and Transformers' run of the hybrid miniature."""
-    source = open_source(tiny("exaone4"))
+    source = HFCheckpoint.open(tiny("exaone4"))
     points = probe_points(source.mappings)
     return (
         source.model_config,
@@ -58,7 +58,7 @@ def test_every_place_of_every_layer_is_on_both_sides(
     """The table comes from the rows alone, and each of its modules is there in both models."""
     from exaone_bridge.runtime.fork import ForkLauncher
 
-    source = open_source(tiny(name))
+    source = HFCheckpoint.open(tiny(name))
     points = probe_points(source.mappings)
     found = ForkLauncher(1).all(_seen_by_megatron, source.folder, points)[0]
     modules = dict(load(source.folder, torch.float32).named_modules())
@@ -282,7 +282,7 @@ def test_the_reference_is_transformers_eager_model(tiny: Any, run: Any) -> None:
 def test_a_tie_is_where_a_nudge_changes_the_experts(megatron_bridge: Any, tiny: Any) -> None:
     """At one token the third and the fourth expert of a layer are made to score the same, as far as fp32 can tell."""
     folder = tiny("ernie45")
-    source, model = open_source(folder), load(folder, torch.float32)
+    source, model = HFCheckpoint.open(folder), load(folder, torch.float32)
     points, tokens = probe_points(source.mappings), prompts(387, 1, 30)
     gate, seen = model.model.layers[2].mlp.gate, []
     handle = gate.register_forward_hook(lambda _, __, output: seen.append(output[0]))
@@ -344,7 +344,7 @@ def test_prompts_pass_window_and_ropes_own_length_where_that_is_affordable(
 def test_points_say_how_to_look(tiny: Any) -> None:
     takes = {
         point.hf: (point.capture, point.megatron)
-        for point in probe_points(open_source(tiny("exaone4")).mappings)
+        for point in probe_points(HFCheckpoint.open(tiny("exaone4")).mappings)
     }
     assert takes["model.layers.2.mlp"] == (
         Capture.INPUT,
@@ -352,7 +352,7 @@ def test_points_say_how_to_look(tiny: Any) -> None:
     )
     takes = {
         point.hf: (point.capture, point.megatron)
-        for point in probe_points(open_source(tiny("ernie45")).mappings)
+        for point in probe_points(HFCheckpoint.open(tiny("ernie45")).mappings)
     }
     assert takes["model.layers.2.mlp"] == (Capture.OUTPUT, "decoder.layers.2.mlp")
     assert takes["model.layers.0.input_layernorm"] == (

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exaone_bridge
-from exaone_bridge.checkpoint.hf.source import open_source
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification import verify
@@ -88,7 +88,7 @@ def test_every_check_of_a_model_holds(
         < report.check("gradients").metrics["relative"]
         < report.check("gradients").metrics["threshold"] / 3
     )
-    assert report.tensors.keys() == open_source(tiny(name)).tensors.keys()
+    assert report.tensors.keys() == HFCheckpoint.open(tiny(name)).tensors.keys()
     assert {place.layer for place in report.activations} == {
         None,
         *range(report.model["num_layers"]),
@@ -136,7 +136,7 @@ def test_gradients_that_are_not_summed_differ(
 def test_streamed_transformers_is_transformers(
     name: str, dtype: str, megatron_bridge: Any, tiny: Any
 ) -> None:
-    source = open_source(tiny(name, dtype=dtype))
+    source = HFCheckpoint.open(tiny(name, dtype=dtype))
     points, tokens = probe_points(source.mappings), prompts(387, 2, 30)
     expected = capture_transformers(load(source.folder, torch.float32), points, tokens)
     model = layerwise_transformers(source, torch.float32)
@@ -151,7 +151,10 @@ def test_streamed_transformers_is_transformers(
 
 def test_a_reader_reads_what_safetensors_reads(tiny: Any) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
-    reader, expected = Reader(open_source(folder).tensors), load_file(folder / "model.safetensors")
+    reader, expected = (
+        Reader(HFCheckpoint.open(folder)),
+        load_file(folder / "model.safetensors"),
+    )
     assert reader.keys() == expected.keys() and len(reader) == len(expected)
     assert all(
         torch.equal(reader[name], value) and reader[name].dtype == value.dtype

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import operator
 import os
 import re
@@ -18,13 +19,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple, Protocol
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 __all__ = [
     "INDEX",
+    "FileStamp",
     "TensorInfo",
     "TensorSpec",
     "read_file_header",
@@ -50,28 +52,48 @@ _ENTRY: Final = re.compile(
 _quote = reprlib.Repr(maxstring=200, maxdict=4, maxother=60).repr
 
 
-class TensorSpec(Protocol):
-    """What is known of a tensor before it is read: `dtype` in safetensors' spelling, `nbytes` of all its elements."""
+class TensorSpec(NamedTuple):
+    """The name, dtype (in safetensors' names: "BF16") and shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
     @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class FileStamp(NamedTuple):
+    """The size and modification time of a file: if either differs, the file has changed."""
+
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileStamp:
+        """Look at an open file."""
+        status = os.fstat(descriptor)
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor's bytes lie: `nbytes` bytes of `file`, row-major and little-endian, from byte `offset`."""
+    """Where a tensor lies on disk: `nbytes` bytes of `file`, row-major and little-endian.
+
+    Attributes:
+        dtype: In safetensors' names: "BF16".
+        offset: First byte, counted from the beginning of the file.
+        stamp: Of the file when its header was read.
+    """
 
     name: str
-    dtype: str  # safetensors spelling: "BF16"
+    dtype: str
     shape: tuple[int, ...]
     file: Path
-    offset: int  # bytes from the start of the file
+    offset: int
     nbytes: int
+    stamp: FileStamp
 
 
 _TENSOR: Final = functools.partial(
@@ -87,7 +109,8 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
     Raises:
         CheckpointError: the file is missing, unreadable or damaged, or has a dtype outside `DTYPE_BYTES`.
     """
-    with _open(path) as (stream, file_bytes):
+    with _open(path) as (stream, stamp):
+        file_bytes = stamp.nbytes
         if file_bytes < 8:
             raise _damaged(path, f"is {file_bytes} bytes long, too short for a safetensors file")
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -101,8 +124,8 @@ def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
                 path, f"its header claims {header_bytes} bytes, and the whole file has {file_bytes}"
             )
         data = stream.read(header_bytes)
-    return _as_safetensors_writes(path, data, data_at, file_bytes) or _in_any_order(
-        path, data, data_at, file_bytes
+    return _as_safetensors_writes(path, data, data_at, stamp) or _in_any_order(
+        path, data, data_at, stamp
     )
 
 
@@ -142,7 +165,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, unreadable, over 100 MB, not UTF-8, not JSON, nested too deep or not an
             object, or an object in it has a key twice.
     """
-    with _open(path) as (stream, file_bytes):
+    with _open(path) as (stream, stamp):
+        file_bytes = stamp.nbytes
         if file_bytes > _MAX_JSON_BYTES:
             raise _damaged(
                 path, f"is {file_bytes} bytes long, and a JSON file may have {_MAX_JSON_BYTES}"
@@ -204,7 +228,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 
 
 def _as_safetensors_writes(
-    path: Path, data: bytes, data_at: int, file_bytes: int
+    path: Path, data: bytes, data_at: int, stamp: FileStamp
 ) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
     """What `_in_any_order` makes of a header, if it is to the letter as safetensors writes it and has nothing wrong.
 
@@ -227,12 +251,11 @@ def _as_safetensors_writes(
         f'"{name}":{{"dtype":"{kind},"data_offsets":[{begin},{end}]}}'
         for name, kind, begin, end in zip(names, kinds, ends[:-1], ends[1:], strict=True)
     ]
-    if text[head.end() :] != ",".join(entries) + "}" or data_at + ends[-1] != file_bytes:
+    if text[head.end() :] != ",".join(entries) + "}" or data_at + ends[-1] != stamp.nbytes:
         return None
     offsets = map(data_at.__add__, ends)
-    tensors = map(
-        _TENSOR, zip(names, dtypes, shapes, itertools.repeat(path), offsets, sizes, strict=False)
-    )
+    paths, stamps = itertools.repeat(path), itertools.repeat(stamp)
+    tensors = map(_TENSOR, zip(names, dtypes, shapes, paths, offsets, sizes, stamps, strict=False))
     found = dict(zip(names, tensors, strict=True))
     return None if len(found) < len(names) or "__metadata__" in found else (found, metadata)
 
@@ -249,7 +272,7 @@ def _kind(dtype: str, shape: str) -> tuple[str, tuple[int, ...], int] | None:
 
 
 def _in_any_order(
-    path: Path, data: bytes, data_at: int, file_bytes: int
+    path: Path, data: bytes, data_at: int, stamp: FileStamp
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of a header, however it is written, and its metadata."""
     header = _parse(path, data, "its header")
@@ -258,7 +281,7 @@ def _in_any_order(
         isinstance(value, str) for value in metadata.values()
     ):
         raise _damaged(path, f"its __metadata__ is {_quote(metadata)}, and must map text to text")
-    tensors = [_tensor(path, name, entry, data_at, file_bytes) for name, entry in header.items()]
+    tensors = [_tensor(path, name, entry, data_at, stamp) for name, entry in header.items()]
     tensors.sort(key=operator.attrgetter("offset", "nbytes"))
     at = data_at
     for tensor in tensors:
@@ -270,12 +293,12 @@ def _in_any_order(
             )
             raise _damaged(path, f"tensor {_quote(tensor.name)} {fault}")
         at += tensor.nbytes
-    if at != file_bytes:
-        raise _damaged(path, f"its last {file_bytes - at} bytes belong to no tensor")
+    if at != stamp.nbytes:
+        raise _damaged(path, f"its last {stamp.nbytes - at} bytes belong to no tensor")
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def _tensor(path: Path, name: str, entry: object, data_at: int, file_bytes: int) -> TensorInfo:
+def _tensor(path: Path, name: str, entry: object, data_at: int, stamp: FileStamp) -> TensorInfo:
     """One entry of a header; its data_offsets count from `data_at`, in bytes."""
     if not (isinstance(entry, dict) and entry.keys() == _FIELDS and _well_typed(**entry)):
         wanted = "a dtype, a shape and two data_offsets in whole numbers from 0 up"
@@ -286,7 +309,7 @@ def _tensor(path: Path, name: str, entry: object, data_at: int, file_bytes: int)
     if dtype not in DTYPE_BYTES:
         problem = f"tensor {_quote(name)} has dtype {_quote(dtype)}, and must have one of {', '.join(DTYPE_BYTES)}"
         raise CheckpointError(path, problem, remedy="save it in one of these dtypes")
-    buffer_bytes = file_bytes - data_at
+    buffer_bytes = stamp.nbytes - data_at
     if not begin <= end <= buffer_bytes:
         raise _damaged(
             path,
@@ -301,7 +324,7 @@ def _tensor(path: Path, name: str, entry: object, data_at: int, file_bytes: int)
     if nbytes != end - begin:
         problem = f"has {end - begin} bytes, and {dtype} of shape {_quote(shape)} takes {nbytes}"
         raise _damaged(path, f"tensor {_quote(name)} {problem}")
-    return TensorInfo(name, dtype, tuple(shape), path, data_at + begin, nbytes)
+    return TensorInfo(name, dtype, tuple(shape), path, data_at + begin, nbytes, stamp)
 
 
 def _nbytes(dtype: str, shape: list[int]) -> int | None:
@@ -340,15 +363,15 @@ def _at_home(path: Path) -> Path:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """`path` open for reading, and its size in bytes."""
+def _open(path: Path) -> Iterator[tuple[BinaryIO, FileStamp]]:
+    """Open a file for reading, and look at its size."""
     if not os.path.isfile(
         path
     ):  # before open, which would wait for a writer where `path` is a named pipe
         raise _damaged(path, "is missing or is not a file")
     try:
         with open(path, "rb") as stream:
-            yield stream, os.fstat(stream.fileno()).st_size
+            yield stream, FileStamp.of(stream.fileno())
     except OSError as error:
         problem = f"cannot be read ({error.strerror or error})"
         raise CheckpointError(path, problem, remedy="check its permissions and its disk") from error

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.checkpoint.hf.headers import INDEX, TensorSpec
+from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, TensorSpec
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 __all__ = ["ShardWriter", "Shards", "lay_out", "write_index"]
@@ -44,9 +44,9 @@ class Shards:
         return sum(nbytes for _, _, nbytes in self.places.values())
 
 
-def lay_out(specs: Iterable[TensorSpec], files: Mapping[str, str]) -> Shards:
+def lay_out(specs: Iterable[TensorSpec | TensorInfo], files: Mapping[str, str]) -> Shards:
     """The files of these tensors; `files`: tensor -> file name."""
-    by_file: dict[str, list[TensorSpec]] = defaultdict(list)
+    by_file: dict[str, list[TensorSpec | TensorInfo]] = defaultdict(list)
     for spec in specs:
         by_file[files[spec.name]].append(spec)
     places, headers, sizes = {}, {}, {}

@@ -1,111 +1,26 @@
-"""A model's tensors by their Hugging Face names, read one at a time: of a Hugging Face folder or a Megatron checkpoint.
+"""A Megatron checkpoint's tensors by their Hugging Face names, read one at a time.
 
-    >>> source = open_tensors(Path("/checkpoints/exaone"))
-    >>> for name in source.tensors:
-    ...     weight = source.read(name)
-
-Nothing is held but the tensor at hand and, of a Megatron checkpoint, the parameter it is part of.
+Only the tensor at hand, and the parameter that it is part of, are in memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from exaone_bridge.checkpoint.hf.headers import TensorInfo, TensorSpec
-from exaone_bridge.checkpoint.hf.source import HFSource, plan_of
+from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
+from exaone_bridge.checkpoint.hf.headers import TensorSpec
 from exaone_bridge.checkpoint.megatron.torch_dist import StoredTensor, TorchDist, key_of
-from exaone_bridge.checkpoint.reshard.plan import ParamPlan
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan, reshard_plan
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.hf_files import iteration_folder
-from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["DTYPES", "FolderSource", "MegatronSource", "Spec", "TensorSource", "TensorSpec"]
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class TensorSource(Protocol):
-    """A model whose tensors can be read one at a time."""
-
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-    @property
-    def family(self) -> ModelFamily: ...
-    @property
-    def model_config(self) -> Any: ...
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]: ...
-    def read(self, name: str) -> torch.Tensor: ...
-
-
-class FolderSource:
-    """A Hugging Face folder's tensors, those carried beside the model included, in the order of its files."""
-
-    def __init__(self, source: HFSource) -> None:
-        self.source = source
-        self.config, self.family, self.model_config = (
-            source.config,
-            source.family,
-            source.model_config,
-        )
-        self.tensors: Mapping[str, TensorInfo] = source.tensors
-
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, in memory of its own.
-
-        Raises:
-            CheckpointError: the file has become shorter since its header was read.
-        """
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        read_into(info, tensor)
-        return tensor
-
-
-def read_into(info: TensorInfo, tensor: torch.Tensor) -> None:
-    """Fill a contiguous tensor with a whole tensor of a file."""
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if info.nbytes else memoryview(b"")
-    with info.file.open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        at = 0
-        while at < len(view):
-            if not (read := file.readinto(view[at:])):
-                raise CheckpointError(
-                    info.file, f"ends within {info.name}", remedy="download or copy it again"
-                )
-            at += read
-
-
-class Spec(NamedTuple):
-    """A tensor that lies in no safetensors file yet."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+__all__ = ["MegatronSource"]
 
 
 class _Place(NamedTuple):
@@ -137,17 +52,20 @@ class MegatronSource:
         self.family = family_of(config["architectures"], where=str(path)).variant_with(
             self.stored.tensors
         )
-        self.model_config = self.family.read_hf_config(config)
+        self.model = self.family.describe(config)
+        self.model_config = self.model.config
         dtype = getattr(torch, self.model_config.dtype)
-        plan = plan_of(self.family.mappings(self.model_config), self.model_config, Layout())
-        self.tensors: dict[str, Spec] = {}
+        plan = reshard_plan(self.model, Layout())
+        self.tensors: dict[str, TensorSpec] = {}
         self._places: dict[str, _Place] = {}
         for part in plan.parts:
             for held, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
                 key, lead = self._locate(part, held)
                 for index, (name, tensor) in enumerate(zip(names, part.mapping.hf, strict=True)):
                     kind = torch.float32 if tensor.fp32 else dtype
-                    self.tensors[name] = Spec(name, _SPELLED[kind], part.shapes[index])
+                    self.tensors[name] = TensorSpec(
+                        name, SAFETENSORS_NAMES[kind], part.shapes[index]
+                    )
                     self._places[name] = _Place(part, held, index, key, lead)
 
     def groups(self) -> list[list[str]]:
@@ -186,7 +104,7 @@ class MegatronSource:
             CheckpointError: files that are missing or damaged.
         """
         place, spec = self._places[name], self.tensors[name]
-        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
         before = tuple((number, number + 1) for number in place.lead)
         for copy in place.part.cuts[0].copies:
             if copy.tensor == place.tensor:

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from exaone_bridge.checkpoint.dtypes import TORCH_DTYPES
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
-from exaone_bridge.checkpoint.megatron.tensors import DTYPES
 from exaone_bridge.checkpoint.megatron.torch_dist import key_of
-from exaone_bridge.checkpoint.reshard.plan import ParamPlan, Plan
-from exaone_bridge.errors import CheckpointError
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan, ReshardPlan
 
 __all__ = ["Parameter", "WrittenParam", "parameters_of", "write_metadata", "write_parameters"]
 
@@ -73,7 +73,7 @@ class WrittenParam(NamedTuple):
     length: int
 
 
-def parameters_of(plan: Plan, layers: int, *, stacked: bool) -> list[Parameter]:
+def parameters_of(plan: ReshardPlan, layers: int, *, stacked: bool) -> list[Parameter]:
     """Every parameter of a model that nobody cuts.
 
     Args:
@@ -91,53 +91,35 @@ def parameters_of(plan: Plan, layers: int, *, stacked: bool) -> list[Parameter]:
 
 
 def write_parameters(
-    parameters: list[Parameter], mine: Iterable[int], tensors: Mapping[str, TensorInfo], path: Path
+    parameters: list[Parameter], mine: Iterable[int], source: HFCheckpoint, path: Path
 ) -> Iterator[tuple[WrittenParam, int]]:
     """Write these parameters to one file, each read straight from the source's files; what was written, and its bytes.
 
     Raises:
         CheckpointError: a file of the source has become shorter since its header was read.
     """
-    handles: dict[Path, int] = {}
-    try:
-        with path.open("wb") as file:
-            for number in mine:
-                tensor = _read(parameters[number], tensors, handles)
-                begin = file.tell()
-                torch.save(tensor, file)
-                yield WrittenParam(number, path.name, begin, file.tell() - begin), tensor.nbytes
-                del tensor
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+    with path.open("wb") as file:
+        for number in mine:
+            tensor = _read(parameters[number], source)
+            begin = file.tell()
+            torch.save(tensor, file)
+            yield WrittenParam(number, path.name, begin, file.tell() - begin), tensor.nbytes
+            del tensor
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _read(
-    parameter: Parameter, tensors: Mapping[str, TensorInfo], handles: dict[Path, int]
-) -> torch.Tensor:
-    """The parameter, with leading axes of one: its tensors' rows go from the file to their place without a detour."""
+def _read(parameter: Parameter, source: HFCheckpoint) -> torch.Tensor:
+    """Read a parameter, with leading axes of one: rows of its tensors go from file to place."""
     cut = parameter.part.cuts[0]
-    infos = [tensors[name] for name in parameter.names]
-    result = torch.empty((1,) * len(parameter.lead) + cut.shape, dtype=DTYPES[infos[0].dtype])
-    if not result.numel():
-        return result
-    data = memoryview(result.view(-1).view(torch.uint8).numpy())
+    dtype = TORCH_DTYPES[source.tensors[parameter.names[0]].dtype]
+    result = torch.empty((1,) * len(parameter.lead) + cut.shape, dtype=dtype)
+    rows = result.view(cut.shape)
     row_bytes = result.nbytes // cut.shape[0]
-    for copy in cut.copies:  # whole rows, because nobody cuts the parameter
-        info = infos[copy.tensor]
-        if info.file not in handles:
-            handles[info.file] = os.open(info.file, os.O_RDONLY)
+    for copy in cut.copies:  # whole rows, because the parameter is not sharded
         first_hf = copy.hf[len(copy.hf) - len(copy.megatron)][0]
-        (begin, end), at = copy.megatron[0], info.offset + first_hf * row_bytes
-        target = data[begin * row_bytes : end * row_bytes]
-        while target:
-            if not (read := os.preadv(handles[info.file], [target], at)):
-                raise CheckpointError(
-                    info.file, f"ends within {info.name}", remedy="download or copy it again"
-                )
-            target, at = target[read:], at + read
+        begin, end = copy.megatron[0]
+        source.read_into(parameter.names[copy.tensor], rows[begin:end], first_hf * row_bytes)
     return result
 
 
@@ -155,7 +137,7 @@ def write_metadata(
         name = parameter.names[0]
         entry = state.get(parameter.key)
         if entry is None:
-            properties = TensorProperties(dtype=DTYPES[tensors[name].dtype])
+            properties = TensorProperties(dtype=TORCH_DTYPES[tensors[name].dtype])
             shape = torch.Size(parameter.outer + parameter.part.cuts[0].shape)
             entry = state[parameter.key] = TensorStorageMetadata(
                 properties=properties, size=shape, chunks=[]

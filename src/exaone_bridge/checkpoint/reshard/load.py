@@ -10,27 +10,30 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
+from exaone_bridge.checkpoint.hf.checkpoint import check_shape
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
-from exaone_bridge.checkpoint.hf.maps import TensorMaps
-from exaone_bridge.checkpoint.hf.source import plan_of, refuse_names, refuse_shape
-from exaone_bridge.checkpoint.reshard.plan import LocalParam, Plan, Rank
+from exaone_bridge.checkpoint.hf.reader import TensorReader
+from exaone_bridge.checkpoint.reshard.plan import (
+    LocalParam,
+    Rank,
+    ReshardPlan,
+    reshard_plan,
+)
 from exaone_bridge.checkpoint.reshard.validate import prove
-from exaone_bridge.errors import CheckpointError, UnmappedTensors
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.errors import CheckpointError
+from exaone_bridge.schema.model_family import ModelDescription
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import ParamMapping, expected_hf
 
 __all__ = ["LoadStats", "LocalModel", "copying_threads", "fill", "load"]
 
 _MOST_THREADS = 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ADVICE = "the provider must build the model that the Hugging Face configuration describes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +70,22 @@ class LoadStats:
     cut_nbytes: int
 
 
-def plan_here(mappings: tuple[ParamMapping, ...], model_config: Any, placed: LocalModel) -> Plan:
+def plan_here(model: ModelDescription, placed: LocalModel) -> ReshardPlan:
     """The plan of the model at hand.
 
     Raises:
         UnsupportedLayout: an axis that the layout does not cut evenly.
     """
     layout = placed.layout
-    stages = layout.stage_layers(model_config.num_layers)
+    stages = layout.stage_layers(model.config.num_layers)
     if not placed.even:  # of other stages nothing is known here
         stages = tuple(placed.layers if stage == placed.pp else () for stage in range(layout.pp))
     words = (0, "embedding.word_embeddings.weight"), (len(placed.layers) - 1, "output_layer.weight")
     here = next(
         (placed.parameters[key].shape[0] for key in words if key in placed.parameters), None
     )
-    return plan_of(
-        mappings,
-        model_config,
+    return reshard_plan(
+        model,
         layout,
         vocab_rows=None if here is None else here * layout.tp,
         stages=stages,
@@ -91,7 +93,7 @@ def plan_here(mappings: tuple[ParamMapping, ...], model_config: Any, placed: Loc
     )
 
 
-def matched(plan: Plan, placed: LocalModel) -> list[tuple[LocalParam, torch.Tensor]]:
+def matched(plan: ReshardPlan, placed: LocalModel) -> list[tuple[LocalParam, torch.Tensor]]:
     """Each parameter of this rank with its place in the plan; neither side has one that the other lacks.
 
     Raises:
@@ -100,19 +102,20 @@ def matched(plan: Plan, placed: LocalModel) -> list[tuple[LocalParam, torch.Tens
     """
     where = "Megatron-Core model"
     wanted = {(held.chunk, held.name): held for held in plan.held(placed.rank)}
-    if missing := [_named(held) for key, held in wanted.items() if key not in placed.parameters]:
-        what = "parameters that the rows of this family fill are missing"
-        raise UnmappedTensors(what, missing, where=where, remedy=_ADVICE)
-    if strange := [
-        _global(name, placed.layers[chunk])
-        for chunk, name in placed.parameters
-        if (chunk, name) not in wanted
-    ]:
-        raise UnmappedTensors("parameters without a row", strange, where=where, remedy=_ADVICE)
+    check_coverage(
+        [_named(held) for key, held in wanted.items() if key not in placed.parameters],
+        [
+            _global(name, placed.layers[chunk])
+            for chunk, name in placed.parameters
+            if (chunk, name) not in wanted
+        ],
+        where=where,
+        remedy=BUILD_FROM_CONFIG,
+    )
     for key, held in wanted.items():
         if (shape := tuple(placed.parameters[key].shape)) != held.cut.shape:
             problem = f"{_named(held)} has shape {list(shape)}, and the configuration makes it {list(held.cut.shape)}"
-            raise CheckpointError(where, problem, remedy=_ADVICE)
+            raise CheckpointError(where, problem, remedy=BUILD_FROM_CONFIG)
     return [(held, placed.parameters[key]) for key, held in wanted.items()]
 
 
@@ -132,13 +135,7 @@ def _global(name: str, layers: tuple[int, ...]) -> str:
     return f"{before}.layers.{layers[int(number)]}.{after}"
 
 
-def load(
-    folder: Path,
-    family: ModelFamily,
-    mappings: tuple[ParamMapping, ...],
-    model_config: Any,
-    placed: LocalModel,
-) -> LoadStats:
+def load(folder: Path, model: ModelDescription, placed: LocalModel) -> LoadStats:
     """Copy this rank's slices from a folder's files straight into its parameters; no rank waits for another.
 
     Raises:
@@ -146,21 +143,20 @@ def load(
         CheckpointError: files that are damaged, or tensors of another shape than the configuration says.
         UnsupportedLayout, PlanError: the model cannot be cut so.
     """
-    plan = plan_here(mappings, model_config, placed)
+    plan = plan_here(model, placed)
     if placed.even and plan.stages[placed.pp] != placed.layers:
         raise CheckpointError(
             "Megatron-Core model",
             f"stage {placed.pp} has the layers {placed.layers}, and should have {plan.stages[placed.pp]}",
-            remedy=_ADVICE,
+            remedy=BUILD_FROM_CONFIG,
         )
     parameters = matched(plan, placed)
     tensors = {
-        name: info for name, info in read_headers(folder).items() if not family.is_passthrough(name)
+        name: info for name, info in read_headers(folder).items() if not model.is_passthrough(name)
     }
-    expected = expected_hf(mappings, model_config.dims)
-    refuse_names(folder, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
-    for name, shape in expected.items():
-        refuse_shape(tensors[name], shape)
+    check_coverage(model.hf_shapes, tensors, where=folder)
+    for name, shape in model.hf_shapes.items():
+        check_shape(tensors[name], shape)
     if placed.even:
         prove(plan, {name: info.shape for name, info in tensors.items()})
     return fill(parameters, tensors)
@@ -175,8 +171,10 @@ def fill(
     Copies run on this rank's share of the machine's cores, the largest parameters first.
     """
     parameters = sorted(parameters, key=lambda pair: -pair[1].numel())
-    with TensorMaps() as maps, ThreadPoolExecutor(copying_threads()) as pool:
-        moved = list(pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, maps), parameters))
+    with TensorReader() as reader, ThreadPoolExecutor(copying_threads()) as pool:
+        moved = list(
+            pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, reader), parameters)
+        )
     return LoadStats(
         len(parameters),
         sum(nbytes for nbytes, _ in moved),
@@ -197,11 +195,14 @@ def copying_threads() -> int:
 
 
 def _fill_one(
-    held: LocalParam, parameter: torch.Tensor, tensors: Mapping[str, TensorInfo], maps: TensorMaps
+    held: LocalParam,
+    parameter: torch.Tensor,
+    tensors: Mapping[str, TensorInfo],
+    reader: TensorReader,
 ) -> tuple[int, bool]:
     """Bytes that were read, and whether the parameter is one that ranks cut."""
     infos = [tensors[tensor.numbered(*held.numbers).name] for tensor in held.part.mapping.hf]
-    views = [maps.view(info) for info in infos]
+    views = [reader.view(info) for info in infos]
     nbytes = 0
     with torch.no_grad():  # a thread's own setting
         for copy in held.cut.copies:
@@ -209,14 +210,15 @@ def _fill_one(
             target = parameter[tuple(slice(begin, end) for begin, end in copy.megatron)]
             nbytes += source.nbytes
             if source.is_contiguous() and target.is_contiguous() and _same_bits(target, source):
-                maps.read(infos[copy.tensor], source.storage_offset() * source.itemsize, target)
+                begin = source.storage_offset() * source.itemsize
+                reader.read_into(infos[copy.tensor], target, begin)
             else:
                 _copy(target, source.view(target.shape) if source.dim() != target.dim() else source)
         for box in held.cut.padding:
             parameter[tuple(slice(begin, end) for begin, end in box)].zero_()
     del views
     for info in infos:
-        maps.release(info)
+        reader.release(info)
     return nbytes, len(held.part.cuts) > 1
 
 

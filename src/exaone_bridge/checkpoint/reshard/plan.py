@@ -16,20 +16,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.schema.dtypes import itemsize
+from exaone_bridge.schema.model_family import ModelConfig, ModelDescription
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
 __all__ = [
     "LocalParam",
     "ParamPlan",
-    "Plan",
     "Rank",
+    "ReshardPlan",
     "ShardSpec",
     "Slice",
     "SliceCopy",
+    "check_layout",
     "elements",
-    "make_plan",
     "ordinal_of",
+    "reshard_plan",
     "writer",
 ]
 
@@ -116,7 +119,7 @@ class LocalParam(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ReshardPlan:
     """The copies of every rank of a layout.
 
     Attributes:
@@ -262,41 +265,52 @@ def _split(name: str) -> tuple[str, str, str]:
     return (before, between, after) if star else (before, rest, "")
 
 
-def make_plan(
-    mappings: Iterable[ParamMapping],
-    dims: Mapping[str, int],
+def reshard_plan(
+    model: ModelDescription,
     layout: Layout,
     *,
-    layers: int,
-    experts: int = 0,
-    itemsize: int,
-    tied: bool,
     vocab_rows: int | None = None,
     stages: tuple[tuple[tuple[int, ...], ...], ...] | None = None,
     grouped: bool = True,
-) -> Plan:
-    """The plan of a model at a layout.
+) -> ReshardPlan:
+    """Plan the copies between a model's Hugging Face tensors and its parameters at a layout.
 
     Args:
-        rows: the family's table.
-        dims: axis letter -> size.
-        layers, experts: how many the model has.
-        itemsize: bytes of an element of the model's type.
-        tied: whether the output layer is the embedding.
-        vocab_rows: of the padded embedding over all ranks; None: the least multiple of tp.
-        stages: the layers of each chunk of each pipeline rank; None: cut evenly.
+        model: The model.
+        layout: The parallel layout.
+        vocab_rows: Rows of the padded vocabulary over all TP ranks; None: the least multiple of tp.
+        stages: The layers of each chunk of each pipeline rank; None: evenly distributed.
+        grouped: Whether one module holds all experts of a rank (grouped GEMM).
 
     Raises:
-        UnsupportedLayout: an axis that the layout does not cut evenly.
+        UnsupportedLayout: The layout does not divide an axis evenly.
     """
+    config = model.config
     parts = tuple(
-        _part(mapping, dims, layout, itemsize, vocab_rows)
-        for mapping in mappings
+        _part(mapping, config.dims, layout, itemsize(config.dtype), vocab_rows)
+        for mapping in model.mappings
         if mapping.layers or "*" not in mapping.megatron
     )
-    each = experts // layout.ep
+    each = getattr(config, "num_experts", 0) // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
-    return Plan(layout, parts, stages or layout.stage_layers(layers), dealt, tied, grouped)
+    stages = stages or layout.stage_layers(config.num_layers)
+    return ReshardPlan(layout, parts, stages, dealt, config.tied, grouped)
+
+
+def check_layout(model_config: ModelConfig, layout: Layout) -> None:
+    """Raise if a layout does not fit a model; nothing heavy is imported.
+
+    Raises:
+        UnsupportedLayout: See `Layout.check`.
+    """
+    layout.check(
+        layers=model_config.num_layers,
+        heads=model_config.num_heads,
+        kv_heads=model_config.num_kv_heads,
+        ffn=model_config.ffn_size,
+        experts=getattr(model_config, "num_experts", 0),
+        expert_ffn=getattr(model_config, "expert_ffn_size", 0),
+    )
 
 
 def _part(

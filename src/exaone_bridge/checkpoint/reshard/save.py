@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from exaone_bridge.checkpoint.hf.headers import TensorInfo
+from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
+from exaone_bridge.checkpoint.hf.headers import TensorInfo, TensorSpec
+from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
 from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards
-from exaone_bridge.checkpoint.megatron.tensors import DTYPES, Spec, read_into
 from exaone_bridge.checkpoint.reshard.load import LocalModel, matched, plan_here
 from exaone_bridge.checkpoint.reshard.plan import LocalParam, ShardSpec, ordinal_of, writer
 from exaone_bridge.checkpoint.staging import (
@@ -31,12 +32,11 @@ from exaone_bridge.checkpoint.staging import (
     resumable,
 )
 from exaone_bridge.errors import BridgeError, OutputError
-from exaone_bridge.schema.param_mapping import ParamMapping, hf_tensors
+from exaone_bridge.schema.model_family import ModelDescription
 
 __all__ = ["Group", "into", "save", "together"]
 
 _WRITERS = 2  # one fills the page cache while the other does
-_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Group(NamedTuple):
@@ -100,8 +100,7 @@ def _replaced(target: Path, place: Path) -> Iterator[Path]:
 
 def save(
     folder: Path,
-    mappings: tuple[ParamMapping, ...],
-    model_config: Any,
+    model: ModelDescription,
     placed: LocalModel,
     *,
     dtype: torch.dtype,
@@ -123,8 +122,12 @@ def save(
         OutputError: the disk is full.
     """
     specs: list[Any] = [
-        Spec(name, "F32" if tensor.fp32 else _SPELLED[dtype], tensor.shape(model_config.dims))
-        for name, tensor in hf_tensors(mappings).items()
+        TensorSpec(
+            name,
+            "F32" if tensor.fp32 else SAFETENSORS_NAMES[dtype],
+            tensor.shape(model.dims),
+        )
+        for name, tensor in model.hf_tensors.items()
     ]
     specs += passthrough.values()
     sizes = {spec.name: spec.nbytes for spec in specs}
@@ -134,7 +137,7 @@ def save(
     )
     made: list[Any] = [None]
     with together():
-        plan = plan_here(mappings, model_config, placed)
+        plan = plan_here(model, placed)
         parameters = matched(plan, placed)
         for held, tensor in parameters:
             _check_dtype(held, tensor, dtype)
@@ -160,10 +163,9 @@ def save(
         if (failure := pool.finish()) is not None:
             raise _said(folder, failure)
         if dist.get_rank() == 0:
-            for name, info in passthrough.items():
-                whole = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-                read_into(info, whole)
-                out.put(name, [_bytes(whole)])
+            with TensorReader() as reader:
+                for name, info in passthrough.items():
+                    out.put(name, [_bytes(reader.read(info))])
             write_index(folder, shards)
         out.close()
     return out.written

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from exaone_bridge.checkpoint.reshard.plan import ParamPlan, Plan, Slice, elements
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan, ReshardPlan, Slice, elements
 from exaone_bridge.errors import PlanError
 from exaone_bridge.schema.param_mapping import MappingKind
 
@@ -27,7 +27,7 @@ class Proof:
     padding: int
 
 
-def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
+def prove(plan: ReshardPlan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     """Check that a plan is a bijection between these tensors and the parameters of its layout.
 
     Args:
@@ -79,7 +79,7 @@ def prove(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
     return Proof(len(once), parameters, total, padding)
 
 
-def _used_twice(plan: Plan) -> tuple[str, str]:
+def _used_twice(plan: ReshardPlan) -> tuple[str, str]:
     users: dict[str, str] = {}
     for part in plan.parts:
         for parameter, *names in part.mapping.names():
@@ -168,7 +168,7 @@ def prove_cover(
         )
 
 
-def _prove_places(plan: Plan) -> None:
+def _prove_places(plan: ReshardPlan) -> None:
     """Each rank's cuts are those that the layout gives it: nobody's share is left out, or held by the wrong rank."""
     layout = plan.layout
     ranks = plan.ranks()

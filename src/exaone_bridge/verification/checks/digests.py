@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
+from exaone_bridge.checkpoint.hf.reader import TensorReader
 
 __all__ = ["Digest", "digest_folder", "digest_stream"]
 
@@ -41,24 +42,18 @@ def digest_folder(folder: Path) -> dict[str, Digest]:
 
 def digest_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, Digest]:
     """Name -> digest, read file by file in the order of the bytes."""
+    import torch
+
     found: dict[str, Digest] = {}
-    buffer = memoryview(bytearray(_PIECE))
-    for path in sorted({tensor.file for tensor in tensors.values()}):
-        inside = sorted(
-            (tensor for tensor in tensors.values() if tensor.file == path),
-            key=lambda each: each.offset,
-        )
-        with path.open("rb", buffering=0) as file:
-            for tensor in inside:
-                file.seek(tensor.offset)
-                digest, left = hashlib.sha256(), tensor.nbytes
-                while left:
-                    count = file.readinto(buffer[: min(left, _PIECE)])
-                    if not count:
-                        raise OSError(f"{path}: ended while it was read")
-                    digest.update(buffer[:count])
-                    left -= count
-                found[tensor.name] = Digest(tensor.dtype, tensor.shape, digest.hexdigest())
+    buffer = torch.empty(_PIECE, dtype=torch.uint8)
+    with TensorReader() as reader:
+        for tensor in sorted(tensors.values(), key=lambda each: (each.file, each.offset)):
+            digest = hashlib.sha256()
+            for begin in range(0, tensor.nbytes, _PIECE):
+                piece = buffer[: min(_PIECE, tensor.nbytes - begin)]
+                reader.read_into(tensor, piece, begin)
+                digest.update(piece.numpy())
+            found[tensor.name] = Digest(tensor.dtype, tensor.shape, digest.hexdigest())
     return found
 
 
@@ -66,19 +61,13 @@ def digest_stream(weights: Iterable[tuple[str, Any]]) -> dict[str, Digest]:
     """Name -> digest of (name, torch tensor), each forgotten before the next."""
     import torch
 
-    spelled = {
-        torch.float32: "F32",
-        torch.bfloat16: "BF16",
-        torch.float16: "F16",
-        torch.float64: "F64",
-        torch.int64: "I64",
-        torch.int32: "I32",
-    }
+    from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
+
     found: dict[str, Digest] = {}
     for name, tensor in weights:
         flat = tensor.detach().cpu().contiguous().view(-1)
         data = flat.view(torch.uint8).numpy() if flat.numel() else b""
         found[name] = Digest(
-            spelled[tensor.dtype], tuple(tensor.shape), hashlib.sha256(data).hexdigest()
+            SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape), hashlib.sha256(data).hexdigest()
         )
     return found

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from exaone_bridge.checkpoint.hf.source import HFSource
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.schema.layer_schedule import mlp_pattern, pattern
 
 __all__ = ["model_summary"]
 
 
-def model_summary(source: HFSource) -> dict[str, Any]:
+def model_summary(source: HFCheckpoint) -> dict[str, Any]:
     """Family, size and shape."""
     model_config = source.model_config
     moe = tuple(getattr(model_config, "moe", ()))
     summary: dict[str, Any] = {
         "family": source.family.name,
         "architecture": source.config["architectures"][0],
-        "parameters": source.parameters,
+        "parameters": source.num_elements,
         "bytes": source.nbytes,
         "dtype": model_config.dtype,
         "num_layers": model_config.num_layers,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.errors import BridgeError
 from exaone_bridge.models import FAMILIES
@@ -55,7 +55,7 @@ class Bench:
 
         self.folder = work / f"{name}-{seed}"
         write_random(self.folder, _tiny_configs()[name], seed=seed)
-        self.source: HFSource = open_source(self.folder)
+        self.source: HFCheckpoint = HFCheckpoint.open(self.folder)
         self.job: Workload = make_workload(
             self.source, Layout(), VerifyOptions(backend="torch", count=2, seed=seed)
         )
@@ -118,7 +118,7 @@ class Bench:
         ]
         weights = _weights_of(folder)
         try:
-            open_source(folder)
+            HFCheckpoint.open(folder)
         except BridgeError as error:
             checks.append(Check("logits", "the other model cannot be run", False, str(error)))
             return checks, None, self._host(self._anyway(folder), weights)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.checkpoint.hf.source import HFSource, open_source
 from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.runtime.launch import Launcher
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
@@ -144,7 +144,7 @@ def compare(
         side(source, launcher, progress) as left,
         side(other, launcher, progress) as right,
     ):
-        first = open_source(left.folder)
+        first = HFCheckpoint.open(left.folder)
         gradients = asked.gradients and right.megatron is not None
         job = make_workload(first, layout, dataclasses.replace(asked, gradients=gradients))
         before = digest_folder(left.folder)
@@ -167,10 +167,10 @@ def compare(
     )
 
 
-def _cannot_run(first: HFSource, folder: Path) -> str:
+def _cannot_run(first: HFCheckpoint, folder: Path) -> str:
     """Why the other model cannot be run on the first's prompts; empty if it can."""
     try:
-        second = open_source(folder)
+        second = HFCheckpoint.open(folder)
     except BridgeError as error:
         return str(error)
     if second.model_config.vocab_size != first.model_config.vocab_size:
@@ -179,7 +179,12 @@ def _cannot_run(first: HFSource, folder: Path) -> str:
 
 
 def _run(
-    left: Side, right: Side, first: HFSource, job: Workload, launcher: Launcher, progress: Progress
+    left: Side,
+    right: Side,
+    first: HFCheckpoint,
+    job: Workload,
+    launcher: Launcher,
+    progress: Progress,
 ) -> tuple[ArithmeticResult, list[Check]]:
     from exaone_bridge.verification.workflow.job import run_transformers
     from exaone_bridge.verification.workflow.megatron import merge

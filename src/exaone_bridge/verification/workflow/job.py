@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.checkpoint.hf.source import HFSource, check_layout
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.writer import write_hf_folder
+from exaone_bridge.checkpoint.reshard.plan import check_layout
 from exaone_bridge.convert.convert import drain
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
@@ -63,13 +64,15 @@ def prompt_length(
     return max((length for length in wanted if 0 < length <= longest), default=64)
 
 
-def batches_of(source: HFSource, count: int, length: int | None, seed: int) -> list[torch.Tensor]:
+def batches_of(
+    source: HFCheckpoint, count: int, length: int | None, seed: int
+) -> list[torch.Tensor]:
     """Prompts, a batch for each length: long ones, and short ones that never meet the edge of a window."""
     model_config = source.model_config
     if length is not None:
         return [prompts(model_config.vocab_size, count, length, seed)]
     # device_count, unlike is_available, leaves CUDA to the ranks that are forked.
-    longest = _LONGEST if source.parameters < _LARGE or torch.cuda.device_count() else 64
+    longest = _LONGEST if source.num_elements < _LARGE or torch.cuda.device_count() else 64
     long = prompt_length(
         model_config.windows,
         _original_positions(language_config(dict(source.config))),
@@ -265,7 +268,7 @@ def run_megatron(
     return found
 
 
-def make_workload(source: HFSource, layout: Layout, asked: VerifyOptions) -> Workload:
+def make_workload(source: HFCheckpoint, layout: Layout, asked: VerifyOptions) -> Workload:
     """A job whose prompts fit the model; all that can be refused is refused before half a minute of Transformers.
 
     Raises:
@@ -322,7 +325,7 @@ def _check_host(backend: str) -> None:
 
 
 def _with_images(
-    source: HFSource, count: int, seed: int, length: int
+    source: HFCheckpoint, count: int, seed: int, length: int
 ) -> tuple[torch.Tensor, list[Images]]:
     """Prompts of at least this length, and the images of each, as the family makes them."""
     assert source.family.images is not None
@@ -332,7 +335,7 @@ def _with_images(
 
 
 def _gradient_prompts(
-    source: HFSource, layout: Layout, seed: int
+    source: HFCheckpoint, layout: Layout, seed: int
 ) -> tuple[torch.Tensor, list[Images]]:
     """[N, S + 1], N a multiple of pp and S of 2 x tp x cp; of a model that takes images, with one, several, a video,
     and none."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.checkpoint.hf.source import open_source
 from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.runtime.launch import Launcher, choose_launcher
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
@@ -46,14 +46,14 @@ _HOLDABLE = 2**31  # bytes of weights in fp32 that are held whole
 
 def is_layerwise(folder: Path, wish: bool | None) -> bool:
     """Whether to go layer by layer: as wished, or by size."""
-    return wish if wish is not None else open_source(folder).parameters * 4 > _HOLDABLE
+    return wish if wish is not None else HFCheckpoint.open(folder).num_elements * 4 > _HOLDABLE
 
 
 def run_transformers_layerwise(folder: Path, job: Workload, progress: Progress) -> ReferenceResult:
     """On one rank: as `run_transformers`, a layer at a time."""
     from exaone_bridge.verification.workflow.transformers import capture_transformers
 
-    source = open_source(folder)
+    source = HFCheckpoint.open(folder)
     progress.stage("Transformers' logits, layer by layer")
     model = layerwise_transformers(source, torch.float32)
     found = ReferenceResult(
@@ -77,7 +77,7 @@ def run_megatron_layerwise(
     from exaone_bridge.bridge.exact_bridge import config_mapping
     from exaone_bridge.verification.workflow.megatron import capture_megatron
 
-    source = open_source(folder)
+    source = HFCheckpoint.open(folder)
     bridge = AutoBridge.from_hf_pretrained(folder)
     progress.stage("HF -> Megatron-Core -> HF, layer by layer")
     streamed = LayerwiseMegatron(
@@ -117,7 +117,7 @@ def verify_layerwise(
     started = time.perf_counter()
     launcher = launcher or choose_launcher(layout.ranks)
     source_folder = source_folder.resolve()
-    source = open_source(source_folder)
+    source = HFCheckpoint.open(source_folder)
     job = make_workload(
         source, layout, dataclasses.replace(asked, count=1, generation=False, gradients=False)
     )

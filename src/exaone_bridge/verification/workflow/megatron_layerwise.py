@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.checkpoint.hf.source import HFSource
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import Digest, digest_stream
 from exaone_bridge.verification.workflow.transformers_layerwise import Reader
@@ -30,7 +30,7 @@ class LayerwiseMegatron:
     def __init__(
         self,
         bridge: Any,
-        source: HFSource,
+        source: HFCheckpoint,
         layout: Layout,
         backend: str,
         dtype: torch.dtype,
@@ -51,7 +51,7 @@ class LayerwiseMegatron:
         )
         self.converter = bridge._model_bridge
         self.hf = bridge.hf_pretrained
-        self.weights = _State(Reader(source.tensors), self.hf.config)
+        self.weights = _State(Reader(source), self.hf.config)
         self.groups = self._tasks()
 
     def _tasks(self) -> dict[str, list[Any]]:

@@ -8,39 +8,29 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.checkpoint.hf.headers import TensorInfo
-from exaone_bridge.checkpoint.hf.source import HFSource
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.verification.workflow.transformers import model_class
 
 __all__ = ["Reader", "layerwise_transformers"]
 
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
 
 class Reader(Mapping[str, torch.Tensor]):
-    """Tensors of a folder, each read when it is asked for and held by nobody; no file stays mapped."""
+    """The tensors of a folder, each read when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self.tensors = tensors
+    def __init__(self, checkpoint: HFCheckpoint) -> None:
+        self.checkpoint = checkpoint
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
-        data = bytearray(info.nbytes)
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            view, at = memoryview(data), 0
-            while at < info.nbytes:
-                at += file.readinto(view[at:])
-        return torch.frombuffer(data, dtype=_TORCH[info.dtype]).view(info.shape)
+        return self.checkpoint.read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter(self.checkpoint.tensors)
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self.checkpoint.tensors)
 
 
-def layerwise_transformers(source: HFSource, dtype: torch.dtype) -> Any:
+def layerwise_transformers(source: HFCheckpoint, dtype: torch.dtype) -> Any:
     """Transformers' eager model whose layers are filled when they run; what is outside them stays."""
     from transformers import AutoConfig
 
@@ -51,7 +41,7 @@ def layerwise_transformers(source: HFSource, dtype: torch.dtype) -> Any:
             .from_config(config, attn_implementation="eager", dtype=dtype)
             .eval()
         )
-    reader = Reader(source.tensors)
+    reader = Reader(source)
     for name, module in list(model.named_modules()):
         if any(
             buffer.is_meta for buffer in module.buffers(recurse=False)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.checkpoint.hf.source import HFSource, open_source
-from exaone_bridge.convert.convert import shards_like
 from exaone_bridge.runtime.launch import Launcher, choose_launcher
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.parallel_layout import Layout
@@ -64,7 +63,7 @@ def arithmetic(
     theirs: ReferenceResult,
     ours: Sequence[Activations],
     gradients: Any,
-    source: HFSource,
+    source: HFCheckpoint,
     job: Workload,
 ) -> ArithmeticResult:
     """Compare the logits, activations and gradients of both sides."""
@@ -88,7 +87,7 @@ def arithmetic(
 
 
 def make_report(
-    source: HFSource,
+    source: HFCheckpoint,
     job: Workload,
     tensors: Mapping[str, Digest],
     checks: Sequence[Check],
@@ -146,19 +145,19 @@ def verify(
         progress: is told of each stage.
 
     Raises:
-        BridgeError: bad input; see `open_source`.
+        BridgeError: bad input; see `HFCheckpoint.open`.
     """
     started = time.perf_counter()
     launcher = launcher or choose_launcher(layout.ranks)
     source_folder = source_folder.resolve()
-    source = open_source(source_folder)
+    source = HFCheckpoint.open(source_folder)
     job = make_workload(source, layout, asked)
     theirs = launcher.first(run_transformers, source_folder, job, progress=progress)
     before = digest_folder(source_folder)
     with launcher.folder() as work:
         target = work / source_folder.name
         target.mkdir(exist_ok=True)
-        arguments = (source_folder, megatron, target, shards_like(source), job)
+        arguments = (source_folder, megatron, target, source.files, job)
         results = launcher.all(run_megatron, *arguments, progress=progress)
         checks = [
             compare_digests(before, digest_folder(target)),

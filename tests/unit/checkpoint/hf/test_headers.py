@@ -17,6 +17,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from exaone_bridge.checkpoint.hf import headers
 from exaone_bridge.checkpoint.hf.headers import (
+    FileStamp,
     TensorInfo,
     read_file_header,
     read_headers,
@@ -145,8 +146,10 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
     header = file_bytes({"a": entry(0, size, (size // 4,))}, 0)
     path.write_bytes(header)
     os.truncate(path, len(header) + size)
+    status = path.stat()
+    stamp = FileStamp(status.st_size, status.st_mtime_ns)
     assert read_file_header(path)[0]["a"] == TensorInfo(
-        "a", "F32", (size // 4,), path, len(header), size
+        "a", "F32", (size // 4,), path, len(header), size, stamp
     )
 
 

@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exaone_bridge.checkpoint.hf.source import check_layout, plan_of
 from exaone_bridge.checkpoint.reshard.plan import (
     ParamPlan,
-    Plan,
     Rank,
+    ReshardPlan,
     ShardSpec,
     SliceCopy,
+    check_layout,
     elements,
     ordinal_of,
+    reshard_plan,
     writer,
 )
 from exaone_bridge.checkpoint.reshard.validate import prove, prove_cover
@@ -30,17 +31,18 @@ from exaone_bridge.models import FAMILIES
 from exaone_bridge.models.ernie45 import ERNIE45
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import MappingKind, expected_hf, expected_megatron
+from exaone_bridge.schema.param_mapping import MappingKind, expected_megatron
 
 TINY = {name: (family, config) for family in FAMILIES for name, config in family.tiny.items()}
 
 
-def planned(name: str, layout: Layout, **fields: Any) -> tuple[Plan, dict[str, tuple[int, ...]]]:
+def planned(
+    name: str, layout: Layout, **fields: Any
+) -> tuple[ReshardPlan, dict[str, tuple[int, ...]]]:
     family, config = TINY[name]
-    model_config = family.read_hf_config({**config, **fields})
-    check_layout(model_config, layout)
-    mappings = family.mappings(model_config)
-    return plan_of(mappings, model_config, layout), expected_hf(mappings, model_config.dims)
+    model = family.describe({**config, **fields})
+    check_layout(model.config, layout)
+    return reshard_plan(model, layout), model.hf_shapes
 
 
 @st.composite
@@ -133,7 +135,7 @@ def test_every_element_arrives_once_and_comes_back(
     assert plan.written_bytes() == written_one_by_one(plan)
 
 
-def written_one_by_one(plan: Plan) -> list[int]:
+def written_one_by_one(plan: ReshardPlan) -> list[int]:
     """By rank, as an export goes: each parameter that it holds, if it is the one to write it."""
     per_stage = plan.layout.ranks // plan.layout.pp
     orders = {id(part): order for order, part in enumerate(plan.parts)}
@@ -201,15 +203,15 @@ def test_an_axis_that_the_layout_does_not_cut_evenly() -> None:
 
 
 def cut_of(
-    plan: Plan, kind: MappingKind, change: Callable[[ShardSpec], ShardSpec], which: int = 0
-) -> Plan:
+    plan: ReshardPlan, kind: MappingKind, change: Callable[[ShardSpec], ShardSpec], which: int = 0
+) -> ReshardPlan:
     """The plan with one cut of the first part of this kind changed."""
     part = next(part for part in plan.parts if part.mapping.kind is kind)
     cuts = [change(cut) if number == which else cut for number, cut in enumerate(part.cuts)]
     return with_part(plan, part, dataclasses.replace(part, cuts=tuple(cuts)))
 
 
-def with_part(plan: Plan, part: ParamPlan, other: ParamPlan | None) -> Plan:
+def with_part(plan: ReshardPlan, part: ParamPlan, other: ParamPlan | None) -> ReshardPlan:
     parts = [other if each is part else each for each in plan.parts]
     return dataclasses.replace(plan, parts=tuple(each for each in parts if each is not None))
 
@@ -231,11 +233,11 @@ def shorter(copy: SliceCopy) -> SliceCopy:
     )
 
 
-def first_expert(plan: Plan) -> Plan:
+def first_expert(plan: ReshardPlan) -> ReshardPlan:
     return dataclasses.replace(plan, experts=((0, 1, 2, 3), (3, 5, 6, 7)))
 
 
-FAULTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+FAULTS: dict[str, tuple[Callable[[ReshardPlan], ReshardPlan], str]] = {
     "a copy is missing": (
         lambda p: cut_of(p, MappingKind.QKV, copies(lambda c: c[1:])),
         "elements, of which",
@@ -426,6 +428,5 @@ def test_a_plan_is_as_small_as_its_table() -> None:
         "num_hidden_layers": 4000,
         "layer_types": ["full_attention"] * 4000,
     }
-    model_config = EXAONE4.read_hf_config(config)
-    plan = plan_of(EXAONE4.mappings(model_config), model_config, Layout(tp=2, pp=4))
+    plan = reshard_plan(EXAONE4.describe(config), Layout(tp=2, pp=4))
     assert sum(len(cut.copies) for part in plan.parts for cut in part.cuts) < 50

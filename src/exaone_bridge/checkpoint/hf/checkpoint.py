@@ -1,0 +1,238 @@
+"""A Hugging Face model folder, opened once: its config, the model it describes, its tensors.
+
+Opening reads `config.json` and the safetensors headers only, and imports no torch.
+
+    >>> checkpoint = HFCheckpoint.open(Path("/checkpoints/exaone"))
+    >>> for name in checkpoint.tensors:
+    ...     weight = checkpoint.read(name)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exaone_bridge.checkpoint.coverage import check_coverage
+from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_headers, read_json
+from exaone_bridge.checkpoint.hf.reader import TensorReader
+from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.models import family_of
+from exaone_bridge.schema.dtypes import DTYPE_BYTES, SAFETENSORS_DTYPES
+from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
+from exaone_bridge.schema.param_mapping import ParamMapping
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HFCheckpoint", "check_shape"]
+
+_SHAPE = operator.attrgetter("shape")
+
+
+@dataclass(frozen=True, slots=True)
+class HFCheckpoint:
+    """A checked Hugging Face folder: its config, its model and its tensors, which it can read.
+
+    Forked processes may use it too.
+
+    Attributes:
+        config: `config.json`.
+        model: The description of the model that the family makes of it.
+        tensors: Every tensor by name: files in name order, tensors by offset within a file.
+        passthrough: Those of `tensors` that travel from source to export untouched.
+        unexpected: Those that the model does not have either; `open` accepts none.
+        missing: Name -> shape of tensors that the model has and the folder lacks; `open` accepts
+            none.
+        reader: Reads the tensors.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    model: ModelDescription
+    tensors: Mapping[str, TensorInfo]
+    passthrough: Mapping[str, TensorInfo]
+    unexpected: Mapping[str, TensorInfo]
+    missing: Mapping[str, tuple[int, ...]]
+    reader: TensorReader = field(default_factory=TensorReader, compare=False, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> HFCheckpoint:
+        """Read and check a folder, so that a load finds every tensor in the right shape and dtype.
+
+        Raises:
+            CheckpointError: See `survey`.
+            UnsupportedConfig: See `survey`.
+            UnmappedTensors: Keys are missing, or there are unexpected keys.
+        """
+        checkpoint = cls.survey(folder)
+        checkpoint.check_coverage()
+        return checkpoint
+
+    @classmethod
+    def survey(cls, folder: Path) -> HFCheckpoint:
+        """Read a folder as `open` does, but let keys be missing or unexpected.
+
+        Shapes and dtypes are checked only where the keys are those of the model.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or unsafe, or a tensor has another shape or
+                dtype than config.json says.
+            UnsupportedConfig: A config that is not supported, or an unknown architecture.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(
+                folder, "this folder does not exist", remedy="name a Hugging Face model folder"
+            )
+        path = folder / "config.json"
+        config = read_json(path)
+        model = _family(config, path).describe(config)
+        tensors = read_headers(folder)
+        _check_other_weights(
+            folder, {file.name for file in {each.file for each in tensors.values()}}
+        )
+        expected = model.hf_shapes
+        others = sorted(tensors.keys() - expected.keys())
+        passthrough = {name: tensors[name] for name in others if model.is_passthrough(name)}
+        unexpected = {name: tensors[name] for name in others if name not in passthrough}
+        missing = {name: expected[name] for name in sorted(expected.keys() - tensors.keys())}
+        if not missing and not unexpected:
+            _check_shapes_and_dtypes(model, tensors)
+        return cls(folder, config, model, tensors, passthrough, unexpected, missing)
+
+    @property
+    def family(self) -> ModelFamily:
+        """The family of the model."""
+        return self.model.family
+
+    @property
+    def model_config(self) -> Any:
+        """The model config."""
+        return self.model.config
+
+    @property
+    def mappings(self) -> tuple[ParamMapping, ...]:
+        """The parameter mappings of the model."""
+        return self.model.mappings
+
+    @property
+    def model_tensors(self) -> Mapping[str, TensorInfo]:
+        """Those of `tensors` that are neither passthrough tensors nor unexpected."""
+        others = self.passthrough.keys() | self.unexpected.keys()
+        if not others:
+            return self.tensors
+        return {name: info for name, info in self.tensors.items() if name not in others}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of `model_tensors`."""
+        tensors = self.model_tensors
+        return dict(zip(tensors, map(_SHAPE, tensors.values()), strict=True))
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Tensor -> name of its file."""
+        return {name: info.file.name for name, info in self.tensors.items()}
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(info.nbytes // DTYPE_BYTES[info.dtype] for info in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def check_coverage(self) -> None:
+        """Raise if the folder does not have the tensors of the model.
+
+        Raises:
+            UnmappedTensors: Keys are missing, or there are unexpected keys.
+        """
+        # Names that both sides have need no second look.
+        check_coverage(self.missing, self.unexpected, where=self.folder)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor into memory of its own; see `TensorReader.read`."""
+        return self.reader.read(self.tensors[name])
+
+    def view(self, name: str) -> torch.Tensor:
+        """Map a tensor without reading it; see `TensorReader.view`."""
+        return self.reader.view(self.tensors[name])
+
+    def read_into(self, name: str, target: torch.Tensor, begin: int = 0) -> None:
+        """Fill a tensor with a tensor's bytes from `begin` on; see `TensorReader.read_into`."""
+        self.reader.read_into(self.tensors[name], target, begin)
+
+    def release(self, name: str) -> None:
+        """Give the pages of a viewed tensor back; see `TensorReader.release`."""
+        self.reader.release(self.tensors[name])
+
+
+def check_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Raise if a tensor has another shape than the config gives it.
+
+    Raises:
+        CheckpointError: It has.
+    """
+    if tensor.shape != shape:
+        raise CheckpointError(
+            tensor.file,
+            f"tensor {tensor.name} has shape {list(tensor.shape)}, "
+            f"and config.json makes it {list(shape)}",
+            remedy="check that config.json belongs to these weights",
+        )
+
+
+def _family(config: Mapping[str, Any], path: Path) -> ModelFamily:
+    if "auto_map" in config:
+        raise UnsupportedConfig(
+            "auto_map",
+            got=config["auto_map"],
+            wanted="absent, because it asks to run Python code that came with the checkpoint "
+            "(trust_remote_code)",
+            where=str(path),
+            remedy="take it out of config.json if Transformers has the architecture: "
+            "no remote code is run here",
+        )
+    return family_of(config.get("architectures"), where=str(path))
+
+
+def _check_other_weights(folder: Path, checked: set[str]) -> None:
+    """Raise if Megatron-Bridge, which reads by an index or else every file, would read others."""
+    others = {path.name for path in folder.glob("*.safetensors")} - checked
+    if "model.safetensors" in checked and (folder / INDEX).exists():
+        others.add(INDEX)
+    if others:
+        raise CheckpointError(
+            folder,
+            f"beside the weights ({_some(checked)}) there are others ({_some(others)})",
+            remedy="move away those that do not belong to the model",
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_shapes_and_dtypes(model: ModelDescription, tensors: Mapping[str, TensorInfo]) -> None:
+    expected, fp32 = model.hf_shapes, model.fp32_names
+    model_dtype = SAFETENSORS_DTYPES[model.config.dtype]
+    found = [tensors[name] for name in expected]
+    of_other_dtype = {info.name for info in found if info.dtype != model_dtype}
+    dtypes_match = of_other_dtype <= fp32 and all(tensors[name].dtype == "F32" for name in fp32)
+    if dtypes_match and list(map(_SHAPE, found)) == list(expected.values()):
+        return  # one comparison of all: 60,000 calls would take long
+    for name, shape in expected.items():
+        tensor, dtype = tensors[name], "F32" if name in fp32 else model_dtype
+        check_shape(tensor, shape)
+        if tensor.dtype != dtype:
+            why = "Transformers keeps it in" if name in fp32 else "config.json's dtype makes it"
+            raise CheckpointError(
+                tensor.file,
+                f"tensor {name} has dtype {tensor.dtype}, and {why} {dtype}",
+                remedy="convert it, or correct dtype in config.json",
+            )
