@@ -113,20 +113,13 @@ def _self_test(json_: Path | None) -> None:
         progress.stage("importing Megatron-Core (half a minute)")
         result = self_test(progress=progress)
     table(
-        f"{len(result.outcomes)} planted faults, {result.clean} clean models, {result.seconds:.0f} s",
-        [
-            "fault",
-            "model",
-            "caught by",
-            "begins at",
-            "host: cosine",
-            "host: weights",
-            "host's verdict",
-        ],
+        f"{len(result.outcomes)} injected faults, {result.clean_models} clean models, "
+        f"{result.seconds:.0f} s",
+        ["injected fault", "tiny model", "checks that fail", "first difference", "status"],
         [outcome.cells() for outcome in result.outcomes],
     )
-    say(result.score())
+    say(result.summary())
     if json_ is not None:
         result.write_json(json_)
     if not result.passed:
-        raise ParityFailure(result.faults())
+        raise ParityFailure(result.failures())

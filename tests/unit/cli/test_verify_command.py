@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -106,30 +107,31 @@ def test_a_megatron_checkpoint_against_another_model(
     assert json.loads((tmp_path / "r.json").read_text())["divergence"]["sublayer"] == "embedding"
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_the_bench_prints_a_line_a_fault(
-    right: bool, megatron_bridge: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("passed", [True, False])
+def test_self_test_prints_a_line_for_each_fault(
+    passed: bool,
+    megatron_bridge: Any,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from exaone_bridge.verification.self_test import run as bench
+    from exaone_bridge.verification.self_test import run as module
 
-    names = ("one bit on disk", "eos_token_id in config.json" if right else "nothing")
-    faults = [fault for fault in bench.FAULTS if fault.name in names]
-    if not right:
-        faults += [bench.dataclasses.replace(faults[0], name="nothing", folder=lambda folder: None)]
-    monkeypatch.setattr(bench, "self_test", functools.partial(bench.self_test, faults, seeds=1))
-    run = cli("verify", "--self-test", "--json", "bench.json")
-    assert run.code == (0 if right else 1)
-    assert (
-        "one bit on disk" in run.out
-        and f"{2 if right else 1} of 2 faults caught and located" in run.out
-    )
-    assert "0 false reports on 1 clean models" in run.out and ("NOT CAUGHT" in run.out) == (
-        not right
-    )
-    data = json.loads((tmp_path / "bench.json").read_text())
-    assert [outcome["right"] for outcome in data["outcomes"]] == [True, right] and data[
-        "clean"
-    ] == 1
+    names = ("one bit on disk flipped", "eos_token_id changed in config.json")
+    faults = [fault for fault in module.FAULTS if fault.name in names]
+    if not passed:
+        faults[1] = dataclasses.replace(faults[0], name="no change", change=lambda folder: None)
+    arguments = {"faults": faults, "seeds": 1, "models": ["exaone4"]}
+    monkeypatch.setattr(module, "self_test", functools.partial(module.self_test, **arguments))
+    result = cli("verify", "--self-test", "--json", "result.json")
+    assert result.code == (0 if passed else 1)
+    assert names[0] in result.out and ("NOT CAUGHT" in result.out) == (not passed)
+    caught = 2 if passed else 1
+    assert f"{caught} of 2 injected faults caught and located" in result.out
+    assert "0 false reports on 1 clean models" in result.out
+    data = json.loads((tmp_path / "result.json").read_text())
+    assert data["passed"] == passed and data["clean_models"] == 1
+    assert [outcome["status"] == "caught" for outcome in data["outcomes"]] == [True, passed]
 
 
 def test_quick_takes_less_than_a_minute_imports_included(tiny: Any) -> None:

@@ -1,109 +1,170 @@
-"""The fault bench: every planted fault is caught by the checks that must, and located; no clean model is reported."""
+"""The self-test of the verification. The faults themselves are tested in `tests/parity/*/test_faults.py`."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.verification.report.report import Check, Divergence
-from exaone_bridge.verification.self_test.run import FAULTS, SEEDS, Outcome, Result, self_test
-from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict, upstream_verdict
+from exaone_bridge.verification.self_test.fault import (
+    Fault,
+    FaultSite,
+    WeightFault,
+)
+from exaone_bridge.verification.self_test.outcome import Findings, Outcome, SelfTestResult
+from exaone_bridge.verification.self_test.registry import (
+    FAULTS,
+    MODELS,
+    fault_table,
+    faults_of,
+    representative_faults,
+)
+from exaone_bridge.verification.self_test.run import SEEDS, false_reports, self_test
+from tests.helpers.paths import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_there_are_at_least_forty_faults_of_all_families() -> None:
-    assert len(FAULTS) >= 40 and len({(fault.model, fault.name) for fault in FAULTS}) == len(FAULTS)
-    assert {fault.model for fault in FAULTS} == {"exaone4", "exaone45", "ernie45"}
-    assert {name for fault in FAULTS for name in fault.caught} == {
-        *("tensors", "config", "files", "logits", "generation", "refused")
+# --- the list -------------------------------------------------------------------------------------
+
+
+def test_names_are_unique_for_a_model() -> None:
+    for model in MODELS:
+        names = [fault.name for fault in faults_of(model)]
+        assert len(set(names)) == len(names)
+
+
+def test_the_list_covers_every_check_and_sublayer() -> None:
+    assert set(MODELS) == {"exaone4", "exaone45", "ernie45"}
+    assert {name for fault in FAULTS for name in fault.failing} == {
+        *("tensors", "config", "files", "logits", "generation", "rejected")
     }
-    kinds = {fault.begins[1] for fault in FAULTS if fault.begins}
-    vision_encoder = {"embedding", "norm", "attention", "mlp", "merger", "features"}
-    assert kinds == {"embedding", "norm", "attention", "router", "mlp", "output layer"} | {
-        f"vision {x}" for x in vision_encoder
-    }
+    language = {"embedding", "norm", "attention", "router", "mlp", "output layer"}
+    vision = {"embedding", "norm", "attention", "mlp", "merger", "features"}
+    sublayers = {fault.site.sublayer for fault in FAULTS if fault.site is not None}
+    assert sublayers == language | {f"vision {sublayer}" for sublayer in vision}
 
 
-@pytest.mark.slow
-def test_every_fault_is_caught_and_no_clean_model_is(
-    megatron_bridge: Any, record_property: Any
-) -> None:
-    result = self_test()
-    record_property("score", result.score())
-    print(result.score(), f"{result.seconds:.0f} s")
-    assert result.passed, result.faults()
-    assert result.clean == 3 * SEEDS == 60 and len(result.outcomes) == len(FAULTS)
-    assert sum(outcome.upstream.caught for outcome in result.outcomes) < len(FAULTS)
+def test_representative_faults_are_one_for_each_kind_and_model() -> None:
+    chosen = [(fault.model, fault.kind) for fault in representative_faults()]
+    assert sorted(chosen) == sorted({(fault.model, fault.kind) for fault in FAULTS})
+    assert len(chosen) == 11
 
 
-def test_the_bench_itself_can_fail(megatron_bridge: Any) -> None:
-    """A fault that is none, one that is looked for in the wrong place, and one that another check must catch."""
-    one = next(fault for fault in FAULTS if fault.name == "two experts swapped")
-    faults = (
-        dataclasses.replace(one, name="nothing", weights=lambda model: None),
-        dataclasses.replace(one, name="elsewhere", begins=(1, "mlp")),
-        dataclasses.replace(one, name="by another", caught=("files",)),
-        one,
+# --- the documentation ----------------------------------------------------------------------------
+
+
+def test_documented_numbers_are_those_of_the_self_test() -> None:
+    expected = {"injected faults": len(FAULTS), "clean models": SEEDS * len(MODELS)}
+    for what, number in expected.items():
+        found = {
+            page.name: {int(each) for each in re.findall(rf"(\d+) {what}", page.read_text())}
+            for page in PAGES
+        }
+        assert all(numbers <= {number} for numbers in found.values()), found
+        assert found["README.md"] and found["verification.md"]
+
+
+def test_documented_table_is_the_list() -> None:
+    (page,) = (page for page in PAGES if "<!-- injected faults: begin" in page.read_text())
+    table = re.search(
+        r"<!-- injected faults: begin.*?-->\n+(.*?)\n*<!-- injected faults: end -->",
+        page.read_text(),
+        re.DOTALL,
     )
-    result = self_test(faults, seeds=0)
-    assert [outcome.right for outcome in result.outcomes] == [
-        False,
-        False,
-        False,
-        True,
-    ] and not result.passed
-    assert [line.split(": ")[1] for line in result.faults().splitlines()] == [
-        "nothing",
-        "elsewhere",
-        "by another",
-    ]
-    assert (
-        "NOT CAUGHT" in result.outcomes[0].cells() and "2 mlp WRONG" in result.outcomes[1].cells()
-    )
-    assert result.score().startswith(
-        "1 of 4 faults caught and located; 0 false reports on 0 clean models."
+    assert table is not None and table[1] == fault_table().rstrip("\n"), (
+        "run `python -m exaone_bridge.verification.self_test` and paste its output"
     )
 
 
-def outcome(**more: Any) -> Outcome:
-    check, where = Check("logits", "", False), Divergence("model.layers.1.mlp", 1, "mlp", ())
-    return Outcome(
-        "f", "m", ("logits",), (1, "mlp"), (check,), where, UpstreamVerdict(0.9, 0.0), **more
-    )
+# --- outcomes -------------------------------------------------------------------------------------
+
+FAULT = WeightFault(
+    name="a fault",
+    model="exaone4",
+    failing=("tensors", "logits"),
+    site=FaultSite("mlp", 1, "model.layers.1.mlp"),
+    change=lambda model: None,
+)
+DIVERGENCE = Divergence("model.layers.1.mlp", 1, "mlp", ())
 
 
-def test_a_false_report_fails_the_bench() -> None:
-    assert Result((outcome(),), 20, (), 1.0).passed
-    found = Result((outcome(),), 20, ("exaone4, 3: logits: ...",), 1.0)
-    assert (
-        not found.passed and "exaone4, 3" in found.faults() and "1 false reports" in found.score()
-    )
+def _outcome(
+    failed: tuple[str, ...], divergence: Divergence | None, fault: Fault = FAULT
+) -> Outcome:
+    names = ("tensors", "config", "logits")
+    checks = tuple(Check(name, "", name not in failed) for name in names)
+    return Outcome(fault, Findings(checks, divergence))
 
 
 @pytest.mark.parametrize(
-    ("last", "weight", "caught"),
+    ("failed", "divergence", "caught", "located"),
     [
-        (0.0, 0.0, False),
-        (0.0, 0.0999, False),
-        (0.0, 0.11, True),
-        (3.0, 0.0, True),
-        (float("nan"), 0.0, True),
+        (("tensors", "logits"), DIVERGENCE, True, True),
+        (("logits",), DIVERGENCE, False, True),
+        (("tensors", "config", "logits"), DIVERGENCE, False, True),
+        (("tensors", "logits"), None, True, False),
+        (("tensors", "logits"), dataclasses.replace(DIVERGENCE, layer=2), True, False),
+        (("tensors", "logits"), dataclasses.replace(DIVERGENCE, sublayer="norm"), True, False),
+        (("tensors", "logits"), dataclasses.replace(DIVERGENCE, name="model.norm"), True, False),
     ],
 )
-def test_the_hosts_criteria(last: float, weight: float, caught: bool) -> None:
-    logits = torch.ones(2, 5, 8)
-    found = logits.clone()
-    found[1, -1, 0] += last
-    found[:, 0] -= 7  # no other position counts
-    before = {"a": torch.zeros(3), "b": torch.ones(3)}
-    verdict = upstream_verdict(
-        logits, found, before, {"a": torch.full((3,), weight), "new": torch.ones(1)}
+def test_outcome(
+    failed: tuple[str, ...], divergence: Divergence | None, caught: bool, located: bool
+) -> None:
+    outcome = _outcome(failed, divergence)
+    assert (outcome.is_caught, outcome.is_located) == (caught, located)
+    assert outcome.passed == (caught and located)
+    status = "caught" if outcome.passed else "WRONG LOCATION" if caught else "NOT CAUGHT"
+    assert outcome.cells()[-1] == outcome.to_json()["status"] == status
+
+
+def test_outcome_of_a_fault_that_changes_no_activation() -> None:
+    fault = dataclasses.replace(FAULT, failing=("tensors",), site=None)
+    assert _outcome(("tensors",), None, fault).passed
+    assert not _outcome(("tensors",), DIVERGENCE, fault).passed
+
+
+def test_false_report_fails_the_self_test() -> None:
+    outcome = _outcome(("tensors", "logits"), DIVERGENCE)
+    assert SelfTestResult((outcome,), 20, (), 1.0).passed
+    result = SelfTestResult((outcome,), 20, ("exaone4, seed 3: logits: ...",), 1.0)
+    assert not result.passed
+    assert "exaone4, seed 3" in result.failures() and "1 false reports" in result.summary()
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def test_self_test_can_fail(megatron_bridge: Any, tmp_path: Path) -> None:
+    """One fault changes nothing, one is expected elsewhere, one is expected to fail another check."""
+    (fault,) = (fault for fault in FAULTS if fault.name == "two experts swapped")
+    assert isinstance(fault, WeightFault)
+    faults = (
+        dataclasses.replace(fault, name="no change", change=lambda model: None),
+        dataclasses.replace(fault, name="elsewhere", site=FaultSite("mlp", 1)),
+        dataclasses.replace(fault, name="another check", failing=("files",)),
+        fault,
     )
-    assert verdict.caught == caught and verdict.asked
-    assert not UpstreamVerdict.nothing().asked and UpstreamVerdict.nothing().cells() == [
-        "-",
-        "-",
-        "not asked",
+    result = self_test(faults, seeds=1, models=("ernie45",))
+    assert [outcome.passed for outcome in result.outcomes] == [False, False, False, True]
+    assert not result.passed and result.clean_models == 1
+    assert [line.split(": ")[1] for line in result.failures().splitlines()] == [
+        *("no change", "elsewhere", "another check")
     ]
+    assert result.summary().startswith(
+        "1 of 4 injected faults caught and located; 0 false reports on 1 clean models."
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_clean_models_have_no_false_reports(
+    megatron_bridge: Any, tmp_path: Path, model: str
+) -> None:
+    assert ForkLauncher().first(false_reports, tmp_path, model, range(SEEDS)) == []

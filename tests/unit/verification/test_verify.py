@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import exaone_bridge
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.errors import BridgeError, CheckpointError
+from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification import verify
 from exaone_bridge.verification.activations.probe_points import probe_points
@@ -28,16 +29,13 @@ from exaone_bridge.verification.checks.generation import (
 )
 from exaone_bridge.verification.checks.logits import prompts
 from exaone_bridge.verification.report.report import Report
+from exaone_bridge.verification.self_test.fault import changed_mappings, changed_model
 from exaone_bridge.verification.workflow.layerwise import is_layerwise
 from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 from exaone_bridge.verification.workflow.transformers_layerwise import (
     Reader,
     layerwise_transformers,
 )
-from tests.helpers.fault_injection import build_with, mappings_with
-
-EXAONE = "exaone_bridge.bridge.exaone4:Exaone4Bridge"
-ERNIE = "exaone_bridge.bridge.ernie45:Ernie45Bridge"
 
 
 def statuses(report: Report) -> dict[str, str]:
@@ -109,8 +107,8 @@ def test_half_precision(
 
         unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight.neg_()
 
-    build_with(negate)(monkeypatch)
-    report = verify(folder, dtype="bfloat16", generation=False)
+    with changed_model(negate):
+        report = verify(folder, dtype="bfloat16", generation=False)
     assert statuses(report)["logits"] == "failed" and report.first_diverging_layer == "2"
 
 
@@ -189,8 +187,8 @@ def test_layer_by_layer_sees_a_table_that_is_wrong(
             else mapping
         )
 
-    mappings_with(EXAONE, swap)(monkeypatch)
-    report = verify(tiny("exaone4"), stream=True, quick=True)
+    with changed_mappings(EXAONE4, swap):
+        report = verify(tiny("exaone4"), stream=True, quick=True)
     assert statuses(report)["tensors"] == "passed" and statuses(report)["logits"] == "failed"
     assert report.divergence is not None and (
         report.divergence.layer,

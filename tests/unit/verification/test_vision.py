@@ -17,7 +17,7 @@ from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.report.card import write_card
 from exaone_bridge.verification.report.report import Report
-from tests.helpers.fault_injection import build_with
+from exaone_bridge.verification.self_test.fault import changed_model
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,7 @@ def test_two_folders_are_asked_about_their_images(
     assert not found.check("tensors").passed and not found.check("logits").passed
 
 
-def test_prediction_that_is_built_goes_through_the_model(
-    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prediction_that_is_built_goes_through_the_model(megatron_bridge: Any, tiny: Any) -> None:
     """Its tensors are the model's own then: what is changed there is seen."""
     found = exaone_bridge.verify(
         tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, mtp=True
@@ -98,8 +96,8 @@ def test_prediction_that_is_built_goes_through_the_model(
                 if name.endswith("eh_proj.weight"):
                     parameter[0, 0] += 1
 
-    build_with(spoil)(monkeypatch)
-    found = exaone_bridge.verify(tiny("exaone45"), generation=False, mtp=True)
+    with changed_model(spoil):
+        found = exaone_bridge.verify(tiny("exaone45"), generation=False, mtp=True)
     assert (
         found.check("tensors").metrics["names"] == ["mtp.fc.weight"]
         and found.check("logits").passed

@@ -1,1 +1,1 @@
-"""Planted faults, which show that the checks of this room can fail."""
+"""The self-test of the verification: injected faults that its checks must catch and locate."""

@@ -1,177 +1,216 @@
-"""Faults of EXAONE 4.5's tower: four blocks, of which 1 and 3 see the whole image, and the others windows of 24 pixels.
+"""Faults of EXAONE 4.5: of the vision encoder, and of what joins it to the language model.
 
-The language model is EXAONE 4.0's, whose faults are planted in its own miniature.
+The tiny vision encoder has four blocks: blocks 1 and 3 have full attention, blocks 0 and 2 attend
+within windows of 24 pixels. Faults of the language model, which is EXAONE 4.0's, are injected into
+the tiny EXAONE 4.0.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
-from exaone_bridge.verification.self_test.fault import Fault, patched, swap
+from exaone_bridge.verification.self_test.fault import (
+    CodeFault,
+    Fault,
+    FaultSite,
+    ProviderFault,
+    WeightFault,
+    changed_model,
+    swap,
+)
 
-__all__ = [
-    "EXAONE45_FAULTS",
-    "join_in_another_order",
-    "leave_in_order_of_windows",
-    "narrow_windows",
-    "rotate_rows_for_columns",
-    "round_patches",
-]
+__all__ = ["EXAONE45_FAULTS"]
 
 MODEL = "exaone45"
-PATCHES = 4  # that become one word
+PATCHES_PER_TOKEN = 4
+
+EncoderChange = Callable[[Any], None]
+"""Changes Transformers' vision encoder, which Megatron-Core runs too, in place."""
 
 
-def _block(vision_encoder: Any, number: int) -> Any:
-    return vision_encoder.blocks[number]
+# --- weights --------------------------------------------------------------------------------------
 
 
-def _channels(vision_encoder: Any) -> None:
-    weight = vision_encoder.patch_embed.proj.weight
+def _reverse_channels(encoder: Any) -> None:
+    weight = encoder.patch_embed.proj.weight
     weight.copy_(weight.flip(1))
 
 
-def _key_heads(vision_encoder: Any) -> None:
-    attention = _block(vision_encoder, 1).attn
-    keys = attention.qkv.weight[attention.q_dim : attention.q_dim + attention.kv_dim].chunk(2)
-    swap(*keys)
+def _swap_key_heads(encoder: Any) -> None:
+    attention = encoder.blocks[1].attn
+    keys = attention.qkv.weight[attention.q_dim : attention.q_dim + attention.kv_dim]
+    swap(*keys.chunk(2))
 
 
-def _key_value(vision_encoder: Any) -> None:
-    attention = _block(vision_encoder, 2).attn
+def _swap_keys_and_values(encoder: Any) -> None:
+    attention = encoder.blocks[2].attn
     swap(*attention.qkv.weight[attention.q_dim :].chunk(2))
 
 
-def _gate_up(vision_encoder: Any) -> None:
-    mlp = _block(vision_encoder, 0).mlp
+def _swap_gate_and_up(encoder: Any) -> None:
+    mlp = encoder.blocks[0].mlp
     swap(mlp.gate_proj.weight, mlp.up_proj.weight)
 
 
-def _norms(vision_encoder: Any) -> None:
-    block = _block(vision_encoder, 3)
+def _swap_norms(encoder: Any) -> None:
+    block = encoder.blocks[3]
     swap(block.norm1.weight, block.norm2.weight)
 
 
-def _blocks(vision_encoder: Any) -> None:
-    for a, b in zip(
-        _block(vision_encoder, 1).parameters(), _block(vision_encoder, 3).parameters(), strict=True
-    ):
+def _swap_blocks(encoder: Any) -> None:
+    first, second = encoder.blocks[1], encoder.blocks[3]
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
         swap(a, b)
 
 
-def join_in_another_order(vision_encoder: Any) -> None:
-    """Patches of one word."""
-    first = vision_encoder.merger.mlp[0].weight
-    first.copy_(first.view(len(first), PATCHES, -1).flip(1).reshape(first.shape))
+def _reverse_merged_patches(encoder: Any) -> None:
+    weight = encoder.merger.mlp[0].weight
+    weight.copy_(weight.view(len(weight), PATCHES_PER_TOKEN, -1).flip(1).reshape(weight.shape))
 
 
-def _bias(vision_encoder: Any) -> None:
-    vision_encoder.merger.mlp[2].bias.zero_()
+def _zero_merger_bias(encoder: Any) -> None:
+    encoder.merger.mlp[2].bias.zero_()
 
 
-def _weights(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
-    """The tower that was loaded, changed in place."""
-
-    def changed(model: Any) -> None:
-        change(model[0].visual)
-
-    return Fault(
-        name=name,
-        model=MODEL,
-        caught=("tensors", "logits"),
-        begins=(None, VISION_ENCODER + sublayer),
-        weights=changed,
-    )
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
-def _built(name: str, change: Callable[[Any], None], sublayer: str) -> Fault:
-    """The tower as it is built, then changed; every weight is right, and only the arithmetic can tell."""
+def _epsilon(value: float) -> EncoderChange:
+    def change(encoder: Any) -> None:
+        for module in encoder.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = value
 
-    def planted() -> Any:
-        from exaone_bridge.models.exaone45 import provider
-
-        right = provider.build_vision_encoder
-
-        def faulty(*args: Any) -> Any:
-            vision_encoder = right(*args)
-            change(vision_encoder)
-            return vision_encoder
-
-        return patched("exaone_bridge.models.exaone45.provider.build_vision_encoder", faulty)()
-
-    return Fault(
-        name=name,
-        model=MODEL,
-        caught=("logits",),
-        begins=(None, VISION_ENCODER + sublayer),
-        code=planted,
-    )
+    return change
 
 
-def _epsilon(vision_encoder: Any) -> None:
-    for module in vision_encoder.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-5
+def _narrow_windows(encoder: Any) -> None:
+    encoder.window_size //= 3
 
 
-def narrow_windows(vision_encoder: Any) -> None:
-    """A third as wide."""
-    vision_encoder.window_size //= 3
+def _full_attention(*blocks: int) -> EncoderChange:
+    def change(encoder: Any) -> None:
+        encoder.fullatt_block_indexes = list(blocks)
+
+    return change
 
 
-def _no_window(vision_encoder: Any) -> None:
-    vision_encoder.fullatt_block_indexes = [0, 1, 2, 3]
+def _transpose_patches(encoder: Any) -> None:
+    """Transpose the square of patches that becomes one token."""
+
+    def transpose(_: Any, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        pixels = arguments[0]  # [patches, pixels of each]
+        return pixels.view(-1, 2, 2, pixels.shape[-1]).transpose(1, 2).reshape(pixels.shape)
+
+    encoder.patch_embed.register_forward_pre_hook(transpose)
 
 
-def rotate_rows_for_columns(vision_encoder: Any) -> None:
-    """RoPE's two coordinates of a patch."""
-    vision_encoder.rotary_pos_emb.register_forward_pre_hook(
-        lambda _, arguments: arguments[0].flip(-1)
-    )
+def _swap_rope_axes(encoder: Any) -> None:
+    encoder.rotary_pos_emb.register_forward_pre_hook(lambda _, arguments: arguments[0].flip(-1))
 
 
-def leave_in_order_of_windows(vision_encoder: Any) -> None:
-    """Features that are not in the image's order."""
-
-    def rolled(_: Any, __: Any, output: Any) -> Any:
+def _roll_features(encoder: Any) -> None:
+    def roll(_: Any, __: Any, output: Any) -> Any:
         output.pooler_output = output.pooler_output.roll(1, 0)
         return output
 
-    vision_encoder.register_forward_hook(rolled)
+    encoder.register_forward_hook(roll)
 
 
-def round_patches(vision_encoder: Any) -> None:
-    """To bf16."""
-    vision_encoder.patch_embed.register_forward_hook(
+def _round_patches(encoder: Any) -> None:
+    encoder.patch_embed.register_forward_hook(
         lambda _, __, output: output.to(torch.bfloat16).to(output.dtype)
     )
 
 
-EXAONE45_FAULTS: tuple[Fault, ...] = (
-    _weights("channels of a patch reversed", _channels, "embedding"),
-    _weights("key heads of a block change places", _key_heads, "attention"),
-    _weights("keys and values of a block swapped", _key_value, "attention"),
-    _weights("gate and up of a block swapped", _gate_up, "mlp"),
-    _weights("norms of a block swapped", _norms, "norm"),
-    _weights("blocks 1 and 3 change places", _blocks, "norm"),
-    _weights("patches of a word joined in another order", join_in_another_order, "merger"),
-    _weights("a bias of the merger lost", _bias, "merger"),
-    _built("Megatron-Core's epsilon in the tower", _epsilon, "norm"),
-    _built(
-        "windows of a third", narrow_windows, "norm"
-    ),  # they order the patches before the first block
-    _built("every block sees the whole image", _no_window, "attention"),
-    _built("rows rotated for columns", rotate_rows_for_columns, "attention"),
-    _built("features in another order", leave_in_order_of_windows, "features"),
-    _built("patches in bf16", round_patches, "embedding"),
-    Fault(
-        name="another word for images",
+def _reverse_features() -> contextlib.AbstractContextManager[Any]:
+    """Assign the features to the image placeholder tokens in reverse order."""
+    from exaone_bridge.models.exaone45.model import Exaone45Model
+
+    original = Exaone45Model._places
+
+    def reverse(self: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, numbers = original(self, *args)
+        return positions, numbers.flip(0)
+
+    return mock.patch.object(Exaone45Model, "_places", reverse)
+
+
+# --- the list -------------------------------------------------------------------------------------
+
+
+def _site(sublayer: str, module: str) -> FaultSite:
+    name = f"model.visual.{module}" if module else "model.visual"
+    return FaultSite(VISION_ENCODER + sublayer, module=name)
+
+
+def _weights(name: str, change: EncoderChange, sublayer: str, module: str) -> Fault:
+    return WeightFault(
+        name=name,
         model=MODEL,
-        caught=("refused",),  # counts of words and features differ
-        provider={"image_token_id": 69},
+        failing=("tensors", "logits"),
+        site=_site(sublayer, module),
+        change=lambda model: change(model[0].visual),
+    )
+
+
+def _code(name: str, change: EncoderChange, sublayer: str, module: str) -> Fault:
+    """A vision encoder with the right weights, whose arithmetic is changed."""
+    return CodeFault(
+        name=name,
+        model=MODEL,
+        failing=("logits",),
+        site=_site(sublayer, module),
+        patch=lambda: changed_model(lambda model: change(model[0].visual)),
+    )
+
+
+EXAONE45_FAULTS: tuple[Fault, ...] = (
+    _weights("channels of a patch reversed", _reverse_channels, "embedding", "patch_embed"),
+    _weights("key heads of a block swapped", _swap_key_heads, "attention", "blocks.1.attn"),
+    _weights(
+        "keys and values of a block swapped", _swap_keys_and_values, "attention", "blocks.2.attn"
+    ),
+    _weights("gate and up of a block swapped", _swap_gate_and_up, "mlp", "blocks.0.mlp"),
+    _weights("norms of a block swapped", _swap_norms, "norm", "blocks.3.norm1"),
+    _weights("blocks 1 and 3 swapped", _swap_blocks, "norm", "blocks.1.norm1"),
+    _weights("patches of a token merged in reverse", _reverse_merged_patches, "merger", "merger"),
+    _weights("a bias of the merger lost", _zero_merger_bias, "merger", "merger"),
+    _code("epsilon 1e-5 instead of 1e-6", _epsilon(1e-5), "norm", "blocks.0.norm1"),
+    _code("epsilon 1e-2 instead of 1e-6", _epsilon(1e-2), "norm", "blocks.0.norm1"),
+    # Patches are ordered by window before the first block.
+    _code("windows a third as wide", _narrow_windows, "norm", "blocks.0.norm1"),
+    _code(
+        "full attention in every block", _full_attention(0, 1, 2, 3), "attention", "blocks.0.attn"
+    ),
+    _code(
+        "full attention in blocks 0 and 2, not 1 and 3",
+        _full_attention(0, 2),
+        "attention",
+        "blocks.0.attn",
+    ),
+    _code("patches of a token transposed", _transpose_patches, "embedding", "patch_embed"),
+    _code("RoPE of rows applied to columns", _swap_rope_axes, "attention", "blocks.0.attn"),
+    _code("features in another order", _roll_features, "features", ""),
+    _code("patches rounded to bf16", _round_patches, "embedding", "patch_embed"),
+    CodeFault(
+        name="features at the wrong placeholder tokens",
+        model=MODEL,
+        failing=("logits",),
+        site=FaultSite("attention", 0),
+        patch=_reverse_features,
+    ),
+    # The numbers of placeholder tokens and of features differ.
+    ProviderFault(
+        name="another image token",
+        model=MODEL,
+        failing=("rejected",),
+        fields={"image_token_id": 69},
     ),
 )

@@ -1,66 +1,90 @@
-"""Faults of EXAONE 4.0: the hybrid miniature, whose layers are LLLG LLLG, window 8, untied."""
+"""Faults of EXAONE 4.0.
+
+The tiny model has eight layers: three with sliding-window attention (8 tokens) and one with full
+attention, twice. Word embeddings and output layer are not tied.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.schema.param_mapping import ParamMapping
-from exaone_bridge.verification.self_test.fault import Fault, mappings_changed, patched, swap
+from exaone_bridge.verification.self_test.fault import (
+    CodeFault,
+    Fault,
+    FaultSite,
+    MappingChange,
+    ModelChange,
+    Patch,
+    ProviderFault,
+    WeightFault,
+    changed_mappings,
+    swap,
+)
 
 __all__ = ["EXAONE4_FAULTS"]
 
 MODEL = "exaone4"
-BRIDGE = EXAONE4
-D, GROUPS, PER_GROUP = 24, 2, 2  # head, key-value heads, query heads of each
+HEAD_DIM, KV_HEADS, QUERIES_PER_KV_HEAD = 24, 2, 2
+
+SLIDING, NOPE = [1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2  # per layer, as in the provider
 
 
-def _layer(model: Any, number: int) -> Any:
+def _flip(values: list[int], layer: int) -> list[int]:
+    return [*values[:layer], 1 - values[layer], *values[layer + 1 :]]
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def _layer(model: list[Any], number: int) -> Any:
     return model[0].decoder.layers[number]
 
 
-def _qkv(model: Any, number: int) -> torch.Tensor:
-    """[groups, queries + 2, D, H], a view."""
-    return _layer(model, number).self_attention.linear_qkv.weight.view(GROUPS, PER_GROUP + 2, D, -1)
+def _qkv(model: list[Any], number: int) -> torch.Tensor:
+    """Return the fused projection as a view [KV heads, queries of each + 2, D, H]."""
+    weight = _layer(model, number).self_attention.linear_qkv.weight
+    return weight.view(KV_HEADS, QUERIES_PER_KV_HEAD + 2, HEAD_DIM, -1)
 
 
-def _swap_heads(model: Any) -> None:
+def _swap_query_heads(model: list[Any]) -> None:
     heads = _qkv(model, 2)
     swap(heads[0, 0], heads[0, 1])
 
 
-def _swap_key_value(model: Any) -> None:
+def _swap_keys_and_values(model: list[Any]) -> None:
     heads = _qkv(model, 5)
     swap(heads[:, -2], heads[:, -1])
 
 
-def _not_interleaved(model: Any) -> None:
+def _concatenate_qkv(model: list[Any]) -> None:
     heads = _qkv(model, 0)
-    flat = torch.cat(
-        [heads[:, :-2].flatten(0, 1), heads[:, -2], heads[:, -1]]
-    )  # all queries, all keys, all values
-    heads.copy_(flat.view_as(heads))
+    concatenated = torch.cat([heads[:, :-2].flatten(0, 1), heads[:, -2], heads[:, -1]])
+    heads.copy_(concatenated.view_as(heads))
 
 
-def _swap_gate_up(model: Any) -> None:
+def _swap_gate_and_up(model: list[Any]) -> None:
     gate, up = _layer(model, 1).mlp.linear_fc1.weight.chunk(2)
     swap(gate, up)
 
 
-def _transpose(model: Any) -> None:
+def _transpose_output_projection(model: list[Any]) -> None:
     weight = _layer(model, 3).self_attention.linear_proj.weight
     weight.copy_(weight.t().reshape(weight.shape))
 
 
-def _swap_layers(model: Any) -> None:
+def _swap_layers(model: list[Any]) -> None:
     for a, b in zip(_layer(model, 2).parameters(), _layer(model, 6).parameters(), strict=True):
         swap(a, b)
 
 
-def _swap_post_norms(model: Any) -> None:
+def _swap_post_norms(model: list[Any]) -> None:
     layer = _layer(model, 4)
     swap(
         layer.self_attention.linear_proj.post_layernorm.weight,
@@ -68,197 +92,225 @@ def _swap_post_norms(model: Any) -> None:
     )
 
 
-def _lose_a_cut(model: Any) -> None:
+def _lose_half_of_down(model: list[Any]) -> None:
     weight = _layer(model, 6).mlp.linear_fc2.weight
     weight[:, weight.shape[1] // 2 :] = 0
 
 
-def _one_bit(model: Any) -> None:
+def _flip_one_bit(model: list[Any]) -> None:
     _layer(model, 3).mlp.linear_fc2.weight.view(torch.int32)[5, 7] ^= 1
 
 
-def _round_all(model: Any) -> None:
+def _round_all(model: list[Any]) -> None:
     for parameter in model[0].parameters():
         parameter.copy_(parameter.bfloat16())
 
 
-def _reset_q_norm(model: Any) -> None:
+def _reset_query_norm(model: list[Any]) -> None:
     _layer(model, 0).self_attention.q_layernorm.weight.fill_(1)
 
 
-def _roll_words(model: Any) -> None:
+def _shift_token_embeddings(model: list[Any]) -> None:
     weight = model[0].embedding.word_embeddings.weight
     weight.copy_(weight.roll(1, 0))
 
 
-def _swap_words_out(model: Any) -> None:
+def _swap_output_tokens(model: list[Any]) -> None:
     weight = model[0].output_layer.weight
     swap(weight[100], weight[200])
 
 
-def _double_final_norm(model: Any) -> None:
+def _scale_final_norm(model: list[Any]) -> None:
     model[0].decoder.final_layernorm.weight.mul_(1.5)
 
 
-def _reorder(megatron: str, *order: int) -> Any:
+# --- code -----------------------------------------------------------------------------------------
+
+
+def _mappings(change: MappingChange) -> Patch:
+    return lambda: changed_mappings(EXAONE4, change)
+
+
+def _reordered(megatron: str, *order: int) -> Patch:
+    """Make a patch that reorders the Hugging Face tensors of the mappings of a Megatron name."""
+
     def change(mapping: ParamMapping) -> ParamMapping:
         if megatron not in mapping.megatron:
             return mapping
         return dataclasses.replace(mapping, hf=tuple(mapping.hf[number] for number in order))
 
-    return mappings_changed(BRIDGE, change)
+    return _mappings(change)
 
 
-def _post_norms_in_the_table(mapping: ParamMapping) -> ParamMapping:
+def _swap_post_norm_names(mapping: ParamMapping) -> ParamMapping:
     names = ("post_attention_layernorm", "post_feedforward_layernorm")
+    tensor = mapping.hf[0]
     for this, other in (names, names[::-1]):
-        if this in mapping.hf[0].name:
-            tensor = dataclasses.replace(
-                mapping.hf[0], name=mapping.hf[0].name.replace(this, other)
-            )
-            return dataclasses.replace(mapping, hf=(tensor,))
+        if this in tensor.name:
+            renamed = dataclasses.replace(tensor, name=tensor.name.replace(this, other))
+            return dataclasses.replace(mapping, hf=(renamed,))
     return mapping
 
 
-def _no_down(mapping: ParamMapping) -> ParamMapping | None:
+def _drop_down(mapping: ParamMapping) -> ParamMapping | None:
     return None if "down_proj" in mapping.hf[0].name else mapping
 
 
-def _post_norm_epsilon() -> Any:
-    """Megatron-Core's default epsilon in the post norms alone, as in Megatron-Bridge 0.6.2."""
+def _post_norm_epsilon() -> contextlib.AbstractContextManager[Any]:
+    """Use Megatron-Core's default epsilon in the post-norms, as Megatron-Bridge 0.6.2 does."""
     from exaone_bridge.modules import post_norm
 
-    class Forgetful(post_norm.TorchRMSNorm):
+    class DefaultEpsilonNorm(post_norm.TorchRMSNorm):
         def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
             super().__init__(config, hidden_size)
 
-    return patched("exaone_bridge.modules.post_norm.RowParallelLinearLayerNorm.norm", Forgetful)()
+    return mock.patch.object(post_norm.RowParallelLinearLayerNorm, "norm", DefaultEpsilonNorm)
 
 
-def _softmax_scale() -> Any:
-    """hidden / heads where head_dim is another."""
+def _softmax_scale() -> contextlib.AbstractContextManager[Any]:
+    """Scale by hidden size / heads where the head dimension is another."""
     from exaone_bridge.modules.attention import TorchDotProductAttention
 
-    right = TorchDotProductAttention._attend
+    original = TorchDotProductAttention._attend
 
     def attend(
         self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         self.softmax_scale = (64 / 4) ** -0.5
-        return right(self, query, key, value)
+        return original(self, query, key, value)
 
-    return patched("exaone_bridge.modules.attention.TorchDotProductAttention._attend", attend)()
-
-
-def _weights(name: str, change: Any, layer: int | None, sublayer: str | None) -> Fault:
-    begins = None if sublayer is None else (layer, sublayer)
-    caught = ("tensors",) if sublayer is None else ("tensors", "logits")
-    return Fault(name=name, model=MODEL, caught=caught, begins=begins, weights=change)
+    return mock.patch.object(TorchDotProductAttention, "_attend", attend)
 
 
-def _provider(
-    name: str, layer: int, sublayer: str, *, exported: bool = True, **fields: Any
-) -> Fault:
-    """`exported`: the configuration has words for it, so that the exported one differs too."""
-    caught = ("config", "logits") if exported else ("refused", "logits")
-    return Fault(name=name, model=MODEL, caught=caught, begins=(layer, sublayer), provider=fields)
+# --- the list -------------------------------------------------------------------------------------
 
 
-def _code(name: str, context: Any, layer: int, sublayer: str, *caught: str) -> Fault:
-    return Fault(
-        name=name, model=MODEL, caught=("logits", *caught), begins=(layer, sublayer), code=context
+def _weights(name: str, change: ModelChange, layer: int | None, sublayer: str | None) -> Fault:
+    if sublayer is None:
+        return WeightFault(name=name, model=MODEL, failing=("tensors",), change=change)
+    return WeightFault(
+        name=name,
+        model=MODEL,
+        failing=("tensors", "logits"),
+        site=FaultSite(sublayer, layer),
+        change=change,
     )
 
 
-_WINDOWED, _NOPE = [1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2
+def _provider(name: str, layer: int, sublayer: str, **fields: Any) -> Fault:
+    """A fault that the exported config.json shows."""
+    return ProviderFault(
+        name=name,
+        model=MODEL,
+        failing=("config", "logits"),
+        site=FaultSite(sublayer, layer),
+        fields=fields,
+    )
 
 
-def _flip(values: list[int], layer: int) -> list[int]:
-    return [*values[:layer], 1 - values[layer], *values[layer + 1 :]]
+def _rejected(name: str, layer: int, **fields: Any) -> Fault:
+    """A fault in attention that config.json cannot express, so that the export raises."""
+    return ProviderFault(
+        name=name,
+        model=MODEL,
+        failing=("rejected", "logits"),
+        site=FaultSite("attention", layer),
+        fields=fields,
+    )
+
+
+def _code(name: str, patch: Patch, layer: int, sublayer: str) -> Fault:
+    return CodeFault(
+        name=name, model=MODEL, failing=("logits",), site=FaultSite(sublayer, layer), patch=patch
+    )
 
 
 EXAONE4_FAULTS: tuple[Fault, ...] = (
-    _weights("two query heads change places", _swap_heads, 2, "attention"),
-    _weights("keys and values of a layer swapped", _swap_key_value, 5, "attention"),
-    _weights("q, k and v one after the other, not by group", _not_interleaved, 0, "attention"),
-    _weights("gate and up of a layer swapped", _swap_gate_up, 1, "mlp"),
-    _weights("output projection transposed", _transpose, 3, "attention"),
-    _weights("layers 2 and 6 change places", _swap_layers, 2, "attention"),
-    _weights("post norms of a layer swapped", _swap_post_norms, 4, "norm"),
-    _weights("half of a projection lost", _lose_a_cut, 6, "mlp"),
-    _weights("one bit of one weight", _one_bit, None, None),
+    _weights("two query heads swapped", _swap_query_heads, 2, "attention"),
+    _weights("keys and values of a layer swapped", _swap_keys_and_values, 5, "attention"),
+    _weights("q, k and v concatenated, not interleaved", _concatenate_qkv, 0, "attention"),
+    _weights("gate and up of a layer swapped", _swap_gate_and_up, 1, "mlp"),
+    _weights("output projection transposed", _transpose_output_projection, 3, "attention"),
+    _weights("layers 2 and 6 swapped", _swap_layers, 2, "attention"),
+    _weights("post-norms of a layer swapped", _swap_post_norms, 4, "norm"),
+    _weights("half of a down projection lost", _lose_half_of_down, 6, "mlp"),
+    _weights("one bit of one weight flipped", _flip_one_bit, None, None),
     _weights("every weight rounded to bf16", _round_all, None, "embedding"),
-    _weights("a query norm left at one", _reset_q_norm, 0, "norm"),
-    _weights("words shifted by one", _roll_words, None, "embedding"),
-    _weights("two words of the output layer swapped", _swap_words_out, None, "output layer"),
-    _weights("final norm scaled", _double_final_norm, None, "norm"),
+    _weights("a query norm left at one", _reset_query_norm, 0, "norm"),
+    _weights("token embeddings shifted by one", _shift_token_embeddings, None, "embedding"),
+    _weights("two tokens of the output layer swapped", _swap_output_tokens, None, "output layer"),
+    _weights("final norm scaled", _scale_final_norm, None, "norm"),
     _provider("window off by one", 0, "attention", window_size=(8, 0)),
+    _rejected("no window", 0, window_size=None, window_attn_skip_freq=None),
+    _rejected("full attention with RoPE in layer 5", 5, window_attn_skip_freq=_flip(SLIDING, 5)),
+    _rejected("sliding window without RoPE in layer 3", 3, window_attn_skip_freq=_flip(SLIDING, 3)),
+    _rejected("NoPE inverted", 0, no_rope_freq=[1 - nope for nope in NOPE]),
+    _rejected("RoPE in full-attention layer 7", 7, no_rope_freq=_flip(NOPE, 7)),
+    _rejected("no RoPE in sliding-window layer 1", 1, no_rope_freq=_flip(NOPE, 1)),
+    _rejected("RoPE in every layer", 3, no_rope_freq=[0] * 8),
     _provider(
-        "no window", 0, "attention", exported=False, window_size=None, window_attn_skip_freq=None
+        "layer 5 of the full-attention type",
+        5,
+        "attention",
+        window_attn_skip_freq=_flip(SLIDING, 5),
+        no_rope_freq=_flip(NOPE, 5),
     ),
     _provider(
-        "layer 5 global", 5, "attention", exported=False, window_attn_skip_freq=_flip(_WINDOWED, 5)
-    ),
-    _provider(
-        "layer 3 windowed",
+        "layer 3 of the sliding-window type",
         3,
         "attention",
-        exported=False,
-        window_attn_skip_freq=_flip(_WINDOWED, 3),
+        window_attn_skip_freq=_flip(SLIDING, 3),
+        no_rope_freq=_flip(NOPE, 3),
+    ),
+    _provider("RoPE factor 8 instead of 16", 0, "attention", rope_scaling_factor=8.0),
+    _provider(
+        "RoPE low frequency factor 2 instead of 1",
+        0,
+        "attention",
+        rope_scaling_low_freq_factor=2.0,
     ),
     _provider(
-        "NoPE inverted", 0, "attention", exported=False, no_rope_freq=[1 - none for none in _NOPE]
+        "RoPE high frequency factor 8 instead of 4",
+        0,
+        "attention",
+        rope_scaling_high_freq_factor=8.0,
     ),
     _provider(
-        "RoPE on a global layer", 7, "attention", exported=False, no_rope_freq=_flip(_NOPE, 7)
-    ),
-    _provider(
-        "no RoPE on a windowed layer", 1, "attention", exported=False, no_rope_freq=_flip(_NOPE, 1)
-    ),
-    _provider("RoPE on every layer", 3, "attention", exported=False, no_rope_freq=[0] * 8),
-    _provider("RoPE factor 8 for 16", 0, "attention", rope_scaling_factor=8.0),
-    _provider(
-        "RoPE low frequency factor 2 for 1", 0, "attention", rope_scaling_low_freq_factor=2.0
-    ),
-    _provider(
-        "RoPE high frequency factor 8 for 4", 0, "attention", rope_scaling_high_freq_factor=8.0
-    ),
-    _provider(
-        "RoPE made for 8192 positions, not 32",
+        "RoPE original length 8192 instead of 32",
         0,
         "attention",
         rope_scaling_original_max_positions=8192,
     ),
     _provider("RoPE not scaled", 0, "attention", rope_scaling=False),
-    _provider("theta off by one percent", 0, "attention", rotary_base=10100.0),
-    _provider("epsilon 1e-5 for 3e-4", 0, "norm", layernorm_epsilon=1e-5),
-    Fault(
-        name="GELU for SiLU",
+    _provider("RoPE theta off by one percent", 0, "attention", rotary_base=10100.0),
+    _provider("epsilon 1e-5 instead of 3e-4", 0, "norm", layernorm_epsilon=1e-5),
+    ProviderFault(
+        name="GELU instead of SiLU",
         model=MODEL,
-        caught=("logits",),
-        begins=(0, "mlp"),
-        provider={"activation_func": torch.nn.functional.gelu},
+        failing=("logits",),
+        site=FaultSite("mlp", 0),
+        fields={"activation_func": torch.nn.functional.gelu},
     ),
-    Fault(
+    ProviderFault(
         name="output layer tied",
         model=MODEL,
-        caught=("refused",),
-        provider={"share_embeddings_and_output_weights": True},
+        failing=("rejected",),
+        fields={"share_embeddings_and_output_weights": True},
     ),
-    _code("gate and up swapped in the table", _reorder("linear_fc1", 1, 0), 0, "mlp"),
-    _code("keys and values swapped in the table", _reorder("linear_qkv", 0, 2, 1), 0, "attention"),
+    _code("gate and up swapped in the mapping", _reordered("linear_fc1", 1, 0), 0, "mlp"),
     _code(
-        "post norms swapped in the table",
-        mappings_changed(BRIDGE, _post_norms_in_the_table),
+        "keys and values swapped in the mapping",
+        _reordered("linear_qkv", 0, 2, 1),
         0,
-        "norm",
+        "attention",
     ),
-    _code("epsilon of the post norms alone", _post_norm_epsilon, 0, "norm"),
+    _code("post-norms swapped in the mapping", _mappings(_swap_post_norm_names), 0, "norm"),
+    _code("default epsilon in the post-norms", _post_norm_epsilon, 0, "norm"),
     _code("softmax scale of another head size", _softmax_scale, 0, "attention"),
-    Fault(
-        name="a row missing",
+    CodeFault(
+        name="a parameter mapping missing",
         model=MODEL,
-        caught=("refused",),
-        code=mappings_changed(BRIDGE, _no_down),
+        failing=("rejected",),
+        patch=_mappings(_drop_down),
     ),
 )

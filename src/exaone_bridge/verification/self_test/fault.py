@@ -1,85 +1,178 @@
-"""What a planted fault is, and the ways to plant one."""
+"""Injected faults: their definition, and context managers that change running code.
+
+An injected fault is one thing that a conversion or a model can get wrong, with the checks that must
+fail because of it and the first activation that must differ.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
 from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping
 
-__all__ = ["Fault", "mappings_changed", "patched", "swap"]
+if TYPE_CHECKING:
+    import torch
 
-Change = Callable[[Any], None]
+__all__ = [
+    "CodeFault",
+    "Fault",
+    "FaultSite",
+    "FolderFault",
+    "MappingChange",
+    "ModelChange",
+    "Patch",
+    "ProviderFault",
+    "WeightFault",
+    "changed_mappings",
+    "changed_model",
+    "swap",
+]
+
+ModelChange = Callable[[list[Any]], object]
+"""Changes the loaded Megatron-Core chunks of this rank in place."""
+MappingChange = Callable[[ParamMapping], ParamMapping | None]
+"""Returns a parameter mapping to use instead, or None to drop it."""
+Patch = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes a context in which code is changed; Megatron-Core may be imported in it, and not before."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultSite:
+    """The first activation that a fault changes.
+
+    Attributes:
+        sublayer: the sublayer, as in `ActivationDiff`.
+        layer: the decoder layer, global and 0-based; None outside the decoder layers.
+        module: the Hugging Face module whose output differs; empty: not specified.
+    """
+
+    sublayer: str
+    layer: int | None = None
+    module: str = ""
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"layer {self.layer}, "
+        return f"{layer}{self.sublayer}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One fault, planted in one of four ways, and what must be said about it.
+    """One injected fault, and what the verification must report for it.
 
     Attributes:
-        name: what is wrong.
-        model: the miniature it is planted in.
-        caught: every check that must catch it; `refused`: the model is not loaded or not exported at all.
-        begins: layer and sublayer where hidden states must be seen to part; None: the arithmetic is the same, or never
-            runs.
-        weights: changes a loaded Megatron-Core model in place.
-        provider: fields of the provider.
-        code: a context in which the model is built, exported and run.
-        folder: changes a Hugging Face folder.
-        generation: also compare greedy generation.
+        name: a description; unique among the faults of one model.
+        model: the tiny model into which it is injected.
+        failing: the checks that must fail; no other check may. `rejected` is the check that the
+            model is built, loaded and exported without an error of `exaone_bridge.errors`.
+        site: where activations must be reported to differ first; None: none differ, or the model
+            does not run.
     """
+
+    kind: ClassVar[str]
 
     name: str
     model: str
-    caught: tuple[str, ...]
-    begins: tuple[int | None, str] | None = None
-    weights: Change | None = None
-    provider: Mapping[str, Any] = field(default_factory=dict)
-    code: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
-    folder: Callable[[Path], None] | None = None
+    failing: tuple[str, ...]
+    site: FaultSite | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFault(Fault):
+    """A fault in the weights of a loaded Megatron-Core model.
+
+    Attributes:
+        change: changes parameters and buffers in place, and nothing else.
+    """
+
+    kind: ClassVar[str] = "weights"
+    change: ModelChange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderFault(Fault):
+    """A fault in the fields of the Megatron-Bridge provider.
+
+    Attributes:
+        fields: provider fields to override.
+    """
+
+    kind: ClassVar[str] = "provider"
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeFault(Fault):
+    """A fault in code: in the parameter mappings, or in a module's arithmetic.
+
+    Attributes:
+        patch: makes the context in which a model is built, loaded, exported and run.
+    """
+
+    kind: ClassVar[str] = "code"
+    patch: Patch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderFault(Fault):
+    """A fault in a copy of the Hugging Face folder, which is compared with the original.
+
+    Attributes:
+        change: changes the files of the copy.
+        generation: whether greedy generation is compared too.
+    """
+
+    kind: ClassVar[str] = "folder"
+    change: Callable[[Path], object]
     generation: bool = False
 
 
-def swap(a: Any, b: Any) -> None:
-    """Two tensors of one shape change places."""
-    kept = a.clone()
+def swap(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Exchange the values of two tensors of one shape [...] in place."""
+    saved = a.clone()
     a.copy_(b)
-    b.copy_(kept)
+    b.copy_(saved)
 
 
-def patched(target: str, value: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """A context in which `package.module.Class.name` is something else."""
-    return lambda: mock.patch(target, value)
+@contextlib.contextmanager
+def changed_mappings(family: ModelFamily, change: MappingChange) -> Iterator[None]:
+    """Change or drop parameter mappings of a family inside this context.
 
-
-def mappings_changed(
-    family: ModelFamily, change: Callable[[ParamMapping], ParamMapping | None]
-) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """A context in which the rows of this family are changed, or dropped where the change is None.
-
-    The same table serves both ways, so the round trip stays whole and only the arithmetic can tell.
+    Import and export use the same mappings, so that the round trip stays bitwise equal and only
+    the arithmetic shows a wrong mapping.
     """
+    from exaone_bridge.bridge.registration import supported
 
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        from exaone_bridge.bridge.registration import supported
+    def mappings(model_config: Any) -> tuple[ParamMapping, ...]:
+        changed = map(change, family.mappings(model_config))
+        return tuple(mapping for mapping in changed if mapping is not None)
 
-        found = supported()[family.architectures[0]]
-        faulty = dataclasses.replace(
-            family,
-            mappings=lambda model_config: tuple(
-                mapping
-                for mapping in map(change, family.mappings(model_config))
-                if mapping is not None
-            ),
-        )
-        with mock.patch.object(found, "FAMILY", faulty):
-            yield
+    bridge = supported()[family.architectures[0]]
+    faulty = dataclasses.replace(family, mappings=mappings)
+    with mock.patch.object(bridge, "FAMILY", faulty):
+        yield
 
-    return context
+
+@contextlib.contextmanager
+def changed_model(change: ModelChange) -> Iterator[None]:
+    """Change every Megatron-Core model in place after its Hugging Face weights were loaded."""
+    import torch
+
+    from exaone_bridge.bridge.exact_bridge import ExactBridge
+
+    load = ExactBridge.load_weights_hf_to_megatron
+
+    def load_and_change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, *args, **kwargs)
+        with torch.no_grad():
+            change(model)
+        return model
+
+    with mock.patch.object(ExactBridge, "load_weights_hf_to_megatron", load_and_change):
+        yield

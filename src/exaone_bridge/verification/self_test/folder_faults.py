@@ -1,4 +1,4 @@
-"""Faults on disk: a folder against a copy of it in which one thing is wrong."""
+"""Faults on disk: a Hugging Face folder is compared with a copy in which one thing is wrong."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from exaone_bridge.verification.self_test.fault import Fault
+from exaone_bridge.verification.self_test.fault import FaultSite, FolderFault
 
 __all__ = ["FOLDER_FAULTS"]
 
 Tensors = dict[str, torch.Tensor]
+FolderChange = Callable[[Path], None]
+
 ATTENTION = "model.layers.4.self_attn"
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _tensors(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
-    def plant(folder: Path) -> None:
+def _tensors(change: Callable[[Tensors], object]) -> FolderChange:
+    def rewrite(folder: Path) -> None:
         path = folder / "model.safetensors"
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path, metadata={"format": "pt"})
 
-    return plant
+    return rewrite
 
 
-def _config(**fields: Any) -> Callable[[Path], None]:
-    """`...` takes a field away; a mapping changes a field's own fields."""
+def _config(**fields: Any) -> FolderChange:
+    """Change fields of config.json; `...` removes one, a dict changes some of its entries."""
 
-    def plant(folder: Path) -> None:
+    def rewrite(folder: Path) -> None:
         path = folder / "config.json"
         config = json.loads(path.read_text())
         for name, value in fields.items():
@@ -41,14 +44,26 @@ def _config(**fields: Any) -> Callable[[Path], None]:
                 config[name] = {**config[name], **value} if isinstance(value, dict) else value
         path.write_text(json.dumps(config))
 
-    return plant
+    return rewrite
+
+
+def _text(name: str, before: str, after: str) -> FolderChange:
+    """Replace the first occurrence of a text in a file."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / name
+        text = path.read_text()
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+
+    return rewrite
 
 
 def _swap(tensors: Tensors, a: str, b: str) -> None:
     tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
 
 
-def _flip(tensors: Tensors) -> None:
+def _flip_one_bit(tensors: Tensors) -> None:
     tensors["model.norm.weight"].view(torch.int32)[3] ^= 1
 
 
@@ -57,158 +72,170 @@ def _transpose(tensors: Tensors) -> None:
     tensors[name] = tensors[name].t().contiguous()
 
 
-def _half(tensors: Tensors) -> None:
+def _to_bf16(tensors: Tensors) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name].bfloat16()
 
 
 def _duplicate(tensors: Tensors) -> None:
-    tensors["model.layers.8.mlp.up_proj.weight"] = tensors[
-        "model.layers.7.mlp.up_proj.weight"
-    ].clone()
+    copied = tensors["model.layers.7.mlp.up_proj.weight"].clone()
+    tensors["model.layers.8.mlp.up_proj.weight"] = copied
 
 
-def _permute_experts(tensors: Tensors) -> None:
-    for which in ("gate", "up", "down"):
-        first, second = (
-            f"model.layers.3.mlp.experts.{expert}.{which}_proj.weight" for expert in (1, 6)
-        )
-        _swap(tensors, first, second)
+def _swap_experts(tensors: Tensors) -> None:
+    experts = "model.layers.3.mlp.experts"
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        _swap(tensors, *(f"{experts}.{number}.{projection}.weight" for number in (1, 6)))
 
 
-def _edit(name: str, before: str, after: str) -> Callable[[Path], None]:
-    def plant(folder: Path) -> None:
-        path = folder / name
-        text = path.read_text()
-        assert before in text
-        path.write_text(text.replace(before, after, 1))
+def _drop_passthrough(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "mtp" in name]:
+        del tensors[name]
 
-    return plant
+
+def _remove(name: str) -> FolderChange:
+    return lambda folder: (folder / name).unlink()
 
 
 def _fault(
     name: str,
-    plant: Callable[[Path], None],
-    *caught: str,
-    begins: tuple[int | None, str] | None = None,
-    **more: Any,
-) -> Fault:
-    return Fault(
-        name=name,
-        model=more.pop("model", "exaone4"),
-        caught=caught,
-        begins=begins,
-        folder=plant,
-        **more,
+    change: FolderChange,
+    *failing: str,
+    site: FaultSite | None = None,
+    model: str = "exaone4",
+    generation: bool = False,
+) -> FolderFault:
+    return FolderFault(
+        name=name, model=model, failing=failing, site=site, change=change, generation=generation
     )
 
 
-def _ernie(name: str, plant: Callable[[Path], None], *caught: str, **more: Any) -> Fault:
-    return _fault(name, plant, *caught, model="ernie45", **more)
+def _ernie(
+    name: str, change: FolderChange, *failing: str, site: FaultSite | None = None
+) -> FolderFault:
+    return _fault(name, change, *failing, site=site, model="ernie45")
 
 
-_S, _F = "sliding_attention", "full_attention"
-
-FOLDER_FAULTS: tuple[Fault, ...] = (
+FOLDER_FAULTS: tuple[FolderFault, ...] = (
     _fault(
         "a tensor missing",
-        _tensors(lambda t: t.pop(f"{ATTENTION}.q_proj.weight")),
+        _tensors(lambda tensors: tensors.pop(f"{ATTENTION}.q_proj.weight")),
         "tensors",
         "logits",
     ),
     _fault(
-        "a tensor twice, under a second name",
+        "a tensor duplicated under another name",
         _tensors(_duplicate),
         "tensors",
         "logits",
     ),
     _fault(
         "a tensor renamed",
-        _tensors(lambda t: t.update({"norm.weight": t.pop("model.norm.weight")})),
+        _tensors(lambda tensors: tensors.update({"norm.weight": tensors.pop("model.norm.weight")})),
         "tensors",
+        "logits",
     ),
-    _fault("a tensor of another type", _tensors(_half), "tensors", "logits"),
+    _fault("a tensor of another dtype", _tensors(_to_bf16), "tensors", "logits"),
     _fault("a tensor transposed", _tensors(_transpose), "tensors", "logits"),
-    _fault("one bit on disk", _tensors(_flip), "tensors"),
+    _fault("one bit on disk flipped", _tensors(_flip_one_bit), "tensors"),
     _fault(
         "keys and values swapped on disk",
-        _tensors(lambda t: _swap(t, f"{ATTENTION}.k_proj.weight", f"{ATTENTION}.v_proj.weight")),
+        _tensors(
+            lambda tensors: _swap(
+                tensors, f"{ATTENTION}.k_proj.weight", f"{ATTENTION}.v_proj.weight"
+            )
+        ),
         "tensors",
         "logits",
-        begins=(4, "attention"),
+        site=FaultSite("attention", 4),
     ),
     _fault(
-        "layer_types with layer 3 windowed",
-        _config(layer_types=[_S, _S, _S, _S, _S, _S, _S, _F]),
+        "layer_types with sliding-window layer 3",
+        _config(layer_types=[SLIDING] * 7 + [FULL]),
         "config",
         "logits",
-        begins=(3, "attention"),
+        site=FaultSite("attention", 3),
     ),
-    _fault("layer_types lost", _config(layer_types=...), "config"),
+    _fault("layer_types removed", _config(layer_types=...), "config", "logits"),
     _fault(
-        "sliding_window 9 for 8",
+        "sliding_window 9 instead of 8",
         _config(sliding_window=9),
         "config",
         "logits",
-        begins=(0, "attention"),
+        site=FaultSite("attention", 0),
     ),
     _fault(
-        "RoPE factor in config.json",
+        "RoPE factor changed in config.json",
         _config(rope_parameters={"factor": 8.0}),
         "config",
         "logits",
-        begins=(0, "attention"),
+        site=FaultSite("attention", 0),
     ),
     _fault(
-        "epsilon in config.json", _config(rms_norm_eps=1e-6), "config", "logits", begins=(0, "norm")
+        "rms_norm_eps changed in config.json",
+        _config(rms_norm_eps=1e-6),
+        "config",
+        "logits",
+        site=FaultSite("norm", 0),
     ),
     _fault(
-        "tie_word_embeddings in config.json", _config(tie_word_embeddings=True), "config", "logits"
+        "tie_word_embeddings changed in config.json",
+        _config(tie_word_embeddings=True),
+        "config",
+        "logits",
     ),
-    _fault("eos_token_id in config.json", _config(eos_token_id=2), "config"),
+    _fault("eos_token_id changed in config.json", _config(eos_token_id=2), "config"),
     _fault(
-        "a byte of the tokenizer",
-        _edit("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
+        "a setting of the tokenizer changed",
+        _text("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
         "files",
         "generation",
         generation=True,
     ),
     _fault(
-        "the template always thinks",
-        _edit("chat_template.jinja", "and enable_thinking", "or true"),
+        "the chat template always thinking",
+        _text("chat_template.jinja", "and enable_thinking", "or true"),
         "files",
         "generation",
         generation=True,
     ),
+    _fault("generation_config.json missing", _remove("generation_config.json"), "files"),
     _fault(
-        "generation config lost",
-        lambda folder: (folder / "generation_config.json").unlink(),
+        "a space appended to the chat template",
+        _text("chat_template.jinja", "{%- endif %}", "{%- endif %} "),
         "files",
     ),
-    _fault(
-        "a space at the end of the template",
-        _edit("chat_template.jinja", "{%- endif %}", "{%- endif %} "),
-        "files",
-    ),
-    _ernie(
-        "tensors beside the model lost",
-        _tensors(lambda t: [t.pop(n) for n in list(t) if "mtp" in n]),
-        "tensors",
-    ),
+    _ernie("passthrough tensors missing", _tensors(_drop_passthrough), "tensors"),
     _ernie(
         "experts 1 and 6 swapped on disk",
-        _tensors(_permute_experts),
+        _tensors(_swap_experts),
         "tensors",
         "logits",
-        begins=(3, "mlp"),
+        site=FaultSite("mlp", 3),
     ),
     _ernie(
-        "an expert missing",
-        _tensors(lambda t: t.pop("model.layers.2.mlp.experts.3.up_proj.weight")),
+        "an expert's tensor missing",
+        _tensors(lambda tensors: tensors.pop("model.layers.2.mlp.experts.3.up_proj.weight")),
         "tensors",
         "logits",
     ),
-    _ernie("moe_k 2 for 3", _config(moe_k=2), "config", "logits", begins=(1, "router")),
-    _ernie("moe_norm_min 0.9", _config(moe_norm_min=0.9), "config", "logits", begins=(1, "router")),
-    _ernie("num_nextn_predict_layers lost", _config(num_nextn_predict_layers=...), "config"),
+    _ernie(
+        "moe_k 2 instead of 3",
+        _config(moe_k=2),
+        "config",
+        "logits",
+        site=FaultSite("router", 1),
+    ),
+    _ernie(
+        "moe_norm_min 0.9",
+        _config(moe_norm_min=0.9),
+        "config",
+        "logits",
+        site=FaultSite("router", 1),
+    ),
+    _ernie(
+        "num_nextn_predict_layers removed",
+        _config(num_nextn_predict_layers=...),
+        "config",
+    ),
 )

@@ -1,10 +1,11 @@
-"""One miniature in which faults are planted: Transformers' reference and a clean Megatron-Core model, made once."""
+"""Injects faults into one tiny model, and verifies the result as `verify` does."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,191 +18,181 @@ from exaone_bridge.errors import BridgeError
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.activations.capture import Activations
-from exaone_bridge.verification.checks.digests import Digest, digest_folder, digest_stream
+from exaone_bridge.verification.checks.digests import digest_folder
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
     compare_digests,
     compare_files,
 )
 from exaone_bridge.verification.checks.generation import Generated, compare_generation, generate
-from exaone_bridge.verification.report.report import Check, Divergence
-from exaone_bridge.verification.self_test.fault import Fault
-from exaone_bridge.verification.self_test.upstream_criteria import UpstreamVerdict, upstream_verdict
-from exaone_bridge.verification.workflow.job import (
-    ReferenceResult,
-    VerifyOptions,
-    Workload,
-    make_workload,
+from exaone_bridge.verification.report.report import Check
+from exaone_bridge.verification.self_test.fault import (
+    CodeFault,
+    Fault,
+    FolderFault,
+    ProviderFault,
+    WeightFault,
 )
+from exaone_bridge.verification.self_test.outcome import Findings
+from exaone_bridge.verification.workflow.job import ReferenceResult, VerifyOptions, make_workload
 from exaone_bridge.verification.workflow.verify import arithmetic
 
-__all__ = ["Bench", "Verdicts"]
-
-Verdicts = tuple[list[Check], Divergence | None, UpstreamVerdict]
+__all__ = ["FaultInjector"]
 
 
-class Bench:
-    """One miniature: its folder, Transformers' reference, and a clean Megatron-Core model.
+class FaultInjector:
+    """A tiny model, its reference run in Transformers, and a Megatron-Core model without a fault.
+
+    The reference run and the Megatron-Core model are made once and shared by all faults. It works on
+    one rank of an initialised process group, inside `cpu_runtime` where there is no GPU.
 
     Args:
-        work: an empty folder.
-        name: of the miniature.
+        work: a folder for the tiny model, for exports and for faulty copies.
+        model: the name of the tiny model.
+        seed: the seed of its random weights and of the prompts.
     """
 
-    def __init__(self, work: Path, name: str, seed: int = 0) -> None:
+    def __init__(self, work: Path, model: str, seed: int = 0) -> None:
         from megatron.bridge import AutoBridge
 
         from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
-        self.folder = work / f"{name}-{seed}"
-        write_random(self.folder, _tiny_configs()[name], seed=seed)
-        self.source: HFCheckpoint = HFCheckpoint.open(self.folder)
-        self.job: Workload = make_workload(
-            self.source, Layout(), VerifyOptions(backend="torch", count=2, seed=seed)
-        )
-        self.host_run = (
-            len(self.job.batches) - 1 if any(self.job.images) else 0
-        )  # the prompts the host is asked about
-        self.hf = load(self.folder, torch.float32)
-        self.theirs = ReferenceResult(
-            [capture_transformers(self.hf, self.job.points, *batch) for batch in self.job.runs()]
+        configs = {name: config for family in FAMILIES for name, config in family.tiny.items()}
+        self.folder = work / f"{model}-{seed}"
+        write_random(self.folder, configs[model], seed=seed)
+        self.source = HFCheckpoint.open(self.folder)
+        options = VerifyOptions(backend="torch", count=2, seed=seed)
+        self.workload = make_workload(self.source, Layout(), options)
+        self.hf_model = load(self.folder, torch.float32)
+        self.reference = ReferenceResult(
+            [
+                capture_transformers(self.hf_model, self.workload.points, *batch)
+                for batch in self.workload.runs()
+            ]
         )
         self.digests = digest_folder(self.folder)
         self.bridge = AutoBridge.from_hf_pretrained(self.folder)
-        self.weights = _weights_of(self.folder)
-        self.generated: dict[str, Generated] | None = None
-        self._clean: list[Any] | None = None
 
-    @property
-    def clean(self) -> list[Any]:
-        """A model without faults, built once."""
-        if self._clean is None:
-            self._clean = self.build()
-        return self._clean
+    @cached_property
+    def clean_model(self) -> list[Any]:
+        """The chunks of a Megatron-Core model without a fault."""
+        return self._build()
 
-    def build(self, **provider: Any) -> list[Any]:
-        """A Megatron-Core model with these fields of the provider."""
+    @cached_property
+    def generated(self) -> dict[str, Generated]:
+        """The greedy generation of the reference."""
+        return generate(self.hf_model, self.folder, self.workload.plain_prompt)
+
+    def clean(self) -> Findings:
+        """Verify the model without a fault."""
+        return self._verify(self.clean_model)
+
+    def inject(self, fault: Fault) -> Findings:
+        """Inject a fault, verify, and undo it.
+
+        Returns:
+            The findings; an error of `exaone_bridge.errors` is a check named `rejected` that fails.
+        """
+        try:
+            match fault:
+                case FolderFault():
+                    return self._verify_folder(fault)
+                case WeightFault():
+                    with _restored(self.clean_model), torch.no_grad():
+                        fault.change(self.clean_model)
+                        return self._verify(self.clean_model)
+                case ProviderFault():
+                    return self._verify(self._build(**fault.fields))
+                case CodeFault():
+                    with fault.patch():
+                        return self._verify(self._build())
+                case _:
+                    raise TypeError(f"{type(fault).__name__} is not a kind of fault")
+        except BridgeError as error:
+            return Findings((_rejected(error),))
+
+    def _build(self, **fields: Any) -> list[Any]:
         from exaone_bridge.runtime.model import build
 
-        return build(self.bridge, Layout(), backend="torch", **provider)
+        return build(self.bridge, Layout(), backend="torch", **fields)
 
-    def look(self, model: list[Any]) -> Verdicts:
-        """Round trip and arithmetic of a loaded model."""
+    def _verify(self, model: list[Any]) -> Findings:
+        """Export a Megatron-Core model and compare the folders; run it and compare activations."""
         from exaone_bridge.bridge.exact_bridge import config_mapping
         from exaone_bridge.verification.workflow.megatron import capture_megatron
 
         checks: list[Check] = []
-        weights: dict[str, torch.Tensor] = {}
-        try:
-            stream = self.bridge.export_hf_weights(model, cpu=True, show_progress=False)
-            weights = {name: tensor.clone() for name, tensor in stream}
-            config = self.bridge._model_bridge.megatron_to_hf_config(model[0].config)
-            checks.append(compare_configs(config_mapping(self.bridge.hf_pretrained.config), config))
-        except BridgeError as error:
-            checks.append(_refused(error))
-        after: Mapping[str, Digest] = digest_stream(weights.items())
-        if weights:
-            checks.append(compare_digests(self.digests, after))
-        runs = [capture_megatron(model, self.job.points, *batch) for batch in self.job.runs()]
-        found = arithmetic(self.theirs, runs, None, self.source, self.job)
-        upstream = self._host(runs[self.host_run].logits, weights)
-        return [*checks, *found.checks], found.divergence, upstream
-
-    def look_at_folder(self, folder: Path, generation: bool) -> Verdicts:
-        """Another folder against this one, by Transformers."""
-        from exaone_bridge.verification.workflow.transformers import capture_transformers, load
-
-        checks = [
-            compare_digests(self.digests, digest_folder(folder)),
-            compare_configs(self.source.config, read_json(folder / "config.json")),
-            compare_files(self.folder, folder),
-        ]
-        weights = _weights_of(folder)
-        try:
-            HFCheckpoint.open(folder)
-        except BridgeError as error:
-            checks.append(Check("logits", "the other model cannot be run", False, str(error)))
-            return checks, None, self._host(self._anyway(folder), weights)
-        model = load(folder, torch.float32)
-        runs: Sequence[Activations] = [
-            capture_transformers(model, self.job.points, *batch, perturbed=False)
-            for batch in self.job.runs()
-        ]
-        found = arithmetic(self.theirs, runs, None, self.source, self.job)
-        checks += found.checks
-        if generation:
-            if self.generated is None:
-                self.generated = generate(self.hf, self.folder, self.job.plain_prompt)
-            checks.append(
-                compare_generation(self.generated, generate(model, folder, self.job.plain_prompt))
-            )
-        upstream = self._host(runs[self.host_run].logits, weights)
-        return checks, found.divergence, upstream
-
-    def _host(
-        self, logits: torch.Tensor | None, weights: Mapping[str, torch.Tensor]
-    ) -> UpstreamVerdict:
-        """What the host's criteria say of these logits, and of what was exported."""
-        return upstream_verdict(
-            self.theirs.runs[self.host_run].logits, logits, self.weights, weights
+        with _empty(self.folder.with_name("exported")) as target:
+            try:
+                self.bridge.save_hf_pretrained(model, target, show_progress=False)
+                checks.append(compare_digests(self.digests, digest_folder(target)))
+                checks.append(compare_files(self.folder, target))
+                config = self.bridge._model_bridge.megatron_to_hf_config(model[0].config)
+                expected = config_mapping(self.bridge.hf_pretrained.config)
+                checks.append(compare_configs(expected, config))
+            except BridgeError as error:
+                checks.append(_rejected(error))
+        return self._compare_activations(
+            checks,
+            [
+                capture_megatron(model, self.workload.points, *batch)
+                for batch in self.workload.runs()
+            ],
         )
 
-    def _anyway(self, folder: Path) -> torch.Tensor | None:
-        """Logits of a folder that we refuse, where Transformers loads it in spite of everything."""
+    def _verify_folder(self, fault: FolderFault) -> Findings:
+        """Compare a faulty copy of the folder with the original, on disk and in Transformers."""
         from exaone_bridge.verification.workflow.transformers import capture_transformers, load
 
-        try:
-            other = capture_transformers(
-                load(folder, torch.float32), (), *self.job.runs()[self.host_run], perturbed=False
-            )
-        except Exception:  # whatever Transformers thinks of a broken folder
-            return None
-        return other.logits
+        with _empty(self.folder.with_name("faulty")) as folder:
+            shutil.copytree(self.folder, folder)
+            fault.change(folder)
+            checks = [
+                compare_digests(self.digests, digest_folder(folder)),
+                compare_configs(self.source.config, read_json(folder / "config.json")),
+                compare_files(self.folder, folder),
+            ]
+            try:
+                HFCheckpoint.open(folder)
+            except BridgeError as error:
+                checks.append(Check("logits", "the model cannot be run", False, str(error)))
+                return Findings(tuple(checks))
+            model = load(folder, torch.float32)
+            if fault.generation:
+                generated = generate(model, folder, self.workload.plain_prompt)
+                checks.append(compare_generation(self.generated, generated))
+            runs = [
+                capture_transformers(model, self.workload.points, *batch, perturbed=False)
+                for batch in self.workload.runs()
+            ]
+            return self._compare_activations(checks, runs)
 
-    def plant(self, fault: Fault) -> Verdicts:
-        """Plant one fault and look; what refuses the model is a check that does not hold."""
-        location: Divergence | None = None
-        try:
-            if fault.folder is not None:
-                copy = self.folder.with_name("faulty")
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(self.folder, copy)
-                fault.folder(copy)
-                checks, location, upstream = self.look_at_folder(copy, fault.generation)
-            elif fault.weights is not None:
-                with _put_back(self.clean), torch.no_grad():
-                    fault.weights(self.clean)
-                    checks, location, upstream = self.look(self.clean)
-            else:
-                with (fault.code or contextlib.nullcontext)():
-                    checks, location, upstream = self.look(self.build(**fault.provider))
-        except BridgeError as error:
-            checks, upstream = [_refused(error)], UpstreamVerdict.nothing()
-        return checks, location, upstream
+    def _compare_activations(self, checks: list[Check], runs: list[Activations]) -> Findings:
+        found = arithmetic(self.reference, runs, None, self.source, self.workload)
+        return Findings((*checks, *found.checks), found.divergence)
 
 
-def _refused(error: BridgeError) -> Check:
-    return Check("refused", type(error).__name__, False, str(error))
-
-
-def _tiny_configs() -> dict[str, Any]:
-    return {name: config for family in FAMILIES for name, config in family.tiny.items()}
-
-
-def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
+def _rejected(error: BridgeError) -> Check:
+    return Check("rejected", type(error).__name__, False, str(error))
 
 
 @contextlib.contextmanager
-def _put_back(model: list[Any]) -> Any:
-    """Undo what the body does to parameters and buffers."""
-    held = [*model[0].parameters(), *model[0].buffers()]
-    kept = [tensor.detach().clone() for tensor in held]
+def _empty(folder: Path) -> Iterator[Path]:
+    """Yield a folder that does not exist, and remove it afterwards."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _restored(model: list[Any]) -> Iterator[None]:
+    """Restore all parameters and buffers of these chunks afterwards."""
+    tensors = [each for chunk in model for each in (*chunk.parameters(), *chunk.buffers())]
+    saved = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(held, kept, strict=True):
+            for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)

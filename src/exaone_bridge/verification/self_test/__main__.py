@@ -1,0 +1,7 @@
+"""Prints the table of injected faults that the documentation contains."""
+
+from __future__ import annotations
+
+from exaone_bridge.verification.self_test.registry import fault_table
+
+print(fault_table(), end="")
