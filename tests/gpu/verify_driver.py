@@ -1,9 +1,10 @@
-"""What `test_verify_torchrun.py` runs under torchrun. Not a test.
+"""Runs the command `verify` under torchrun for `test_verify_torchrun.py`. Not a test.
 
-    torchrun --nproc-per-node 2 tests/gpu/verify_driver.py FOLDER    # every case of FOLDER/cases.json in one process
-    torchrun --nproc-per-node 2 tests/gpu/verify_driver.py FAULT verify SOURCE --tp 2 ...    # the command, with a fault
+    torchrun --nproc-per-node 2 tests/gpu/verify_driver.py FOLDER
+    torchrun --nproc-per-node 2 tests/gpu/verify_driver.py FAULT verify SOURCE --tp 2 ...
 
-The first writes FOLDER/results.json: of each case, both ranks' exit codes, and how much each of them printed.
+The first runs every case of FOLDER/cases.json in one process per rank, and writes the exit codes
+and the output of both ranks to FOLDER/results.json. The second runs one command with an injected fault.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,68 +26,51 @@ import torch.distributed as dist
 
 import exaone_bridge
 from exaone_bridge import cli
+from exaone_bridge.verification.self_test.fault import ModelChange, changed_model
 from tests.gpu.two_gpus import start_world
 
-del os.environ[
-    "NVIDIA_TF32_OVERRIDE"
-]  # set as `two_gpus` was imported; here it is the command's business
+# `two_gpus` sets it when it is imported; here `verify` must set it.
+del os.environ["NVIDIA_TF32_OVERRIDE"]
 
 
-def _one_weight(model: list[Any]) -> None:
-    """A single number of one linear, on the second rank alone."""
+def _change_one_weight(model: list[Any]) -> None:
+    """Change one number of one linear layer, on the second rank alone."""
     if dist.get_rank() == 1:
         _projection(model)[0, 0] += 1.0
 
 
-def _one_projection(model: list[Any]) -> None:
+def _negate_one_projection(model: list[Any]) -> None:
     _projection(model).neg_()
 
 
 def _projection(model: list[Any]) -> torch.Tensor:
     from megatron.core.utils import unwrap_model
 
-    weight: torch.Tensor = (
-        unwrap_model(model)[0].decoder.layers[2].self_attention.linear_proj.weight
-    )
+    layer = unwrap_model(model)[0].decoder.layers[2]
+    weight: torch.Tensor = layer.self_attention.linear_proj.weight
     return weight
 
 
-FAULTS: dict[str, Callable[[list[Any]], None]] = {
-    "one-weight": _one_weight,
-    "one-projection": _one_projection,
+FAULTS: dict[str, ModelChange] = {
+    "one-weight": _change_one_weight,
+    "one-projection": _negate_one_projection,
 }
 
 
-@contextlib.contextmanager
-def planted(fault: str | None) -> Iterator[None]:
-    """Every model that is built is changed after it was loaded."""
+def injected(fault: str | None) -> contextlib.AbstractContextManager[None]:
+    """Make a context in which every model that is loaded has this fault."""
     if fault is None:
-        yield
-        return
+        return contextlib.nullcontext()
     exaone_bridge.supported()
-    import exaone_bridge.runtime.model as module
-
-    build = module.build
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        model = build(*args, **kwargs)
-        with torch.no_grad():
-            FAULTS[fault](model)
-        return model
-
-    module.build = faulty
-    try:
-        yield
-    finally:
-        module.build = build
+    return changed_model(FAULTS[fault])
 
 
 def run_cases(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    cli._GRACE = 0  # nobody ends here
-    exaone_bridge.supported()  # what libraries print as they are imported is nobody's report
+    cli._GRACE_SECONDS = 0  # no rank ends here
+    exaone_bridge.supported()  # so that the output that libraries print on import is not captured
     results: dict[str, Any] = {}
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         start_world(folder / f"store-{number}", rank, seconds=300)
@@ -95,7 +78,7 @@ def run_cases(folder: Path) -> None:
         sys.argv = ["exaone-bridge", *case["arguments"]]
         code: Any = None
         with (
-            planted(case.get("fault")),
+            injected(case.get("fault")),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -120,7 +103,7 @@ def run_cases(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] in FAULTS:
-        with planted(sys.argv.pop(1)):
+        with injected(sys.argv.pop(1)):
             cli.main()
     else:
         run_cases(Path(sys.argv[1]))

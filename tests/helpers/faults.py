@@ -1,6 +1,6 @@
 """Shared code of the fault tests: one process per tiny model, into which faults are injected.
 
-The reference run and the fault-free Megatron-Core model of a tiny model are made once in its process.
+The process makes the reference run and the fault-free Megatron-Core model of its tiny model once.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _run(local: Connection, remote: Connection, work: Path, model: str) -> None:
 
 
 def _serve(remote: Connection, work: Path, model: str) -> None:
-    """On a rank: answer each name of a fault with findings, or with the exception that was raised."""
+    """On a rank: answer the name of a fault with findings, or with the error that was raised."""
     injector = FaultInjector(work, model)
     faults = {fault.name: fault for fault in faults_of(model)}
     while True:

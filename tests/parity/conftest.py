@@ -12,7 +12,7 @@ from tests.helpers.faults import Injections
 
 @pytest.fixture(scope="module")
 def inject(megatron_bridge: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Injections]:
-    """`inject(fault)`: the outcome of an injected fault; `inject.findings(model)`: without a fault."""
+    """`inject(fault)` returns an outcome; `inject.findings(model)` verifies without a fault."""
     injections = Injections(tmp_path_factory.mktemp("faults"))
     yield injections
     injections.close()

@@ -1,4 +1,4 @@
-"""The self-test of the verification. The faults themselves are tested in `tests/parity/*/test_faults.py`."""
+"""The self-test of the verification; `tests/parity/*/test_faults.py` test the faults themselves."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_false_report_fails_the_self_test() -> None:
 
 
 def test_self_test_can_fail(megatron_bridge: Any, tmp_path: Path) -> None:
-    """One fault changes nothing, one is expected elsewhere, one is expected to fail another check."""
+    """One fault changes nothing, one is expected elsewhere, one to fail another check."""
     (fault,) = (fault for fault in FAULTS if fault.name == "two experts swapped")
     assert isinstance(fault, WeightFault)
     faults = (

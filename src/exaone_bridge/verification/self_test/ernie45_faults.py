@@ -1,6 +1,7 @@
 """Faults of ERNIE 4.5.
 
-The tiny model is a 21B in small: one dense layer, then three with eight experts, two of them shared.
+The tiny model has the structure of the 21B: one dense layer, then three layers with eight experts,
+two of them shared.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ __all__ = ["FaultInjector"]
 class FaultInjector:
     """A tiny model, its reference run in Transformers, and a Megatron-Core model without a fault.
 
-    The reference run and the Megatron-Core model are made once and shared by all faults. It works on
-    one rank of an initialised process group, inside `cpu_runtime` where there is no GPU.
+    The reference run and the Megatron-Core model are made once and shared by all faults. The
+    injector needs one rank of an initialised process group; without a GPU, inside `cpu_runtime`.
 
     Args:
         work: a folder for the tiny model, for exports and for faulty copies.

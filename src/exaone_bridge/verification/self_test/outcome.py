@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def is_located(self) -> bool:
-        """Whether activations differ first where the fault was injected, or nowhere if they must not."""
+        """Whether activations differ first at the fault's site, or nowhere if it has none."""
         site, found = self.fault.site, self.findings.divergence
         if site is None or found is None:
             return site is None and found is None
