@@ -196,11 +196,10 @@ def test_memory_of_the_published_recipe_is_as_estimated(runs: Runs) -> None:
 
     config = CONFIGS["exaone4_1p2b"]
     family = family_of(config["architectures"], where="published")
-    model_config = family.read_hf_config(config)
     plan = training_plan("exaone4_1p2b", "pretrain", 80).with_overrides(
         gpus=1, micro_batch_size=1, global_batch_size=2
     )
-    needed = estimate(family.mappings(model_config), model_config, plan).total / GB
+    needed = estimate(family.describe(config), plan).total / GB
     peak = max(line["peak_gb"] for line in runs.lines("published"))
     print(f"peak {peak:.1f} GB, estimated {needed:.1f} GB")
     assert 0.6 * needed <= peak <= needed

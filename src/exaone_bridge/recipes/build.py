@@ -201,11 +201,10 @@ def _checked_plan(
     """Look up the plan, apply the overrides, and check it against the model and the GPU."""
     plan = training_plan(model, stage, gpu_memory_gb).with_overrides(**overrides)
     family = family_of(provider.hf_config["architectures"], where=f"recipe {model}")
-    model_config = family.read_hf_config(provider.hf_config)
-    plan.check(model_config)
+    description = family.describe(provider.hf_config)
+    plan.check(description.config)
     adapter_rank = ADAPTER_RANK if stage == "peft" else 0
-    mappings = family.mappings(model_config)
-    needed = estimate(mappings, model_config, plan, adapter_rank=adapter_rank).total / GB
+    needed = estimate(description, plan, adapter_rank=adapter_rank).total / GB
     if needed > gpu_memory_gb:
         raise UnsupportedLayout(
             "memory of a GPU",

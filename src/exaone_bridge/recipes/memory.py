@@ -25,12 +25,11 @@ activations are those of a layer with dropout masks and standard attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from exaone_bridge.recipes.training_plan import TrainingPlan
-from exaone_bridge.schema.model_family import ModelConfig
-from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
+from exaone_bridge.schema.model_family import ModelConfig, ModelDescription
+from exaone_bridge.schema.param_mapping import MappingKind
 
 __all__ = ["GB", "RESERVE", "MemoryEstimate", "estimate", "estimate_stages"]
 
@@ -67,52 +66,36 @@ class _ParamCount:
 
 
 def estimate(
-    mappings: Iterable[ParamMapping],
-    model_config: ModelConfig,
-    plan: TrainingPlan,
-    *,
-    adapter_rank: int = 0,
+    model: ModelDescription, plan: TrainingPlan, *, adapter_rank: int = 0
 ) -> MemoryEstimate:
     """Estimate the memory of the GPU that needs most.
 
     Args:
-        mappings: the model's parameter mappings.
-        model_config: the config of the same model.
+        model: the model to be trained.
         plan: the training plan.
         adapter_rank: the rank of LoRA, with everything else frozen; 0: all parameters are trained.
     """
-    stages = estimate_stages(mappings, model_config, plan, adapter_rank=adapter_rank)
+    stages = estimate_stages(model, plan, adapter_rank=adapter_rank)
     return max(stages, key=lambda stage: stage.total)
 
 
 def estimate_stages(
-    mappings: Iterable[ParamMapping],
-    model_config: ModelConfig,
-    plan: TrainingPlan,
-    *,
-    adapter_rank: int = 0,
+    model: ModelDescription, plan: TrainingPlan, *, adapter_rank: int = 0
 ) -> list[MemoryEstimate]:
     """Estimate the memory of one GPU of each pipeline stage; see `estimate` for the arguments."""
-    table = tuple(mappings)
-    return [
-        _estimate_stage(table, model_config, plan, stage, adapter_rank)
-        for stage in range(plan.layout.pp)
-    ]
+    return [_estimate_stage(model, plan, stage, adapter_rank) for stage in range(plan.layout.pp)]
 
 
 def _estimate_stage(
-    mappings: tuple[ParamMapping, ...],
-    model_config: ModelConfig,
-    plan: TrainingPlan,
-    stage: int,
-    adapter_rank: int,
+    model: ModelDescription, plan: TrainingPlan, stage: int, adapter_rank: int
 ) -> MemoryEstimate:
-    model = _count(mappings, model_config, plan, stage)
+    model_config = model.config
+    base = _count(model, plan, stage)
     adapters = _ParamCount(_count_adapters(model_config, plan, stage, adapter_rank))
-    trained = adapters if adapter_rank else model
-    frozen = model.total if adapter_rank else 0.0
+    trained = adapters if adapter_rank else base
+    frozen = base.total if adapter_rank else 0.0
     moe = getattr(model_config, "moe", (False,) * model_config.num_layers)
-    qk_norm = any("q_layernorm" in mapping.megatron for mapping in mappings)
+    qk_norm = any("q_layernorm" in mapping.megatron for mapping in model.mappings)
     layers = _stage_layers(model_config.num_layers, plan, stage)
     per_pass = sum(_layer_bytes(model_config, plan, moe[layer], qk_norm) for layer in layers)
     activations = per_pass / plan.layout.vpp * _in_flight(plan, stage)
@@ -137,14 +120,12 @@ def _stage_layers(num_layers: int, plan: TrainingPlan, stage: int) -> list[int]:
     return [layer for chunk in plan.layout.stage_layers(num_layers)[stage] for layer in chunk]
 
 
-def _count(
-    mappings: Iterable[ParamMapping], model_config: ModelConfig, plan: TrainingPlan, stage: int
-) -> _ParamCount:
-    layout, last = plan.layout, plan.layout.pp - 1
+def _count(model: ModelDescription, plan: TrainingPlan, stage: int) -> _ParamCount:
+    model_config, layout, last = model.config, plan.layout, plan.layout.pp - 1
     layers = set(_stage_layers(model_config.num_layers, plan, stage))
     dense = expert = 0.0
-    for mapping in mappings:
-        size = sum(math.prod(tensor.shape(model_config.dims)) for tensor in mapping.hf)
+    for mapping in model.mappings:
+        size = sum(math.prod(tensor.shape(model.dims)) for tensor in mapping.hf)
         if mapping.experts:
             share = mapping.experts / layout.ep / layout.expert_tp
             expert += size * share * len(layers.intersection(mapping.layers))

@@ -17,11 +17,10 @@ def plan_table() -> str:
         if model.endswith("_tiny"):
             continue
         family = family_of(CONFIGS[model]["architectures"], where=model)
-        model_config = family.read_hf_config(CONFIGS[model])
-        mappings = family.mappings(model_config)
+        description = family.describe(CONFIGS[model])
         adapter_rank = ADAPTER_RANK if stage == "peft" else 0
         for gpu_memory_gb, plan in plans.items():
-            memory = estimate(mappings, model_config, plan, adapter_rank=adapter_rank)
+            memory = estimate(description, plan, adapter_rank=adapter_rank)
             columns = {
                 "recipe": f"`{model}_{stage}_config`",
                 "GPU, GB": str(gpu_memory_gb),

@@ -24,8 +24,8 @@ from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
 from exaone_bridge.recipes.training_plans import ADAPTER_RANK, TRAINING_PLANS, training_plan
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.model_family import ModelDescription
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.schema.param_mapping import hf_tensors
 from tests.helpers.paths import ROOT
 
 CASES = [
@@ -46,10 +46,8 @@ BILLIONS = {
 }
 
 
-def _mappings_and_config(model: str) -> tuple[Any, Any]:
-    family = family_of(CONFIGS[model]["architectures"], where=model)
-    model_config = family.read_hf_config(CONFIGS[model])
-    return family.mappings(model_config), model_config
+def _describe(model: str) -> ModelDescription:
+    return family_of(CONFIGS[model]["architectures"], where=model).describe(CONFIGS[model])
 
 
 def _validate(config: Any, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +112,12 @@ def test_recipe_config_is_valid_and_matches_its_plan(
 )
 def test_plan_divides_the_model_and_fits_the_gpu(model: str, stage: str) -> None:
     """TP stays within a node, and a larger GPU needs no more GPUs."""
-    mappings, model_config = _mappings_and_config(model)
+    description = _describe(model)
     for gpu_memory_gb, plan in TRAINING_PLANS[model, stage].items():
-        plan.check(model_config)
+        plan.check(description.config)
         assert plan.layout.tp <= 8 and plan.layout.ep * plan.layout.expert_tp <= 64
         adapter_rank = ADAPTER_RANK if stage == "peft" else 0
-        memory = estimate(mappings, model_config, plan, adapter_rank=adapter_rank)
+        memory = estimate(description, plan, adapter_rank=adapter_rank)
         assert memory.total <= gpu_memory_gb * GB
         assert min(memory.parameters, memory.gradients, memory.optimizer, memory.activations) > 0
     assert TRAINING_PLANS[model, stage][141].gpus <= TRAINING_PLANS[model, stage][80].gpus
@@ -127,12 +125,11 @@ def test_plan_divides_the_model_and_fits_the_gpu(model: str, stage: str) -> None
 
 @pytest.mark.parametrize("model", BILLIONS)
 def test_parameter_count_equals_the_published_number(model: str) -> None:
-    mappings, model_config = _mappings_and_config(model)
-    shapes = [tensor.shape(model_config.dims) for tensor in hf_tensors(mappings).values()]
-    count = sum(math.prod(shape) for shape in shapes)
+    description = _describe(model)
+    count = sum(math.prod(shape) for shape in description.hf_shapes.values())
     assert count / 1e9 == pytest.approx(BILLIONS[model], rel=0.01)
     one_gpu = TrainingPlan(gpus=1, layout=Layout(), seq_length=4096, global_batch_size=1)
-    memory = estimate(mappings, model_config, one_gpu)
+    memory = estimate(description, one_gpu)
     expected = (2 * count, 4 * count, 12 * count)
     assert (memory.parameters, memory.gradients, memory.optimizer) == expected
 
@@ -168,19 +165,19 @@ def test_parameters_per_stage_equal_megatron_cores(
 ) -> None:
     hf_path = tiny(name, vocab_size=388)
     config = json.loads((hf_path / "config.json").read_text())
-    family = family_of(config["architectures"], where=name)
-    model_config = family.read_hf_config(config)
+    description = family_of(config["architectures"], where=name).describe(config)
     plan = TrainingPlan(
         gpus=layout.ranks, layout=layout, seq_length=64, global_batch_size=2 * layout.ranks
     )
     counts = ForkLauncher(layout.ranks).all(_count_local_parameters, hf_path, layout)
-    stages = estimate_stages(family.mappings(model_config), model_config, plan)
+    stages = estimate_stages(description, plan)
     assert {stage.parameters for stage in stages} == {2 * count for count in counts}
 
 
 def test_activations_follow_korthikanti() -> None:
     """Korthikanti et al. 2022, table 2: SP shards all of a layer; full recomputation keeps 2sbh."""
-    mappings, model_config = _mappings_and_config("exaone4_32b")
+    description = _describe("exaone4_32b")
+    model_config = description.config
     plan = TrainingPlan(gpus=8, layout=Layout(), seq_length=4096, global_batch_size=8)
 
     def activations(**overrides: Any) -> float:
@@ -188,7 +185,7 @@ def test_activations_follow_korthikanti() -> None:
         other = plan.with_overrides(**overrides)
         tokens = other.seq_length * other.micro_batch_size / other.cp
         logits = 8 * tokens * model_config.vocab_size / other.layout.tp
-        return estimate(mappings, model_config, other).activations - logits
+        return estimate(description, other).activations - logits
 
     layers = activations()
     tp, tp_with_sp = activations(tp=8), activations(tp=8, sp=True)
@@ -202,7 +199,7 @@ def test_activations_follow_korthikanti() -> None:
 
     # The first stage stores as many microbatches as there are stages: as much as without PP.
     def first_stage(**overrides: Any) -> float:
-        return estimate(mappings, model_config, plan.with_overrides(**overrides)).activations
+        return estimate(description, plan.with_overrides(**overrides)).activations
 
     assert first_stage(pp=8, global_batch_size=8) == pytest.approx(layers)
     interleaved = first_stage(pp=8, vpp=2, global_batch_size=64)
