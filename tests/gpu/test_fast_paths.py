@@ -71,7 +71,7 @@ def test_fused_attention_is_as_exact_as_the_host_s(
     layers = ours.pop("layers")
     assert len(calls) == layers
     assert sum(args[4] is None for args in calls) == (layers // 4 if name == "exaone4" else 0)
-    monkeypatch.setattr(fused_attention.FusedSelfAttention, "_fits", lambda *_: False)
+    monkeypatch.setattr(fused_attention.FusedSelfAttention, "_kernel_supports", lambda *_: False)
     theirs, truth = gradients(torch.bfloat16), gradients(torch.float32)
     assert len(calls) == layers
     apart = {
@@ -152,9 +152,9 @@ def test_experts_take_the_grouped_way_and_never_wait(
         ]
 
     calls = []
-    products = grouped_experts.grouped_products
+    products = grouped_experts.grouped_linear
     monkeypatch.setattr(
-        grouped_experts, "grouped_products", lambda *args: (calls.append(args), products(*args))[1]
+        grouped_experts, "grouped_linear", lambda *args: (calls.append(args), products(*args))[1]
     )
     gradients()  # kernels are compiled, which waits
     torch.cuda.synchronize()
@@ -178,7 +178,7 @@ def test_experts_lie_in_order_in_the_optimizer_s_buffers(nccl: None, tiny: Any) 
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from exaone_bridge.modules.grouped_experts import stacked
+    from exaone_bridge.modules.grouped_experts import stack_weights
 
     provider = AutoBridge.from_hf_pretrained(
         tiny("ernie45", **wide("ernie45"), dtype="bfloat16")
@@ -191,7 +191,7 @@ def test_experts_lie_in_order_in_the_optimizer_s_buffers(nccl: None, tiny: Any) 
     assert found
     for experts in found:
         for linear in (experts.linear_fc1, experts.linear_fc2):
-            assert stacked(linear._weights()).data_ptr() == linear.weight0.data_ptr()
+            assert stack_weights(linear._weights()).data_ptr() == linear.weight0.data_ptr()
 
 
 @pytest.mark.parametrize(

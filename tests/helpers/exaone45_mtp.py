@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from exaone_bridge.modules.context_parallel import positions_of
+from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.exaone45_cases import device, forward_backward, gathered_over_tp, over_words
 
@@ -65,7 +65,7 @@ def _mean_of_means(logits: torch.Tensor, aims: torch.Tensor, kept: int, cp: int)
     (`process_mtp_loss`), and data parallelism the mean of those. One of N words more or less on a rank is 1/N of it."""
     means = []
     for rank in range(cp):
-        mine = positions_of(rank, cp, logits.shape[1], logits.device)
+        mine = local_positions(rank, cp, logits.shape[1], logits.device)
         mine = mine[mine < kept]
         means.append(
             torch.nn.functional.cross_entropy(

@@ -20,7 +20,7 @@ def packed_logits(
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from exaone_bridge.modules.context_parallel import positions_of
+    from exaone_bridge.modules.context_parallel import local_positions
 
     device = next(model[0].parameters()).device
     starts = [0, *itertools.accumulate(len(document) for document in documents)]
@@ -28,7 +28,7 @@ def packed_logits(
     held = [
         torch.cat(
             [
-                begin + positions_of(rank, group.size(), end - begin)
+                begin + local_positions(rank, group.size(), end - begin)
                 for begin, end in itertools.pairwise(starts)
             ]
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.modules.context_parallel import positions_of
+from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -80,7 +80,7 @@ def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Te
 
     batch = next(batches)
     group = parallel_state.get_context_parallel_group()
-    mine = positions_of(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
+    mine = local_positions(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
     output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine])
 
     def mean(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,9 +1,11 @@
-"""Core attention for the torch backend: `scaled_dot_product_attention`, causal, windowed, grouped-query.
+"""Core attention of the torch backend: `scaled_dot_product_attention` with causal masks.
 
-Megatron-Core's `DotProductAttention` builds its masks on "cuda", holds all scores of all heads at once, and its fused
-softmax forgets the window.
+Megatron-Core 0.19.2's `DotProductAttention` (`transformer/dot_product_attention.py`) builds its
+masks on "cuda", materialises the scores of all heads at once, and its fused causal softmax
+(`fusions/fused_softmax.py`) ignores the sliding window.
 
-Axes: S sequence, B batch, N query heads of this rank, G key-value heads of this rank, D head.
+Axes: S sequence, T tokens of all packed sequences, B batch, N query heads of this rank, G KV heads
+of this rank, D head.
 """
 
 from __future__ import annotations
@@ -22,33 +24,33 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.modules.context_parallel import positions_of
+from exaone_bridge.modules.context_parallel import local_positions
 
 __all__ = ["TorchDotProductAttention"]
 
 
 @functools.lru_cache(maxsize=8)
-def _window_mask(length: int, left: int, device: torch.device) -> torch.Tensor:
-    """[S, S] bool, True where query i may see key j: i - left <= j <= i."""
-    distance = (
-        torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    )
+def _sliding_window_mask(length: int, left: int, device: torch.device) -> torch.Tensor:
+    """[S, S] bool, True where query i attends to key j: i - left <= j <= i."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
     return (distance >= 0) & (distance <= left)
 
 
-def _starts(packed: PackedSeqParams) -> list[int]:
-    """Where documents begin, and where the last one ends."""
+def _sequence_bounds(packed: PackedSeqParams) -> list[int]:
+    """The offset of each packed sequence, and the end of the last one."""
     padded = packed.cu_seqlens_q_padded
     return (packed.cu_seqlens_q if padded is None else padded).tolist()
 
 
 class TorchDotProductAttention(MegatronModule):
-    """Causal self-attention of one layer, with the window that the config gives that layer.
+    """Causal self-attention of one layer, full or with the config's sliding window for that layer.
 
-    With context parallelism each rank gathers the keys and values of the others, whatever `cp_comm_type` says.
+    With context parallelism each rank gathers the keys and values of the others, whatever
+    `cp_comm_type` is.
 
     Raises:
-        UnsupportedConfig: a mask other than causal.
+        UnsupportedConfig: the mask is not causal, or it is cross attention.
     """
 
     def __init__(
@@ -72,15 +74,13 @@ class TorchDotProductAttention(MegatronModule):
             )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        windowed = is_layer_window_attention(
+        is_sliding = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
         )
-        self.left = config.window_size[0] if windowed else None
-        self.cp_group = (
-            pg_collection.cp
-            if pg_collection is not None and config.context_parallel_size > 1
-            else None
-        )
+        self.left = config.window_size[0] if is_sliding else None
+        self.cp_group = None
+        if pg_collection is not None and config.context_parallel_size > 1:
+            self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -92,64 +92,64 @@ class TorchDotProductAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
-            query: [S, B, N, D]; or [T, N, D] with `packed_seq_params`, T the tokens of all documents.
-            key, value: [S, B, G, D]; or [T, G, D].
-            attention_mask: ignored: the mask is causal (and the layer's window), as the config says.
-            packed_seq_params: where documents begin, for packed sequences.
+            query: [S, B, N, D], or [T, N, D] with `packed_seq_params`.
+            key, value: [S, B, G, D], or [T, G, D].
+            attention_mask: ignored; the mask is causal, with the layer's window.
+            attn_mask_type, attention_bias: ignored, as the config leaves them unset.
+            packed_seq_params: the offsets of packed sequences.
 
         Returns:
-            [S, B, N * D]; or [T, N * D].
+            [S, B, N * D], or [T, N * D].
         """
         if self.cp_group is not None:
-            return self._attend_over_ranks(query, key, value, packed_seq_params)
+            return self._forward_context_parallel(query, key, value, packed_seq_params)
         if packed_seq_params is None:
-            q, k, v = (
-                tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)
-            )  # [B, heads, S, D]
+            # [S, B, heads, D] -> [B, heads, S, D]
+            q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             return self._attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        q, k, v = (
-            tensor.transpose(0, 1)[None] for tensor in (query, key, value)
-        )  # [1, heads, T, D]
-        documents = [
+        # [T, heads, D] -> [1, heads, T, D]
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        sequences = [
             self._attend(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
-            for begin, end in itertools.pairwise(_starts(packed_seq_params))
+            for begin, end in itertools.pairwise(_sequence_bounds(packed_seq_params))
         ]
-        return torch.cat(documents, dim=2)[0].transpose(0, 1).flatten(1)
+        return torch.cat(sequences, dim=2)[0].transpose(0, 1).flatten(1)
 
-    def _attend_over_ranks(
+    def _forward_context_parallel(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         packed: PackedSeqParams | None,
     ) -> torch.Tensor:
-        """As `forward`; S (or T) are this rank's positions, in the order of `modules/context_parallel.py`."""
+        """As `forward`; S or T is this rank's shard, in the order of `context_parallel.py`."""
         assert self.cp_group is not None
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = (
             gather_from_sequence_parallel_region(tensor, group=self.cp_group)
             for tensor in (key, value)
         )
-        starts = [0, len(key)] if packed is None else _starts(packed)
-        held = [
+        bounds = [0, len(key)] if packed is None else _sequence_bounds(packed)
+        positions_per_rank = [
             torch.cat(
                 [
-                    begin + positions_of(rank, self.cp_group.size(), end - begin, query.device)
-                    for begin, end in itertools.pairwise(starts)
+                    begin + local_positions(other, cp, end - begin, query.device)
+                    for begin, end in itertools.pairwise(bounds)
                 ]
             )
-            for rank in range(self.cp_group.size())
+            for other in range(cp)
         ]
-        mine, every = held[self.cp_group.rank()], torch.cat(held)
-        ends = torch.tensor(starts[1:], device=query.device)
-        first = torch.tensor(starts, device=query.device)[
-            torch.bucketize(mine, ends, right=True)
-        ]  # of the document
-        mask = (every[None] <= mine[:, None]) & (every[None] >= first[:, None])
+        query_positions, key_positions = positions_per_rank[rank], torch.cat(positions_per_rank)
+        ends = torch.tensor(bounds[1:], device=query.device)
+        sequence = torch.bucketize(query_positions, ends, right=True)
+        sequence_start = torch.tensor(bounds, device=query.device)[sequence]
+        mask = key_positions[None] <= query_positions[:, None]
+        mask &= key_positions[None] >= sequence_start[:, None]
         if self.left is not None:
-            mask &= mine[:, None] - every[None] <= self.left
+            mask &= query_positions[:, None] - key_positions[None] <= self.left
         if packed is None:
             q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             return self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2)
@@ -163,11 +163,16 @@ class TorchDotProductAttention(MegatronModule):
         value: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, heads, S, D] -> [B, N, S, D]; without a mask [S, S keys], causal with the layer's window."""
+        """Compute attention of one sequence: [B, N, S, D] and [B, G, keys, D] -> [B, N, S, D].
+
+        Args:
+            query, key, value: see above.
+            mask: [S, keys] bool; None: causal, with the layer's window.
+        """
         length = query.shape[2]
-        # A sequence no longer than the window never meets its edge.
+        # The window of a shorter sequence excludes nothing.
         if mask is None and self.left is not None and length > self.left + 1:
-            mask = _window_mask(length, self.left, query.device)
+            mask = _sliding_window_mask(length, self.left, query.device)
         return scaled_dot_product_attention(
             query,
             key,

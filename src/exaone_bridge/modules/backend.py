@@ -1,4 +1,4 @@
-"""Backends: which classes build a layer. Parameter names are the same in both."""
+"""Backends: the module classes that build a layer. Both backends have the same parameter names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import (
@@ -17,6 +16,7 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
 from megatron.core.utils import is_te_min_version
@@ -32,7 +32,7 @@ from exaone_bridge.modules.norm import FusedRMSNorm, TorchRMSNorm
 from exaone_bridge.modules.post_norm import RowParallelLinearLayerNorm, TERowParallelLinearLayerNorm
 from exaone_bridge.modules.pre_norm import TorchLayerNormColumnParallelLinear
 
-if HAVE_TE:  # which brings Triton
+if HAVE_TE:  # Triton comes with it
     from exaone_bridge.modules.fused_attention import FusedSelfAttention
     from exaone_bridge.modules.kernels.swiglu import SwiGLU
 
@@ -40,41 +40,48 @@ __all__ = [
     "TORCH",
     "TRANSFORMER_ENGINE",
     "Backend",
-    "cannot_run",
-    "cross_entropy",
+    "exact_cross_entropy_impl",
     "resolve_backend",
+    "unsupported_fusions",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The classes of one backend, with Megatron-Core's constructor signatures.
+    """The module classes of one backend, with Megatron-Core's constructor signatures.
 
     Attributes:
-        column_linear_pre_norm, row_linear_post_norm: linears with the norm on their input, or on their output.
-        fused_attention: self-attention that splits, normalises and rotates at once; None: the family's own.
-        activation: what computes SwiGLU where `use_te_activation_func` is set; None: the linears' own torch code.
-        experts: () -> the builder of a MoE layer's routed experts.
+        name: "torch" or "transformer_engine".
+        column_linear, row_linear: column- and row-parallel linears.
+        column_linear_pre_norm: column-parallel linear with RMSNorm on its input.
+        row_linear_post_norm: row-parallel linear with RMSNorm on its output.
+        core_attention: attention of projected queries, keys and values.
+        fused_attention: self-attention with the fused kernel for QK norm and RoPE; None: the
+            model's own self-attention class is used.
+        norm: RMSNorm.
+        activation: the module that computes SwiGLU with `use_te_activation_func`; None: the MLP
+            computes it in torch.
+        build_experts: returns the builder of a MoE layer's routed experts.
     """
 
     name: str
-    column_linear: type
-    column_linear_pre_norm: type
-    row_linear: type
-    row_linear_post_norm: type
-    core_attention: type
-    fused_attention: type | None
-    norm: type
-    activation: type | None
-    experts: Callable[[], Any]
+    column_linear: type[torch.nn.Module]
+    column_linear_pre_norm: type[torch.nn.Module]
+    row_linear: type[torch.nn.Module]
+    row_linear_post_norm: type[torch.nn.Module]
+    core_attention: type[torch.nn.Module]
+    fused_attention: type[SelfAttention] | None
+    norm: type[torch.nn.RMSNorm]
+    activation: type[torch.nn.Module] | None
+    build_experts: Callable[[], Callable[..., torch.nn.Module]]
 
 
-def _sequential_experts() -> Any:
+def _sequential_experts() -> Callable[..., torch.nn.Module]:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return functools.partial(SequentialMLP, submodules=linears)
 
 
-def _grouped_experts() -> Any:
+def _grouped_experts() -> Callable[..., torch.nn.Module]:
     linears = GroupedMLPSubmodules(
         linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
     )
@@ -91,7 +98,7 @@ TORCH = Backend(
     fused_attention=None,
     norm=TorchRMSNorm,
     activation=None,
-    experts=_sequential_experts,
+    build_experts=_sequential_experts,
 )
 TRANSFORMER_ENGINE = (
     Backend(
@@ -104,14 +111,14 @@ TRANSFORMER_ENGINE = (
         fused_attention=FusedSelfAttention,
         norm=FusedRMSNorm,
         activation=SwiGLU,
-        experts=_grouped_experts,
+        build_experts=_grouped_experts,
     )
     if HAVE_TE
     else None
 )
 
-# TransformerConfig's switches for CUDA kernels, apex, or torch.compile; the torch backend runs without.
-_NEEDS_CUDA = (
+# TransformerConfig's switches for CUDA kernels, apex, or torch.compile.
+_CUDA_FUSIONS = (
     "apply_rope_fusion",
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -122,39 +129,42 @@ _NEEDS_CUDA = (
 )
 
 
-def cannot_run(backend: Backend) -> tuple[str, ...]:
-    """The switches of TransformerConfig that must be off with this backend on this machine."""
+def unsupported_fusions(backend: Backend) -> tuple[str, ...]:
+    """List the fusion switches of TransformerConfig that this backend cannot use on this machine."""
     if backend is TORCH:
-        return _NEEDS_CUDA
-    # The output layer is Megatron-Core's own linear, which fuses through apex alone; Megatron-Bridge asks for the
-    # fusion wherever Transformer Engine is installed (`megatron/bridge/utils/fusions.py`).
+        return _CUDA_FUSIONS
+    # The output layer is Megatron-Core's own linear, which fuses gradient accumulation with apex
+    # only; Megatron-Bridge 0.6.2 turns the fusion on wherever Transformer Engine is installed
+    # (`megatron/bridge/utils/fusions.py`).
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         return ("gradient_accumulation_fusion",)
     return ()
 
 
-def cross_entropy(backend: Backend, dtype: torch.dtype) -> str:
-    """The exact one of Megatron-Core's fused cross entropies for logits of this type: `te` or `native`.
+def exact_cross_entropy_impl(backend: Backend, dtype: torch.dtype) -> str:
+    """Choose the exact `cross_entropy_fusion_impl` for logits of this dtype: "te" or "native".
 
-    Transformer Engine's rounded gradients to bf16 between its passes before 2.20, which is why Megatron-Core 0.19 still
-    warns of it (TransformerEngine pull requests 3193 and 3273); it takes no fp16.
+    Before 2.20 Transformer Engine rounded gradients to bf16 between its passes, which is why
+    Megatron-Core 0.19.2 still warns of it (TransformerEngine pull requests 3193 and 3273). It does
+    not support fp16.
     """
     exact = backend is not TORCH and is_te_min_version("2.20.0") and dtype is not torch.float16
     return "te" if exact else "native"
 
 
 def resolve_backend(name: str = "auto") -> Backend:
-    """The backend of that name; `auto`: Transformer Engine where it is installed and there is a GPU to run it.
+    """Look up a backend.
+
+    Args:
+        name: "torch", "transformer_engine", or "auto" for Transformer Engine where it is installed
+            and there is a GPU.
 
     Raises:
-        UnsupportedConfig: an unknown name, or Transformer Engine asked for where it is not installed.
+        UnsupportedConfig: the name is unknown, or Transformer Engine is not installed.
     """
     if name == "auto":
-        return (
-            TRANSFORMER_ENGINE
-            if TRANSFORMER_ENGINE is not None and torch.cuda.is_available()
-            else TORCH
-        )
+        use_te = TRANSFORMER_ENGINE is not None and torch.cuda.is_available()
+        name = "transformer_engine" if use_te else "torch"
     if name == "torch":
         return TORCH
     if name == "transformer_engine" and TRANSFORMER_ENGINE is not None:

@@ -1,9 +1,13 @@
-"""Context parallelism: which positions a rank holds, and how each layer's attention reaches the others.
+"""Context parallelism: the positions of each rank, and the communication of each layer's attention.
 
-Megatron-Core cuts a sequence into 2 x cp chunks and gives rank r the chunks r and 2 cp - 1 - r, so that causal
-attention costs every rank the same (`megatron/core/utils.py`, `get_batch_on_this_cp_rank`). Transformer Engine can
-then pass keys and values around a ring ("p2p"), trade sequence for heads ("a2a"), or gather keys and values
-("all_gather"); a window works with the last two only (`context_parallel.py`, `attn_forward_func_with_cp`).
+Megatron-Core 0.19.2 divides a sequence into 2 x cp chunks and gives rank r the chunks r and
+2 cp - 1 - r, so that causal attention costs every rank the same (`core/utils.py`,
+`get_batch_on_this_cp_rank`). Transformer Engine then passes keys and values around a ring ("p2p"),
+exchanges sequence shards for head shards ("a2a"), or gathers keys and values ("all_gather");
+sliding windows work with the last two only (`pytorch/attention/dot_product_attention/
+context_parallel.py`, `attn_forward_func_with_cp`).
+
+Axes: S sequence.
 """
 
 from __future__ import annotations
@@ -14,70 +18,83 @@ import torch
 
 from exaone_bridge.errors import UnsupportedLayout
 
-__all__ = ["exchanges", "gathered_in_order", "positions_of"]
+__all__ = ["choose_cp_comm_types", "local_positions", "restore_sequence_order"]
 
-_WINDOWED = ("a2a", "all_gather")
-_KNOWN = ("p2p", *_WINDOWED, "a2a+p2p")
+_SLIDING_WINDOW_TYPES = ("a2a", "all_gather")
+_KNOWN_TYPES = ("p2p", *_SLIDING_WINDOW_TYPES, "a2a+p2p")
+_REMEDY = "leave provider.cp_comm_type unset, and each layer gets one that works"
 
 
-def exchanges(
-    windowed: Sequence[bool],
+def choose_cp_comm_types(
+    is_sliding: Sequence[bool],
     *,
     heads: int,
     kv_heads: int,
     cp: int,
-    asked: str | Sequence[str] | None = None,
+    requested: str | Sequence[str] | None = None,
 ) -> list[str]:
-    """Megatron-Core's `cp_comm_type`, one entry a layer.
+    """Choose Megatron-Core's `cp_comm_type` for each layer.
 
-    Windowed layers gather keys and values, which for grouped-query heads is less to send than trading heads is;
-    global ones send them round the ring, which never holds the whole sequence's.
+    Sliding-window layers gather keys and values, which for grouped-query attention communicates
+    less than "a2a". Full-attention layers use the ring, which never stores the keys and values of
+    the full sequence.
 
     Args:
-        windowed: per layer, whether its attention has a window.
-        heads, kv_heads: query and key-value heads of one rank (after tensor parallelism).
-        cp: ranks that share a sequence.
-        asked: what the user set: one name for every layer, or one a layer; None: ours to choose.
+        is_sliding: per layer, whether it is sliding-window attention.
+        heads, kv_heads: query and KV heads per rank (after tensor parallelism).
+        cp: the context-parallel size.
+        requested: the user's setting, for all layers or per layer; None: chosen here.
 
     Raises:
-        UnsupportedLayout: an exchange that Transformer Engine cannot do for that layer.
+        UnsupportedLayout: Transformer Engine does not support a requested type for its layer.
     """
-    if asked is None:
-        return ["all_gather" if window else "p2p" for window in windowed]
-    chosen = [asked] * len(windowed) if isinstance(asked, str) else list(asked)
-    if len(chosen) != len(windowed):
+    if requested is None:
+        return ["all_gather" if sliding else "p2p" for sliding in is_sliding]
+    chosen = [requested] * len(is_sliding) if isinstance(requested, str) else list(requested)
+    if len(chosen) != len(is_sliding):
         raise UnsupportedLayout(
             "cp_comm_type",
             got=f"{len(chosen)} entries",
-            wanted=f"one for each of {len(windowed)} layers",
-            remedy="leave provider.cp_comm_type out, and each layer gets what it can do",
+            wanted=f"one for each of {len(is_sliding)} layers",
+            remedy=_REMEDY,
         )
-    for layer, (exchange, window) in enumerate(zip(chosen, windowed, strict=True)):
-        if exchange not in _KNOWN or (window and exchange not in _WINDOWED):
+    for layer, (comm_type, sliding) in enumerate(zip(chosen, is_sliding, strict=True)):
+        known = _SLIDING_WINDOW_TYPES if sliding else _KNOWN_TYPES
+        if comm_type not in known:
+            reason = ", because the layer has a sliding window" if sliding else ""
             raise UnsupportedLayout(
                 "cp_comm_type",
-                got=f"{exchange!r} for layer {layer}",
-                wanted=" or ".join(repr(name) for name in (_WINDOWED if window else _KNOWN))
-                + (", because the layer has a window" if window else ""),
-                remedy="leave provider.cp_comm_type out, and each layer gets what it can do",
+                got=f"{comm_type!r} for layer {layer}",
+                wanted=" or ".join(repr(name) for name in known) + reason,
+                remedy=_REMEDY,
             )
-        if exchange == "a2a" and (heads % cp or kv_heads % cp):
+        if comm_type == "a2a" and (heads % cp or kv_heads % cp):
             raise UnsupportedLayout(
                 "cp_comm_type",
                 got=f"'a2a' for layer {layer}",
-                wanted=f"context_parallel_size={cp} to divide a rank's {heads} query and {kv_heads} key-value heads",
+                wanted=f"another type, because context_parallel_size={cp} does not divide a "
+                f"rank's {heads} query and {kv_heads} KV heads",
                 remedy="use 'all_gather' there, or another layout",
             )
     return chosen
 
 
-def positions_of(
+def local_positions(
     rank: int, cp: int, length: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """[S / cp] int64: the positions, of `length` in all, that this rank of context parallelism holds, in its order.
+    """List the positions of a context-parallel rank, in the order of its shard.
+
+    Args:
+        rank: the context-parallel rank.
+        cp: the context-parallel size.
+        length: S, the length of the full sequence.
+        device: of the result.
+
+    Returns:
+        [S / cp] int64.
 
     Raises:
-        UnsupportedLayout: a length that 2 x cp does not divide.
+        UnsupportedLayout: `length` is not a multiple of 2 x cp.
     """
     if length % (2 * cp):
         raise UnsupportedLayout(
@@ -90,15 +107,19 @@ def positions_of(
     return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
 
 
-def gathered_in_order(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """What the ranks of context parallelism hold (in rank order), put together in the order of positions.
+def restore_sequence_order(shards: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate the shards of all context-parallel ranks in the order of positions.
 
     Args:
-        parts: one tensor a rank; along `dim` each has its S / cp positions.
+        shards: one tensor per rank, in rank order, [..., S / cp, ...] with S / cp along `dim`.
+        dim: the sequence dimension.
+
+    Returns:
+        [..., S, ...].
     """
-    whole = torch.cat(list(parts), dim=dim)
-    length = whole.shape[dim]
-    held = torch.cat(
-        [positions_of(rank, len(parts), length, whole.device) for rank in range(len(parts))]
+    concatenated = torch.cat(list(shards), dim=dim)
+    length, cp = concatenated.shape[dim], len(shards)
+    positions = torch.cat(
+        [local_positions(rank, cp, length, concatenated.device) for rank in range(cp)]
     )
-    return whole.index_select(dim, held.argsort())
+    return concatenated.index_select(dim, positions.argsort())

@@ -1,7 +1,9 @@
-"""Column-parallel linear with the norm on its input, for the torch backend.
+"""Column-parallel linear with RMSNorm on its input, for the torch backend.
 
-The twin of Transformer Engine's `TELayerNormColumnParallelLinear`: the same constructor and the same parameter,
-`layer_norm_weight`, so that a Megatron checkpoint moves between the backends.
+It has the constructor and the parameter `layer_norm_weight` of Transformer Engine's
+`TELayerNormColumnParallelLinear`, so that a Megatron checkpoint loads with either backend.
+
+Axes: S sequence, B batch, I input features, O output features, tp tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ __all__ = ["TorchLayerNormColumnParallelLinear"]
 
 
 class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
-    """[S, B, I] -> RMSNorm -> linear, cut along its outputs: [S, B, O / tp]."""
+    """RMSNorm, then Megatron-Core's column-parallel linear.
 
-    return_layernorm_output = (
-        False  # True: the output is a pair, with the norm's; adapters take it (Transformer Engine)
-    )
+    Attributes:
+        return_layernorm_output: True: `forward` returns (output, norm's output), as Transformer
+            Engine's does, for adapters.
+    """
+
+    return_layernorm_output = False
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
@@ -34,8 +39,17 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(
         self, hidden: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, torch.Tensor | None]:
-        """Normalise, then multiply; the bias is returned where it is to be added later."""
+    ) -> tuple[torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        """Normalise and project.
+
+        Args:
+            hidden: [S, B, I] ([S / tp, B, I] with sequence parallelism).
+            args, kwargs: of `ColumnParallelLinear.forward`.
+
+        Returns:
+            [S, B, O / tp] (with `return_layernorm_output` a pair with the normalised input, in
+            the shape of `hidden`), and the bias [O / tp] if it is not added yet.
+        """
         normed = torch.nn.functional.rms_norm(
             hidden, hidden.shape[-1:], self.layer_norm_weight, self.eps
         )

@@ -18,8 +18,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.modules.backend import cannot_run, cross_entropy, resolve_backend
-from exaone_bridge.modules.context_parallel import exchanges
+from exaone_bridge.modules.backend import (
+    exact_cross_entropy_impl,
+    resolve_backend,
+    unsupported_fusions,
+)
+from exaone_bridge.modules.context_parallel import choose_cp_comm_types
 from exaone_bridge.modules.grouped_experts import is_swiglu
 from exaone_bridge.modules.rotary import Llama3RotaryEmbedding
 from exaone_bridge.modules.vocab import mask_padded_vocabulary
@@ -126,9 +130,11 @@ class ExactGPTModelProvider(GPTModelProvider):
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
         backend = resolve_backend(self.backend)
-        self._switch_off(**dict.fromkeys(cannot_run(backend), False))
+        self._switch_off(**dict.fromkeys(unsupported_fusions(backend), False))
         if self.cross_entropy_fusion_impl == "te":
-            self._switch_off(cross_entropy_fusion_impl=cross_entropy(backend, self.params_dtype))
+            self._switch_off(
+                cross_entropy_fusion_impl=exact_cross_entropy_impl(backend, self.params_dtype)
+            )
         if backend.activation is not None and self._plain_swiglu():
             self._switch_off(bias_activation_fusion=False, use_te_activation_func=True)
         elif backend.activation is None:
@@ -150,7 +156,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
         layers = range(1, self.num_layers + 1)
         tp = self.tensor_model_parallel_size
-        return exchanges(
+        return choose_cp_comm_types(
             [
                 is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer)
                 for layer in layers
@@ -158,7 +164,7 @@ class ExactGPTModelProvider(GPTModelProvider):
             heads=self.num_attention_heads // tp,
             kv_heads=max(1, self.num_query_groups // tp),
             cp=self.context_parallel_size,
-            asked=self.__dict__.get("_switched_off", {}).get("cp_comm_type", self.cp_comm_type),
+            requested=self.__dict__.get("_switched_off", {}).get("cp_comm_type", self.cp_comm_type),
         )
 
     def _switch_off(self, **instead: Any) -> None:

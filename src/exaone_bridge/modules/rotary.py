@@ -1,6 +1,7 @@
-"""RoPE whose every Llama 3 field counts.
+"""RoPE with all fields of Llama 3's scaling.
 
-Megatron-Core's `RotaryEmbedding` hands only `factor` to its scaling, and has 1, 4 and 8192 for the others.
+Megatron-Core 0.19.2's `RotaryEmbedding` (`models/common/embeddings/rotary_pos_embedding.py`) passes
+only `factor` to its scaling, and uses 1, 4 and 8192 for the other fields.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ __all__ = ["Llama3RotaryEmbedding"]
 
 
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Frequencies scaled as `transformers.modeling_rope_utils._compute_llama3_parameters` does.
+    """RoPE with frequencies scaled as in Transformers 5.12.1.
+
+    The formula is `transformers.modeling_rope_utils._compute_llama3_parameters`.
 
     Args:
-        factor: divides the frequencies whose wavelength exceeds original_max_positions / low_freq_factor.
-        low_freq_factor, high_freq_factor: the wavelengths, as divisors of original_max_positions, between which
-            scaled and unscaled frequencies are blended.
+        factor: divides the frequencies whose wavelength exceeds
+            original_max_positions / low_freq_factor.
+        low_freq_factor, high_freq_factor: scaled and unscaled frequencies are blended between the
+            wavelengths original_max_positions / low_freq_factor and / high_freq_factor.
         original_max_positions: tokens, before the context was extended.
-        others: `RotaryEmbedding`'s own.
+        kwargs: `RotaryEmbedding`'s own.
     """
 
     def __init__(
@@ -31,9 +35,9 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
         low_freq_factor: float,
         high_freq_factor: float,
         original_max_positions: int,
-        **others: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(rope_scaling=False, **others)
+        super().__init__(rope_scaling=False, **kwargs)
         self.inv_freq: torch.Tensor = self._apply_scaling(
             self.inv_freq,
             factor=factor,

@@ -1,12 +1,13 @@
-"""A vocabulary that tensor parallelism had to pad: the padding takes no part in the loss.
+"""Vocabulary padding must not take part in the loss.
 
-Megatron-Core pads the embedding and output layer so that every rank has as many rows. The padded rows' logits are
-zero, not minus infinity, and so would count in the softmax: loss and gradients would depend on the layout.
+Megatron-Core 0.19.2 pads the embedding and the output layer so that all TP ranks have as many rows.
+The logits of the padding are zero, not minus infinity, so they would count in the softmax: loss and
+gradients would depend on the layout.
+
+Axes: S sequence, B batch, V vocabulary with padding, tp tensor-parallel size.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -14,29 +15,30 @@ __all__ = ["mask_padded_vocabulary"]
 
 
 def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
-    """Make a GPTModel's logits of padded words the least number of their type; others are left as they are.
+    """Set the padded logits of a GPTModel, [S, B, V / tp] or gathered [S, B, V], to the dtype's minimum.
 
     Args:
-        model: a Megatron-Core GPTModel; nothing happens where this rank's output layer holds no padding.
-        vocab_size: words of the vocabulary, without padding.
+        model: a Megatron-Core GPTModel, unchanged if its output layer has no padding on this rank.
+        vocab_size: tokens in the vocabulary, without padding.
     """
     layer = getattr(model, "output_layer", None)
-    if layer is None:
+    if layer is None or layer.output_size <= vocab_size:
         return
-    here = layer.output_size_per_partition
-    first = layer.tp_group.rank() * here
-    kept, kept_gathered = max(0, min(here, vocab_size - first)), vocab_size
-    if layer.output_size <= vocab_size:
-        return
+    local_size = layer.output_size_per_partition
+    first = layer.tp_group.rank() * local_size
+    local_vocab_size = max(0, min(local_size, vocab_size - first))
 
     def mask(
-        _: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]
-    ) -> tuple[torch.Tensor, Any]:
-        logits, bias = output  # [S, B, V / tp], or [S, B, V] where the layer gathered it
-        real = kept if logits.shape[-1] == here and layer.output_size != here else kept_gathered
-        if real == logits.shape[-1]:
+        _module: torch.nn.Module,
+        _inputs: object,
+        output: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits, bias = output
+        is_shard = logits.shape[-1] == local_size and layer.output_size != local_size
+        size = local_vocab_size if is_shard else vocab_size
+        if size == logits.shape[-1]:
             return output
-        padded = torch.arange(logits.shape[-1], device=logits.device) >= real
-        return logits.masked_fill(padded, torch.finfo(logits.dtype).min), bias
+        is_padding = torch.arange(logits.shape[-1], device=logits.device) >= size
+        return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min), bias
 
     layer.register_forward_hook(mask)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
-from exaone_bridge.modules.context_parallel import gathered_in_order, positions_of
+from exaone_bridge.modules.context_parallel import local_positions, restore_sequence_order
 from exaone_bridge.schema.hf_files import iteration_folder
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -173,7 +173,7 @@ def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The whole sequence, of which each rank of context parallelism holds its positions along `dim`."""
     group = parallel_state.get_context_parallel_group()
-    return tensor if group.size() == 1 else gathered_in_order(_parts(tensor, group), dim)
+    return tensor if group.size() == 1 else restore_sequence_order(_parts(tensor, group), dim)
 
 
 def _run_stage(
@@ -181,7 +181,7 @@ def _run_stage(
 ) -> tuple[torch.Tensor, Any]:
     tokens, images = next(batches)
     group = parallel_state.get_context_parallel_group()
-    mine = positions_of(group.rank(), group.size(), tokens.shape[1], tokens.device)
+    mine = local_positions(group.rank(), group.size(), tokens.shape[1], tokens.device)
     output = model(tokens[:, mine], mine[None], None, **images)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:

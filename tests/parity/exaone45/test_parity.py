@@ -18,7 +18,7 @@ from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts, prompt_of
-from exaone_bridge.modules.context_parallel import gathered_in_order
+from exaone_bridge.modules.context_parallel import restore_sequence_order
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import (
@@ -187,7 +187,7 @@ def test_context_parallelism_cuts_whole_sequences(megatron_bridge: Any, tiny: An
         logits.transpose(1, 2), tokens[:, 1:], reduction="none"
     )
     parts = ForkLauncher(2).all(_whole_sequences, tiny("exaone45"), tokens, together(images))
-    assert (gathered_in_order(parts, 1) - expected).abs().max() <= 1e-4
+    assert (restore_sequence_order(parts, 1) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,4 +1,4 @@
-"""Triton's interpreter runs the kernels of SwiGLU and of QK norm with RoPE on the CPU; on the GPU: tests/gpu."""
+"""The Triton kernels on the CPU, in Triton's interpreter; tests/gpu runs them on the GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from tests.helpers.paths import ROOT
 
 
-def test_kernels_are_their_formulas() -> None:
+def test_kernels_equal_their_formulas() -> None:
     script = ROOT / "tests" / "helpers" / "kernel_formulas.py"
     done = subprocess.run(
         [sys.executable, str(script)],

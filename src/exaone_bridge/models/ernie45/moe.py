@@ -35,7 +35,7 @@ class UnbiasedMoELayer(MoELayer):
             config = copy.copy(config)
             config.add_bias_linear = False
         super().__init__(config, submodules=submodules, **kwargs)
-        if isinstance(self.experts, GroupedExperts) and AlltoAllTokenDispatcher.suits(
+        if isinstance(self.experts, GroupedExperts) and AlltoAllTokenDispatcher.can_replace(
             self.token_dispatcher
         ):
             self.token_dispatcher = AlltoAllTokenDispatcher(
@@ -88,5 +88,7 @@ def moe_builder(backend: Backend, router: type, *, shared_bias: bool) -> Any:
     shared = functools.partial(
         BiasedSharedExpertMLP if shared_bias else SharedExpertMLP, submodules=linears
     )
-    submodules = MoESubmodules(experts=backend.experts(), shared_experts=shared, router=router)
+    submodules = MoESubmodules(
+        experts=backend.build_experts(), shared_experts=shared, router=router
+    )
     return functools.partial(UnbiasedMoELayer, submodules=submodules)

@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import VisionConfig
 from exaone_bridge.models.exaone45.vision_encoder import smallest_image
-from exaone_bridge.modules.context_parallel import gathered_in_order, positions_of
+from exaone_bridge.modules.context_parallel import local_positions, restore_sequence_order
 
 __all__ = ["Exaone45Model"]
 
@@ -91,7 +91,7 @@ class Exaone45Model(GPTModel):
         self._refuse_whole_packed(input_ids, others.get("packed_seq_params"))
         if cut := self._is_whole(position_ids):
             group = self.pg_collection.cp
-            mine = positions_of(group.rank(), group.size(), input_ids.shape[1], input_ids.device)
+            mine = local_positions(group.rank(), group.size(), input_ids.shape[1], input_ids.device)
             input_ids, position_ids = input_ids[:, mine], position_ids[:, mine]  # type: ignore[index]
             labels = None if labels is None else labels[:, mine]
             if whole_mask is not None:
@@ -203,7 +203,7 @@ class Exaone45Model(GPTModel):
         group = self.pg_collection.cp
         if group.size() > 1:
             number = number[
-                :, positions_of(group.rank(), group.size(), whole.shape[1], whole.device)
+                :, local_positions(group.rank(), group.size(), whole.shape[1], whole.device)
             ]
         return mine.nonzero(), number[mine]
 
@@ -217,4 +217,4 @@ class Exaone45Model(GPTModel):
             for _ in range(group.size())
         ]
         dist.all_gather(parts, mine.contiguous(), group=group)
-        return gathered_in_order(parts, 1)
+        return restore_sequence_order(parts, 1)

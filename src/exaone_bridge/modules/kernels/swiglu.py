@@ -1,7 +1,11 @@
-"""SwiGLU as one kernel each way, with or without a weight for each row (a routed expert's probability).
+"""SwiGLU as one Triton kernel per pass, with or without a weight per row.
 
-What torch.compile makes of Megatron-Core's own, `fused_bias_swiglu.py`, takes up to three times as long as the bytes
-it moves would: in backward it computes both halves of the gradient for either half of the output.
+The weights are the routing probabilities of a routed expert's tokens. Megatron-Core 0.19.2's own
+version (`fusions/fused_bias_swiglu.py`, through torch.compile) takes up to three times as long as
+its memory traffic: in the backward pass it computes both halves of the gradient for each half of
+the output.
+
+Axes: R rows (tokens), F MLP width.
 """
 
 from __future__ import annotations
@@ -22,49 +26,51 @@ _BLOCK = 1024
 
 @triton.jit
 def _forward(x, weights, y, width, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: one block of one row. x [R, 2F], weights [R], y [R, F]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    gate = tl.load(x + row * 2 * width + columns, inside).to(tl.float32)
-    up = tl.load(x + row * 2 * width + width + columns, inside).to(tl.float32)
+    mask = columns < width
+    gate = tl.load(x + row * 2 * width + columns, mask).to(tl.float32)
+    up = tl.load(x + row * 2 * width + width + columns, mask).to(tl.float32)
     result = gate * tl.sigmoid(gate) * up
     if WEIGHTED:
         result *= tl.load(weights + row).to(tl.float32)
-    tl.store(y + row * width + columns, result.to(y.dtype.element_ty), inside)
+    tl.store(y + row * width + columns, result.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    x, weights, of_y, of_x, of_weights, width, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
+    x, weights, grad_y, grad_x, grad_weights, width, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
 ):
+    """One program: one row. x, grad_x [R, 2F], grad_y [R, F], weights, grad_weights [R]."""
     row = tl.program_id(0).to(tl.int64)
-    total = 0.0
-    scale = 1.0
+    grad_weight = 0.0
+    weight = 1.0
     if WEIGHTED:
-        scale = tl.load(weights + row).to(tl.float32)
+        weight = tl.load(weights + row).to(tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        gate = tl.load(x + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
-        up = tl.load(x + row * 2 * width + width + columns, inside, other=0.0).to(tl.float32)
-        gradient = tl.load(of_y + row * width + columns, inside, other=0.0).to(tl.float32)
+        mask = columns < width
+        gate = tl.load(x + row * 2 * width + columns, mask, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * width + width + columns, mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y + row * width + columns, mask, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         if WEIGHTED:
-            total += tl.sum(gradient * silu * up)
-        gradient *= scale
-        of_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(of_x + row * 2 * width + columns, of_gate.to(of_x.dtype.element_ty), inside)
+            grad_weight += tl.sum(grad * silu * up)
+        grad *= weight
+        grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+        tl.store(grad_x + row * 2 * width + columns, grad_gate.to(grad_x.dtype.element_ty), mask)
         tl.store(
-            of_x + row * 2 * width + width + columns,
-            (gradient * silu).to(of_x.dtype.element_ty),
-            inside,
+            grad_x + row * 2 * width + width + columns,
+            (grad * silu).to(grad_x.dtype.element_ty),
+            mask,
         )
     if WEIGHTED:
-        tl.store(of_weights + row, total)
+        tl.store(grad_weights + row, grad_weight)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         rows, width = x.shape[0], x.shape[1] // 2
@@ -77,34 +83,39 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weights = ctx.saved_tensors
-        of_x = torch.empty_like(x)
-        of_weights = None if weights is None else torch.empty_like(weights, dtype=torch.float32)
-        if x.shape[0]:
-            numbers = {"BLOCK": _BLOCK, "WEIGHTED": weights is not None}
-            _backward[x.shape[0],](
-                x, weights, gradient.contiguous(), of_x, of_weights, x.shape[1] // 2, **numbers
+        rows, width = x.shape[0], x.shape[1] // 2
+        grad_x = torch.empty_like(x)
+        grad_weights = None if weights is None else torch.empty_like(weights, dtype=torch.float32)
+        if rows:
+            constants = {"BLOCK": _BLOCK, "WEIGHTED": weights is not None}
+            _backward[rows,](
+                x, weights, grad.contiguous(), grad_x, grad_weights, width, **constants
             )
-        return of_x, of_weights.to(weights.dtype) if of_weights is not None else None
+        return grad_x, grad_weights.to(weights.dtype) if grad_weights is not None else None
 
 
 def swiglu(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) * up [* weight], in fp32, rounded once: [..., 2F], gate first, and [rows] -> [..., F].
+    """Compute silu(gate) * up [* weight] in fp32, rounded once.
 
     Args:
-        x: on a GPU, in any floating-point type.
-        weights: one number for each of x's rows, in any floating-point type; None: 1.
+        x: [..., 2F] on a GPU, gate then up, in any floating-point dtype.
+        weights: [R], one for each row of `x`, in any floating-point dtype; None: 1.
+
+    Returns:
+        [..., F] in the dtype of `x`.
     """
-    result: torch.Tensor = _SwiGLU.apply(x.reshape(-1, x.shape[-1]).contiguous(), weights)
+    result: torch.Tensor = _SwiGLUFunction.apply(x.reshape(-1, x.shape[-1]).contiguous(), weights)
     return result.view(*x.shape[:-1], x.shape[-1] // 2)
 
 
 class SwiGLU(torch.nn.Module):
-    """`swiglu` as what Megatron-Core's MLP builds for `use_te_activation_func`: [..., 2F] -> [..., F]."""
+    """`swiglu` as the module that Megatron-Core's MLP builds with `use_te_activation_func`."""
 
     def __init__(self, *, config: TransformerConfig) -> None:
         super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute SwiGLU: [..., 2F] -> [..., F]."""
         return swiglu(x)

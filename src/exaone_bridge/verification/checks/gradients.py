@@ -88,11 +88,11 @@ def _forward_step(
 ) -> tuple[torch.Tensor, Any]:
     from megatron.core import parallel_state
 
-    from exaone_bridge.modules.context_parallel import positions_of
+    from exaone_bridge.modules.context_parallel import local_positions
 
     batch, images = next(batches)
     group = parallel_state.get_context_parallel_group()
-    mine = positions_of(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
+    mine = local_positions(group.rank(), group.size(), batch.shape[1] - 1, batch.device)
     output = model(batch[:, :-1][:, mine], mine[None], None, labels=batch[:, 1:][:, mine], **images)
     # Megatron-Core sums over the ranks that share a sequence.
     return output, lambda loss: (loss.mean() / group.size(), {"loss": loss.mean().detach()})

@@ -123,12 +123,12 @@ def _round_angles() -> contextlib.AbstractContextManager[Any]:
     """Round the angles of RoPE to bf16, as a model does whose cos and sin are cast."""
     from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
 
-    original = Fp32RotarySelfAttention._rotated
+    original = Fp32RotarySelfAttention._apply_rope
 
     def rotate(self: Any, tensor: torch.Tensor, angles: torch.Tensor, *args: Any) -> torch.Tensor:
         return original(self, tensor, angles.bfloat16().float(), *args)
 
-    return mock.patch.object(Fp32RotarySelfAttention, "_rotated", rotate)
+    return mock.patch.object(Fp32RotarySelfAttention, "_apply_rope", rotate)
 
 
 def _swap_gate_and_up(mapping: ParamMapping) -> ParamMapping:
