@@ -13,7 +13,7 @@ from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
 from exaone_bridge.verification.checks.logits import prompts
-from tests.helpers.packing import difference
+from tests.helpers.packing import packing_error
 
 NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 
@@ -165,6 +165,6 @@ def test_packed_documents_equal_the_same_alone(nccl: None, tiny: Any, name: str)
     """bf16, the only type that Transformer Engine packs: within bf16's own mean distance to fp32 (2e-2)."""
     folder = tiny(name, **wide(name), dtype="bfloat16")
     options: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "transformer_engine"}
-    mean, worst = difference(folder, Layout(), [256, 64, 192], 512, **options)
+    mean, worst = packing_error(folder, Layout(), [256, 64, 192], 512, **options)
     print(f"{name}: {mean:.2e} / {worst:.2e}")
     assert mean <= 2e-2

@@ -111,10 +111,12 @@ def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     from exaone_bridge.schema.parallel_layout import Layout
-    from tests.helpers.packing import difference
+    from tests.helpers.packing import packing_error
 
     options = {"dtype": torch.bfloat16, "backend": BACKEND}
-    return {"packed": difference(folder, Layout(**case["layout"]), [256, 64, 192], 512, **options)}
+    return {
+        "packed": packing_error(folder, Layout(**case["layout"]), [256, 64, 192], 512, **options)
+    }
 
 
 def prediction_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:

@@ -101,13 +101,12 @@ def _forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any
 
 
 def gathered_over_tp(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole vocabulary of what tensor parallelism cuts along the last axis."""
+    """Gather logits [..., V / tp] over TP: [..., V]."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+    from exaone_bridge.modules.collectives import all_gather_cat
+
+    return all_gather_cat(tensor, parallel_state.get_tensor_model_parallel_group(), -1)
 
 
 def over_words(loss: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,12 @@
-"""Documents packed one after the other (THD), for tests: what each comes out as, beside itself alone."""
+"""Packed sequences (THD format): their logits, compared with those of the same sequences alone.
+
+Axes: S sequence, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,79 +17,83 @@ from exaone_bridge.schema.parallel_layout import Layout
 
 @torch.no_grad()
 def packed_logits(
-    model: list[Any], documents: list[torch.Tensor], vocab_size: int
+    model: list[Any], sequences: list[torch.Tensor], vocab_size: int
 ) -> list[torch.Tensor]:
-    """Logits [S, V] fp32 of each document [S], out of one packed forward pass of a model without pipeline stages."""
-    import torch.distributed as dist
+    """Run one packed forward pass of a model without pipeline stages.
+
+    Args:
+        model: the model chunk of this rank, in a list.
+        sequences: tokens, [S] each.
+        vocab_size: V, without padding.
+
+    Returns:
+        Logits [S, V] fp32 of each sequence, on the CPU.
+    """
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
 
+    from exaone_bridge.modules.collectives import all_gather_cat
     from exaone_bridge.modules.context_parallel import local_positions
 
     device = next(model[0].parameters()).device
-    starts = [0, *itertools.accumulate(len(document) for document in documents)]
-    group = parallel_state.get_context_parallel_group()
-    held = [
+    lengths = [len(sequence) for sequence in sequences]
+    bounds = [0, *itertools.accumulate(lengths)]
+    cp_group = parallel_state.get_context_parallel_group()
+    cp = cp_group.size()
+    positions_per_rank = [
         torch.cat(
             [
-                begin + local_positions(rank, group.size(), end - begin)
-                for begin, end in itertools.pairwise(starts)
+                begin + local_positions(rank, cp, end - begin)
+                for begin, end in itertools.pairwise(bounds)
             ]
         )
-        for rank in range(group.size())
+        for rank in range(cp)
     ]
-    mine = held[group.rank()]
-    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
-    longest = max(len(document) for document in documents)
+    local = positions_per_rank[cp_group.rank()]
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        cu_seqlens_q_padded=offsets,
+        cu_seqlens_kv_padded=offsets,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
-    tokens = torch.cat(documents)[mine][None].to(device)
-    places = torch.cat([torch.arange(len(document)) for document in documents])[mine][None].to(
-        device
-    )
-    output = model[0].eval()(tokens, places, None, packed_seq_params=packed)
-
-    def gathered(tensor: torch.Tensor, over: Any, dim: int) -> torch.Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(over.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=over)
-        return torch.cat(parts, dim=dim)
-
-    whole = gathered(output[0].float(), parallel_state.get_tensor_model_parallel_group(), -1)[
-        ..., :vocab_size
-    ]
-    whole = gathered(whole, group, 0)[torch.cat(held).argsort().to(device)].cpu()
-    return [whole[begin:end] for begin, end in itertools.pairwise(starts)]
+    tokens = torch.cat(sequences)[local][None].to(device)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[local][None].to(device)
+    output = model[0].eval()(tokens, position_ids, None, packed_seq_params=packed)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    logits = all_gather_cat(output[0].float(), tp_group, -1)[..., :vocab_size]
+    order = torch.cat(positions_per_rank).argsort().to(device)
+    logits = all_gather_cat(logits, cp_group, 0)[order].cpu()
+    return [logits[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
-def difference(
-    folder: Any, layout: Layout, lengths: list[int], vocab_size: int, **build_options: Any
+def packing_error(
+    hf_path: Path, layout: Layout, lengths: list[int], vocab_size: int, **build_options: Any
 ) -> tuple[float, float]:
-    """Mean and maximum, over all documents, of what packing changes of a document's logits, on this rank of a world."""
+    """On a rank: the mean and the maximum difference of logits between packed and separate runs."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build, forward_logits
 
-    model = build(AutoBridge.from_hf_pretrained(folder), layout, **build_options)
+    model = build(AutoBridge.from_hf_pretrained(hf_path), layout, **build_options)
     generator = torch.Generator().manual_seed(3)
-    documents = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
-    together = packed_logits(model, documents, vocab_size)
-    alone = [forward_logits(model, document[None])[0] for document in documents]
-    apart = torch.cat(
-        [(a - b[0]).abs() for a, b in zip(together, alone, strict=True) if b is not None]
+    sequences = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    packed = packed_logits(model, sequences, vocab_size)
+    separate = [forward_logits(model, sequence[None])[0] for sequence in sequences]
+    errors = torch.cat(
+        [
+            (together - alone[0]).abs()
+            for together, alone in zip(packed, separate, strict=True)
+            if alone is not None
+        ]
     )
-    return apart.mean().item(), apart.max().item()
+    return errors.mean().item(), errors.max().item()
 
 
-def worst_on_cpu(folder: Any, layout: Layout, lengths: list[int]) -> float:
-    """The maximum of `difference` on forked ranks, of a model whose vocabulary has 387 words."""
-    return max(
-        worst
-        for _, worst in ForkLauncher(layout.ranks).all(difference, folder, layout, lengths, 387)
-    )
+def max_packing_error_on_cpu(hf_path: Path, layout: Layout, lengths: list[int]) -> float:
+    """The maximum of `packing_error` over forked ranks, for a vocabulary of 387 tokens."""
+    errors = ForkLauncher(layout.ranks).all(packing_error, hf_path, layout, lengths, 387)
+    return max(maximum for _, maximum in errors)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import load_model_config
 from megatron.bridge.training.utils.checkpoint_utils import read_run_config
@@ -23,7 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
-from exaone_bridge.modules.context_parallel import local_positions, restore_sequence_order
+from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequence
+from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.schema.hf_files import iteration_folder
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -158,22 +158,13 @@ def _hidden_states(
             handle.remove()
 
 
-def _parts(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    parts = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())
-    ]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return parts
-
-
 def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.cat(_parts(tensor, parallel_state.get_tensor_model_parallel_group()), dim=dim)
+    return all_gather_cat(tensor, parallel_state.get_tensor_model_parallel_group(), dim)
 
 
 def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The whole sequence, of which each rank of context parallelism holds its positions along `dim`."""
-    group = parallel_state.get_context_parallel_group()
-    return tensor if group.size() == 1 else restore_sequence_order(_parts(tensor, group), dim)
+    return all_gather_sequence(tensor, parallel_state.get_context_parallel_group(), dim)
 
 
 def _run_stage(

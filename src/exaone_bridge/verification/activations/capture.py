@@ -220,10 +220,8 @@ def _whole(value: torch.Tensor, config: Any) -> torch.Tensor:
     """What sequence parallelism cuts along its first axis, whole; context parallelism's cut is mended after it."""
     if not config.sequence_parallel:
         return value
-    import torch.distributed as dist
     from megatron.core import parallel_state
 
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(value) for _ in range(group.size())]
-    dist.all_gather(parts, value.contiguous(), group=group)
-    return torch.cat(parts)
+    from exaone_bridge.modules.collectives import all_gather_cat
+
+    return all_gather_cat(value, parallel_state.get_tensor_model_parallel_group(), 0)
