@@ -17,6 +17,7 @@ import torch
 from exaone_bridge.models.ernie45 import ERNIE45
 from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.self_test.fault import (
+    Chunks,
     CodeFault,
     Fault,
     FaultSite,
@@ -41,35 +42,35 @@ Router = Callable[[torch.Tensor, torch.Tensor, int, float], Routing]
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _layer(model: list[Any], number: int) -> Any:
+def _layer(model: Chunks, number: int) -> torch.nn.Module:
     return model[0].decoder.layers[number]
 
 
-def _swap_experts(model: list[Any]) -> None:
+def _swap_experts(model: Chunks) -> None:
     first, second, *_ = _layer(model, 2).mlp.experts.local_experts
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         swap(a, b)
 
 
-def _copy_router(model: list[Any]) -> None:
+def _copy_router(model: Chunks) -> None:
     _layer(model, 3).mlp.router.weight.copy_(_layer(model, 2).mlp.router.weight)
 
 
-def _round_routers(model: list[Any]) -> None:
+def _round_routers(model: Chunks) -> None:
     for number in (1, 2, 3):
         weight = _layer(model, number).mlp.router.weight
         weight.copy_(weight.bfloat16())
 
 
-def _zero_selection_bias(model: list[Any]) -> None:
+def _zero_selection_bias(model: Chunks) -> None:
     _layer(model, 2).mlp.router.expert_bias.zero_()
 
 
-def _reset_input_norm(model: list[Any]) -> None:
+def _reset_input_norm(model: Chunks) -> None:
     _layer(model, 2).self_attention.linear_qkv.layer_norm_weight.fill_(1)
 
 
-def _reset_mlp_norm(model: list[Any]) -> None:
+def _reset_mlp_norm(model: Chunks) -> None:
     _layer(model, 1).pre_mlp_layernorm.weight.fill_(1)
 
 
@@ -106,12 +107,12 @@ def _unbiased_selection(
 def _shared_experts(scale: float) -> Patch:
     """Make a patch that multiplies the output of the shared experts."""
 
-    def patch() -> contextlib.AbstractContextManager[Any]:
+    def patch() -> contextlib.AbstractContextManager[object]:
         from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
         original = SharedExpertMLP.forward
 
-        def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        def forward(self: SharedExpertMLP, hidden_states: torch.Tensor) -> torch.Tensor:
             return scale * original(self, hidden_states)
 
         return mock.patch.object(SharedExpertMLP, "forward", forward)
@@ -119,13 +120,15 @@ def _shared_experts(scale: float) -> Patch:
     return patch
 
 
-def _round_angles() -> contextlib.AbstractContextManager[Any]:
+def _round_angles() -> contextlib.AbstractContextManager[object]:
     """Round the angles of RoPE to bf16, as a model does whose cos and sin are cast."""
     from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
 
     original = Fp32RotarySelfAttention._apply_rope
 
-    def rotate(self: Any, tensor: torch.Tensor, angles: torch.Tensor, *args: Any) -> torch.Tensor:
+    def rotate(
+        self: Fp32RotarySelfAttention, tensor: torch.Tensor, angles: torch.Tensor, *args: Any
+    ) -> torch.Tensor:
         return original(self, tensor, angles.bfloat16().float(), *args)
 
     return mock.patch.object(Fp32RotarySelfAttention, "_apply_rope", rotate)
@@ -150,7 +153,7 @@ def _weights(name: str, change: ModelChange, layer: int, sublayer: str) -> Fault
     )
 
 
-def _provider(name: str, layer: int, sublayer: str, *failing: str, **fields: Any) -> Fault:
+def _provider(name: str, layer: int, sublayer: str, *failing: str, **fields: object) -> Fault:
     """A fault that fails these checks besides the logits."""
     return ProviderFault(
         name=name,
@@ -168,7 +171,7 @@ def _code(name: str, patch: Patch, layer: int, sublayer: str) -> Fault:
 
 
 def _router(name: str, choose_experts: Router) -> Fault:
-    def patch() -> contextlib.AbstractContextManager[Any]:
+    def patch() -> contextlib.AbstractContextManager[object]:
         from exaone_bridge.models.ernie45 import router
 
         return mock.patch.object(router, "choose_experts", choose_experts)

@@ -30,51 +30,51 @@ __all__ = ["EXAONE45_FAULTS"]
 MODEL = "exaone45"
 PATCHES_PER_TOKEN = 4
 
-EncoderChange = Callable[[Any], None]
+EncoderChange = Callable[[torch.nn.Module], None]
 """Changes Transformers' vision encoder, which Megatron-Core runs too, in place."""
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _reverse_channels(encoder: Any) -> None:
+def _reverse_channels(encoder: torch.nn.Module) -> None:
     weight = encoder.patch_embed.proj.weight
     weight.copy_(weight.flip(1))
 
 
-def _swap_key_heads(encoder: Any) -> None:
+def _swap_key_heads(encoder: torch.nn.Module) -> None:
     attention = encoder.blocks[1].attn
     keys = attention.qkv.weight[attention.q_dim : attention.q_dim + attention.kv_dim]
     swap(*keys.chunk(2))
 
 
-def _swap_keys_and_values(encoder: Any) -> None:
+def _swap_keys_and_values(encoder: torch.nn.Module) -> None:
     attention = encoder.blocks[2].attn
     swap(*attention.qkv.weight[attention.q_dim :].chunk(2))
 
 
-def _swap_gate_and_up(encoder: Any) -> None:
+def _swap_gate_and_up(encoder: torch.nn.Module) -> None:
     mlp = encoder.blocks[0].mlp
     swap(mlp.gate_proj.weight, mlp.up_proj.weight)
 
 
-def _swap_norms(encoder: Any) -> None:
+def _swap_norms(encoder: torch.nn.Module) -> None:
     block = encoder.blocks[3]
     swap(block.norm1.weight, block.norm2.weight)
 
 
-def _swap_blocks(encoder: Any) -> None:
+def _swap_blocks(encoder: torch.nn.Module) -> None:
     first, second = encoder.blocks[1], encoder.blocks[3]
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         swap(a, b)
 
 
-def _reverse_merged_patches(encoder: Any) -> None:
+def _reverse_merged_patches(encoder: torch.nn.Module) -> None:
     weight = encoder.merger.mlp[0].weight
     weight.copy_(weight.view(len(weight), PATCHES_PER_TOKEN, -1).flip(1).reshape(weight.shape))
 
 
-def _zero_merger_bias(encoder: Any) -> None:
+def _zero_merger_bias(encoder: torch.nn.Module) -> None:
     encoder.merger.mlp[2].bias.zero_()
 
 
@@ -82,7 +82,7 @@ def _zero_merger_bias(encoder: Any) -> None:
 
 
 def _epsilon(value: float) -> EncoderChange:
-    def change(encoder: Any) -> None:
+    def change(encoder: torch.nn.Module) -> None:
         for module in encoder.modules():
             if hasattr(module, "variance_epsilon"):
                 module.variance_epsilon = value
@@ -90,52 +90,52 @@ def _epsilon(value: float) -> EncoderChange:
     return change
 
 
-def _narrow_windows(encoder: Any) -> None:
+def _narrow_windows(encoder: torch.nn.Module) -> None:
     encoder.window_size //= 3
 
 
 def _full_attention(*blocks: int) -> EncoderChange:
-    def change(encoder: Any) -> None:
+    def change(encoder: torch.nn.Module) -> None:
         encoder.fullatt_block_indexes = list(blocks)
 
     return change
 
 
-def _transpose_patches(encoder: Any) -> None:
+def _transpose_patches(encoder: torch.nn.Module) -> None:
     """Transpose the square of patches that becomes one token."""
 
-    def transpose(_: Any, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def transpose(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
         pixels = arguments[0]  # [patches, pixels of each]
         return pixels.view(-1, 2, 2, pixels.shape[-1]).transpose(1, 2).reshape(pixels.shape)
 
     encoder.patch_embed.register_forward_pre_hook(transpose)
 
 
-def _swap_rope_axes(encoder: Any) -> None:
+def _swap_rope_axes(encoder: torch.nn.Module) -> None:
     encoder.rotary_pos_emb.register_forward_pre_hook(lambda _, arguments: arguments[0].flip(-1))
 
 
-def _roll_features(encoder: Any) -> None:
-    def roll(_: Any, __: Any, output: Any) -> Any:
+def _roll_features(encoder: torch.nn.Module) -> None:
+    def roll(_: torch.nn.Module, __: object, output: Any) -> Any:
         output.pooler_output = output.pooler_output.roll(1, 0)
         return output
 
     encoder.register_forward_hook(roll)
 
 
-def _round_patches(encoder: Any) -> None:
+def _round_patches(encoder: torch.nn.Module) -> None:
     encoder.patch_embed.register_forward_hook(
         lambda _, __, output: output.to(torch.bfloat16).to(output.dtype)
     )
 
 
-def _reverse_features() -> contextlib.AbstractContextManager[Any]:
+def _reverse_features() -> contextlib.AbstractContextManager[object]:
     """Assign the features to the image placeholder tokens in reverse order."""
     from exaone_bridge.models.exaone45.model import Exaone45Model
 
     original = Exaone45Model._places
 
-    def reverse(self: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def reverse(self: Exaone45Model, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         positions, numbers = original(self, *args)
         return positions, numbers.flip(0)
 

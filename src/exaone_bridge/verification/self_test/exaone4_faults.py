@@ -16,6 +16,7 @@ import torch
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.self_test.fault import (
+    Chunks,
     CodeFault,
     Fault,
     FaultSite,
@@ -43,48 +44,48 @@ def _flip(values: list[int], layer: int) -> list[int]:
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _layer(model: list[Any], number: int) -> Any:
+def _layer(model: Chunks, number: int) -> torch.nn.Module:
     return model[0].decoder.layers[number]
 
 
-def _qkv(model: list[Any], number: int) -> torch.Tensor:
+def _qkv(model: Chunks, number: int) -> torch.Tensor:
     """Return the fused projection as a view [KV heads, queries of each + 2, D, H]."""
     weight = _layer(model, number).self_attention.linear_qkv.weight
     return weight.view(KV_HEADS, QUERIES_PER_KV_HEAD + 2, HEAD_DIM, -1)
 
 
-def _swap_query_heads(model: list[Any]) -> None:
+def _swap_query_heads(model: Chunks) -> None:
     heads = _qkv(model, 2)
     swap(heads[0, 0], heads[0, 1])
 
 
-def _swap_keys_and_values(model: list[Any]) -> None:
+def _swap_keys_and_values(model: Chunks) -> None:
     heads = _qkv(model, 5)
     swap(heads[:, -2], heads[:, -1])
 
 
-def _concatenate_qkv(model: list[Any]) -> None:
+def _concatenate_qkv(model: Chunks) -> None:
     heads = _qkv(model, 0)
     concatenated = torch.cat([heads[:, :-2].flatten(0, 1), heads[:, -2], heads[:, -1]])
     heads.copy_(concatenated.view_as(heads))
 
 
-def _swap_gate_and_up(model: list[Any]) -> None:
+def _swap_gate_and_up(model: Chunks) -> None:
     gate, up = _layer(model, 1).mlp.linear_fc1.weight.chunk(2)
     swap(gate, up)
 
 
-def _transpose_output_projection(model: list[Any]) -> None:
+def _transpose_output_projection(model: Chunks) -> None:
     weight = _layer(model, 3).self_attention.linear_proj.weight
     weight.copy_(weight.t().reshape(weight.shape))
 
 
-def _swap_layers(model: list[Any]) -> None:
+def _swap_layers(model: Chunks) -> None:
     for a, b in zip(_layer(model, 2).parameters(), _layer(model, 6).parameters(), strict=True):
         swap(a, b)
 
 
-def _swap_post_norms(model: list[Any]) -> None:
+def _swap_post_norms(model: Chunks) -> None:
     layer = _layer(model, 4)
     swap(
         layer.self_attention.linear_proj.post_layernorm.weight,
@@ -92,35 +93,35 @@ def _swap_post_norms(model: list[Any]) -> None:
     )
 
 
-def _lose_half_of_down(model: list[Any]) -> None:
+def _lose_half_of_down(model: Chunks) -> None:
     weight = _layer(model, 6).mlp.linear_fc2.weight
     weight[:, weight.shape[1] // 2 :] = 0
 
 
-def _flip_one_bit(model: list[Any]) -> None:
+def _flip_one_bit(model: Chunks) -> None:
     _layer(model, 3).mlp.linear_fc2.weight.view(torch.int32)[5, 7] ^= 1
 
 
-def _round_all(model: list[Any]) -> None:
+def _round_all(model: Chunks) -> None:
     for parameter in model[0].parameters():
         parameter.copy_(parameter.bfloat16())
 
 
-def _reset_query_norm(model: list[Any]) -> None:
+def _reset_query_norm(model: Chunks) -> None:
     _layer(model, 0).self_attention.q_layernorm.weight.fill_(1)
 
 
-def _shift_token_embeddings(model: list[Any]) -> None:
+def _shift_token_embeddings(model: Chunks) -> None:
     weight = model[0].embedding.word_embeddings.weight
     weight.copy_(weight.roll(1, 0))
 
 
-def _swap_output_tokens(model: list[Any]) -> None:
+def _swap_output_tokens(model: Chunks) -> None:
     weight = model[0].output_layer.weight
     swap(weight[100], weight[200])
 
 
-def _scale_final_norm(model: list[Any]) -> None:
+def _scale_final_norm(model: Chunks) -> None:
     model[0].decoder.final_layernorm.weight.mul_(1.5)
 
 
@@ -156,7 +157,7 @@ def _drop_down(mapping: ParamMapping) -> ParamMapping | None:
     return None if "down_proj" in mapping.hf[0].name else mapping
 
 
-def _post_norm_epsilon() -> contextlib.AbstractContextManager[Any]:
+def _post_norm_epsilon() -> contextlib.AbstractContextManager[object]:
     """Use Megatron-Core's default epsilon in the post-norms, as Megatron-Bridge 0.6.2 does."""
     from exaone_bridge.modules import post_norm
 
@@ -167,14 +168,14 @@ def _post_norm_epsilon() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(post_norm.RowParallelLinearLayerNorm, "norm", DefaultEpsilonNorm)
 
 
-def _softmax_scale() -> contextlib.AbstractContextManager[Any]:
+def _softmax_scale() -> contextlib.AbstractContextManager[object]:
     """Scale by hidden size / heads where the head dimension is another."""
     from exaone_bridge.modules.attention import TorchDotProductAttention
 
     original = TorchDotProductAttention._attend
 
     def attend(
-        self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self: TorchDotProductAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         self.softmax_scale = (64 / 4) ** -0.5
         return original(self, query, key, value)
@@ -197,7 +198,7 @@ def _weights(name: str, change: ModelChange, layer: int | None, sublayer: str | 
     )
 
 
-def _provider(name: str, layer: int, sublayer: str, **fields: Any) -> Fault:
+def _provider(name: str, layer: int, sublayer: str, **fields: object) -> Fault:
     """A fault that the exported config.json shows."""
     return ProviderFault(
         name=name,
@@ -208,7 +209,7 @@ def _provider(name: str, layer: int, sublayer: str, **fields: Any) -> Fault:
     )
 
 
-def _rejected(name: str, layer: int, **fields: Any) -> Fault:
+def _rejected(name: str, layer: int, **fields: object) -> Fault:
     """A fault in attention that config.json cannot express, so that the export raises."""
     return ProviderFault(
         name=name,

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.model_family import ModelConfig, ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.transformer.module import MegatronModule
 
 __all__ = [
+    "Chunks",
     "CodeFault",
     "Fault",
     "FaultSite",
@@ -35,11 +37,13 @@ __all__ = [
     "swap",
 ]
 
-ModelChange = Callable[[list[Any]], object]
-"""Changes the loaded Megatron-Core chunks of this rank in place."""
-MappingChange = Callable[[ParamMapping], ParamMapping | None]
+type Chunks = list[MegatronModule]
+"""The loaded Megatron-Core model chunks of one rank."""
+type ModelChange = Callable[[Chunks], object]
+"""Changes a loaded model in place."""
+type MappingChange = Callable[[ParamMapping], ParamMapping | None]
 """Returns a parameter mapping to use instead, or None to drop it."""
-Patch = Callable[[], contextlib.AbstractContextManager[Any]]
+type Patch = Callable[[], contextlib.AbstractContextManager[object]]
 """Makes a context in which code is changed; Megatron-Core may be imported in it, and not before."""
 
 
@@ -104,7 +108,7 @@ class ProviderFault(Fault):
     """
 
     kind: ClassVar[str] = "provider"
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +153,7 @@ def changed_mappings(family: ModelFamily, change: MappingChange) -> Iterator[Non
     """
     from exaone_bridge.bridge.registration import supported
 
-    def mappings(model_config: Any) -> tuple[ParamMapping, ...]:
+    def mappings(model_config: ModelConfig) -> tuple[ParamMapping, ...]:
         changed = map(change, family.mappings(model_config))
         return tuple(mapping for mapping in changed if mapping is not None)
 
@@ -168,7 +172,7 @@ def changed_model(change: ModelChange) -> Iterator[None]:
 
     load = ExactBridge.load_weights_hf_to_megatron
 
-    def load_and_change(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_and_change(self: ExactBridge, *args: Any, **kwargs: Any) -> Chunks:
         model = load(self, *args, **kwargs)
         with torch.no_grad():
             change(model)
