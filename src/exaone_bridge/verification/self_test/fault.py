@@ -61,6 +61,10 @@ class FaultSite:
     layer: int | None = None
     module: str = ""
 
+    def cell(self) -> str:
+        """Return the site as a table has it: the layer, if there is one, and the sublayer."""
+        return self.sublayer if self.layer is None else f"{self.layer}, {self.sublayer}"
+
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"layer {self.layer}, "
         return f"{layer}{self.sublayer}"

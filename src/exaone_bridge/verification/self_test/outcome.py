@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exaone_bridge.verification.report.report import Check, Divergence
-from exaone_bridge.verification.self_test.fault import Fault
+from exaone_bridge.verification.self_test.fault import Fault, FaultSite
 
 __all__ = ["Findings", "Outcome", "SelfTestResult"]
 
@@ -92,9 +92,7 @@ class Outcome:
     def cells(self) -> list[str]:
         """Return the cells of a table: fault, tiny model, failed checks, location, status."""
         found = self.findings.divergence
-        where = "-"
-        if found is not None:
-            where = found.sublayer if found.layer is None else f"{found.layer}, {found.sublayer}"
+        where = "-" if found is None else FaultSite(found.sublayer, found.layer).cell()
         failed = ", ".join(self.findings.failed) or "-"
         return [self.fault.name, self.fault.model, failed, where, self.status]
 

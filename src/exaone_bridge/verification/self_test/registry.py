@@ -31,7 +31,7 @@ def representative_faults() -> tuple[Fault, ...]:
 def fault_table() -> str:
     """Return the list as a Markdown table, which docs/verification.md contains."""
     lines = [
-        "| injected fault | kind | tiny model | checks that fail | first difference |",
+        "| injected fault | kind | tiny model | checks that fail | first difference: layer, sublayer |",
         "|---|---|---|---|---|",
     ]
     for fault in FAULTS:
@@ -40,7 +40,7 @@ def fault_table() -> str:
             fault.kind,
             fault.model,
             ", ".join(fault.failing),
-            str(fault.site or "-"),
+            "-" if fault.site is None else fault.site.cell(),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
