@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.bridge.registration import register, register_when_imported, supported
-from exaone_bridge.patches.import_guard import guard_imports
+from exaone_bridge.patches.import_guard import transformer_engine_placeholder
 from exaone_bridge.verification import verify
 
 if TYPE_CHECKING:
@@ -52,5 +52,5 @@ def __getattr__(name: str) -> Any:  # these import torch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-guard_imports()
+transformer_engine_placeholder.apply()
 register_when_imported()

@@ -21,8 +21,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
+from exaone_bridge.bridge.fp8 import has_fp8_init_value
 from exaone_bridge.checkpoint.reshard.load import LocalModel
-from exaone_bridge.patches.fp8 import remembers
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
 __all__ = ["folder_of", "place_of", "say_once", "why_not"]
@@ -72,7 +72,7 @@ def why_not(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | N
             return "it has adapters"
         if "_quantizer." in name:
             return "it is quantized"
-        if remembers(tensor):
+        if has_fp8_init_value(tensor):
             return "its parameters remember what was rounded to FP8"
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"it has parameters of the type {type(tensor).__name__}"

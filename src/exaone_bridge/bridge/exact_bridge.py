@@ -6,6 +6,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,14 +21,15 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from exaone_bridge.bridge import eligibility
+from exaone_bridge.bridge import eligibility, save
+from exaone_bridge.bridge.dora_export import DoRAExport
+from exaone_bridge.bridge.fp8 import updated_fp8_init_values
 from exaone_bridge.bridge.mapping_registry import bind
 from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
 from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.checkpoint.reshard.load import load
 from exaone_bridge.errors import UnmappedTensors
-from exaone_bridge.patches.dora import DoRAExport
-from exaone_bridge.patches.fp8 import initial_values_renewed
+from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
 from exaone_bridge.schema.hf_files import COMPANION_FILES
 from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping, aliases, expected_hf, expected_megatron
@@ -45,7 +47,7 @@ def config_mapping(hf_config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "transformers_version"}
 
 
-class ExactBridge(DoRAExport, MegatronModelBridge):
+class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
     """A MegatronModelBridge that accounts for every tensor of both sides, or stops and names it."""
 
     ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(COMPANION_FILES)
@@ -154,7 +156,7 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
             why = why or "the bridge changes weights as it reads them"
         eligibility.say_once("Hugging Face -> Megatron-Core", why)
         if why is not None or folder is None:
-            with initial_values_renewed(self, model):
+            with updated_fp8_init_values(self, model):
                 return super().load_weights_hf_to_megatron(
                     hf_pretrained, megatron_model, allowed_mismatched_params
                 )
@@ -228,6 +230,14 @@ class ExactBridge(DoRAExport, MegatronModelBridge):
                     remedy="the output is not complete: delete it",
                 )
             yield from self._passthrough(hf_pretrained, model_config)
+
+    def save_hf_weights(self, call: SaveCall) -> None:
+        """Write a model's weights; see `SavesHuggingFace`."""
+        save.save_hf_weights(self, call)
+
+    def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
+        """Write a model; see `SavesHuggingFace`."""
+        save.save_hf_pretrained(self, call, source_path)
 
     def to_be_saved(
         self, hf_pretrained: Any

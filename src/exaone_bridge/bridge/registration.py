@@ -50,26 +50,14 @@ def register() -> None:
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     from megatron.core.models.gpt import GPTModel
 
-    from exaone_bridge.bridge.save import save_by_plan
-    from exaone_bridge.models import FAMILIES
-    from exaone_bridge.patches.listed_config_fields import tolerate_listed_fields
-    from exaone_bridge.patches.lora import adapters_before_post_norms
-    from exaone_bridge.patches.missing_tokenizer import tolerate_missing_tokenizer
-    from exaone_bridge.patches.mtp_spec import providers_choose_mtp_layers
-    from exaone_bridge.patches.optimizer import optimizer_places_right
-    from exaone_bridge.patches.vlm_data import conversations_when_imported
+    from exaone_bridge.patches.table import PATCHES
 
     register_allowed_target_prefix(
         "exaone_bridge."
     )  # run_config.yaml names our providers and spec functions
     classes = _bridge_classes()
-    tolerate_missing_tokenizer(classes.keys())
-    adapters_before_post_norms()
-    providers_choose_mtp_layers()
-    optimizer_places_right()
-    save_by_plan(classes.keys())
-    tolerate_listed_fields(FAMILIES)
-    conversations_when_imported()
+    for patch in PATCHES:
+        patch.apply()
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)

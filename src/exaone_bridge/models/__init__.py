@@ -8,7 +8,7 @@ from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.models.exaone45 import EXAONE45
 from exaone_bridge.schema.model_family import ModelFamily
 
-__all__ = ["FAMILIES", "family_of"]
+__all__ = ["FAMILIES", "family_of", "is_supported"]
 
 FAMILIES: tuple[ModelFamily, ...] = (EXAONE4, ERNIE45, EXAONE45)
 
@@ -29,3 +29,9 @@ def family_of(architectures: object, *, where: str) -> ModelFamily:
             return family
     known = tuple(name for family in FAMILIES for name in family.architectures)
     raise UnsupportedConfig("architectures", got=architectures, known=known, where=where)
+
+
+def is_supported(hf_config: object) -> bool:
+    """Whether an architecture of this Transformers config belongs to one of FAMILIES."""
+    names = set(getattr(hf_config, "architectures", None) or ())
+    return any(names & set(family.architectures) for family in FAMILIES)

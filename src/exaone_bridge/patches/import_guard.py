@@ -1,9 +1,4 @@
-"""Megatron-Bridge importable where Transformer Engine is not installed.
-
-`megatron/bridge/peft/lora_layers.py` (0.6.2) is the one module of it that imports `transformer_engine.pytorch`
-unconditionally; it needs the names only for annotations and isinstance checks. A placeholder stands in sys.modules
-while that module executes, and neither before nor after, so that everything else still sees that it is absent.
-"""
+"""Makes Megatron-Bridge importable where Transformer Engine is not installed. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +7,9 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from exaone_bridge.patches.import_hook import around_import
+from exaone_bridge.patches.patch import patch_import
 
-__all__ = ["guard_imports"]
-
-_GUARDED = "megatron.bridge.peft.lora_layers"
+__all__ = ["transformer_engine_placeholder"]
 
 
 class _Placeholder(ModuleType):
@@ -30,16 +23,24 @@ class _Placeholder(ModuleType):
         return value
 
 
+@patch_import(
+    "megatron.bridge.peft.lora_layers",
+    version="Megatron-Bridge 0.6.2",
+    reason="The module imports transformer_engine.pytorch unconditionally, though it needs the names "
+    "only for annotations and isinstance checks; a placeholder is importable while it executes.",
+)
 @contextlib.contextmanager
-def _transformer_engine_placeholder() -> Iterator[None]:
-    from importlib.util import (
-        find_spec,  # when it is needed: it delays a command that needs nothing else
-    )
+def transformer_engine_placeholder() -> Iterator[None]:
+    """Put a placeholder into sys.modules, unless Transformer Engine is installed.
+
+    It is removed afterwards, so that all other code still sees that Transformer Engine is missing.
+    """
+    from importlib.util import find_spec  # imported late: it delays commands that do not need it
 
     names = ("transformer_engine", "transformer_engine.pytorch")
-    # What is loaded already need not have a spec, and find_spec then raises.
+    # A loaded module need not have a spec, and find_spec then raises.
     if names[0] in sys.modules or find_spec(names[0]) is not None:
-        yield  # where it is present nothing is touched
+        yield
         return
     package, pytorch = (_Placeholder(name) for name in names)
     setattr(package, "pytorch", pytorch)  # noqa: B010  a module's attributes are not declared
@@ -49,8 +50,3 @@ def _transformer_engine_placeholder() -> Iterator[None]:
     finally:
         for name in names:
             del sys.modules[name]
-
-
-def guard_imports() -> None:
-    """Have the guard in place; it acts when, and only when, the guarded module is imported."""
-    around_import(_GUARDED, _transformer_engine_placeholder)

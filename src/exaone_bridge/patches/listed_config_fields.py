@@ -1,43 +1,30 @@
-"""Configurations whose fields are lists of one value for each pool of experts, which Transformers 5 refuses to read.
-
-`Ernie4_5_MoeConfig` (transformers 5.12, `configuration_ernie4_5_moe.py`) types these fields as whole numbers and checks
-them strictly, so `AutoConfig` dies on `"moe_num_experts": [64, 64]`. The text model has one pool: the first.
-"""
+"""Lets Transformers read ERNIE 4.5 configs whose fields are lists with a value for each expert pool."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.models.ernie45.config import LISTED
+from exaone_bridge.patches.patch import patch
 
-__all__ = ["tolerate_listed_fields"]
-
-
-def tolerate_listed_fields(families: Iterable[ModelFamily]) -> None:
-    """Let Transformers' config classes take the first value of a listed field. Doing it again is harmless."""
-    from transformers import CONFIG_MAPPING
-
-    for family in families:
-        for model_type, fields in family.listed_fields.items():
-            _wrap(CONFIG_MAPPING[model_type], frozenset(fields))
+__all__ = ["from_dict"]
 
 
-def _wrap(config_class: Any, fields: frozenset[str]) -> None:
-    inner = config_class.from_dict.__func__
-    if hasattr(inner, "_exaone_bridge"):
-        return
-
-    @functools.wraps(inner)
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        plain = {
-            key: value[0]
-            if key in fields and isinstance(value, list) and len(value) in (1, 2)
-            else value
-            for key, value in config_dict.items()
-        }
-        return inner(cls, plain, **kwargs)
-
-    from_dict._exaone_bridge = True  # type: ignore[attr-defined]
-    config_class.from_dict = classmethod(from_dict)
+@patch(
+    "transformers.models.ernie4_5_moe.configuration_ernie4_5_moe:Ernie4_5_MoeConfig.from_dict",
+    version="Transformers 5.12.1",
+    reason='The config class requires integers, so AutoConfig rejects `"moe_num_experts": [64, 64]` '
+    "of multimodal checkpoints; the text model has one expert pool, the first.",
+)
+def from_dict(
+    original: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs: Any
+) -> Any:
+    """Read the config with the first value of each listed field."""
+    plain = {
+        key: value[0]
+        if key in LISTED and isinstance(value, list) and len(value) in (1, 2)
+        else value
+        for key, value in config_dict.items()
+    }
+    return original(cls, plain, **kwargs)

@@ -1,39 +1,35 @@
-"""Checkpoints of a distributed optimizer whose parameters are of two types, as a mixture of experts' are.
-
-ERNIE's router keeps its weights in fp32. Megatron-Core 0.19's `DistributedOptimizer` puts a group's fp32 parameters
-before the others when it makes the optimizer's list (`_build_model_and_main_param_groups`), but remembers each one's
-place as it was in the gradient buffers (`_build_optimizer_group_ranges`). Where a group holds both, states are saved
-and loaded under the wrong parameter; as a rule an assertion about shapes ends the save.
-"""
+"""Lets the distributed optimizer save and load models with parameters of two dtypes."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["optimizer_places_right"]
+from exaone_bridge.patches.patch import patch
+
+__all__ = ["build_optimizer_group_ranges"]
 
 
-def optimizer_places_right() -> None:
-    """Make both of Megatron-Core's orders the same: fp32 parameters first. Doing it again is harmless."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+@patch(
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_optimizer_group_ranges",
+    version="Megatron-Core 0.19.2",
+    reason="_build_model_and_main_param_groups puts a group's fp32 parameters first, but this method "
+    "numbers them in the order of the gradient buffers; in a group with both dtypes (ERNIE's router "
+    "is fp32) states are saved and loaded under the wrong parameter.",
+)
+def build_optimizer_group_ranges(
+    original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any
+) -> tuple[dict[Any, tuple[int, int]], list[dict[str, Any]]]:
+    """Number each group's parameters with those in fp32 first.
 
-    build = DistributedOptimizer._build_optimizer_group_ranges.__func__
-    if hasattr(build, "_exaone_bridge"):
-        return
-
-    @functools.wraps(build)
-    def build_fp32_first(
-        cls: type, *args: Any, **kwargs: Any
-    ) -> tuple[dict[Any, tuple[int, int]], list[dict]]:
-        _, ranges = build(cls, *args, **kwargs)
-        places: dict[Any, tuple[int, int]] = {}
-        for index, group in enumerate(ranges):
-            group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
-            places |= {parameter: (index, place) for place, parameter in enumerate(group["params"])}
-        return places, ranges
-
-    build_fp32_first._exaone_bridge = True  # type: ignore[attr-defined]
-    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_fp32_first)
+    Returns:
+        Parameter -> (group, number in it), and the groups.
+    """
+    _, ranges = original(cls, *args, **kwargs)
+    numbers: dict[Any, tuple[int, int]] = {}
+    for index, group in enumerate(ranges):
+        group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
+        numbers |= {parameter: (index, number) for number, parameter in enumerate(group["params"])}
+    return numbers, ranges

@@ -1,81 +1,90 @@
-"""Conversations with images in Megatron-Bridge's data path: our collators, and data sets in a folder.
+"""Adds EXAONE 4.5's collator, and datasets with images in a folder, to Megatron-Bridge's tables.
 
-The host looks up by the name of the processor's class how conversations become a batch, in a table of its own
-(`megatron/bridge/data/collators/registry.py`, 0.6.2) that has none for EXAONE 4.5: its own recipes for it end there.
-Rows are adapted by a name in another (`megatron/bridge/data/sources/hf_adapters.py`), of which none knows where a data
-set lies. Ours are entered at the end of these modules' import: who trains on words never imports them.
+The tables are in modules that only training on images imports.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.models import FAMILIES
-from exaone_bridge.patches.import_hook import after_import
+from exaone_bridge.patches.patch import patch_value
 
-__all__ = ["IN_FOLDER", "conversations_when_imported", "in_folder"]
+__all__ = ["IN_FOLDER", "adapters", "collators", "in_folder"]
 
 IN_FOLDER = "conversations_in_folder"
-_COLLATORS = "megatron.bridge.data.collators.registry"
-_ADAPTERS = "megatron.bridge.data.sources.hf_adapters"
 _MEDIA = ("image", "path", "video")
 
 
-def conversations_when_imported() -> None:
-    """Enter ours as soon as the host's tables are there; doing it again is harmless."""
-    after_import(_COLLATORS, _enter_collators)
-    after_import(_ADAPTERS, _enter_adapter)
+@patch_value(
+    "megatron.bridge.data.collators.registry:_MODEL_COLLATE_SPECS",
+    version="Megatron-Bridge 0.6.2",
+    reason="The table from processor classes to collators has no entry for EXAONE 4.5, so that "
+    "Megatron-Bridge's own recipes for image conversations raise.",
+)
+def collators(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the collators of our models; examples without images need them too, for the chat template."""
+    from megatron.bridge.data.collators import registry
 
-
-def _enter_collators() -> None:
-    registry: Any = sys.modules[_COLLATORS]
-    for family in FAMILIES:
-        collators = {} if family.images is None else family.images.collators()
-        for processor, collate in collators.items():
-            # Words without images too: the host knows no chat template of ours.
-            spec = registry._ModelCollateSpec(
-                collate.__module__, collate.__name__, required_for_all_examples=True
-            )
-            registry._MODEL_COLLATE_SPECS[processor] = spec
     registry.resolve_model_collate.cache_clear()
+    ours = {
+        processor: registry._ModelCollateSpec(
+            collate.__module__, collate.__name__, required_for_all_examples=True
+        )
+        for family in FAMILIES
+        if family.images is not None
+        for processor, collate in family.images.collators().items()
+    }
+    return {**specs, **ours}
 
 
-def _enter_adapter() -> None:
-    adapters: Any = sys.modules[_ADAPTERS]
-    adapters._ADAPTERS[IN_FOLDER] = in_folder
+@patch_value(
+    "megatron.bridge.data.sources.hf_adapters:_ADAPTERS",
+    version="Megatron-Bridge 0.6.2",
+    reason="No adapter of dataset rows knows the folder of the dataset, so that rows cannot name image "
+    "files relative to it.",
+)
+def adapters(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the adapter `in_folder`."""
+    return {**named, IN_FOLDER: in_folder}
 
 
 def in_folder(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with `messages` (or `conversation`) whose images and videos are found from `options["root"]` on.
+    """Make the image and video paths of a dataset row absolute.
 
-    What is no name of a file is left as it is: an image itself, an address, or what Arrow fills in for an absent field.
+    Args:
+        row: has `messages` or `conversation`, and may have `images` and `videos`.
+        options: `root` is the folder that relative paths start from.
+
+    Returns:
+        The row without absent fields. Values that are not file names stay as they are: images
+        themselves, URLs, and data URLs.
     """
     root = Path(options["root"])
-    found = {key: value for key, value in row.items() if value is not None}
+    adapted = {key: value for key, value in row.items() if value is not None}
     for key in ("messages", "conversation"):
-        if key in found:
-            found[key] = [
-                {**turn, "content": _located(turn["content"], root)} for turn in found[key]
+        if key in adapted:
+            adapted[key] = [
+                {**turn, "content": _with_paths(turn["content"], root)} for turn in adapted[key]
             ]
     for key in ("images", "videos"):
-        if key in found:
-            found[key] = [_path(value, root) for value in found[key]]
-    return found
+        if key in adapted:
+            adapted[key] = [_absolute(value, root) for value in adapted[key]]
+    return adapted
 
 
-def _located(content: Any, root: Path) -> Any:
+def _with_paths(content: Any, root: Path) -> Any:
     if isinstance(content, str):
         return content
     return [
-        {key: _path(value, root) if key in _MEDIA else value for key, value in part.items()}
+        {key: _absolute(value, root) if key in _MEDIA else value for key, value in part.items()}
         for part in content
     ]
 
 
-def _path(value: Any, root: Path) -> Any:
+def _absolute(value: Any, root: Path) -> Any:
     if not isinstance(value, str) or "://" in value or value.startswith("data:"):
         return value
     return str(root / value)

@@ -139,8 +139,6 @@ class ModelFamily:
         passthrough: for checkpoints that may hold more than the model.
         with_mtp: the same models with multi-token prediction built into the Megatron-Core model, so
             that its tensors have mappings; None: it is not built.
-        listed_fields: Transformers' `model_type` -> config fields that may be lists, of which the
-            first element counts (`patches/listed_config_fields.py`).
     """
 
     name: str
@@ -153,7 +151,6 @@ class ModelFamily:
     images: ImageSupport | None = None
     passthrough: PassthroughTensors | None = None
     with_mtp: ModelFamily | None = None
-    listed_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def describe(self, hf_config: Mapping[str, Any]) -> ModelDescription:
         """Reads config.json and returns the description of its model.

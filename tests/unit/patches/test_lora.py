@@ -238,7 +238,7 @@ def test_the_check_catches_the_hosts_dora(
     from megatron.bridge.models.conversion.peft_bridge import MegatronPeftBridge
     from megatron.bridge.peft.dora_layers import DoRALinear
 
-    from exaone_bridge.patches.dora import DoRAExport
+    from exaone_bridge.bridge.dora_export import DoRAExport
 
     if fault == "norm":
         monkeypatch.setattr(DoRALinear, "_get_weight_norm", DoRALinear._get_weight_norm.__wrapped__)

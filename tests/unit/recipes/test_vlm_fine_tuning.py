@@ -334,14 +334,14 @@ def test_the_host_has_none_of_its_own(megatron_bridge: Any) -> None:
     from megatron.bridge.data.collators import registry
 
     from exaone_bridge.models.exaone45.collate import exaone45_collate
-    from exaone_bridge.patches.vlm_data import conversations_when_imported
+    from exaone_bridge.patches.vlm_data import collators
 
     assert registry.resolve_model_collate("Exaone4_5_Processor") is exaone45_collate
     del registry._MODEL_COLLATE_SPECS["Exaone4_5_Processor"]
     registry.resolve_model_collate.cache_clear()
     with pytest.raises(ValueError, match="No VLM collate function"):
         registry.resolve_model_collate("Exaone4_5_Processor")
-    conversations_when_imported()
+    collators.apply()
     assert registry.resolve_model_collate("Exaone4_5_Processor") is exaone45_collate
     assert registry.model_collate_required_for_all_examples("Exaone4_5_Processor")
 

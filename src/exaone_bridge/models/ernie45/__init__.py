@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from exaone_bridge.models.ernie45.config import (
     ARCHITECTURES,
-    LISTED,
-    MODEL_TYPES,
-    MOE,
     read_hf_config,
     write_hf_config,
 )
@@ -32,5 +29,4 @@ ERNIE45 = ModelFamily(
     passthrough=PassthroughTensors(
         pattern=PASSTHROUGH, tensors=passthrough_tensors, without=without_passthrough
     ),
-    listed_fields={MODEL_TYPES[MOE]: LISTED},
 )

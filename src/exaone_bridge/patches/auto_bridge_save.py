@@ -1,0 +1,150 @@
+"""Dispatches AutoBridge's saving calls to the model bridge, if that implements `SavesHuggingFace`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from exaone_bridge.models import is_supported
+from exaone_bridge.patches.patch import patch
+
+__all__ = ["SaveCall", "SavesHuggingFace", "save_hf_pretrained", "save_hf_weights"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveCall:
+    """One call of `AutoBridge.save_hf_weights` or `save_hf_pretrained`, made by every rank.
+
+    Attributes:
+        hf_pretrained: AutoBridge's Transformers model or config.
+        model: this rank's model chunks.
+        path: the folder to write.
+        weight_dtype: the dtype to cast weights to; None: they keep theirs.
+        save_weights: Megatron-Bridge's own `save_hf_weights` of this model, into the given folder.
+    """
+
+    hf_pretrained: Any
+    model: list[Any]
+    path: Path
+    weight_dtype: torch.dtype | None
+    save_weights: Callable[[Path], None]
+
+
+class SavesHuggingFace(ABC):
+    """A model bridge with its own implementation of AutoBridge's saving calls."""
+
+    @abstractmethod
+    def save_hf_weights(self, call: SaveCall) -> None:
+        """Write the weights into `call.path`, which may exist."""
+
+    @abstractmethod
+    def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
+        """Write config, tokenizer, further files and weights into `call.path`, which does not exist.
+
+        Args:
+            source_path: the folder of custom modeling files; None: that of `call.hf_pretrained`.
+        """
+
+
+@patch(
+    "megatron.bridge.models.conversion.auto_bridge:AutoBridge.save_hf_weights",
+    version="Megatron-Bridge 0.6.2",
+    reason="It gathers every tensor on every rank, and writes files under their final names, so that "
+    "an interrupted export looks complete.",
+)
+def save_hf_weights(
+    original: Callable[..., None],
+    self: Any,
+    model: Any,
+    path: str | Path,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save a model's weights through its model bridge."""
+    model_bridge = _saving_bridge(self)
+    if model_bridge is None:
+        original(self, model, path, *args, **kwargs)
+        return
+    options = _options(original, self, model, path, *args, **kwargs)
+    model_bridge.save_hf_weights(_call(original, self, model, path, options))
+
+
+@patch(
+    "megatron.bridge.models.conversion.auto_bridge:AutoBridge.save_hf_pretrained",
+    version="Megatron-Bridge 0.6.2",
+    reason="It writes config and tokenizer files on rank 0 under their final names before the weights; "
+    "where that fails, the other ranks wait for rank 0 in the gathering of weights.",
+)
+def save_hf_pretrained(
+    original: Callable[..., None],
+    self: Any,
+    model: Any,
+    path: str | Path,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save a model through its model bridge, unless the folder exists or there is only a config.
+
+    The original then writes config and tokenizer, and calls `save_hf_weights`.
+    """
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from transformers import PretrainedConfig
+
+    model_bridge = _saving_bridge(self)
+    if (
+        model_bridge is None
+        or isinstance(self.hf_pretrained, PretrainedConfig)
+        or _on_any_rank(Path(path).exists())
+    ):
+        original(self, model, path, *args, **kwargs)
+        return
+    options = _options(original, self, model, path, *args, **kwargs)
+    source_path = options.pop("source_path")
+    own_save = AutoBridge.save_hf_weights.__wrapped__  # Megatron-Bridge's
+    model_bridge.save_hf_pretrained(_call(own_save, self, model, path, options), source_path)
+
+
+def _saving_bridge(auto_bridge: Any) -> SavesHuggingFace | None:
+    config = getattr(auto_bridge.hf_pretrained, "config", auto_bridge.hf_pretrained)
+    if not is_supported(config) or not dist.is_initialized():
+        return None
+    model_bridge = auto_bridge._model_bridge
+    return model_bridge if isinstance(model_bridge, SavesHuggingFace) else None
+
+
+def _options(original: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The options of a call by name, with their defaults."""
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[3:])  # without self, model and path
+
+
+def _call(
+    save: Callable[..., None],
+    auto_bridge: Any,
+    model: Any,
+    path: str | Path,
+    options: dict[str, Any],
+) -> SaveCall:
+    model = model if isinstance(model, list) else [model]
+    return SaveCall(
+        hf_pretrained=auto_bridge.hf_pretrained,
+        model=model,
+        path=Path(path),
+        weight_dtype=options["weight_dtype"],
+        save_weights=functools.partial(save, auto_bridge, model, **options),
+    )
+
+
+def _on_any_rank(condition: bool) -> bool:
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, condition)
+    return any(found)

@@ -1,0 +1,112 @@
+"""The decorators that declare a change to Megatron-Bridge, Megatron-Core or Transformers. No torch.
+
+A patch is a function under one of the three decorators, and a line in `table.PATCHES`, which
+`exaone_bridge.register` applies. docs/dev/patches.md lists all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from exaone_bridge.patches.import_hook import after_import, around_import
+
+__all__ = ["ImportPatch", "Patch", "ValuePatch", "patch", "patch_import", "patch_of", "patch_value"]
+
+_MARK = "_exaone_bridge_patch"
+
+
+class Patch:
+    """Replaces a function or method; applying it again changes nothing.
+
+    The original stays reachable as `__wrapped__` of the function that replaces it.
+
+    Attributes:
+        target: "module:function" or "module:Class.method".
+        version: the package and version that the patch was written for.
+        reason: what goes wrong without the patch, in one sentence.
+        replacement: called with the original function and then with the caller's arguments.
+    """
+
+    def __init__(
+        self, replacement: Callable[..., Any], target: str, version: str, reason: str
+    ) -> None:
+        self.replacement, self.target = replacement, target
+        self.version, self.reason = version, reason
+
+    def apply(self) -> None:
+        """Import the target's module and replace the function."""
+        owner, name = self._find()
+        original = inspect.getattr_static(owner, name)
+        is_classmethod = isinstance(original, classmethod)
+        function = original.__func__ if is_classmethod else original
+        if patch_of(function) is self:
+            return
+
+        @functools.wraps(function)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return self.replacement(function, *args, **kwargs)
+
+        setattr(patched, _MARK, self)
+        setattr(owner, name, classmethod(patched) if is_classmethod else patched)
+
+    def _find(self) -> tuple[Any, str]:
+        module, _, path = self.target.partition(":")
+        *owners, name = path.split(".")
+        return functools.reduce(getattr, owners, importlib.import_module(module)), name
+
+
+class ValuePatch(Patch):
+    """Replaces a value of a module, once the module is imported.
+
+    The replacement is called with the present value and returns the new one; called with its own
+    result, it must return an equal value.
+    """
+
+    def apply(self) -> None:
+        """Replace the value now if the module is imported, else at the end of its import."""
+        module, _, name = self.target.partition(":")
+
+        def replace() -> None:
+            owner = sys.modules[module]
+            setattr(owner, name, self.replacement(getattr(owner, name)))
+
+        after_import(module, replace)
+
+
+class ImportPatch(Patch):
+    """Enters the context manager that the replacement returns while the module `target` executes."""
+
+    def apply(self) -> None:
+        """Install the import hook; it acts when the module is imported, and only then."""
+        around_import(self.target, self.replacement)
+
+
+def patch_of(function: object) -> Patch | None:
+    """The patch that replaced a function by this one, if one did."""
+    found = getattr(function, _MARK, None)
+    return found if isinstance(found, Patch) else None
+
+
+def patch(target: str, *, version: str, reason: str) -> Callable[[Callable[..., Any]], Patch]:
+    """Declare that the decorated function replaces the function `target`; see `Patch`."""
+    return lambda replacement: Patch(replacement, target, version, reason)
+
+
+def patch_value(
+    target: str, *, version: str, reason: str
+) -> Callable[[Callable[[Any], Any]], ValuePatch]:
+    """Declare that the decorated function computes the value `target` anew; see `ValuePatch`."""
+    return lambda replacement: ValuePatch(replacement, target, version, reason)
+
+
+def patch_import(
+    target: str, *, version: str, reason: str
+) -> Callable[[Callable[[], AbstractContextManager[object]]], ImportPatch]:
+    """Declare a context around the execution of the module `target`; see `ImportPatch`."""
+    return lambda replacement: ImportPatch(replacement, target, version, reason)

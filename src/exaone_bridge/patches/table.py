@@ -1,0 +1,70 @@
+"""Every change that exaone_bridge makes to Megatron-Bridge, Megatron-Core and Transformers.
+
+`python -m exaone_bridge.patches.table > docs/dev/patches.md` writes the page that lists them.
+"""
+
+from __future__ import annotations
+
+import textwrap
+
+from exaone_bridge.patches import (
+    auto_bridge_save,
+    dora,
+    import_guard,
+    listed_config_fields,
+    lora,
+    missing_tokenizer,
+    mtp_spec,
+    optimizer,
+    vlm_data,
+)
+from exaone_bridge.patches.patch import Patch
+
+__all__ = ["PATCHES", "markdown"]
+
+PATCHES: tuple[Patch, ...] = (
+    import_guard.transformer_engine_placeholder,
+    auto_bridge_save.save_hf_weights,
+    auto_bridge_save.save_hf_pretrained,
+    missing_tokenizer.load_tokenizer,
+    missing_tokenizer.save_megatron_model,
+    mtp_spec.mtp_block_spec,
+    optimizer.build_optimizer_group_ranges,
+    lora.have_te,
+    lora.init_adapter_wrapper,
+    dora.get_weight_norm,
+    dora.init_weight_magnitude,
+    dora.infer_rank_pattern,
+    listed_config_fields.from_dict,
+    vlm_data.collators,
+    vlm_data.adapters,
+)
+
+_INTRODUCTION = """\
+# Patches
+
+`import exaone_bridge` changes the following functions of Megatron-Bridge, Megatron-Core and
+Transformers, when Megatron-Bridge is imported. The original stays reachable as `__wrapped__`. The
+patches of LoRA, DoRA and the optimizer act on every model, all others on EXAONE and ERNIE only.
+`exaone_bridge.patches.table` writes this page.
+"""
+
+
+def markdown() -> str:
+    """Return the page that lists the patches: where, for which version, and why."""
+    return "\n".join([_INTRODUCTION, *map(_section, PATCHES)])
+
+
+def _section(patch: Patch) -> str:
+    module, _, name = patch.target.partition(":")
+    file = patch.replacement.__module__.replace("exaone_bridge.", "").replace(".", "/") + ".py"
+    source = f"{patch.version}, `{module.replace('.', '/')}.py`; patched by `{file}`."
+    paragraphs = (
+        textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+        for text in (source, patch.reason)
+    )
+    return "\n\n".join([f"## `{name or module}`", *paragraphs]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
