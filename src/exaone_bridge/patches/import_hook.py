@@ -1,7 +1,7 @@
-"""Do something around the execution of one module, whenever somebody imports it. No torch, no Megatron.
+"""Hooks that run code around the execution of a module, whenever it is imported. No torch.
 
-Two seams of the host need it: one module of Megatron-Bridge that cannot be imported as it stands
-(`import_guard.py`), and the moment at which its own bridges have been registered (`registration.py`).
+Patches need them (`patch.py`), and the registration of our bridges after Megatron-Bridge's own
+(`bridge/registration.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # importing it takes longer than importing all of this packag
 __all__ = ["after_import", "around_import"]
 
 _hooks: dict[str, Callable[[], AbstractContextManager[object]]] = {}
+_calls: dict[str, list[Callable[[], object]]] = {}  # by module, at the end of its import
 
 
 class _Loader:
@@ -35,16 +36,15 @@ class _Loader:
         with self._around():
             self._inner.exec_module(module)
 
-    def __getattr__(
-        self, name: str
-    ) -> object:  # get_source, get_data: tracebacks and resource readers ask for them
-        if name == "_inner":  # of a copy that is being made
+    def __getattr__(self, name: str) -> object:
+        """Return get_source, get_data and others, which tracebacks and resource readers call."""
+        if name == "_inner":  # of a copy under construction
             raise AttributeError(name)
         return getattr(self._inner, name)
 
 
 class _Finder:
-    """First in line, for hooked modules only: asks the other finders, and wraps the loader they found."""
+    """The first finder: for hooked modules, it wraps the loader that the other finders find."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -67,20 +67,27 @@ _finder = _Finder()
 
 
 def around_import(module: str, around: Callable[[], AbstractContextManager[object]]) -> None:
-    """Enter `around()` while `module` executes, whenever it is imported; a second call replaces the first."""
+    """Enter `around()` while `module` executes, whenever it is imported.
+
+    A second call for the same module replaces the first.
+    """
     _hooks[module] = around
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
-def after_import(name: str, call: Callable[[], object]) -> None:
-    """Call at the end of the module's import; now too, if it is imported already."""
+def after_import(module: str, call: Callable[[], object]) -> None:
+    """Call at the end of the module's import, and now if it is imported; calls add up."""
+    calls = _calls.setdefault(module, [])
+    if call not in calls:
+        calls.append(call)
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
         yield
-        call()
+        for each in calls:
+            each()
 
-    around_import(name, around)
-    if name in sys.modules:
+    around_import(module, around)
+    if module in sys.modules:
         call()

@@ -7,7 +7,6 @@ A patch is a function under one of the three decorators, and a line in `table.PA
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -40,7 +39,10 @@ class Patch:
         self.version, self.reason = version, reason
 
     def apply(self) -> None:
-        """Import the target's module and replace the function."""
+        """Replace the target now if its module is imported, else at the end of its import."""
+        after_import(self.target.partition(":")[0], self._replace)
+
+    def _replace(self) -> None:
         owner, name = self._find()
         original = inspect.getattr_static(owner, name)
         is_classmethod = isinstance(original, classmethod)
@@ -58,25 +60,19 @@ class Patch:
     def _find(self) -> tuple[Any, str]:
         module, _, path = self.target.partition(":")
         *owners, name = path.split(".")
-        return functools.reduce(getattr, owners, importlib.import_module(module)), name
+        return functools.reduce(getattr, owners, sys.modules[module]), name
 
 
 class ValuePatch(Patch):
-    """Replaces a value of a module, once the module is imported.
+    """Replaces a value of a module.
 
     The replacement is called with the present value and returns the new one; called with its own
     result, it must return an equal value.
     """
 
-    def apply(self) -> None:
-        """Replace the value now if the module is imported, else at the end of its import."""
-        module, _, name = self.target.partition(":")
-
-        def replace() -> None:
-            owner = sys.modules[module]
-            setattr(owner, name, self.replacement(getattr(owner, name)))
-
-        after_import(module, replace)
+    def _replace(self) -> None:
+        owner, name = self._find()
+        setattr(owner, name, self.replacement(getattr(owner, name)))
 
 
 class ImportPatch(Patch):

@@ -10,6 +10,7 @@ import textwrap
 from exaone_bridge.patches import (
     auto_bridge_save,
     dora,
+    former_names,
     import_guard,
     listed_config_fields,
     lora,
@@ -28,6 +29,7 @@ PATCHES: tuple[Patch, ...] = (
     auto_bridge_save.save_hf_pretrained,
     missing_tokenizer.load_tokenizer,
     missing_tokenizer.save_megatron_model,
+    former_names.apply_run_config_backward_compat,
     mtp_spec.mtp_block_spec,
     optimizer.build_optimizer_group_ranges,
     lora.have_te,
