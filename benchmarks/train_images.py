@@ -18,8 +18,9 @@ import torch  # before transformer_engine: the two bring different versions of c
 from train_step import alone, arguments, config_of, measure_asked
 from train_step import operations as operations_of_words
 
-from exaone_bridge.models.exaone45.config import VisionConfig, read_hf_config
+from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.schema.model_config import VisionConfig
 
 
 def _cut(layers: int, blocks: int) -> dict[str, Any]:
@@ -74,11 +75,11 @@ def batch_of(
             f"is a multiple of {model_config.vision.merge_size}"
         )
     tokens = torch.randint(model_config.vocab_size, (mbs, seq + 1), device=device)
-    for taken in (model_config.image_token, model_config.video_token):
-        tokens[tokens == taken] = model_config.video_token + 1
+    for taken in (model_config.image_token_id, model_config.video_token_id):
+        tokens[tokens == taken] = model_config.video_token_id + 1
     for number in range(images):
         start = number * (seq // images)
-        tokens[:, start : start + places] = model_config.image_token
+        tokens[:, start : start + places] = model_config.image_token_id
     pixels = torch.randn(
         mbs * images * side * side,
         model_config.vision.patch_elements,

@@ -69,7 +69,7 @@ def _unsupported(source: HFCheckpoint) -> Iterator[tuple[str, str]]:
             except UnsupportedLayout as error:
                 reason = str(error).removeprefix("parallel layout: ").partition("; ")[0]
                 yield f"{axis.upper()}{ranks}", reason
-                if axis == "ep" and not getattr(source.model_config, "num_experts", 0):
+                if axis == "ep" and not source.model_config.num_experts:
                     break  # a dense model supports no EP at all
 
 
@@ -101,7 +101,7 @@ def _json(source: HFCheckpoint, plan: ReshardPlan) -> str:
         "bytes": source.nbytes,
         "dtype": model_config.dtype,
         "layers": pattern(model_config.windows),
-        "mlp": mlp_pattern(_moe(model_config)),
+        "mlp": mlp_pattern(model_config.moe_layer_mask),
         "rope": list(model_config.rope),
         "tied": model_config.tied,
         "layout": str(plan.layout),
@@ -152,11 +152,10 @@ def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
         f"{model_config.dtype}, {source.nbytes / 1e9:.2f} GB",
         "layers (L sliding-window, G full)": pattern(model_config.windows),
     }
-    if any(_moe(model_config)):
+    if (moe := model_config.moe) is not None:
         summary |= {
-            "MLP (D dense, E experts)": mlp_pattern(_moe(model_config)),
-            "experts": f"{model_config.num_experts}, {model_config.topk} per token, "
-            f"{model_config.num_shared_experts} shared",
+            "MLP (D dense, E experts)": mlp_pattern(model_config.moe_layer_mask),
+            "experts": f"{moe.num_experts}, {moe.topk} per token, {moe.num_shared_experts} shared",
         }
     return summary | {
         "RoPE (R applied, - none)": "".join("R" if rope else "-" for rope in model_config.rope),
@@ -186,7 +185,3 @@ def _rank_lines(ranks: list[dict[str, Any]]) -> Iterator[str]:
         yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
     if len(ranks) > _MAX_RANKS_SHOWN:
         yield f"  ... and {len(ranks) - _MAX_RANKS_SHOWN} more (--json lists all)"
-
-
-def _moe(model_config: Any) -> tuple[bool, ...]:
-    return getattr(model_config, "moe", (False,) * model_config.num_layers)

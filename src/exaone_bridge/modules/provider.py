@@ -27,33 +27,22 @@ from exaone_bridge.modules.context_parallel import choose_cp_comm_types
 from exaone_bridge.modules.grouped_experts import is_swiglu
 from exaone_bridge.modules.rotary import Llama3RotaryEmbedding
 from exaone_bridge.modules.vocab import mask_padded_vocabulary
-from exaone_bridge.schema.model_family import ModelConfig
+from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
-__all__ = ["ExactGPTModelProvider", "common_fields", "common_model_config"]
-
-# What every family's facts call it -> what Megatron-Core's provider does.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "ffn_size": "ffn_hidden_size",
-    "num_layers": "num_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "max_positions": "seq_length",
-    "norm_eps": "layernorm_epsilon",
-    "init_std": "init_method_std",
-    "tied": "share_embeddings_and_output_weights",
-    "rope_theta": "rotary_base",
-}
+__all__ = ["ExactGPTModelProvider", "model_config_fields", "provider_fields"]
 
 
-def common_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The provider's fields that every family fills in the same way; `hf_config` is carried for the export."""
+def provider_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the provider's keyword arguments that every family derives in the same way.
+
+    Args:
+        model_config: of the model to be built.
+        hf_config: the config.json that it came from, which the provider keeps for the export.
+    """
     dtype = getattr(torch, model_config.dtype)
-    return {field: getattr(model_config, fact) for fact, field in _FIELDS.items()} | {
-        "make_vocab_size_divisible_by": 1,  # pad only what tp asks for
+    return model_config.provider_fields() | {
+        "make_vocab_size_divisible_by": 1,  # the vocabulary is padded only as far as tp needs it
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
@@ -63,10 +52,12 @@ def common_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> di
     }
 
 
-def common_model_config(provider: ExactGPTModelProvider) -> dict[str, Any]:
-    """The inverse of `common_fields`."""
-    found = {fact: getattr(provider, field) for fact, field in _FIELDS.items()}
-    return found | {"dtype": str(provider.params_dtype).removeprefix("torch.")}
+def model_config_fields(
+    config_class: type[ModelConfig], provider: ExactGPTModelProvider
+) -> dict[str, Any]:
+    """Returns the keyword arguments of the model config that `provider_fields` is the inverse of."""
+    dtype = str(provider.params_dtype).removeprefix("torch.")
+    return config_class.values_from_provider(provider) | {"dtype": dtype}
 
 
 @dataclass

@@ -28,7 +28,8 @@ import math
 from dataclasses import dataclass, replace
 
 from exaone_bridge.recipes.training_plan import TrainingPlan
-from exaone_bridge.schema.model_family import ModelConfig, ModelDescription
+from exaone_bridge.schema.model_config import ModelConfig, MoEConfig
+from exaone_bridge.schema.model_family import ModelDescription
 from exaone_bridge.schema.param_mapping import MappingKind
 
 __all__ = ["GB", "RESERVE", "MemoryEstimate", "estimate", "estimate_stages"]
@@ -94,7 +95,7 @@ def _estimate_stage(
     adapters = _ParamCount(_count_adapters(model_config, plan, stage, adapter_rank))
     trained = adapters if adapter_rank else base
     frozen = base.total if adapter_rank else 0.0
-    moe = getattr(model_config, "moe", (False,) * model_config.num_layers)
+    moe = [model_config.moe if is_moe else None for is_moe in model_config.moe_layer_mask]
     qk_norm = any("q_layernorm" in mapping.megatron for mapping in model.mappings)
     layers = _stage_layers(model_config.num_layers, plan, stage)
     per_pass = sum(_layer_bytes(model_config, plan, moe[layer], qk_norm) for layer in layers)
@@ -153,7 +154,7 @@ def _count_adapters(model_config: ModelConfig, plan: TrainingPlan, stage: int, r
 
 
 def _layer_bytes(
-    model_config: ModelConfig, plan: TrainingPlan, is_moe: bool, qk_norm: bool
+    model_config: ModelConfig, plan: TrainingPlan, moe: MoEConfig | None, qk_norm: bool
 ) -> float:
     """Bytes of activations that one layer stores per microbatch."""
     layout, dims = plan.layout, model_config.dims
@@ -168,11 +169,10 @@ def _layer_bytes(
     stored += 2 * (dims["Q"] + 2 * dims["K"]) * inside
     stored += 2 * (dims["Q"] + dims["K"]) * inside * qk_norm
     stored += 2 * dims["Q"] * inside
-    if not is_moe:
+    if moe is None:
         return stored + 6 * dims["F"] * inside  # gate and up, and their product
     shared = 6 * dims.get("A", 0) * inside
-    topk: int = getattr(model_config, "topk")  # noqa: B009  of models with experts only
-    dispatched = tokens * topk / layout.tp * layout.expert_tp * IMBALANCE
+    dispatched = tokens * moe.topk / layout.tp * layout.expert_tp * IMBALANCE
     return stored + shared + dispatched * (4 * dims["H"] + 6 * dims["M"] / layout.expert_tp)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict, Unpack
 
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
-from exaone_bridge.schema.model_family import ModelConfig
+from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["PlanOverrides", "TrainingPlan"]
@@ -100,14 +100,14 @@ class TrainingPlan:
                 raise UnsupportedLayout(
                     name, got=size, wanted="at least 1", remedy=f"set {name} to a positive number"
                 )
-        experts = int(getattr(model_config, "num_experts", 0))
+        experts = model_config.num_experts
         layout.check(
             layers=model_config.num_layers,
             heads=model_config.num_heads,
             kv_heads=model_config.num_kv_heads,
             ffn=model_config.ffn_size,
             experts=experts,
-            expert_ffn=int(getattr(model_config, "expert_ffn_size", 0)),
+            expert_ffn=model_config.expert_ffn_size,
         )
         remedy = "change the number of GPUs, or the layout"
         _check_multiple("gpus", self.gpus, layout.tp * layout.pp * cp, "tp x pp x cp", remedy)

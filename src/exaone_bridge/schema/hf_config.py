@@ -1,217 +1,246 @@
-"""What every family's reader and writer of a Hugging Face configuration share. No torch."""
+"""Readers of a Hugging Face config, and its writer. No torch.
+
+The readers take an object of config.json and a key. A value that Transformers cannot read or run, or
+that is not supported here, raises UnsupportedConfig.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.dtypes import MODEL_DTYPES
 
+if TYPE_CHECKING:
+    from exaone_bridge.schema.model_config import ModelConfig
+
 __all__ = [
-    "check_heads",
+    "Rope",
+    "boolean",
     "check_types",
     "language_config",
-    "read_count",
-    "read_divisor",
+    "non_negative_float",
+    "positive_float",
+    "positive_int",
     "read_dtype",
-    "read_flag",
-    "read_number",
-    "rewritten",
-    "rope_of",
+    "read_head_dim",
+    "read_int",
+    "read_rope",
+    "update_hf_config",
 ]
 
 
-def read_count(
-    config: Mapping[str, Any], field: str, default: int | None = None, *, least: int = 1
-) -> int:
-    """A whole number of at least `least`.
+def read_int(hf_config: Mapping[str, Any], key: str, *, least: int) -> int:
+    """Returns a whole number of at least `least`.
 
     Raises:
-        UnsupportedConfig: it is something else, or missing without a default.
+        UnsupportedConfig: the value is something else or missing.
     """
-    value = config.get(field, default)
+    value = hf_config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         wanted = "a positive whole number" if least == 1 else f"a whole number, {least} or more"
-        raise UnsupportedConfig(field, got=value, wanted=wanted)
+        raise UnsupportedConfig(key, got=value, wanted=wanted)
     return value
 
 
-def read_number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    """A finite number, zero or more.
+def positive_int(hf_config: Mapping[str, Any], key: str) -> int:
+    """Returns a whole number of at least 1.
 
     Raises:
-        UnsupportedConfig: it is something else, or missing without a default.
+        UnsupportedConfig: the value is something else or missing.
     """
-    value = config.get(field, default)
+    return read_int(hf_config, key, least=1)
+
+
+def non_negative_float(hf_config: Mapping[str, Any], key: str) -> float:
+    """Returns a finite number, zero or more.
+
+    Raises:
+        UnsupportedConfig: the value is something else or missing.
+    """
+    value = hf_config.get(key)
     if (
         not isinstance(value, int | float)
         or isinstance(value, bool)
         or not 0 <= value <= sys.float_info.max
     ):
-        raise UnsupportedConfig(field, got=value, wanted="a finite number, zero or more")
+        raise UnsupportedConfig(key, got=value, wanted="a finite number, zero or more")
     return float(value)
 
 
-def language_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part that describes the language model: of a model with other towers, what is nested for it."""
-    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
-
-
-def read_flag(config: Mapping[str, Any], field: str, default: bool) -> bool:
-    """A switch.
+def positive_float(hf_config: Mapping[str, Any], key: str) -> float:
+    """Returns a finite number above zero, by which Transformers divides.
 
     Raises:
-        UnsupportedConfig: it is something else than true or false.
+        UnsupportedConfig: the value is something else or missing.
     """
-    value = config.get(field, default)
-    if not isinstance(value, bool):
-        raise UnsupportedConfig(field, got=value, known=(True, False))
-    return value
-
-
-def read_divisor(config: Mapping[str, Any], field: str) -> float:
-    """A finite number above zero.
-
-    Raises:
-        UnsupportedConfig: it is something else, or missing.
-    """
-    if not (value := read_number(config, field)):
+    if not (value := non_negative_float(hf_config, key)):
         raise UnsupportedConfig(
-            field, got=value, wanted="more than zero, because Transformers divides by it"
+            key, got=value, wanted="more than zero, because Transformers divides by it"
         )
     return value
 
 
-def check_types(config: Mapping[str, Any]) -> None:
-    """Refuse types that Transformers 5 does not load, in fields that only travel.
+def boolean(hf_config: Mapping[str, Any], key: str) -> bool:
+    """Returns true or false.
 
     Raises:
-        UnsupportedConfig: a switch that is no bool, or a token id that is no number.
+        UnsupportedConfig: the value is something else or missing.
     """
-    for field in ("tie_word_embeddings", "use_cache"):
-        if not isinstance(value := config.get(field, False), bool):
-            raise UnsupportedConfig(field, got=value, known=(True, False))
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(field)
-        numbers = value if field == "eos_token_id" and isinstance(value, list) else [value]
-        if any(
-            number is not None and (not isinstance(number, int) or isinstance(number, bool))
-            for number in numbers
-        ):
-            raise UnsupportedConfig(field, got=value, wanted="a token's number or null")
+    value = hf_config.get(key)
+    if not isinstance(value, bool):
+        raise UnsupportedConfig(key, got=value, known=(True, False))
+    return value
 
 
-def read_dtype(config: Mapping[str, Any]) -> str:
-    """`bfloat16`, from `dtype` (Transformers 5) or `torch_dtype` (4).
+def read_dtype(hf_config: Mapping[str, Any], key: str = "dtype") -> str:
+    """Returns the model's dtype ("bfloat16") from `dtype` (Transformers 5) or `torch_dtype` (4).
 
     Raises:
-        UnsupportedConfig: a type that no checkpoint of ours has.
+        UnsupportedConfig: a type that no supported checkpoint has.
     """
-    field, given = _first(config, "dtype", "torch_dtype")
-    if given is None:
+    key, value = _first(hf_config, key, f"torch_{key}")
+    if value is None:
         return "float32"
-    dtype = str(given).removeprefix("torch.")  # "bfloat16", or torch.bfloat16 itself
+    dtype = str(value).removeprefix("torch.")  # "bfloat16", or torch.bfloat16 itself
     if dtype not in MODEL_DTYPES:
-        raise UnsupportedConfig(field, got=given, known=MODEL_DTYPES)
+        raise UnsupportedConfig(key, got=value, known=MODEL_DTYPES)
     return dtype
 
 
-def _first(config: Mapping[str, Any], *fields: str) -> tuple[str, Any]:
-    """The first of these fields that the file has, and its value; null is as good as absent."""
+def _first(hf_config: Mapping[str, Any], *keys: str) -> tuple[str, Any]:
+    """Returns the first of these keys whose value is not null, and the value."""
     return next(
-        ((field, config[field]) for field in fields if config.get(field) is not None),
-        (fields[0], None),
+        ((key, hf_config[key]) for key in keys if hf_config.get(key) is not None), (keys[0], None)
     )
 
 
-def check_heads(
-    config: Mapping[str, Any], *, hidden: int, heads: int, kv_heads: int, head_dim: int | None
-) -> int:
-    """The width of a head: `head_dim`, or hidden / heads where the configuration has none.
+def language_config(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the object that describes the language model: `text_config` where there is one."""
+    nested = hf_config.get("text_config")
+    return nested if isinstance(nested, dict) else hf_config
+
+
+def check_types(hf_config: Mapping[str, Any]) -> None:
+    """Checks the types of fields that are kept as they are, as strictly as Transformers 5 does.
 
     Raises:
-        UnsupportedConfig: heads that do not divide, an unsupported activation, or a head that RoPE cannot rotate.
+        UnsupportedConfig: `use_cache` is not a boolean, or a token id is not a number.
     """
-    if heads % kv_heads:
-        raise UnsupportedConfig(
-            "num_key_value_heads", got=kv_heads, wanted=f"a divisor of num_attention_heads={heads}"
-        )
-    if head_dim is None and hidden % heads:
-        raise UnsupportedConfig(
-            "hidden_size",
-            got=hidden,
-            wanted=f"a multiple of num_attention_heads={heads}",
-            remedy="or write head_dim",
-        )
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedConfig("hidden_act", got=activation, known=("silu",))
-    width = hidden // heads if head_dim is None else head_dim
-    if width % 2:
-        raise UnsupportedConfig("head_dim", got=width, wanted="even, because RoPE rotates pairs")
-    return width
+    if not isinstance(value := hf_config.get("use_cache", False), bool):
+        raise UnsupportedConfig("use_cache", got=value, known=(True, False))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = hf_config.get(key)
+        token_ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if any(
+            token_id is not None and (not isinstance(token_id, int) or isinstance(token_id, bool))
+            for token_id in token_ids
+        ):
+            raise UnsupportedConfig(key, got=value, wanted="a token id or null")
 
 
-def rope_of(
-    config: Mapping[str, Any], *, kinds: tuple[str, ...], default_theta: float
-) -> tuple[str, float, Mapping[str, Any]]:
-    """Type, theta and the other fields: Transformers 5 keeps all in `rope_parameters`, 4 in `rope_theta` and
-    `rope_scaling`.
-
-    Raises:
-        UnsupportedConfig: a type outside `kinds`, or RoPE on a part of the head only.
-    """
-    field, rope = _first(config, "rope_parameters", "rope_scaling")
-    other = config.get("rope_scaling")
-    if other is not None and other != rope:  # Transformers would take this one
-        raise UnsupportedConfig(
-            "rope_scaling", got=other, wanted=f"absent, or equal to rope_parameters={rope!r}"
-        )
-    rope = {} if rope is None else rope
-    if not isinstance(rope, Mapping):
-        raise UnsupportedConfig(field, got=rope, wanted="an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in kinds:
-        raise UnsupportedConfig("rope_type", got=kind, known=kinds)
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedConfig("partial_rotary_factor", got=partial, known=(1.0,))
-    return kind, read_number(rope, "rope_theta", config.get("rope_theta", default_theta)), rope
-
-
-def rewritten(
-    model_config: Any,
-    source: Mapping[str, Any],
-    read_hf_config: Callable[[Mapping[str, Any]], Any],
-    *,
-    identity: Mapping[str, Any],
-    fields: Mapping[str, str],
-    training_fields: Mapping[str, str],
-) -> tuple[dict[str, Any], set[str]]:
-    """`source`, with the fields of changed facts rewritten, and the names of the facts that changed.
+def read_head_dim(hf_config: Mapping[str, Any], head_dim: int | None) -> int:
+    """Returns the size of an attention head, and checks what follows from the number of heads.
 
     Args:
-        facts: a family's, of the model to be exported.
-        source: the configuration the model was made from; empty for one made by hand: then every fact has changed.
-        identity: `architectures` and `model_type` where there is no source.
-        fields: fact -> field, for facts with a field of their own.
-        training_fields: likewise, for facts that a training run may set for itself without changing the model:
-            written only where there is no source.
+        hf_config: with `hidden_size`, `num_attention_heads` and `num_key_value_heads` checked.
+        head_dim: as config.json has it; None: hidden_size / num_attention_heads.
+
+    Raises:
+        UnsupportedConfig: head counts that do not divide, an activation other than SiLU, or a head
+            size that RoPE cannot be applied to.
     """
-    names = set(type(model_config).__dataclass_fields__)
+    hidden_size, num_heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    if num_heads % (num_kv_heads := hf_config["num_key_value_heads"]):
+        raise UnsupportedConfig(
+            "num_key_value_heads",
+            got=num_kv_heads,
+            wanted=f"a divisor of num_attention_heads={num_heads}",
+        )
+    if head_dim is None and hidden_size % num_heads:
+        raise UnsupportedConfig(
+            "hidden_size",
+            got=hidden_size,
+            wanted=f"a multiple of num_attention_heads={num_heads}",
+            remedy="or write head_dim",
+        )
+    if (activation := hf_config.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedConfig("hidden_act", got=activation, known=("silu",))
+    size = hidden_size // num_heads if head_dim is None else head_dim
+    if size % 2:
+        raise UnsupportedConfig("head_dim", got=size, wanted="even, because RoPE rotates pairs")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """The RoPE parameters of a config.
+
+    Attributes:
+        kind: Transformers' `rope_type`.
+        theta: the base.
+        fields: the object of config.json with the parameters of this kind.
+    """
+
+    kind: str
+    theta: float
+    fields: Mapping[str, Any]
+
+
+def read_rope(hf_config: Mapping[str, Any], *, known: tuple[str, ...]) -> Rope:
+    """Reads `rope_parameters` (Transformers 5), or `rope_theta` and `rope_scaling` (4).
+
+    Args:
+        hf_config: with the class's default `rope_theta`.
+        known: the kinds that the family supports.
+
+    Raises:
+        UnsupportedConfig: another kind, or RoPE on a part of the head only.
+    """
+    key, fields = _first(hf_config, "rope_parameters", "rope_scaling")
+    other = hf_config.get("rope_scaling")
+    if other is not None and other != fields:  # Transformers would take this one
+        raise UnsupportedConfig(
+            "rope_scaling", got=other, wanted=f"absent, or equal to rope_parameters={fields!r}"
+        )
+    fields = {} if fields is None else fields
+    if not isinstance(fields, Mapping):
+        raise UnsupportedConfig(key, got=fields, wanted="an object")
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    if kind not in known:
+        raise UnsupportedConfig("rope_type", got=kind, known=known)
+    partial = fields.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise UnsupportedConfig("partial_rotary_factor", got=partial, known=(1.0,))
+    theta = non_negative_float({"rope_theta": hf_config.get("rope_theta"), **fields}, "rope_theta")
+    return Rope(kind, theta, fields)
+
+
+def update_hf_config[C: ModelConfig](
+    model_config: C,
+    source: Mapping[str, Any],
+    read_hf_config: Callable[[Mapping[str, Any]], C],
+    *,
+    identity: Mapping[str, Any],
+) -> tuple[dict[str, Any], C | None]:
+    """Writes the fields of a model config that `hf_field` gives a key, and keeps everything else.
+
+    Args:
+        model_config: of the model to be exported.
+        source: the config.json that the model came from; empty for a model made without one.
+        read_hf_config: the family's reader.
+        identity: `architectures` and `model_type`, written where there is no source.
+
+    Returns:
+        config.json without `transformers_version`, and what `source` describes (None if empty).
+    """
     if not source:
-        written = {
-            field: getattr(model_config, name)
-            for name, field in {**fields, **training_fields}.items()
-        }
-        return {**identity, **written}, names
-    config = {key: value for key, value in source.items() if key != "transformers_version"}
+        return {**identity, **model_config.hf_values()}, None
     before = read_hf_config(source)
-    changed = {name for name in names if getattr(before, name) != getattr(model_config, name)}
-    config |= {
-        field: getattr(model_config, name) for name, field in fields.items() if name in changed
-    }
-    if "dtype" in changed:
-        config.pop("torch_dtype", None)
-    return config, changed
+    hf_config = {key: value for key, value in source.items() if key != "transformers_version"}
+    if before.dtype != model_config.dtype:
+        hf_config.pop("torch_dtype", None)
+    return hf_config | model_config.hf_values(before), before

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
+from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.param_mapping import (
     HFTensor,
     ParamMapping,
@@ -20,62 +21,11 @@ from exaone_bridge.schema.param_mapping import (
 
 __all__ = [
     "ImageSupport",
-    "ModelConfig",
     "ModelDescription",
     "ModelFamily",
     "PassthroughTensors",
     "TinyFiles",
-    "dense_dims",
 ]
-
-
-class ModelConfig(Protocol):
-    """The fields that the model config of every family has."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def ffn_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def init_std(self) -> float: ...
-    @property
-    def rope_theta(self) -> float: ...
-    @property
-    def tied(self) -> bool: ...
-    @property
-    def windows(self) -> tuple[int | None, ...]: ...
-    @property
-    def rope(self) -> tuple[bool, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def dims(self) -> dict[str, int]: ...
-
-
-def dense_dims(model_config: ModelConfig) -> dict[str, int]:
-    """Axis letter -> size, of the axes that every model has (the letters are `schema/param_mapping.py`'s)."""
-    return {
-        "V": model_config.vocab_size,
-        "H": model_config.hidden_size,
-        "F": model_config.ffn_size,
-        "D": model_config.head_dim,
-        "Q": model_config.num_heads * model_config.head_dim,
-        "K": model_config.num_kv_heads * model_config.head_dim,
-    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

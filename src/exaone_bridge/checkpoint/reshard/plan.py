@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.dtypes import itemsize
-from exaone_bridge.schema.model_family import ModelConfig, ModelDescription
+from exaone_bridge.schema.model_config import ModelConfig
+from exaone_bridge.schema.model_family import ModelDescription
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import MappingKind, ParamMapping
 
@@ -291,7 +292,7 @@ def reshard_plan(
         for mapping in model.mappings
         if mapping.layers or "*" not in mapping.megatron
     )
-    each = getattr(config, "num_experts", 0) // layout.ep
+    each = config.num_experts // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
     stages = stages or layout.stage_layers(config.num_layers)
     return ReshardPlan(layout, parts, stages, dealt, config.tied, grouped)
@@ -308,8 +309,8 @@ def check_layout(model_config: ModelConfig, layout: Layout) -> None:
         heads=model_config.num_heads,
         kv_heads=model_config.num_kv_heads,
         ffn=model_config.ffn_size,
-        experts=getattr(model_config, "num_experts", 0),
-        expert_ffn=getattr(model_config, "expert_ffn_size", 0),
+        experts=model_config.num_experts,
+        expert_ffn=model_config.expert_ffn_size,
     )
 
 

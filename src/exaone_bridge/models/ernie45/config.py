@@ -1,8 +1,7 @@
-"""ERNIE 4.5's Hugging Face configuration -> frozen facts. The only reader of it; no torch.
+"""ERNIE 4.5's config.json <-> model config. No torch.
 
-It reads `config.json` of the dense and of the mixture-of-experts architecture, as Transformers 4 and 5 write it, and
-`to_dict()`; defaults are those of `transformers/models/ernie4_5/configuration_ernie4_5.py` and
-`ernie4_5_moe/configuration_ernie4_5_moe.py` (5.12.1).
+It reads config.json of the dense and of the mixture-of-experts architecture, as Transformers 4 and 5
+write it, and `to_dict()`.
 """
 
 from __future__ import annotations
@@ -13,21 +12,23 @@ from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.hf_config import (
-    check_heads,
+    boolean,
     check_types,
-    read_count,
-    read_dtype,
-    read_flag,
-    read_number,
-    rewritten,
-    rope_of,
+    non_negative_float,
+    positive_int,
+    read_head_dim,
+    read_int,
+    read_rope,
+    update_hf_config,
 )
-from exaone_bridge.schema.model_family import dense_dims
+from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.model_config import ModelConfig, MoEConfig, MTPConfig
 
 __all__ = [
     "ARCHITECTURES",
     "DENSE",
     "MOE",
+    "Ernie45MoEConfig",
     "Ernie45ModelConfig",
     "first_pool",
     "read_hf_config",
@@ -35,14 +36,11 @@ __all__ = [
 ]
 
 DENSE, MOE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
-ARCHITECTURES = (
-    MOE,
-    DENSE,
-    "Ernie4_5_ForCausalLM",
-)  # the last is how published dense configurations spell it
+# The last is how published dense configs name the architecture.
+ARCHITECTURES = (MOE, DENSE, "Ernie4_5_ForCausalLM")
 MODEL_TYPES = {DENSE: "ernie4_5", MOE: "ernie4_5_moe"}
 
-# Lists [N] or [N, N] in some configurations: a value for each pool of experts, of which text models have the first.
+# Lists [N] or [N, N] in some configs, with a value for each pool of experts; a text model has the first.
 LISTED = (
     "moe_num_experts",
     "moe_intermediate_size",
@@ -52,271 +50,231 @@ LISTED = (
     "moe_k",
     "moe_num_shared_experts",
 )
-# transformers.models: what each class assumes where the file says nothing.
-_DEFAULTS: dict[bool, dict[str, int]] = {
-    False: {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-    },
-    True: {
-        "hidden_size": 2560,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 4,
-    },
+
+# What Transformers takes where config.json has no such key
+# (transformers/models/ernie4_5/configuration_ernie4_5.py,
+# transformers/models/ernie4_5_moe/configuration_ernie4_5_moe.py, 5.12.1).
+_DEFAULTS = {
+    "vocab_size": 103424,
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "use_bias": False,
+    "rope_theta": 500000.0,
+    "num_nextn_predict_layers": 0,  # which Transformers ignores
+}
+_DENSE_DEFAULTS = _DEFAULTS | {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
+_MOE_DEFAULTS = _DEFAULTS | {
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "moe_num_experts": 64,
+    "moe_k": 6,
+    "moe_intermediate_size": 1536,
+    "moe_num_shared_experts": 2,
+    "moe_norm_min": 1e-12,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ernie45ModelConfig:
-    """What an ERNIE 4.5 model is, whatever spelling said so. Sizes are counts of elements."""
+class Ernie45MoEConfig(MoEConfig):
+    """ERNIE 4.5's mixture of experts.
 
-    vocab_size: int
-    hidden_size: int
-    ffn_size: int  # of a dense layer
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    norm_eps: float
-    init_std: float
-    tied: bool
-    rope_theta: float
-    bias: bool  # on attention and feed-forward projections, shared experts included; routed experts have none
-    head_bias: bool  # on the output layer
-    moe: tuple[bool, ...]  # per layer: whether its feed-forward is a mixture of experts
-    num_experts: int  # routed; 0 where no layer has any, and so the three that follow
-    topk: int
-    expert_ffn_size: int
-    num_shared_experts: int
-    norm_min: float  # least sum that the weights of chosen experts are divided by
-    mtp_layers: int  # next-token-prediction layers on disk, which Transformers ignores
-    dtype: str  # "bfloat16"
+    Attributes:
+        norm_min: the least sum that the weights of a token's experts are divided by.
+    """
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Global 0-based layer numbers."""
-        return tuple(range(self.num_layers))
-
-    @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """Those whose feed-forward is a mixture of experts."""
-        return tuple(layer for layer, moe in enumerate(self.moe) if moe)
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Every layer attends to all positions."""
-        return (None,) * self.num_layers
-
-    @property
-    def rope(self) -> tuple[bool, ...]:
-        """Every layer rotates."""
-        return (True,) * self.num_layers
-
-    @property
-    def shared_ffn_size(self) -> int:
-        """Width of all shared experts together."""
-        return self.expert_ffn_size * self.num_shared_experts
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """Axis letter -> size (the letters are `schema/param_mapping.py`'s)."""
-        experts = {"E": self.num_experts, "M": self.expert_ffn_size, "A": self.shared_ffn_size}
-        return dense_dims(self) | experts
+    num_experts: int = hf_field(
+        "moe_num_experts", read=positive_int, provider="num_moe_experts", axis="E"
+    )
+    topk: int = hf_field("moe_k", read=positive_int, provider="moe_router_topk")
+    num_shared_experts: int = hf_field(
+        "moe_num_shared_experts", read=lambda hf_config, key: read_int(hf_config, key, least=0)
+    )
+    norm_min: float = hf_field("moe_norm_min", read=non_negative_float, provider="moe_norm_min")
 
 
-def first_pool(config: Mapping[str, Any], field: str) -> Any:
-    """The field's value for a model with one pool of experts: of [N], N; of [N, M], N; else as it stands.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ernie45ModelConfig(ModelConfig):
+    """An ERNIE 4.5 model.
+
+    Attributes:
+        bias: biases on the projections of attention, MLP and shared experts; routed experts have none.
+        head_bias: a bias on the output layer.
+    """
+
+    bias: bool = hf_field("use_bias", read=boolean, provider="add_bias_linear")
+    head_bias: bool = hf_field(provider="output_bias")
+    moe: Ernie45MoEConfig | None = None
+
+
+def first_pool(hf_config: Mapping[str, Any], key: str) -> Any:
+    """Returns the value for the first pool of experts: N of [N] and of [N, M], else the value itself.
 
     Raises:
         UnsupportedConfig: a list of another length.
     """
-    value = config.get(field)
+    value = hf_config.get(key)
     if not isinstance(value, list | tuple):
         return value
     if len(value) not in (1, 2):
         raise UnsupportedConfig(
-            field, got=value, wanted="a number, [N] or [N, M]: a value for each pool of experts"
+            key, got=value, wanted="a number, [N] or [N, M]: a value for each pool of experts"
         )
     return value[0]
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists reduced to the first pool's value, and a null that Transformers derives from another field, derived."""
-    plain = {**config, **{field: first_pool(config, field) for field in LISTED if field in config}}
-    # Ernie4_5Config.__post_init__; the other class derives nothing
+def _complete(hf_config: Mapping[str, Any], is_moe: bool) -> dict[str, Any]:
+    """Returns the config with Transformers' defaults, and with a number in place of each list."""
+    complete = {
+        **(_MOE_DEFAULTS if is_moe else _DENSE_DEFAULTS),
+        **hf_config,
+        **{key: first_pool(hf_config, key) for key in LISTED if key in hf_config},
+    }
+    # Ernie4_5Config.__post_init__ derives it; Ernie4_5_MoeConfig does not.
     if (
-        config.get("model_type") == MODEL_TYPES[DENSE]
-        and plain.get("num_key_value_heads", ...) is None
+        hf_config.get("model_type") == MODEL_TYPES[DENSE]
+        and complete["num_key_value_heads"] is None
     ):
-        plain["num_key_value_heads"] = plain.get(
-            "num_attention_heads", _DEFAULTS[False]["num_attention_heads"]
-        )
-    return plain
+        complete["num_key_value_heads"] = complete["num_attention_heads"]
+    return complete
 
 
-def read_hf_config(config: Mapping[str, Any]) -> Ernie45ModelConfig:
-    """The facts of an ERNIE 4.5 configuration.
+def read_hf_config(hf_config: Mapping[str, Any]) -> Ernie45ModelConfig:
+    """Reads an ERNIE 4.5 config.
 
     Args:
-        config: `config.json` as a mapping, or the Transformers config's `to_dict()`.
+        hf_config: config.json as a mapping, or the Transformers config's `to_dict()`.
 
     Raises:
-        UnsupportedConfig: a field that is malformed, not modelled, or that Transformers cannot run.
+        UnsupportedConfig: a field that is malformed or not supported, or that Transformers cannot run.
     """
-    config = _plain(config)
-    is_moe = config.get("model_type") == MODEL_TYPES[MOE] or MOE in (
-        config.get("architectures") or ()
+    is_moe = hf_config.get("model_type") == MODEL_TYPES[MOE] or MOE in (
+        hf_config.get("architectures") or ()
     )
-    default = _DEFAULTS[is_moe]
-    heads = read_count(config, "num_attention_heads", default["num_attention_heads"])
-    kv_heads = read_count(config, "num_key_value_heads", default["num_key_value_heads"])
-    hidden = read_count(config, "hidden_size", default["hidden_size"])
-    layers = read_count(config, "num_hidden_layers", default["num_hidden_layers"])
+    hf_config = _complete(hf_config, is_moe)
+    values = Ernie45ModelConfig.values_from_hf(hf_config)
+    check_types(hf_config)
     if is_moe:  # Ernie4_5_MoeAttention.__init__ derives an absent one, and cannot run null
-        given = read_count(config, "head_dim") if "head_dim" in config else None
-    else:  # Ernie4_5Config derives null, and has a default for an absent one
-        given = None if config.get("head_dim", 128) is None else read_count(config, "head_dim", 128)
-    check_types(config)
-    _, theta, _ = rope_of(config, kinds=("default",), default_theta=500000.0)
-    moe = _schedule(config, layers) if is_moe else (False,) * layers
+        head_dim = positive_int(hf_config, "head_dim") if "head_dim" in hf_config else None
+    else:  # Ernie4_5Config derives null
+        head_dim = None if hf_config["head_dim"] is None else positive_int(hf_config, "head_dim")
+    layer_mask = _layer_mask(hf_config, values["num_layers"]) if is_moe else ()
+    mtp_layers = read_int(hf_config, "num_nextn_predict_layers", least=0)
     return Ernie45ModelConfig(
-        vocab_size=read_count(config, "vocab_size", 103424),
-        hidden_size=hidden,
-        ffn_size=read_count(config, "intermediate_size", default["intermediate_size"]),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=check_heads(config, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=given),
-        max_positions=read_count(config, "max_position_embeddings", 131072),
-        norm_eps=read_number(config, "rms_norm_eps", 1e-5),
-        init_std=read_number(config, "initializer_range", 0.02),
-        tied=read_flag(config, "tie_word_embeddings", True),
-        rope_theta=theta,
-        bias=read_flag(config, "use_bias", False),
-        head_bias=is_moe
-        and read_flag(config, "use_bias", False),  # Ernie4_5ForCausalLM's lm_head never has one
-        moe=moe,
-        mtp_layers=read_count(config, "num_nextn_predict_layers", 0, least=0),
-        dtype=read_dtype(config),
-        **(_experts(config) if any(moe) else _NO_EXPERTS),
+        **values,
+        head_dim=read_head_dim(hf_config, head_dim),
+        rope_theta=read_rope(hf_config, known=("default",)).theta,
+        head_bias=is_moe and values["bias"],  # Ernie4_5ForCausalLM's lm_head never has one
+        moe=_read_moe(hf_config, layer_mask) if any(layer_mask) else None,
+        mtp=MTPConfig(depth=mtp_layers) if mtp_layers else None,
     )
 
 
-_NO_EXPERTS = {
-    "num_experts": 0,
-    "topk": 0,
-    "expert_ffn_size": 0,
-    "num_shared_experts": 0,
-    "norm_min": 0.0,
-}
+def _read_moe(hf_config: Mapping[str, Any], layer_mask: tuple[bool, ...]) -> Ernie45MoEConfig:
+    moe = Ernie45MoEConfig(**Ernie45MoEConfig.values_from_hf(hf_config), layer_mask=layer_mask)
+    if moe.topk > moe.num_experts:
+        wanted = f"at most moe_num_experts={moe.num_experts}"
+        raise UnsupportedConfig("moe_k", got=moe.topk, wanted=wanted)
+    return moe
 
 
-def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    count, topk = read_count(config, "moe_num_experts", 64), read_count(config, "moe_k", 6)
-    if topk > count:
-        raise UnsupportedConfig("moe_k", got=topk, wanted=f"at most moe_num_experts={count}")
-    return {
-        "num_experts": count,
-        "topk": topk,
-        "expert_ffn_size": read_count(config, "moe_intermediate_size", 1536),
-        "num_shared_experts": read_count(config, "moe_num_shared_experts", 2, least=0),
-        "norm_min": read_number(config, "moe_norm_min", 1e-12),
-    }
+def _layer_mask(hf_config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    """Returns which layers are MoE layers (Ernie4_5_MoeDecoderLayer.__init__, 5.12.1).
 
-
-def _schedule(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Which layers are mixtures of experts (Ernie4_5_MoeDecoderLayer.__init__); `mlp_layer_types` wins."""
-    kinds = config.get("mlp_layer_types")
+    `mlp_layer_types` takes precedence over the three numbers.
+    """
+    kinds = hf_config.get("mlp_layer_types")
     if kinds is not None:
         known = ("dense", "sparse")
         if (
             not isinstance(kinds, list | tuple)
-            or len(kinds) != layers
+            or len(kinds) != num_layers
             or any(kind not in known for kind in kinds)
         ):
-            wanted = f"a list of {known[0]!r} and {known[1]!r}, one for each of num_hidden_layers={layers}"
+            wanted = (
+                f"a list of {known[0]!r} and {known[1]!r}, "
+                f"one for each of num_hidden_layers={num_layers}"
+            )
             raise UnsupportedConfig("mlp_layer_types", got=kinds, wanted=wanted)
         return tuple(kind == "sparse" for kind in kinds)
-    start = read_count(config, "moe_layer_start_index", 1, least=0)
-    end = read_count(config, "moe_layer_end_index", -1, least=-1)
-    interval = read_count(config, "moe_layer_interval", 1)
-    last = layers - 1 if end == -1 else end
-    return tuple((layer + 1) % interval == 0 and start <= layer <= last for layer in range(layers))
-
-
-# Facts with one field of their own. Not listed: those a training run may set for itself (see `rewritten`).
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "ffn_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-    "bias": "use_bias",
-    "mtp_layers": "num_nextn_predict_layers",
-    "dtype": "dtype",
-}
-_EXPERT_FIELDS = {
-    "num_experts": "moe_num_experts",
-    "topk": "moe_k",
-    "expert_ffn_size": "moe_intermediate_size",
-    "num_shared_experts": "moe_num_shared_experts",
-    "norm_min": "moe_norm_min",
-}
-_TRAINING_FIELDS = {"max_positions": "max_position_embeddings", "init_std": "initializer_range"}
+    start = read_int(hf_config, "moe_layer_start_index", least=0)
+    end = read_int(hf_config, "moe_layer_end_index", least=-1)
+    interval = positive_int(hf_config, "moe_layer_interval")
+    last = num_layers - 1 if end == -1 else end
+    return tuple(
+        (layer + 1) % interval == 0 and start <= layer <= last for layer in range(num_layers)
+    )
 
 
 def write_hf_config(model_config: Ernie45ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of these facts, key by key as `source` spells it, changed only where the facts have changed.
+    """Writes config.json: `source` with the fields that differ in this model config.
 
     Args:
-        facts: of the model to be exported.
-        source: the configuration the model was made from; empty for one made by hand.
+        model_config: of the model to be exported.
+        source: the config.json that the model came from; empty for a model made without one.
 
     Raises:
-        UnsupportedConfig: a schedule that ERNIE 4.5's configuration has no words for, or biases on the output layer
-            alone.
+        UnsupportedConfig: MoE layers that an ERNIE 4.5 config cannot express, or a bias on the output
+            layer alone.
     """
-    architecture = MOE if any(model_config.moe) else DENSE
-    config, changed = rewritten(
+    architecture = DENSE if model_config.moe is None else MOE
+    hf_config, before = update_hf_config(
         model_config,
         source,
         read_hf_config,
         identity={"architectures": [architecture], "model_type": MODEL_TYPES[architecture]},
-        fields=_FIELDS | (_EXPERT_FIELDS if any(model_config.moe) else {}),
-        training_fields=_TRAINING_FIELDS,
     )
-    if "num_layers" in changed and "head_dim" not in config:
-        config["head_dim"] = model_config.head_dim
-    if changed & {"moe", "num_layers"} and config["model_type"] == MODEL_TYPES[MOE]:
-        config |= _write_schedule(model_config.moe)
-        if "mlp_layer_types" in config:
-            config["mlp_layer_types"] = ["sparse" if moe else "dense" for moe in model_config.moe]
+    changed = model_config.changed_from(before)
+    if changed & {
+        "hidden_size",
+        "num_heads",
+    }:  # a source may leave head_dim to be derived from them
+        hf_config.setdefault("head_dim", model_config.head_dim)
+    if model_config.moe is not None:
+        hf_config |= model_config.moe.hf_values(None if before is None else before.moe)
+    if "mtp" in changed:
+        mtp = model_config.mtp
+        hf_config["num_nextn_predict_layers"] = 0 if mtp is None else mtp.depth
+    mask = model_config.moe_layer_mask
+    if (before is None or before.moe_layer_mask != mask) and (
+        hf_config["model_type"] == MODEL_TYPES[MOE]
+    ):
+        hf_config |= _write_layer_mask(mask)
+        if "mlp_layer_types" in hf_config:
+            hf_config["mlp_layer_types"] = ["sparse" if is_moe else "dense" for is_moe in mask]
     if "rope_theta" in changed:
         for key in ("rope_theta", "rope_scaling"):
-            config.pop(key, None)
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config.rope_theta}
-    if source and read_hf_config(config).head_bias != model_config.head_bias:
+            hf_config.pop(key, None)
+        hf_config["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": model_config.rope_theta,
+        }
+    if source and read_hf_config(hf_config).head_bias != model_config.head_bias:
         raise UnsupportedConfig(
             "head_bias", got=model_config.head_bias, wanted="as use_bias says", where="provider"
         )
-    return config
+    return hf_config
 
 
-def _write_schedule(moe: tuple[bool, ...]) -> dict[str, int]:
-    """Start, end and interval that make these layers mixtures of experts."""
-    layers = len(moe)
-    sparse = [layer for layer, here in enumerate(moe) if here]
-    if not sparse:  # a start behind the last layer
+def _write_layer_mask(mask: tuple[bool, ...]) -> dict[str, int]:
+    """Returns start, end and interval of these MoE layers."""
+    layers = len(mask)
+    moe_layers = [layer for layer, is_moe in enumerate(mask) if is_moe]
+    if not moe_layers:  # a start after the last layer
         return {
             "moe_layer_start_index": layers,
             "moe_layer_end_index": layers - 1,
@@ -324,12 +282,12 @@ def _write_schedule(moe: tuple[bool, ...]) -> dict[str, int]:
         }
     for interval in range(1, layers + 1):
         fields = {
-            "moe_layer_start_index": sparse[0],
-            "moe_layer_end_index": sparse[-1],
+            "moe_layer_start_index": moe_layers[0],
+            "moe_layer_end_index": moe_layers[-1],
             "moe_layer_interval": interval,
         }
-        if _schedule(fields, layers) == moe:
+        if _layer_mask(fields, layers) == mask:
             return fields
     raise UnsupportedConfig(
-        "moe_layer_freq", got=moe, wanted="every n-th layer between two of them", where="provider"
+        "moe_layer_freq", got=mask, wanted="every n-th layer between two of them", where="provider"
     )

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from exaone_bridge.models.ernie45.config import Ernie45ModelConfig
+from exaone_bridge.models.ernie45.config import Ernie45ModelConfig, Ernie45MoEConfig
 from exaone_bridge.models.ernie45.layer_spec import ernie45_block_spec
 from exaone_bridge.models.ernie45.moe_provider import MoEModelProvider
 from exaone_bridge.models.ernie45.output_bias import add_output_bias
-from exaone_bridge.modules.provider import common_fields, common_model_config
+from exaone_bridge.modules.provider import model_config_fields, provider_fields
+from exaone_bridge.schema.model_config import MTPConfig
 
 __all__ = ["Ernie45ModelProvider", "ernie45_provider", "model_config_of"]
 
@@ -67,43 +68,43 @@ class Ernie45ModelProvider(MoEModelProvider):
 def ernie45_provider(
     model_config: Ernie45ModelConfig, hf_config: Mapping[str, Any]
 ) -> Ernie45ModelProvider:
-    """The provider of these facts; `hf_config` is carried for the export."""
-    experts: dict[str, Any] = (
-        {
-            "num_moe_experts": model_config.num_experts,
-            "moe_router_topk": model_config.topk,
-            "moe_ffn_hidden_size": model_config.expert_ffn_size,
-            "moe_shared_expert_intermediate_size": model_config.shared_ffn_size or None,
-            "moe_layer_freq": [int(moe) for moe in model_config.moe],
-            "moe_norm_min": model_config.norm_min,
+    """Returns the provider of this model.
+
+    Args:
+        model_config: of the model to be built.
+        hf_config: the config.json that it came from, which the provider keeps for the export.
+    """
+    moe, mtp = model_config.moe, model_config.mtp
+    experts: dict[str, Any] = {}
+    if moe is not None:
+        experts = moe.provider_fields() | {
+            "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
+            "moe_layer_freq": [int(is_moe) for is_moe in moe.layer_mask],
         }
-        if any(model_config.moe)
-        else {}
-    )
     return Ernie45ModelProvider(
-        **common_fields(model_config, hf_config),
-        add_bias_linear=model_config.bias,
-        output_bias=model_config.head_bias,
-        mtp_layers_passthrough=model_config.mtp_layers,
+        **provider_fields(model_config, hf_config),
+        mtp_layers_passthrough=0 if mtp is None else mtp.depth,
         **experts,
     )
 
 
 def model_config_of(provider: Ernie45ModelProvider) -> Ernie45ModelConfig:
-    """The inverse of `ernie45_provider`: the facts of the model that this provider would build."""
-    moe = tuple(provider.is_moe_layer(layer) for layer in range(provider.num_layers))
-    expert_ffn = provider.moe_ffn_hidden_size if any(moe) else 0
+    """Returns the config of the model that this provider builds; inverse of `ernie45_provider`."""
+    depth = provider.mtp_layers_passthrough
     return Ernie45ModelConfig(
-        **common_model_config(provider),
-        bias=provider.add_bias_linear,
-        head_bias=provider.output_bias,
-        moe=moe,
-        num_experts=provider.num_moe_experts if any(moe) else 0,
-        topk=provider.moe_router_topk if any(moe) else 0,
-        expert_ffn_size=expert_ffn,
-        num_shared_experts=(provider.moe_shared_expert_intermediate_size or 0) // expert_ffn
-        if any(moe)
-        else 0,
-        norm_min=provider.moe_norm_min if any(moe) else 0.0,
-        mtp_layers=provider.mtp_layers_passthrough,
+        **model_config_fields(Ernie45ModelConfig, provider),
+        moe=_moe_config_of(provider),
+        mtp=MTPConfig(depth=depth) if depth else None,
+    )
+
+
+def _moe_config_of(provider: Ernie45ModelProvider) -> Ernie45MoEConfig | None:
+    layer_mask = tuple(provider.is_moe_layer(layer) for layer in range(provider.num_layers))
+    if not any(layer_mask):
+        return None
+    shared_size = provider.moe_shared_expert_intermediate_size or 0
+    return Ernie45MoEConfig(
+        **Ernie45MoEConfig.values_from_provider(provider),
+        layer_mask=layer_mask,
+        num_shared_experts=shared_size // provider.moe_ffn_hidden_size,
     )

@@ -34,14 +34,18 @@ def ernie45_mappings(model_config: Ernie45ModelConfig) -> tuple[ParamMapping, ..
         *swiglu(dense, bias=model_config.bias),
         *router(moe, weight="gate.weight", selection_bias="moe_statics.e_score_correction_bias"),
         *experts(moe, model_config.num_experts),
-        *(shared_experts(moe, bias=model_config.bias) if model_config.num_shared_experts else ()),
+        *(
+            shared_experts(moe, bias=model_config.bias)
+            if model_config.moe and model_config.moe.num_shared_experts
+            else ()
+        ),
     )
     return tuple(mapping for mapping in mappings if mapping.layers or "*" not in mapping.megatron)
 
 
 def without_passthrough(model_config: Ernie45ModelConfig) -> Ernie45ModelConfig:
     """The facts of the same model without next-token-prediction layers beside it."""
-    return dataclasses.replace(model_config, mtp_layers=0)
+    return dataclasses.replace(model_config, mtp=None)
 
 
 def passthrough_tensors(model_config: Ernie45ModelConfig) -> tuple[HFTensor, ...]:
@@ -62,6 +66,6 @@ def passthrough_tensors(model_config: Ernie45ModelConfig) -> tuple[HFTensor, ...
     }
     return tuple(
         HFTensor(f"model.{name}", axes).numbered(layer)
-        for layer in range(model_config.mtp_layers)
+        for layer in range(0 if model_config.mtp is None else model_config.mtp.num_layers)
         for name, axes in shapes.items()
     )

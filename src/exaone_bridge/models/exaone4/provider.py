@@ -12,10 +12,20 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope
 from exaone_bridge.models.exaone4.layer_spec import exaone4_block_spec
-from exaone_bridge.modules.provider import ExactGPTModelProvider, common_fields, common_model_config
+from exaone_bridge.modules.provider import (
+    ExactGPTModelProvider,
+    model_config_fields,
+    provider_fields,
+)
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
 
-__all__ = ["Exaone4ModelProvider", "exaone4_provider", "model_config_of"]
+__all__ = [
+    "Exaone4ModelProvider",
+    "exaone4_config_fields",
+    "exaone4_provider",
+    "exaone4_provider_fields",
+    "model_config_of",
+]
 
 
 @dataclass
@@ -43,45 +53,46 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
 def exaone4_provider(
     model_config: Exaone4ModelConfig, hf_config: Mapping[str, Any]
 ) -> Exaone4ModelProvider:
-    """The provider of these facts; `hf_config` is carried for the export."""
+    """Returns the provider of this model.
+
+    Args:
+        model_config: of the model to be built.
+        hf_config: the config.json that it came from, which the provider keeps for the export.
+    """
+    return Exaone4ModelProvider(**exaone4_provider_fields(model_config, hf_config))
+
+
+def exaone4_provider_fields(
+    model_config: Exaone4ModelConfig, hf_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the keyword arguments of the provider, for this class and those derived from it."""
     window_size, window_layers = megatron_window(model_config.windows)
-    scaling = {} if model_config.llama3 is None else _scaling(model_config.llama3)
-    return Exaone4ModelProvider(
-        **common_fields(model_config, hf_config),
-        attention_dropout=model_config.attention_dropout,
-        window_size=window_size,
-        window_attn_skip_freq=window_layers,
-        no_rope_freq=megatron_rope(model_config.rope),
-        **scaling,
-    )
-
-
-def _scaling(llama3: Llama3Rope) -> dict[str, Any]:
+    llama3 = model_config.llama3
     return {
-        "rope_scaling": True,
-        "rope_scaling_factor": llama3.factor,
-        "rope_scaling_low_freq_factor": llama3.low_freq_factor,
-        "rope_scaling_high_freq_factor": llama3.high_freq_factor,
-        "rope_scaling_original_max_positions": llama3.original_max_positions,
+        **provider_fields(model_config, hf_config),
+        **({} if llama3 is None else {"rope_scaling": True} | llama3.provider_fields()),
+        "window_size": window_size,
+        "window_attn_skip_freq": window_layers,
+        "no_rope_freq": megatron_rope(model_config.rope),
     }
 
 
 def model_config_of(provider: Exaone4ModelProvider) -> Exaone4ModelConfig:
-    """The inverse of `exaone4_provider`: the facts of the model that this provider would build."""
+    """Returns the config of the model that this provider builds; inverse of `exaone4_provider`."""
+    return Exaone4ModelConfig(**exaone4_config_fields(Exaone4ModelConfig, provider))
+
+
+def exaone4_config_fields(
+    config_class: type[Exaone4ModelConfig], provider: Exaone4ModelProvider
+) -> dict[str, Any]:
+    """Returns the inverse of `exaone4_provider_fields`: the model config's keyword arguments."""
     layers = provider.num_layers
-    slides = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers
+    sliding = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers
     window = None if provider.window_size is None else provider.window_size[0] + 1
-    return Exaone4ModelConfig(
-        **common_model_config(provider),
-        attention_dropout=provider.attention_dropout,
-        llama3=Llama3Rope(
-            factor=provider.rope_scaling_factor,
-            low_freq_factor=provider.rope_scaling_low_freq_factor,
-            high_freq_factor=provider.rope_scaling_high_freq_factor,
-            original_max_positions=provider.rope_scaling_original_max_positions,
-        )
-        if provider.rope_scaling
-        else None,
-        windows=tuple(window if slide else None for slide in slides),
-        rope=tuple(not none for none in provider.no_rope_freq or [0] * layers),
-    )
+    llama3 = Llama3Rope(**Llama3Rope.values_from_provider(provider))
+    return {
+        **model_config_fields(config_class, provider),
+        "llama3": llama3 if provider.rope_scaling else None,
+        "windows": tuple(window if is_sliding else None for is_sliding in sliding),
+        "rope": tuple(not without for without in provider.no_rope_freq or [0] * layers),
+    }

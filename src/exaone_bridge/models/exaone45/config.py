@@ -1,14 +1,15 @@
-"""EXAONE 4.5's Hugging Face configuration -> frozen facts. The only reader of it; no torch.
+"""EXAONE 4.5's config.json <-> model config. No torch.
 
-`config.json` holds two more: `text_config`, which is an EXAONE 4.0's and is read as such, and `vision_config`. Defaults
-are those of `transformers/models/exaone4_5/configuration_exaone4_5.py` (5.12.1). Transformers builds no multi-token
-prediction; its fields stand in `text_config`, as the published configuration has them.
+config.json holds two more configs: `text_config`, which is an EXAONE 4.0's and is read as such, and
+`vision_config`. Transformers builds no multi-token prediction; its fields are in `text_config`, as in
+the published config.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
@@ -16,310 +17,235 @@ from exaone_bridge.models.exaone4.config import MODEL_TYPE as TEXT_MODEL_TYPE
 from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
 from exaone_bridge.models.exaone4.config import read_hf_config as read_text
 from exaone_bridge.models.exaone4.config import write_hf_config as write_text
-from exaone_bridge.schema.hf_config import (
-    check_types,
-    read_count,
-    read_dtype,
-    read_flag,
-    read_number,
-)
+from exaone_bridge.schema.hf_config import boolean, check_types, read_dtype, read_int
+from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
 __all__ = [
     "ARCHITECTURE",
     "MODEL_TYPE",
     "Exaone45ModelConfig",
-    "VisionConfig",
     "read_hf_config",
     "write_hf_config",
 ]
 
 ARCHITECTURE, MODEL_TYPE = "Exaone4_5_ForConditionalGeneration", "exaone4_5"
 TEXT, VISION = "text_config", "vision_config"
-_TEXT_TYPES = (TEXT_MODEL_TYPE, "exaone4_5_text")  # the second is how the first release spelled it
+_TEXT_TYPES = (TEXT_MODEL_TYPE, "exaone4_5_text")  # the second is the first release's name
 _VISION_TYPE = "exaone4_5_vision"
 
+# What Transformers takes where config.json has no such key
+# (transformers/models/exaone4_5/configuration_exaone4_5.py, 5.12.1).
+_DEFAULTS = {"tie_word_embeddings": False, "image_token_id": 67, "video_token_id": 68}
+_VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "num_key_value_heads": 8,
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+}
+_MTP_DEPTH = "num_nextn_predict_layers"
+_MTP_DEFAULTS = {_MTP_DEPTH: 0, "mtp_share_layers": False, "mtp_loss_scaling_factor": 0.1}
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig:
-    """What a vision tower is. Sizes are counts of elements; image sizes are in pixels."""
 
-    depth: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    channels: int
-    patch_size: int
-    temporal_patch_size: int  # frames
-    merge_size: int  # patches along each side of the square that becomes one word
-    window_size: int  # pixels
-    out_size: int  # the language model's hidden size
-    full_attention: tuple[
-        int, ...
-    ]  # blocks whose patches see their whole image; the others see their window
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def qkv_size(self) -> int:
-        """Rows of the fused projection: queries, then keys, then values."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    @property
-    def patch_elements(self) -> int:
-        """Numbers of one patch, of all its frames and channels."""
-        return self.channels * self.temporal_patch_size * self.patch_size**2
+def _token_id(hf_config: Mapping[str, Any], key: str) -> int:
+    return read_int(hf_config, key, least=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exaone45ModelConfig(Exaone4ModelConfig):
-    """An EXAONE 4.0 language model, the tower before it, and what stands beside it.
+    """An EXAONE 4.5 model: an EXAONE 4.0 language model, its vision encoder, and MTP.
 
-    `tied` is the whole model's; `text_config` may say otherwise, and Transformers does not look there.
+    `tied` is the full model's; `text_config` may differ, and Transformers ignores it there.
+
+    Attributes:
+        image_token_id, video_token_id: the placeholder tokens of image and video features.
     """
 
+    image_token_id: int = hf_field("image_token_id", read=_token_id, provider="image_token_id")
+    video_token_id: int = hf_field("video_token_id", read=_token_id, provider="video_token_id")
     vision: VisionConfig
-    image_token: int  # the word that holds an image feature's place
-    video_token: int
-    mtp_depth: int  # words that multi-token prediction looks further ahead; 0: there is none
-    mtp_shared: bool  # one layer serves every depth
-    mtp_loss_scale: float
 
     @property
     def text(self) -> Exaone4ModelConfig:
         """The language model alone."""
-        return Exaone4ModelConfig(
-            **{field.name: getattr(self, field.name) for field in fields(Exaone4ModelConfig)}
-        )
-
-    @property
-    def mtp_layers(self) -> int:
-        """Layers of multi-token prediction on disk."""
-        return min(self.mtp_depth, 1) if self.mtp_shared else self.mtp_depth
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """Axis letter -> size: `schema/param_mapping.py`'s, and the tower's in lower case (`weights.py`)."""
-        vision = self.vision
-        return self.text.dims | {
-            "J": 2 * self.hidden_size,
-            "c": vision.channels,
-            "t": vision.temporal_patch_size,
-            "p": vision.patch_size,
-            "v": vision.hidden_size,
-            "q": vision.qkv_size,
-            "f": vision.ffn_size,
-            "m": vision.hidden_size * vision.merge_size**2,
-            "o": vision.out_size,
+        values = {
+            each.name: getattr(self, each.name) for each in dataclasses.fields(Exaone4ModelConfig)
         }
+        return Exaone4ModelConfig(**values | {"vision": None, "mtp": None})
 
 
-def read_hf_config(config: Mapping[str, Any]) -> Exaone45ModelConfig:
-    """The facts of an EXAONE 4.5 configuration.
+# The fields of the full model, which are not in `text_config`.
+_TOP_LEVEL = ("tie_word_embeddings", "image_token_id", "video_token_id")
+
+
+def read_hf_config(hf_config: Mapping[str, Any]) -> Exaone45ModelConfig:
+    """Reads an EXAONE 4.5 config.
 
     Args:
-        config: `config.json` as a mapping, or `Exaone4_5_Config.to_dict()`.
+        hf_config: config.json as a mapping, or `Exaone4_5_Config.to_dict()`.
 
     Raises:
-        UnsupportedConfig: a field that is missing, malformed, not modelled, or that Transformers cannot run.
+        UnsupportedConfig: a field that is missing, malformed or not supported, or that Transformers
+            cannot run.
     """
-    text = _nested(config, TEXT, _TEXT_TYPES)
-    vision = _nested(config, VISION, (_VISION_TYPE,))
-    check_types(config)
-    dtype = _dtype(config, text, vision)
-    model_config = read_text({**text, "dtype": dtype})
-    vision_encoder = _read_vision(vision)
-    if vision_encoder.out_size != model_config.hidden_size:
+    text = _nested(hf_config, TEXT, _TEXT_TYPES)
+    vision = _nested(hf_config, VISION, (_VISION_TYPE,))
+    hf_config = {**_DEFAULTS, **hf_config}
+    check_types(hf_config)
+    dtype = _dtype(hf_config, text, vision)
+    language_model = read_text({**text, "dtype": dtype})
+    vision_config = _read_vision({**_VISION_DEFAULTS, **vision})
+    if vision_config.out_size != language_model.hidden_size:
         raise UnsupportedConfig(
             "vision_config.out_hidden_size",
-            got=vision_encoder.out_size,
-            wanted=f"text_config.hidden_size={model_config.hidden_size}, because features take the place of words",
+            got=vision_config.out_size,
+            wanted=f"text_config.hidden_size={language_model.hidden_size}, because image features "
+            "take the place of token embeddings",
         )
-    image, video = (
-        _word(config, field, default, model_config.vocab_size) for field, default in _TOKENS
-    )
+    image, video = _token_id(hf_config, "image_token_id"), _token_id(hf_config, "video_token_id")
+    for key, token_id in (("image_token_id", image), ("video_token_id", video)):
+        if token_id >= language_model.vocab_size:
+            wanted = f"less than vocab_size={language_model.vocab_size}"
+            raise UnsupportedConfig(key, got=token_id, wanted=wanted)
     if image == video:
         raise UnsupportedConfig(
-            "video_token_id", got=video, wanted="another word than image_token_id"
+            "video_token_id", got=video, wanted="another token than image_token_id"
         )
+    values = {
+        each.name: getattr(language_model, each.name)
+        for each in dataclasses.fields(Exaone4ModelConfig)
+    }
     return Exaone45ModelConfig(
-        **{
-            field.name: getattr(model_config, field.name)
-            for field in fields(Exaone4ModelConfig)
-            if field.name != "tied"
-        },
-        tied=bool(config.get("tie_word_embeddings", False)),
-        vision=vision_encoder,
-        image_token=image,
-        video_token=video,
-        mtp_depth=0 if text.get(_MTP_DEPTH) is None else read_count(text, _MTP_DEPTH, least=0),
-        mtp_shared=read_flag(text, "mtp_share_layers", False),
-        mtp_loss_scale=read_number(text, "mtp_loss_scaling_factor", 0.1),
+        **values
+        | {
+            "tied": boolean(hf_config, "tie_word_embeddings"),
+            "vision": vision_config,
+            "image_token_id": image,
+            "video_token_id": video,
+            "mtp": _read_mtp({**_MTP_DEFAULTS, **text}),
+        }
     )
-
-
-_TOKENS = (("image_token_id", 67), ("video_token_id", 68))
-_MTP_DEPTH = "num_nextn_predict_layers"
-
-
-def _word(config: Mapping[str, Any], field: str, default: int, vocab_size: int) -> int:
-    number = read_count(config, field, default, least=0)
-    if number >= vocab_size:
-        raise UnsupportedConfig(field, got=number, wanted=f"less than vocab_size={vocab_size}")
-    return number
 
 
 def _nested(
-    config: Mapping[str, Any], field: str, model_types: tuple[str, ...]
+    hf_config: Mapping[str, Any], key: str, model_types: tuple[str, ...]
 ) -> Mapping[str, Any]:
-    nested = config.get(field)
+    nested = hf_config.get(key)
     if nested is None:  # Transformers takes the class's defaults
         nested = {}
     if not isinstance(nested, Mapping):
-        raise UnsupportedConfig(field, got=nested, wanted="an object")
+        raise UnsupportedConfig(key, got=nested, wanted="an object")
     if (model_type := nested.get("model_type", model_types[0])) not in model_types:
-        raise UnsupportedConfig(f"{field}.model_type", got=model_type, known=model_types)
+        raise UnsupportedConfig(f"{key}.model_type", got=model_type, known=model_types)
     return nested
 
 
-def _dtype(config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
-    """One type for the whole model: Transformers writes it in each of the three."""
-    said = [
+def _dtype(hf_config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
+    """Returns the dtype of the full model; Transformers writes it in each of the three objects."""
+    given = [
         each
-        for each in (config, *nested)
-        if any(each.get(name) is not None for name in ("dtype", "torch_dtype"))
+        for each in (hf_config, *nested)
+        if any(each.get(key) is not None for key in ("dtype", "torch_dtype"))
     ]
-    found = [read_dtype(each) for each in said or [config]]
+    found = [read_dtype(each) for each in given or [hf_config]]
     if len(set(found)) > 1:
         raise UnsupportedConfig(
-            "dtype", got=found, wanted="one type for the whole model, its towers included"
+            "dtype", got=found, wanted="one dtype for the full model, its vision encoder included"
         )
     return found[0]
 
 
+def _read_mtp(text: Mapping[str, Any]) -> MTPConfig | None:
+    depth = 0 if text[_MTP_DEPTH] is None else read_int(text, _MTP_DEPTH, least=0)
+    mtp = MTPConfig(depth=depth, **MTPConfig.values_from_hf(text))
+    return mtp if depth else None
+
+
 def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
-    heads, hidden = read_count(vision, "num_heads", 16), read_count(vision, "hidden_size", 3584)
-    kv_heads = read_count(vision, "num_key_value_heads", 8)
+    values = VisionConfig.values_from_hf(vision)
+    heads, kv_heads, hidden = values["num_heads"], values["num_kv_heads"], values["hidden_size"]
     if heads % kv_heads:
         raise UnsupportedConfig(
             "vision_config.num_key_value_heads", got=kv_heads, wanted=f"a divisor of {heads} heads"
         )
     if hidden % heads or hidden // heads % 4:
-        wanted = f"num_heads={heads} times a multiple of four, because RoPE rotates pairs in rows and in columns"
+        wanted = (
+            f"num_heads={heads} times a multiple of four, because RoPE rotates pairs "
+            "in rows and in columns"
+        )
         raise UnsupportedConfig("vision_config.hidden_size", got=hidden, wanted=wanted)
     if (activation := vision.get("hidden_act", "silu")) != "silu":
         raise UnsupportedConfig("vision_config.hidden_act", got=activation, known=("silu",))
-    depth = read_count(vision, "depth", 32)
-    blocks = vision.get("fullatt_block_indexes", (7, 15, 23, 31))
+    blocks = vision["fullatt_block_indexes"]
     if not isinstance(blocks, list | tuple) or any(type(block) is not int for block in blocks):
         raise UnsupportedConfig(
-            "vision_config.fullatt_block_indexes", got=blocks, wanted="a list of blocks' numbers"
+            "vision_config.fullatt_block_indexes", got=blocks, wanted="a list of block numbers"
         )
-    patch, merge = read_count(vision, "patch_size", 14), read_count(vision, "spatial_merge_size", 2)
-    window = read_count(vision, "window_size", 112)
-    if window < patch * merge:
-        wanted = f"at least patch_size x spatial_merge_size = {patch * merge}, one word"
+    token_side = values["patch_size"] * values["merge_size"]
+    if (window := values["window_size"]) < token_side:
+        wanted = f"at least patch_size x spatial_merge_size = {token_side}, the side of one token"
         raise UnsupportedConfig("vision_config.window_size", got=window, wanted=wanted)
-    return VisionConfig(
-        depth=depth,
-        hidden_size=hidden,
-        ffn_size=read_count(vision, "intermediate_size", 3420),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        channels=read_count(vision, "in_channels", 3),
-        patch_size=patch,
-        temporal_patch_size=read_count(vision, "temporal_patch_size", 2),
-        merge_size=merge,
-        window_size=window,
-        out_size=read_count(vision, "out_hidden_size", 3584),
-        full_attention=tuple(blocks),
-    )
-
-
-_VISION_FIELDS = {
-    "depth": "depth",
-    "hidden_size": "hidden_size",
-    "ffn_size": "intermediate_size",
-    "num_heads": "num_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "channels": "in_channels",
-    "patch_size": "patch_size",
-    "temporal_patch_size": "temporal_patch_size",
-    "merge_size": "spatial_merge_size",
-    "window_size": "window_size",
-    "out_size": "out_hidden_size",
-    "full_attention": "fullatt_block_indexes",
-}
+    return VisionConfig(**values, full_attention=tuple(blocks))
 
 
 def write_hf_config(model_config: Exaone45ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of these facts, key by key as `source` spells it, changed only where the facts have changed.
+    """Writes config.json: `source` with the fields that differ in this model config.
 
     Args:
-        facts: of the model to be exported.
-        source: the configuration the model was made from; empty for one made by hand.
+        model_config: of the model to be exported.
+        source: the config.json that the model came from; empty for a model made without one.
 
     Raises:
-        UnsupportedConfig: what EXAONE 4.0's configuration has no words for.
+        UnsupportedConfig: windows and RoPE that an EXAONE 4.0 config cannot express.
     """
     if not source:
-        return _written_whole(model_config)
+        return _write_without_source(model_config)
     before = read_hf_config(source)
-    config = {key: value for key, value in source.items() if key != "transformers_version"}
-    nested = {TEXT: dict(config.get(TEXT) or {}), VISION: dict(config.get(VISION) or {})}
-    text = read_text(nested[TEXT])
-    if before.text != model_config.text:  # but for what the whole model's fields say
-        nested[TEXT] = write_text(
-            replace(model_config.text, tied=text.tied, dtype=text.dtype), nested[TEXT]
+    hf_config = {key: value for key, value in source.items() if key != "transformers_version"}
+    text, vision = dict(hf_config.get(TEXT) or {}), dict(hf_config.get(VISION) or {})
+    if before.text != model_config.text:  # `tied` and the dtype are the full model's, see below
+        nested = read_text(text)
+        language_model = dataclasses.replace(
+            model_config.text, tied=nested.tied, dtype=nested.dtype
         )
-    nested[TEXT] |= _written(before, model_config, _MTP_FIELDS)
-    nested[VISION] |= _written(before.vision, model_config.vision, _VISION_FIELDS)
-    config |= _written(before, model_config, _FIELDS)
+        text = write_text(language_model, text)
+    if model_config.mtp is not None:
+        text |= model_config.mtp.hf_values(before.mtp)
+    elif before.mtp is not None:
+        text[_MTP_DEPTH] = 0
+    vision |= model_config.vision.hf_values(before.vision)
+    changed = model_config.hf_values(before)
+    hf_config |= {key: changed[key] for key in _TOP_LEVEL if key in changed}
     if before.dtype != model_config.dtype:
-        for each in (config, *nested.values()):
+        for each in (hf_config, text, vision):
             each.pop("torch_dtype", None)
             each["dtype"] = model_config.dtype
-    return config | {field: each for field, each in nested.items() if each}
+    return hf_config | {key: each for key, each in ((TEXT, text), (VISION, vision)) if each}
 
 
-def _written_whole(model_config: Exaone45ModelConfig) -> dict[str, Any]:
-    text = write_text(model_config.text, {}) | _written(
-        None, model_config, _MTP_FIELDS if model_config.mtp_depth else {}
-    )
+def _write_without_source(model_config: Exaone45ModelConfig) -> dict[str, Any]:
+    text = write_text(model_config.text, {})
     del text["architectures"]
-    vision = {"model_type": _VISION_TYPE, "dtype": model_config.dtype} | _written(
-        None, model_config.vision, _VISION_FIELDS
-    )
-    whole = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": model_config.dtype}
-    return whole | _written(None, model_config, _FIELDS) | {TEXT: text, VISION: vision}
-
-
-def _written(before: object, model_config: object, names: Mapping[str, str]) -> dict[str, Any]:
-    """Field -> value of the facts that have changed."""
-    values = {
-        field: getattr(model_config, name)
-        for name, field in names.items()
-        if _changed(before, model_config, name)
-    }
+    if model_config.mtp is not None:
+        text |= model_config.mtp.hf_values()
+    values = model_config.hf_values()
     return {
-        field: list(value) if isinstance(value, tuple) else value for field, value in values.items()
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "dtype": model_config.dtype,
+        **{key: values[key] for key in _TOP_LEVEL},
+        TEXT: text,
+        VISION: {
+            "model_type": _VISION_TYPE,
+            "dtype": model_config.dtype,
+            **model_config.vision.hf_values(),
+        },
     }
-
-
-def _changed(before: object, model_config: object, name: str) -> bool:
-    return before is None or bool(getattr(before, name) != getattr(model_config, name))
-
-
-_FIELDS = {
-    "image_token": "image_token_id",
-    "video_token": "video_token_id",
-    "tied": "tie_word_embeddings",
-}
-_MTP_FIELDS = {
-    "mtp_depth": _MTP_DEPTH,
-    "mtp_shared": "mtp_share_layers",
-    "mtp_loss_scale": "mtp_loss_scaling_factor",
-}

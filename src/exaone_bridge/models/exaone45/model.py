@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from exaone_bridge.errors import VisionInputError
-from exaone_bridge.models.exaone45.config import VisionConfig
 from exaone_bridge.models.exaone45.vision_encoder import smallest_image
 from exaone_bridge.modules.context_parallel import local_positions, restore_sequence_order
+from exaone_bridge.schema.model_config import VisionConfig
 
 __all__ = ["Exaone45Model"]
 

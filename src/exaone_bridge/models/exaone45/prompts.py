@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from exaone_bridge.models.exaone45.config import Exaone45ModelConfig, VisionConfig
+from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
+from exaone_bridge.schema.model_config import VisionConfig
 
 __all__ = ["Piece", "image_prompts", "prompt_of"]
 
@@ -33,7 +34,7 @@ def prompt_of(
         words.append(
             torch.full(
                 (features,),
-                model_config.image_token if kind == "image" else model_config.video_token,
+                model_config.image_token_id if kind == "image" else model_config.video_token_id,
             )
         )
         given[kind].append(
@@ -62,7 +63,7 @@ def _text(
     model_config: Exaone45ModelConfig, count: int, generator: torch.Generator
 ) -> torch.Tensor:
     words = torch.randint(model_config.vocab_size, (count,), generator=generator)
-    for token in (model_config.image_token, model_config.video_token):
+    for token in (model_config.image_token_id, model_config.video_token_id):
         words[words == token] = (token + 2) % model_config.vocab_size
     return words
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
 from exaone_bridge.models.exaone4.layer_spec import exaone4_layer_spec
-from exaone_bridge.models.exaone4.provider import Exaone4ModelProvider, exaone4_provider
-from exaone_bridge.models.exaone4.provider import model_config_of as text_config_of
-from exaone_bridge.models.exaone45.config import Exaone45ModelConfig, VisionConfig
+from exaone_bridge.models.exaone4.provider import (
+    Exaone4ModelProvider,
+    exaone4_config_fields,
+    exaone4_provider_fields,
+)
+from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
 from exaone_bridge.models.exaone45.model import Exaone45Model
 from exaone_bridge.models.exaone45.mtp import mtp_block_spec
 from exaone_bridge.models.exaone45.vision_encoder import build_vision_encoder
 from exaone_bridge.modules.backend import resolve_backend
+from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
 __all__ = ["Exaone45ModelProvider", "exaone45_provider", "model_config_of"]
 
@@ -66,8 +69,8 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         super().finalize()
 
     @property
-    def vision_config_of(self) -> VisionConfig:
-        """What `vision` says."""
+    def vision_model_config(self) -> VisionConfig:
+        """`vision` as a typed config."""
         return VisionConfig(
             **{**self.vision, "full_attention": tuple(self.vision["full_attention"])}
         )
@@ -82,7 +85,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         language_model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
-        model_config = self.vision_config_of
+        model_config = self.vision_model_config
         vision_encoder = (
             build_vision_encoder(model_config, self, self.init_method_std)
             if language_model.pre_process
@@ -118,36 +121,28 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
 def exaone45_provider(
     model_config: Exaone45ModelConfig, hf_config: Mapping[str, Any]
 ) -> Exaone45ModelProvider:
-    """The provider of these facts; `hf_config` is carried for the export."""
-    text = exaone4_provider(
-        dataclasses.replace(model_config.text, tied=model_config.tied), hf_config
-    )
-    given = {each.name: getattr(text, each.name) for each in fields(text) if each.init}
+    """Returns the provider of this model.
+
+    Args:
+        model_config: of the model to be built.
+        hf_config: the config.json that it came from, which the provider keeps for the export.
+    """
+    vision, mtp = model_config.vision, model_config.mtp
     return Exaone45ModelProvider(
-        **given
-        | {
-            "mtp_use_repeated_layer": model_config.mtp_shared,
-            "mtp_loss_scaling_factor": model_config.mtp_loss_scale,
-        },
-        vision=dataclasses.asdict(model_config.vision)
-        | {"full_attention": list(model_config.vision.full_attention)},
-        image_token_id=model_config.image_token,
-        video_token_id=model_config.video_token,
-        mtp_depth=model_config.mtp_depth,
+        **exaone4_provider_fields(model_config, hf_config),
+        **({} if mtp is None else mtp.provider_fields()),
+        vision=dataclasses.asdict(vision) | {"full_attention": list(vision.full_attention)},
         mtp_sliding=model_config.windows[0] is not None,
         mtp_use_rope=model_config.rope[0],
     )
 
 
 def model_config_of(provider: Exaone45ModelProvider) -> Exaone45ModelConfig:
-    """The inverse of `exaone45_provider`: the facts of the model that this provider would build."""
-    text = text_config_of(provider)
+    """Returns the config of the model that this provider builds; inverse of `exaone45_provider`."""
+    depth = provider.mtp_num_layers or provider.mtp_depth
+    mtp = MTPConfig(**MTPConfig.values_from_provider(provider) | {"depth": depth})
     return Exaone45ModelConfig(
-        **{each.name: getattr(text, each.name) for each in fields(Exaone4ModelConfig)},
-        vision=provider.vision_config_of,
-        image_token=provider.image_token_id,
-        video_token=provider.video_token_id,
-        mtp_depth=provider.mtp_num_layers or provider.mtp_depth,
-        mtp_shared=provider.mtp_use_repeated_layer,
-        mtp_loss_scale=provider.mtp_loss_scaling_factor,
+        **exaone4_config_fields(Exaone45ModelConfig, provider),
+        vision=provider.vision_model_config,
+        mtp=mtp if depth else None,
     )

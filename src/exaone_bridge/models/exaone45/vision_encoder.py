@@ -17,7 +17,7 @@ from transformers.models.exaone4_5.modeling_exaone4_5 import (
     Exaone4_5_VisionRotaryEmbedding,
 )
 
-from exaone_bridge.models.exaone45.config import VisionConfig
+from exaone_bridge.schema.model_config import VisionConfig
 
 __all__ = ["build_vision_encoder", "smallest_image"]
 

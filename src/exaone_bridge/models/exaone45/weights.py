@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from exaone_bridge.models.exaone4.weights import exaone4_mappings
-from exaone_bridge.models.exaone45.config import Exaone45ModelConfig, VisionConfig
+from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
+from exaone_bridge.schema.model_config import VisionConfig
 from exaone_bridge.schema.param_mapping import HFTensor, MappingKind, ParamMapping, hf_renamed
 
 __all__ = [
@@ -75,7 +76,7 @@ def _linear(name: str, axes: str) -> Iterator[HFTensor]:
 
 def without_passthrough(model_config: Exaone45ModelConfig) -> Exaone45ModelConfig:
     """The facts of the same model without multi-token prediction beside it."""
-    return dataclasses.replace(model_config, mtp_depth=0)
+    return dataclasses.replace(model_config, mtp=None)
 
 
 def exaone45_mappings_with_mtp(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
@@ -90,7 +91,7 @@ def passthrough_tensors(model_config: Exaone45ModelConfig) -> tuple[HFTensor, ..
 
 def _mtp(model_config: Exaone45ModelConfig) -> Iterator[ParamMapping]:
     """Of each depth: EXAONE 4.0's layer, and what leads to it and from it, of which there is one on disk."""
-    for depth in range(model_config.mtp_layers):
+    for depth in range(0 if model_config.mtp is None else model_config.mtp.num_layers):
         name = f"mtp.layers.{depth}"
         for mapping in exaone4_mappings(model_config.text):
             if mapping.layers:

@@ -53,11 +53,7 @@ class RoundingModel:
 
     def _vision_encoder(self) -> float:
         """Of a vision tower, whose features take the place of words: patches, each block, and the merger after them."""
-        return (
-            0.0
-            if getattr(self.model_config, "vision", None) is None
-            else self.vision_terms(None, "merger")
-        )
+        return 0.0 if self.model_config.vision is None else self.vision_terms(None, "merger")
 
     def vision_terms(self, block: int | None, sublayer: str) -> float:
         """Terms summed on the way to this place of a vision tower: of its embedding, of a block, or of its merger."""

@@ -14,7 +14,6 @@ __all__ = ["model_summary"]
 def model_summary(source: HFCheckpoint) -> dict[str, Any]:
     """Family, size and shape."""
     model_config = source.model_config
-    moe = tuple(getattr(model_config, "moe", ()))
     summary: dict[str, Any] = {
         "family": source.family.name,
         "architecture": source.config["architectures"][0],
@@ -33,16 +32,16 @@ def model_summary(source: HFCheckpoint) -> dict[str, Any]:
         "vocab_size": model_config.vocab_size,
         "tied": model_config.tied,
     }
-    if (vision := getattr(model_config, "vision", None)) is not None:
+    if (vision := model_config.vision) is not None:
         summary["vision"] = dataclasses.asdict(vision) | {"head_dim": vision.head_dim}
-    if depth := getattr(model_config, "mtp_depth", 0):
-        summary["mtp"] = {"depth": depth, "layers": model_config.mtp_layers}
-    if any(moe):
+    if (mtp := model_config.mtp) is not None:
+        summary["mtp"] = {"depth": mtp.depth, "layers": mtp.num_layers}
+    if (moe := model_config.moe) is not None:
         summary |= {
-            "feed_forward": mlp_pattern(moe),
-            "experts": model_config.num_experts,
-            "experts_per_token": model_config.topk,
-            "shared_experts": model_config.num_shared_experts,
-            "expert_ffn_size": model_config.expert_ffn_size,
+            "feed_forward": mlp_pattern(moe.layer_mask),
+            "experts": moe.num_experts,
+            "experts_per_token": moe.topk,
+            "shared_experts": moe.num_shared_experts,
+            "expert_ffn_size": moe.expert_ffn_size,
         }
     return summary

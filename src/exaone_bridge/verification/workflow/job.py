@@ -279,8 +279,8 @@ def make_workload(source: HFCheckpoint, layout: Layout, asked: VerifyOptions) ->
     check_layout(source.model_config, layout)
     if asked.dtype not in DTYPES:
         raise UnsupportedConfig("--dtype", got=asked.dtype, known=tuple(DTYPES), where="verify")
-    depth = int(getattr(source.model_config, "mtp_depth", 0))
-    if asked.mtp and not (depth and source.family.with_mtp):
+    mtp = source.model_config.mtp
+    if asked.mtp and (mtp is None or source.family.with_mtp is None):
         raise UnsupportedConfig(
             "--mtp",
             got=True,
@@ -309,7 +309,7 @@ def make_workload(source: HFCheckpoint, layout: Layout, asked: VerifyOptions) ->
         generate=asked.generation,
         gradient_tokens=tokens,
         gradient_images=of_tokens,
-        overrides={"mtp_num_layers": depth} if asked.mtp else {},
+        overrides={"mtp_num_layers": mtp.depth} if asked.mtp and mtp is not None else {},
     )
 
 

@@ -93,14 +93,13 @@ def _small(**fields: Any) -> dict[str, Any]:
 def test_published() -> None:
     dense, small, large = (read_hf_config(PUBLISHED[name]) for name in ("0.3B", "21B", "300B"))
     assert (dense.moe_layers, dense.num_experts, dense.tied, dense.head_dim) == ((), 0, True, 128)
-    assert (small.moe_layers, small.num_experts, small.topk) == (tuple(range(1, 28)), 64, 6)
-    assert (small.shared_ffn_size, small.head_dim, small.mtp_layers) == (3072, 128, 1)
-    assert (large.moe_layers, large.num_shared_experts, large.tied) == (
-        tuple(range(3, 54)),
-        0,
-        False,
-    )
-    assert (large.topk, large.expert_ffn_size, large.head_dim) == (8, 3584, 128)
+    assert dense.moe is None and dense.mtp is None
+    assert small.moe is not None and small.mtp is not None and large.moe is not None
+    assert (small.moe_layers, small.num_experts, small.moe.topk) == (tuple(range(1, 28)), 64, 6)
+    assert (small.moe.shared_ffn_size, small.head_dim, small.mtp.depth) == (3072, 128, 1)
+    assert large.moe_layers == tuple(range(3, 54))
+    assert (large.moe.num_shared_experts, large.tied, large.mtp) == (0, False, None)
+    assert (large.moe.topk, large.moe.expert_ffn_size, large.head_dim) == (8, 3584, 128)
     assert {model_config.dtype for model_config in (dense, small, large)} == {"bfloat16"}
 
 
@@ -228,25 +227,30 @@ def test_written_unchanged_where_nothing_changed(name: str) -> None:
         {"dtype": "float32"},
         {"bias": True, "head_bias": True},
         {"tied": False, "vocab_size": 99, "norm_eps": 0.5},
-        {"mtp_layers": 0},
-        {"num_layers": 6, "moe": (False, True) * 3},
-        {"num_layers": 3, "moe": (True, False, False)},
+        {"mtp": None},
+        {"num_layers": 6, "moe": {"layer_mask": (False, True) * 3}},
+        {"num_layers": 3, "moe": {"layer_mask": (True, False, False)}},
         {
-            "num_shared_experts": 3,
-            "topk": 2,
-            "norm_min": 0.1,
-            "num_experts": 4,
-            "expert_ffn_size": 12,
+            "moe": {
+                "num_shared_experts": 3,
+                "topk": 2,
+                "norm_min": 0.1,
+                "num_experts": 4,
+                "expert_ffn_size": 12,
+            }
         },
     ],
     ids=str,
 )
 def test_written_changes_are_read_back(source: str | None, changes: dict[str, Any]) -> None:
     config = PUBLISHED[source or "21B"]
-    model_config = dataclasses.replace(read_hf_config(config), **changes)
+    before = read_hf_config(config)
+    if "moe" in changes:
+        if before.moe is None:
+            return  # a dense config cannot express experts
+        changes = changes | {"moe": dataclasses.replace(before.moe, **changes["moe"])}
+    model_config = dataclasses.replace(before, **changes)
     if source == "0.3B":
-        if changes.keys() & {"moe", "num_experts"}:
-            return  # a dense configuration has no words for experts
         model_config = dataclasses.replace(model_config, head_bias=False)
     if source is None:
         model_config = dataclasses.replace(model_config, init_std=0.3, max_positions=11)
@@ -255,7 +259,9 @@ def test_written_changes_are_read_back(source: str | None, changes: dict[str, An
 
 def test_unsayable_schedule_is_refused() -> None:
     model_config = read_hf_config(PUBLISHED["21B"])
-    gaps = dataclasses.replace(model_config, num_layers=4, moe=(True, True, False, True))
+    assert model_config.moe is not None
+    moe = dataclasses.replace(model_config.moe, layer_mask=(True, True, False, True))
+    gaps = dataclasses.replace(model_config, num_layers=4, moe=moe)
     with pytest.raises(UnsupportedConfig, match="moe_layer_freq"):
         write_hf_config(gaps, PUBLISHED["21B"])
 

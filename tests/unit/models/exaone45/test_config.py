@@ -34,10 +34,10 @@ def test_the_language_model_is_exaone4s() -> None:
     assert model_config.text == read_text(CONFIG["text_config"])
     assert (model_config.vision.qkv_size, model_config.vision.head_dim) == (96, 12)
     assert (
-        model_config.image_token,
-        model_config.video_token,
-        model_config.mtp_layers,
-        model_config.mtp_loss_scale,
+        model_config.image_token_id,
+        model_config.video_token_id,
+        model_config.mtp.num_layers,
+        model_config.mtp.loss_scale,
     ) == (
         67,
         68,
@@ -90,7 +90,7 @@ def test_a_changed_fact_changes_its_own_field(path: str, value: Any) -> None:
 def test_one_type_for_the_whole_model() -> None:
     half = json.loads(json.dumps(CONFIG).replace("float32", "bfloat16"))
     assert write_hf_config(read_hf_config(half), CONFIG) == half
-    with pytest.raises(UnsupportedConfig, match="one type for the whole model"):
+    with pytest.raises(UnsupportedConfig, match="one dtype for the full model"):
         read_hf_config(_with("vision_config.dtype", "bfloat16"))
 
 
@@ -114,13 +114,13 @@ def test_defaults_are_transformers() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("vision_config.out_hidden_size", 63, "features take the place of words"),
+        ("vision_config.out_hidden_size", 63, "take the place of token embeddings"),
         ("vision_config.num_key_value_heads", 3, "divisor"),
         ("vision_config.hidden_size", 40, "rotates pairs in rows and in columns"),
         ("vision_config.hidden_act", "gelu", "silu"),
         ("vision_config.patch_size", [4, 4], "patch_size"),
-        ("vision_config.window_size", 4, "one word"),
-        ("vision_config.fullatt_block_indexes", "1,3", "list of blocks"),
+        ("vision_config.window_size", 4, "side of one token"),
+        ("vision_config.fullatt_block_indexes", "1,3", "list of block numbers"),
         ("vision_config.model_type", "qwen2_5_vl", "exaone4_5_vision"),
         ("text_config.model_type", "llama", "exaone4"),
         ("text_config", 3, "an object"),
@@ -129,7 +129,7 @@ def test_defaults_are_transformers() -> None:
         ("vision_config.dtype", ["float32"], "dtype is \\['float32'\\]"),
         ("text_config.mtp_share_layers", 1, "mtp_share_layers"),
         ("image_token_id", 387, "vocab_size"),
-        ("image_token_id", 68, "another word"),
+        ("image_token_id", 68, "another token"),
     ],
 )
 def test_refused(path: str, value: Any, said: str) -> None:
