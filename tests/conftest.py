@@ -1,6 +1,6 @@
-"""What all tests share: Megatron imported once, and tiny random checkpoints.
+"""Fixtures of all tests: Megatron-Bridge, imported once, and tiny random checkpoints.
 
-Megatron-Bridge's import takes half a minute, so ranks are forked from this process after the `host` fixture ran.
+Importing Megatron-Bridge takes 20 s, so ranks are forked after the `megatron_bridge` fixture ran.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TinyFactory = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def megatron_bridge() -> Any:
-    """Megatron-Bridge, imported with our bridges registered, and what every forked rank would import for itself."""
+    """Return our registered bridges; import all that every forked rank would import otherwise."""
     import exaone_bridge
 
     logging.disable(logging.WARNING)
@@ -37,43 +37,45 @@ def megatron_bridge() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
-    """`tiny(name, seed=0, **fields)`: the folder of a miniature with these fields of config.json changed."""
-    made: dict[str, Path] = {}
+    """Return `tiny(name, seed=0, **fields)`: a tiny model's folder with changed config fields."""
+    folders: dict[str, Path] = {}
 
     def make(name: str, seed: int = 0, **fields: Any) -> Path:
         key = json.dumps([name, seed, fields], sort_keys=True)
-        if key not in made:
+        if key not in folders:
             folder = tmp_path_factory.mktemp("tiny") / name
             write_random(folder, {**TINY_CONFIGS[name], **fields}, seed=seed)
-            made[key] = folder
-        return made[key]
+            folders[key] = folder
+        return folders[key]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def _seen() -> dict[bytes, bytes]:
+def _reference_cache() -> dict[bytes, bytes]:
     return {}
 
 
 @pytest.fixture
-def references(_seen: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`verify` runs Transformers once for a folder and its prompts, however many layouts or faults it is held against.
+def cached_references(
+    _reference_cache: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let `verify` run Transformers once per folder and prompts, for all layouts and faults.
 
-    Not for tests that plant something on Transformers' side. Every test has a copy of its own.
+    It is not for tests that inject a fault into Transformers. Each test gets a copy of the result.
     """
     from exaone_bridge.runtime.fork import ForkLauncher
     from exaone_bridge.verification.workflow import verify as module
 
     first = ForkLauncher.first
 
-    def once(launcher: ForkLauncher, fn: Any, *args: Any, **options: Any) -> Any:
+    def cached_first(launcher: ForkLauncher, fn: Any, *args: Any, **options: Any) -> Any:
         if fn is not module.run_transformers:
             return first(launcher, fn, *args, **options)
-        folder, job = args
-        key = pickle.dumps((folder, dataclasses.replace(job, layout=Layout(), backend="")))
-        if key not in _seen:
-            _seen[key] = pickle.dumps(first(launcher, fn, folder, job, **options))
-        return pickle.loads(_seen[key])
+        folder, workload = args
+        key = pickle.dumps((folder, dataclasses.replace(workload, layout=Layout(), backend="")))
+        if key not in _reference_cache:
+            _reference_cache[key] = pickle.dumps(first(launcher, fn, *args, **options))
+        return pickle.loads(_reference_cache[key])
 
-    monkeypatch.setattr(ForkLauncher, "first", once)
+    monkeypatch.setattr(ForkLauncher, "first", cached_first)

@@ -1,7 +1,8 @@
-"""Tests that need a GPU and Transformer Engine; everywhere else each is skipped and says why."""
+"""Tests that need a GPU and Transformer Engine; elsewhere each test is skipped with the reason."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +13,7 @@ import pytest
 
 
 def _missing() -> str | None:
-    import importlib.util
-
-    import torch  # before transformer_engine: the two bring different versions of cuDNN
+    import torch  # before transformer_engine: each brings another version of cuDNN
 
     if not torch.cuda.is_available():
         return "no GPU here"
@@ -35,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def nccl(megatron_bridge: Any) -> Iterator[None]:
-    """A world of one rank on this GPU, in full fp32: TF32 would hide what is compared."""
+    """Start a process group of one rank on this GPU, in full fp32: TF32 would hide differences."""
     import torch
     import torch.distributed as dist
 

@@ -1,8 +1,10 @@
-"""Under torchrun: an example's `main`, with its last model looked at. Not a test; `test_training_loop.py` starts it.
+"""Run an example's `main` under torchrun, and save logits of its trained model.
 
-    loop_driver.py EXAMPLE PROBE ARGUMENTS...
+`test_training_loop.py` starts it:
 
-PROBE is a file for the logits [N, S, V] of `prompts` that the model in memory gives when training has ended, or "-".
+    loop_driver.py EXAMPLE LOGITS ARGUMENTS...
+
+LOGITS is the file for the trained model's logits [N, S, V] of `prompts`, or "-".
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Before CUDA starts: the same sums in the same order in every run.
+# Set before CUDA starts: every run sums in the same order.
 os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
@@ -24,24 +26,24 @@ import exaone_bridge  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
-def _same_every_time(config: Any) -> None:
-    config.model.cross_entropy_loss_fusion = False  # Megatron-Core calls it not deterministic
+def _make_deterministic(config: Any) -> None:
+    config.model.cross_entropy_loss_fusion = False  # not deterministic, says Megatron-Core
     config.dataset.num_workers = 0
 
 
 def main() -> None:
-    example, probe, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
+    example, logits_file, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
     module = importlib.import_module(example)
 
-    def look(model: list[Any]) -> None:
+    def save_logits(model: list[Any]) -> None:
         from exaone_bridge.runtime.model import forward_logits
         from exaone_bridge.verification.checks.logits import prompts
 
         logits, _ = forward_logits(model, prompts(2048, 4, 200))
-        torch.save(logits, probe)
+        torch.save(logits, logits_file)
 
-    extra = {} if probe == "-" else {"at_end": look}
-    module.main(arguments, adjust=_same_every_time, **extra)
+    extra = {} if logits_file == "-" else {"at_end": save_logits}
+    module.main(arguments, adjust=_make_deterministic, **extra)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All families over two GPUs on NCCL: logits at every kind of layout, images too, exports, packed documents."""
+"""All models over two GPUs on NCCL: logits at each kind of layout, exports, packed documents, MTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-NAMES = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
+from tests.helpers.gpu import LANGUAGE_MODELS, MOE_MODELS, Distance, wide
+
+BF16 = "bfloat16"
 LAYOUTS: list[dict[str, Any]] = [
     {"tp": 2},
     {"tp": 2, "sp": True},
@@ -22,9 +24,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"cp": 2},
     {"ep": 2},
 ]
-BF16 = "bfloat16"
-# EXAONE 4.5: words past the window, one image, several, videos.
-IMAGES: list[tuple[dict[str, Any], str]] = [
+# EXAONE 4.5 runs text longer than the window, and prompts with one image, several, and videos.
+VISION_LAYOUTS: list[tuple[dict[str, Any], str]] = [
     ({"tp": 2}, "float32"),
     ({"tp": 2}, BF16),
     ({"tp": 2, "sp": True}, "float32"),
@@ -35,93 +36,59 @@ IMAGES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def _cases() -> list[dict[str, Any]]:
-    cases: list[dict[str, Any]] = []
-    for name in NAMES:
-        for layout in LAYOUTS:
-            if "ep" in layout and name not in ("ernie45", "ernie45-300b"):
-                continue
-            # Transformer Engine's fused attention, the only one that context parallelism has, takes no fp32.
-            for dtype in (
-                [BF16]
-                if "cp" in layout
-                else ["float32", BF16]
-                if layout == {"tp": 2}
-                else ["float32"]
-            ):
-                cases.append({"kind": "logits", "name": name, "layout": layout, "dtype": dtype})
-    cases.append(
-        {
-            "kind": "logits",
-            "name": "exaone4",
-            "layout": {"cp": 2},
-            "dtype": BF16,
-            "fields": {"cp_comm_type": "a2a"},
-        }
-    )
-    for name in ("exaone4", "ernie45"):
-        cases.append({"kind": "packed", "name": name, "layout": {"cp": 2}})
-    for layout, dtype in IMAGES:
-        cases.append({"kind": "logits", "name": "exaone45", "layout": layout, "dtype": dtype})
-    cases.append(
-        {
-            "kind": "prediction",
-            "name": "exaone45",
-            "layout": {"tp": 2, "sp": True},
-            "dtype": "float32",
-        }
-    )
+def _case(kind: str, name: str, layout: dict[str, Any], dtype: str, **fields: Any) -> Any:
+    words = [kind, name, *(f"{axis}{size}" for axis, size in layout.items())]
+    words += [*([] if kind == "packed" else [dtype]), *map(str, fields.values())]
+    case = {"id": " ".join(words), "kind": kind, "name": name, "layout": layout, "dtype": dtype}
+    return case | {"fields": fields}
+
+
+def _dtypes(layout: dict[str, Any]) -> list[str]:
+    # Only Transformer Engine's fused attention, which has no fp32, supports context parallelism.
+    return [BF16] if "cp" in layout else ["float32", BF16] if layout == {"tp": 2} else ["float32"]
+
+
+CASES = [
+    _case("logits", name, layout, dtype)
+    for name in LANGUAGE_MODELS
+    for layout in LAYOUTS
+    if "ep" not in layout or name in MOE_MODELS
+    for dtype in _dtypes(layout)
+]
+CASES += [_case("logits", "exaone4", {"cp": 2}, BF16, cp_comm_type="a2a")]
+CASES += [_case("packed", name, {"cp": 2}, BF16) for name in ("exaone4", "ernie45")]
+CASES += [_case("logits", "exaone45", layout, dtype) for layout, dtype in VISION_LAYOUTS]
+CASES += [_case("mtp", "exaone45", {"tp": 2, "sp": True}, "float32")]
+# One process group runs all cases of a layout.
+CASES.sort(key=lambda case: json.dumps(case["layout"]))
+
+
+def write_cases(folder: Path, cases: list[dict[str, Any]], tiny: Any) -> None:
+    """Write `cases.json` and the models that it names."""
     for case in cases:
-        words = [
-            case["kind"],
-            case["name"],
-            *(f"{key}{value}" for key, value in case["layout"].items()),
-        ]
-        case["id"] = " ".join(
-            [*words, case.get("dtype", ""), *case.get("fields", {}).values()]
-        ).strip()
-    return sorted(
-        cases, key=lambda case: json.dumps(case["layout"])
-    )  # one world serves all cases of a layout
-
-
-CASES = _cases()
+        fields = wide(case["name"], case["dtype"])
+        if case["name"] == "exaone4-1.2b":  # two stages of two chunks divide eight layers
+            fields |= {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+        case["folder"] = str(tiny(case["name"], **fields))
+    (folder / "cases.json").write_text(json.dumps(cases))
 
 
 @pytest.fixture(scope="module")
 def results(
     request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """Every selected case's figures, from one run of torchrun."""
+    """Run all selected cases in one run of torchrun; return case id -> metrics or error."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from tests.gpu.test_exaone45 import wide45
-    from tests.gpu.test_transformer_engine import wide
-
     folder = tmp_path_factory.mktemp("two_gpus")
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     cases = [call.params["case"] for call in calls if call and call.params.get("case") in CASES]
-    for case in cases:
-        dtype = case.get("dtype", BF16)
-        fields = (
-            wide45(dtype) if case["name"] == "exaone45" else wide(case["name"]) | {"dtype": dtype}
-        )
-        if case["name"] == "exaone4-1.2b":  # as many layers as two stages of two chunks divide
-            fields |= {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
-        case["folder"] = str(tiny(case["name"], **fields))
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    script = Path(__file__).with_name("two_gpus.py")
+    write_cases(folder, cases, tiny)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(Path(__file__).with_name("two_gpus.py")), str(folder)]
     with (folder / "log.txt").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            [*command, str(script), str(folder)],
+            command,
             stdout=log,
             stderr=subprocess.STDOUT,
             timeout=450,
@@ -129,53 +96,48 @@ def results(
         )
     log_tail = (folder / "log.txt").read_text(errors="replace")[-6000:]
     print(log_tail)
-    found = (
-        json.loads((folder / "results.json").read_text())
-        if (folder / "results.json").is_file()
-        else {}
-    )
-    return {
-        case["id"]: found.get(case["id"], {"error": f"did not run: {log_tail}"}) for case in cases
-    }
+    path = folder / "results.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    missing = {"error": f"did not run: {log_tail}"}
+    return {case["id"]: found.get(case["id"], missing) for case in cases}
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case["kind"] == "logits"], ids=lambda case: case["id"]
-)
-def test_logits_and_export(results: dict[str, Any], case: dict[str, Any]) -> None:
-    """fp32 within 1e-3; bf16 as close to the truth as Transformers' own bf16 is."""
-    result = results[case["id"]]
+def cases_of(kind: str) -> pytest.MarkDecorator:
+    cases = [case for case in CASES if case["kind"] == kind]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case["id"])
+
+
+def _result(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = results[case["id"]]
     assert "error" not in result, result["error"]
-    print(case["id"], {key: result[key] for key in ("ours", "theirs", "exchanges")})
+    print(case["id"], result)
+    return result
+
+
+@cases_of("logits")
+def test_logits_and_export_over_two_gpus(results: dict[str, Any], case: dict[str, Any]) -> None:
+    """fp32 logits equal those of Transformers, bf16 logits are as exact; exports are bitwise."""
+    result = _result(results, case)
+    distance = Distance(*result["megatron"])
     if case["dtype"] == "float32":
-        assert result["ours"][1] <= 1e-3
+        assert distance.max <= 1e-3
     else:
-        assert result["ours"][0] <= 1.1 * result["theirs"][0]
-        assert result["ours"][1] <= 1.1 * result["theirs"][1]
-    assert result["bitwise"], result["where"]
+        distance.assert_close_to(Distance(*result["hf"]))
+    assert result["bitwise"], result["details"]
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case["kind"] == "packed"], ids=lambda case: case["id"]
-)
-def test_packed_documents_equal_the_same_alone(
+@cases_of("packed")
+def test_packed_documents_over_two_gpus_have_the_logits_of_single_documents(
     results: dict[str, Any], case: dict[str, Any]
 ) -> None:
-    """Within bf16's own mean distance to fp32 (2e-2); documents that saw each other would be a hundred times as far."""
-    result = results[case["id"]]
-    assert "error" not in result, result["error"]
-    print(case["id"], result)
-    assert result["packed"][0] <= 2e-2
+    """2e-2 is the mean distance of bf16 to fp32; attention to other documents makes it 100 times."""
+    assert _result(results, case)["packed"][0] <= 2e-2
 
 
-PREDICTIONS = [case for case in CASES if case["kind"] == "prediction"]
-
-
-@pytest.mark.parametrize("case", PREDICTIONS, ids=lambda case: case["id"])
-def test_multi_token_prediction(results: dict[str, Any], case: dict[str, Any]) -> None:
-    """In fp32 logits within 1e-3 and loss within 1e-4 of the formula's, every gradient within 1e-3 of its size."""
-    result = results[case["id"]]
-    assert "error" not in result, result["error"]
-    print(case["id"], result)
+@cases_of("mtp")
+def test_mtp_over_two_gpus_equals_the_reference(
+    results: dict[str, Any], case: dict[str, Any]
+) -> None:
+    result = _result(results, case)
     assert result["logits"] <= 1e-3 and result["loss"] <= 1e-4 and result["gradient"][1] <= 1e-3
     assert not result["differing"]

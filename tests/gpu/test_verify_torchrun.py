@@ -1,7 +1,7 @@
-"""`torchrun -m exaone_bridge verify` on two GPUs, NCCL and Transformer Engine: each check's status, exit codes, faults.
+"""`torchrun -m exaone_bridge verify` on two GPUs, NCCL and Transformer Engine.
 
-Three starts of torchrun, all at once: the command itself; the command with one weight altered; and one whose processes
-run the command once for each of the other cases.
+Three runs of torchrun start together: the command; the command with an injected fault; and a driver
+whose two processes run the command once per case.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.gpu import wide
+
 DRIVER = Path(__file__).with_name("verify_driver.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 NAMES = ["exaone4", "ernie45", "exaone45"]
@@ -24,9 +26,9 @@ CP2 = ("--cp", "2", "--dtype", "bfloat16")
 
 
 def _cases() -> list[dict[str, Any]]:
-    """Name, options, and what must be said: the status of each check that does not pass.
+    """Return model, options, and the expected status of each check that does not pass.
 
-    Also whether the model is verified as a Megatron checkpoint.
+    The key "megatron" verifies the model's Megatron checkpoint.
     """
     cases: list[dict[str, Any]] = []
     for name in NAMES:
@@ -41,19 +43,19 @@ def _cases() -> list[dict[str, Any]]:
         }
     )
     cases.append({"name": "ernie45", "options": ("--ep", "2", "--quick")})
-    differs = {"tensors": "failed", "logits": "failed"}
+    failed = {"tensors": "failed", "logits": "failed"}
     cases.append(
         {
             "name": "exaone4",
             "options": (*CP2, "--quick"),
             "fault": "one-projection",
-            "statuses": differs,
+            "statuses": failed,
             "code": 1,
         }
     )
     cases.append({"name": "exaone4", "options": ("--tp", "2"), "megatron": True})
     cases.append(
-        {"name": "exaone4", "options": ("--pp", "4"), "code": 2, "says": "--nproc_per_node 4"}
+        {"name": "exaone4", "options": ("--pp", "4"), "code": 2, "message": "--nproc_per_node 4"}
     )
     for case in cases:
         marks = [case.get("fault", ""), "from Megatron" if "megatron" in case else ""]
@@ -65,23 +67,11 @@ CASES = _cases()
 
 
 def prepared(work: Path, tiny: Any) -> tuple[Path, Path]:
-    """A folder with `cases.json` and all it names, and the folder of the exaone4 that the other starts verify."""
-    from tests.gpu.test_exaone45 import wide45
-    from tests.gpu.test_transformer_engine import wide
-
-    folders = {
-        name: tiny(name, **(wide45() if name == "exaone45" else wide(name))) for name in NAMES
-    }
+    """Return the folder of `cases.json` and of all that it names, and the tiny EXAONE 4.0."""
+    folders = {name: tiny(name, **wide(name)) for name in NAMES}
     megatron = work / "megatron"
-    importing = [
-        sys.executable,
-        "-m",
-        "exaone_bridge",
-        "import",
-        str(folders["exaone4"]),
-        str(megatron),
-    ]
-    subprocess.run(importing, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "exaone_bridge", "import", folders["exaone4"], megatron]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     written = []
     for number, case in enumerate(CASES):
         model = megatron if "megatron" in case else folders[case["name"]]
@@ -92,13 +82,13 @@ def prepared(work: Path, tiny: Any) -> tuple[Path, Path]:
 
 
 def commands(work: Path, source: Path) -> dict[str, list[str]]:
-    """Each start of torchrun, by name."""
+    """Return the command of each run of torchrun, by name."""
 
     def verifying(name: str) -> list[str]:
         return ["verify", str(source), "--tp", "2", "--json", str(work / f"{name}.json")]
 
     return {
-        "right": [*TORCHRUN, "-m", "exaone_bridge", *verifying("right")],
+        "clean": [*TORCHRUN, "-m", "exaone_bridge", *verifying("clean")],
         "fault": [*TORCHRUN, str(DRIVER), "one-weight", *verifying("fault")],
         "cases": [*TORCHRUN, str(DRIVER), str(work)],
     }
@@ -106,7 +96,7 @@ def commands(work: Path, source: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what each start wrote: NAME.code, NAME.out, NAME.err; reports; results.json."""
+    """Run all commands; return the folder of NAME.code, NAME.out, NAME.err, reports, results.json."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder, source = prepared(tmp_path_factory.mktemp("verify"), tiny)
@@ -115,7 +105,7 @@ def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for key, value in os.environ.items()
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    environment.pop("NVIDIA_TF32_OVERRIDE", None)  # which is the command's own business
+    environment.pop("NVIDIA_TF32_OVERRIDE", None)  # the command sets it
     started = {}
     for name, command in commands(folder, source).items():
         with (folder / f"{name}.out").open("w") as out, (folder / f"{name}.err").open("w") as err:
@@ -130,7 +120,7 @@ def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _said(work: Path, name: str) -> str:
+def _output(work: Path, name: str) -> str:
     return "\n".join(
         (work / f"{name}.{stream}").read_text(errors="replace")[-4000:] for stream in ("out", "err")
     )
@@ -140,47 +130,44 @@ def _statuses(report: Path) -> dict[str, str]:
     return {check["name"]: check["status"] for check in json.loads(report.read_text())["checks"]}
 
 
-def test_the_command_holds(work: Path) -> None:
-    """Exit code 0; the first rank alone prints, one table."""
-    assert (work / "right.code").read_text() == "0", _said(work, "right")
-    assert _statuses(work / "right.json") == dict.fromkeys(CHECKS, "passed")
-    printed = (work / "right.out").read_text()
+def test_clean_model_passes_and_one_rank_prints(work: Path) -> None:
+    assert (work / "clean.code").read_text() == "0", _output(work, "clean")
+    assert _statuses(work / "clean.json") == dict.fromkeys(CHECKS, "passed")
+    printed = (work / "clean.out").read_text()
     print(printed)
     assert printed.count("threshold") == 1 and printed.count("importing Megatron-Core") == 1
     assert "initializing..." not in printed
 
 
-def test_one_weight_altered(work: Path) -> None:
-    """On the second rank, one number of one linear: exit code 1, the report is written whole, and says where."""
-    assert (work / "fault.code").read_text() == "1", _said(work, "fault")
+def test_injected_fault_on_one_rank_is_located(work: Path) -> None:
+    """One weight of one linear layer of the second rank is wrong; the report is complete."""
+    assert (work / "fault.code").read_text() == "1", _output(work, "fault")
     expected = dict.fromkeys(CHECKS, "passed") | {"tensors": "failed", "logits": "failed"}
     report = json.loads((work / "fault.json").read_text())
     assert _statuses(work / "fault.json") in (expected, expected | {"generation": "failed"})
     assert (report["divergence"]["layer"], report["divergence"]["sublayer"]) == (2, "attention")
-    said = (work / "fault.err").read_text()
-    assert said.count("hidden states diverge at layer 2, attention") == 1, _said(work, "fault")
+    errors = (work / "fault.err").read_text()
+    assert errors.count("hidden states diverge at layer 2, attention") == 1, _output(work, "fault")
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: CASES[number]["id"])
-def test_every_case(work: Path, number: int) -> None:
+def test_case_has_the_expected_exit_code_and_statuses(work: Path, number: int) -> None:
     case = CASES[number]
     results = (
         json.loads((work / "results.json").read_text()) if (work / "results.json").is_file() else {}
     )
-    assert case["id"] in results, _said(work, "cases")
+    assert case["id"] in results, _output(work, "cases")
     first, second = results[case["id"]]
     assert first["code"] == second["code"] == case.get("code", 0), (first, second)
     assert second["out"] == ""
-    if says := case.get("says"):
-        assert says in first["err"] and says not in second["err"]
+    if message := case.get("message"):
+        assert message in first["err"] and message not in second["err"]
         return
     report = json.loads((work / f"{number}.json").read_text())
-    wanted = {"tensors", "config", "files", "logits"}
-    wanted |= set() if "--quick" in case["options"] else {"generation"}
-    wanted |= {"gradients"} if "--gradients" in case["options"] else set()
-    assert _statuses(work / f"{number}.json") == dict.fromkeys(wanted, "passed") | case.get(
-        "statuses", {}
-    )
+    checks = CHECKS - {"generation"} if "--quick" in case["options"] else CHECKS
+    checks = checks | ({"gradients"} if "--gradients" in case["options"] else set())
+    expected = dict.fromkeys(checks, "passed") | case.get("statuses", {})
+    assert _statuses(work / f"{number}.json") == expected
     logits = next(check for check in report["checks"] if check["name"] == "logits")
     print(
         case["id"],
@@ -191,5 +178,5 @@ def test_every_case(work: Path, number: int) -> None:
     )
 
 
-def test_every_start_ended(work: Path) -> None:
-    assert (work / "cases.code").read_text() == "0", _said(work, "cases")
+def test_driver_of_all_cases_exits_with_0(work: Path) -> None:
+    assert (work / "cases.code").read_text() == "0", _output(work, "cases")

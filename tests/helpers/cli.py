@@ -1,10 +1,11 @@
-"""The types of the command line's fixtures, and readers of checkpoint folders and of printed tables."""
+"""Types of the fixtures of tests/unit/cli, and readers of checkpoint folders and printed tables."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 INDEX = "model.safetensors.index.json"
-Cli = Callable[..., Any]
 Snapshot = Callable[[Path], dict[str, object]]
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The exit code and the output of one command."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Run]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for file in folder.glob("*.safetensors")
@@ -25,8 +41,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """Tensor -> the file that holds it, by safetensors."""
+def file_of_each_tensor(folder: Path) -> dict[str, str]:
+    """Return tensor name -> name of its file, read by safetensors."""
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -46,12 +62,12 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
     )
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def mappings_of(out: str) -> list[list[str]]:
-    """The cells of the tables in `out`, heads first."""
+def table_rows(out: str) -> list[list[str]]:
+    """Return the cells of each row of the tables in `out`; the header is the first row."""
     return [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
         for line in out.splitlines()
@@ -60,18 +76,16 @@ def mappings_of(out: str) -> list[list[str]]:
 
 
 def assert_equal_folders(exported: Path, source: Path) -> None:
-    """Bits, configuration and files of an export are the source's, by other eyes than `verify`'s."""
-    assert same_bits(tensors_of(exported), tensors_of(source))
-    config, wanted = config_of(exported), config_of(source)
-    assert config == wanted
-    assert files_of(exported) == files_of(source)
-    text = {
-        path.name: path.read_bytes()
-        for path in source.iterdir()
-        if not path.name.startswith("model")
-    }
-    assert {
-        path.name: path.read_bytes()
-        for path in exported.iterdir()
-        if not path.name.startswith("model")
-    } == text
+    """Check tensors bitwise, config.json and files without the code that `verify` uses."""
+    assert same_bits(read_tensors(exported), read_tensors(source))
+    assert read_config(exported) == read_config(source)
+    assert file_of_each_tensor(exported) == file_of_each_tensor(source)
+    exported_files, source_files = (
+        {
+            path.name: path.read_bytes()
+            for path in folder.iterdir()
+            if not path.name.startswith("model")
+        }
+        for folder in (exported, source)
+    )
+    assert exported_files == source_files

@@ -1,4 +1,4 @@
-"""Folders of this repository."""
+"""The root folder of this repository."""
 
 from __future__ import annotations
 

@@ -1,70 +1,100 @@
-"""A published shape, verified in a process of its own whose peak of memory can be read off."""
+"""`verify` of a published shape with random weights, in a process whose peak memory is measured.
+
+`python -m tests.helpers.published FOLDER` verifies the folder and prints the measurement as JSON.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Memory is that of this process and of the ranks it forks, shared pages counted once (PSS), sampled as it goes; the
-# interpreter's is what is there when Megatron has been imported.
-_SCRIPT = """
-import json, os, sys, threading, time
-from pathlib import Path
-import exaone_bridge
+from exaone_bridge.checkpoint.hf.tiny import write_random
+from exaone_bridge.recipes.published import CONFIGS
+from tests.helpers.paths import ROOT
 
-def held():
-    pids, todo = [], [os.getpid()]
-    while todo:
-        pids.append(pid := todo.pop())
-        try:
-            todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        except OSError:
-            pass
-    total = 0
+
+@dataclass
+class Measurement:
+    """The result of `verify`, with its memory.
+
+    Attributes:
+        above_gib: peak memory in GiB of the process and its ranks, beyond that of the imports.
+        seconds: the duration of `verify`.
+        passed: check name -> whether it passed.
+        difference: maximum absolute difference of the fp32 logits of 64 positions.
+        failures: the text of the checks that failed.
+        layerwise: whether `verify` ran layer by layer.
+    """
+
+    above_gib: float
+    seconds: float
+    passed: dict[str, bool]
+    difference: float
+    failures: str
+    layerwise: bool
+
+
+def verify_published(recipe: str, work: Path, record_property: Any) -> Measurement:
+    """Write the published shape of a recipe with random bf16 weights, and verify it."""
+    folder = work / "model"
+    write_random(folder, CONFIGS[recipe])
+    command = [sys.executable, "-m", "tests.helpers.published", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = Measurement(**json.loads(done.stdout.splitlines()[-1]))
+    print(measured)
+    record_property("measured", asdict(measured))
+    assert set(measured.passed) == {"tensors", "config", "files", "logits"}
+    assert all(measured.passed.values()), measured.failures
+    assert 0 < measured.difference <= 1e-3
+    return measured
+
+
+def _memory_gib() -> float:
+    """Return the memory of this process and all below it; shared pages count once (PSS)."""
+    kib, pids = 0, [os.getpid()]
     for pid in pids:
         try:
+            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
-        except (OSError, StopIteration):
+            kib += int(next(line for line in rollup.splitlines() if line[:4] == "Pss:").split()[1])
+        except (OSError, StopIteration):  # the process has ended
             pass
-    return total / 2**20
+    return kib / 2**20
 
-def watch():
-    while True:
-        peaks[0] = max(peaks[0], held())
-        time.sleep(0.1)
+
+def main() -> None:
+    """Verify the folder that the command line names, and print a `Measurement`."""
+    import exaone_bridge
+
+    exaone_bridge.supported()  # imports Megatron-Bridge, which the base includes
+    base = _memory_gib()
+    peaks = [base]
+
+    def sample() -> None:
+        while True:
+            peaks[0] = max(peaks[0], _memory_gib())
+            time.sleep(0.1)
+
+    threading.Thread(target=sample, daemon=True).start()
+    report = exaone_bridge.verify(sys.argv[1], count=1, length=64, generation=False)
+    measured = Measurement(
+        above_gib=peaks[0] - base,
+        seconds=report.seconds,
+        passed={check.name: bool(check.passed) for check in report.checks},
+        difference=report.max_logit_difference,
+        failures=report.failures(),
+        layerwise=bool(report.setup["streaming"]),
+    )
+    print(json.dumps(asdict(measured)))
+
 
 if __name__ == "__main__":
-    exaone_bridge.supported()
-    base = held()
-    peaks = [base]
-    threading.Thread(target=watch, daemon=True).start()
-    report = exaone_bridge.verify(sys.argv[1], count=1, length=64, generation=False)
-    checks = {check.name: [check.passed, check.summary, check.threshold] for check in report.checks}
-    found = {"above_gib": peaks[0] - base, "interpreter_gib": base, "seconds": report.seconds, "checks": checks}
-    found |= {"difference": report.max_logit_difference, "faults": report.failures(), "setup": dict(report.setup)}
-    print(json.dumps(found))
-"""
-
-
-def verify_published(folder: Path, work: Path) -> dict[str, Any]:
-    """`above_gib`, `difference` (logits of 64 positions, fp32) and `checks` (name -> holds, figure) of one folder."""
-    script = work / "verify.py"
-    script.write_text(_SCRIPT)
-    done = subprocess.run(
-        [sys.executable, script, folder], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(found)
-    return found
-
-
-def assert_published_passes(found: dict[str, Any]) -> None:
-    """Every check, by the bounds of rounding."""
-    assert all(passed for passed, *_ in found["checks"].values()), found["faults"]
-    assert set(found["checks"]) == {"tensors", "config", "files", "logits"}
-    assert 0 < found["difference"] <= 1e-3
+    main()

@@ -128,6 +128,7 @@ print("before", (output - before).abs().max().item() < 1e-5, "after", (output - 
 """
 
 
+@pytest.mark.slow
 def test_unchanged_script(tiny: Any, tmp_path: Path) -> None:
     """AutoBridge finds our bridge, and the host's own LoRA acts before a post norm."""
     script = tmp_path / "script.py"

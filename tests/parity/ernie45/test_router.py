@@ -1,26 +1,38 @@
-"""ERNIE 4.5's router against Ernie4_5_MoeTopKRouter: which experts, with what weights, in what precision."""
+"""The router of ERNIE 4.5 against Ernie4_5_MoeTopKRouter: experts, their weights, data types."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.ernie45.router import choose_experts
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.logits import prompts
-from tests.helpers.ernie45_cases import MOE_NAMES, with_selection_bias
+from tests.helpers.layouts import slow
 
-Choices = dict[int, torch.Tensor]
+Experts = dict[int, torch.Tensor]  # 0-based layer -> [T, K] experts of each token, sorted
 
 
-def _reference_choices(folder: Path, tokens: torch.Tensor) -> Choices:
-    """[T, K] sorted experts of each layer, from Transformers' model."""
+def with_selection_bias(folder: Path, target: Path, std: float) -> Path:
+    """Copy a model and scale its selection biases, whose standard deviation is 0.02, to `std`."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.mul_(std / 0.02)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def _hf_experts(folder: Path, tokens: torch.Tensor) -> Experts:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -38,7 +50,7 @@ def _reference_choices(folder: Path, tokens: torch.Tensor) -> Choices:
     return {layer: torch.cat(parts).sort(dim=-1).values for layer, parts in found.items()}
 
 
-def _our_choices(folder: Path, layout: Layout, tokens: torch.Tensor) -> Choices:
+def _megatron_experts(folder: Path, layout: Layout, tokens: torch.Tensor) -> Experts:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build, forward_logits
@@ -60,52 +72,56 @@ def _our_choices(folder: Path, layout: Layout, tokens: torch.Tensor) -> Choices:
     }
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2), Layout(ep=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), *slow(Layout(pp=2), Layout(tp=2)), Layout(ep=2)], ids=str
+)
 @pytest.mark.parametrize("std", [0.02, 0.2])
-@pytest.mark.parametrize("name", MOE_NAMES)
-def test_experts_chosen(
+@pytest.mark.parametrize("name", ["ernie45", "ernie45-300b"])
+def test_experts_of_each_token_equal_those_of_transformers(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, std: float, layout: Layout
 ) -> None:
-    """Identical, per token and layer; and the bias does choose: without it, other experts are."""
+    """The selection bias has an effect: without it, Transformers chooses other experts."""
     folder = with_selection_bias(tiny(name), tmp_path / name, std)
     tokens = prompts(387, 2, 64)
-    (reference,) = ForkLauncher(1).all(_reference_choices, folder, tokens)
-    ours: Choices = {}
-    for result in ForkLauncher(layout.ranks).all(_our_choices, folder, layout, tokens):
-        ours |= result
-    assert ours.keys() == reference.keys()
-    assert all(torch.equal(ours[layer], reference[layer]) for layer in reference)
-    (unbiased,) = ForkLauncher(1).all(
-        _reference_choices, with_selection_bias(folder, tmp_path / "unbiased", 0.0), tokens
-    )
+    reference = ForkLauncher().first(_hf_experts, folder, tokens)
+    megatron: Experts = {}
+    for result in ForkLauncher(layout.ranks).all(_megatron_experts, folder, layout, tokens):
+        megatron |= result
+    assert megatron.keys() == reference.keys()
+    assert all(torch.equal(megatron[layer], reference[layer]) for layer in reference)
+    without_bias = with_selection_bias(folder, tmp_path / "unbiased", 0.0)
+    unbiased = ForkLauncher().first(_hf_experts, without_bias, tokens)
     assert any(not torch.equal(unbiased[layer], reference[layer]) for layer in reference)
 
 
 def _bf16_routing(folder: Path) -> dict[str, Any]:
-    """Both routers of one layer in bf16 models, on the same hidden states."""
+    """Run both routers of layer 3, of bf16 models, on the same hidden states [T, 1, H].
+
+    Returns:
+        Pairs of Transformers and Megatron-Core: "experts" [T, K], "weights" [T, E]; data types.
+    """
     from megatron.bridge import AutoBridge
     from transformers import AutoModelForCausalLM
 
     from exaone_bridge.runtime.model import build
 
-    reference = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.layers[3].mlp.gate
-    )
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    reference = hf.model.layers[3].mlp.gate
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, Layout())
-    router = next(chunk for chunk in model).module.decoder.layers[3].mlp.router
+    router = model[0].module.decoder.layers[3].mlp.router
     hidden = torch.randn(4096, 1, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     with torch.no_grad():
         _, experts, weights = reference(hidden[:, 0])
-        ours, chosen = router.eval()(hidden)
+        megatron_weights, chosen = router.eval()(hidden)
     exported = dict(bridge.export_hf_weights(model, cpu=True, show_progress=False))
     return {
         "experts": (experts.sort(dim=-1).values, chosen.nonzero()[:, 1].view(len(hidden), -1)),
-        "weights": (torch.zeros(4096, 8).scatter(1, experts, weights.float()), ours),
+        "weights": (torch.zeros(4096, 8).scatter(1, experts, weights.float()), megatron_weights),
         "types": (
             router.weight.dtype,
             router.expert_bias.dtype,
-            ours.dtype,
+            megatron_weights.dtype,
             model[0].module.embedding.word_embeddings.weight.dtype,
         ),
         "exported": {name: weight.dtype for name, weight in exported.items()},
@@ -117,47 +133,46 @@ def _bf16_routing(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("std", [0.02, 0.2])
-@pytest.mark.parametrize("name", MOE_NAMES)
-def test_bf16_model_decides_as_transformers_bf16_model(
+@pytest.mark.parametrize("name", ["ernie45", "ernie45-300b"])
+def test_experts_of_a_bf16_model_equal_those_of_transformers(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, std: float
 ) -> None:
     folder = with_selection_bias(tiny(name, dtype="bfloat16"), tmp_path / name, std)
-    (found,) = ForkLauncher(1).all(_bf16_routing, folder)
+    found = ForkLauncher().first(_bf16_routing, folder)
     assert torch.equal(*found["experts"])
-    expected, ours = found["weights"]
-    assert torch.equal(
-        ours.bfloat16().float(), expected
-    )  # Transformers rounds the weights; the decisions are fp32
+    expected, weights = found["weights"]
+    # Both choose in fp32; only Transformers then rounds the weights.
+    assert torch.equal(weights.bfloat16().float(), expected)
     assert found["types"] == (torch.float32, torch.float32, torch.float32, torch.bfloat16)
     assert found["reference types"] == (torch.float32, torch.float32)
-    kept = {key for key, dtype in found["exported"].items() if dtype is torch.float32}
-    assert kept == {
+    fp32 = {key for key, dtype in found["exported"].items() if dtype is torch.float32}
+    assert fp32 == {
         key for key in found["exported"] if "mlp.gate.weight" in key or "moe_statics" in key
     }
 
 
-def _saved_types(folder: Path, target: Path) -> None:
+def _save_as_bf16(folder: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target)
 
 
-def test_fp32_on_disk_where_transformers_writes_fp32(
+def test_data_types_on_disk_equal_those_that_transformers_saves(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """save_pretrained of a bf16 model: the types that `HFCheckpoint.open` asks for."""
+    """`save_pretrained` of a bf16 model keeps the router in fp32."""
     folder = tiny("ernie45", dtype="bfloat16", num_nextn_predict_layers=0)
-    ForkLauncher(1).all(_saved_types, folder, tmp_path / "saved")
+    ForkLauncher().first(_save_as_bf16, folder, tmp_path / "saved")
 
     def types(path: Path) -> dict[str, str]:
         with safe_open(path / "model.safetensors", "pt") as file:
-            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  not a dict
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
     assert types(tmp_path / "saved") == types(folder)
 
 
-def test_arithmetic() -> None:
-    """A bias large enough to choose the least likely expert does not change its weight."""
+def test_choose_experts_weighs_without_the_selection_bias() -> None:
+    """The selection bias chooses the least likely expert, and does not change its weight."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     weights, experts = choose_experts(logits, torch.tensor([0.0, 0.0, 0.0, 5.0]), 2, 1e-12)
     probabilities = logits.softmax(-1)[0]
@@ -167,10 +182,10 @@ def test_arithmetic() -> None:
     assert torch.allclose(bounded[0, 0], probabilities[0] / 0.99)
 
 
-def _after_a_step(
+def _after_one_step(
     folder: Path, tokens: torch.Tensor, overrides: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Router gradients and selection biases after one step's `finalize_model_grads`."""
+    """Return gradient and selection bias of a router after one step with `finalize_model_grads`."""
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 
@@ -191,39 +206,38 @@ def _after_a_step(
 
 
 @pytest.fixture(scope="module")
-def balanced(megatron_bridge: Any, tiny: Any) -> Any:
+def one_step(megatron_bridge: Any, tiny: Any) -> Any:
     tokens = prompts(387, 1, 49)
-    return lambda **overrides: ForkLauncher(1).all(
-        _after_a_step, tiny("ernie45"), tokens, overrides
-    )[0]
+    return lambda **overrides: ForkLauncher().first(
+        _after_one_step, tiny("ernie45"), tokens, overrides
+    )
 
 
-def test_nothing_balances_unless_configured(balanced: Any, tiny: Any) -> None:
+def test_selection_bias_stays_without_balancing(one_step: Any, tiny: Any) -> None:
     with safe_open(tiny("ernie45") / "model.safetensors", "pt") as file:
         bias = file.get_tensor("model.layers.1.mlp.moe_statics.e_score_correction_bias")[0]
-    assert torch.equal(balanced()["bias"], bias)
+    assert torch.equal(one_step()["bias"], bias)
 
 
-def test_bias_update(balanced: Any) -> None:
-    """Aux-loss-free balancing: each bias goes up or down by the rate; gradients are as without it."""
-    plain = balanced()
-    moved = balanced(moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.01)
+def test_selection_bias_moves_by_the_update_rate(one_step: Any) -> None:
+    """Balancing without an auxiliary loss leaves the gradients as they are."""
+    plain = one_step()
+    moved = one_step(moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.01)
     steps = (moved["bias"] - plain["bias"]).abs()
     assert torch.allclose(steps[steps > 0], torch.tensor(0.01)) and (steps > 0).sum() >= 6
     assert torch.allclose(moved["gradient"], plain["gradient"], atol=1e-6)
 
 
-def test_aux_loss(balanced: Any) -> None:
-    """Changes the router's gradient, not the selection bias."""
-    plain = balanced()
-    pulled = balanced(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1)
-    assert torch.equal(pulled["bias"], plain["bias"])
-    assert (pulled["gradient"] - plain["gradient"]).norm() > 0.01 * plain["gradient"].norm()
+def test_auxiliary_loss_changes_the_gradient_only(one_step: Any) -> None:
+    plain = one_step()
+    balanced = one_step(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1)
+    assert torch.equal(balanced["bias"], plain["bias"])
+    assert (balanced["gradient"] - plain["gradient"]).norm() > 0.01 * plain["gradient"].norm()
 
 
-def test_never_both(balanced: Any) -> None:
+def test_both_kinds_of_balancing_are_rejected(one_step: Any) -> None:
     with pytest.raises(UnsupportedConfig, match="one way or the other"):
-        balanced(
+        one_step(
             moe_router_enable_expert_bias=True,
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=0.1,

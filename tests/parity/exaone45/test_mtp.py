@@ -1,4 +1,4 @@
-"""Multi-token prediction of EXAONE 4.5: logits, losses and gradients against the formula, round trips, layouts."""
+"""Multi-token prediction of EXAONE 4.5 against a reference in plain torch, and its round trips."""
 
 from __future__ import annotations
 
@@ -15,70 +15,83 @@ from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_configs
-from tests.helpers.exaone45_cases import changed
-from tests.helpers.exaone45_mtp import formula, ours, prompts_of
-from tests.helpers.training import relative_difference
+from tests.helpers.exaone45 import changed
+from tests.helpers.layouts import slow
+from tests.helpers.mtp import mtp_of_megatron, mtp_of_reference, random_tokens
+from tests.helpers.training import assert_gradients_equal
 
 
-def _compare(
-    folder: Path, layout: Layout, depth: int, overrides: dict[str, Any], rule: int = 0
+def _max_logit_difference(
+    folder: Path, layout: Layout, depth: int = 1, like_layer: int = 0, **overrides: Any
 ) -> float:
-    """The worst difference of logits; everything else is asserted."""
-    (expected,) = ForkLauncher(1).all(
-        formula, folder, prompts_of(), depth, rule, torch.float32, layout.cp
+    """Compare logits, and if these are equal, losses and gradients too.
+
+    Returns:
+        The maximum absolute difference of the logits.
+    """
+    fork = ForkLauncher(layout.ranks)
+    reference = fork.first(
+        mtp_of_reference, folder, random_tokens(), depth, like_layer, torch.float32, layout.cp
     )
-    results = ForkLauncher(layout.ranks).all(ours, folder, layout, prompts_of(), depth, overrides)
-    last = [result for result in results if result.logits]
-    assert last
+    results = fork.all(mtp_of_megatron, folder, layout, random_tokens(), depth, overrides)
+    assert any(result.logits for result in results)
+    # The last positions of each depth have no label.
     worst = max(
-        (mine - theirs)[:, : -1 - number].abs().max().item()  # the last positions have no next word
-        for result in last
-        for number, (mine, theirs) in enumerate(zip(result.logits, expected.logits, strict=True))
+        (megatron - expected)[:, : -1 - number].abs().max().item()
+        for result in results
+        if result.logits
+        for number, (megatron, expected) in enumerate(
+            zip(result.logits, reference.logits, strict=True)
+        )
     )
     for result in results:
         assert not result.differing
         if worst <= 1e-4:
-            assert all(
-                abs(mine - theirs) <= 1e-4
-                for mine, theirs in zip(result.losses, expected.losses, strict=bool(result.logits))
-            )
-            found, gradients = result.gradients, expected.gradients
-            assert {
-                name
-                for name in gradients
-                if relative_difference(found[name], gradients[name]) > 1e-4
-            } == set()
-            assert all(gradients[name].any() for name in found if name.startswith("mtp."))
+            losses = zip(result.losses, reference.losses, strict=bool(result.logits))
+            assert all(abs(megatron - expected) <= 1e-4 for megatron, expected in losses)
+            assert_gradients_equal(result.gradients, reference.gradients)
+            mtp = [name for name in result.gradients if name.startswith("mtp.")]
+            assert all(reference.gradients[name].any() for name in mtp)
     return worst
 
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(tp=2, sp=True), Layout(tp=2, pp=2), Layout(cp=2), Layout(pp=2, vpp=2)],
+    [Layout(), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2, vpp=2), *slow(Layout(tp=2, pp=2))],
     ids=str,
 )
-def test_logits_loss_and_gradients(megatron_bridge: Any, tiny: Any, layout: Layout) -> None:
-    assert _compare(tiny("exaone45"), layout, 1, {}) <= 1e-4
+def test_logits_losses_and_gradients_equal_the_reference(
+    megatron_bridge: Any, tiny: Any, layout: Layout
+) -> None:
+    assert _max_logit_difference(tiny("exaone45"), layout) <= 1e-4
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_words_further(megatron_bridge: Any, tiny: Any, shared: bool) -> None:
-    fields = changed(text_config__num_nextn_predict_layers=2, text_config__mtp_share_layers=shared)
-    if shared:
-        assert _compare(tiny("exaone45", **fields), Layout(), 2, {}) <= 1e-4
-    else:  # `mtp.fc` and the norms are one on disk, and Megatron-Core has them once a layer
-        with pytest.raises(UnsupportedConfig, match="mtp_share_layers"):
-            ForkLauncher(1).all(ours, tiny("exaone45", **fields), Layout(), prompts_of(), 2, {})
+def test_depth_of_two_with_shared_layers_equals_the_reference(
+    megatron_bridge: Any, tiny: Any
+) -> None:
+    fields = changed(text_config__num_nextn_predict_layers=2, text_config__mtp_share_layers=True)
+    assert _max_logit_difference(tiny("exaone45", **fields), Layout(), depth=2) <= 1e-4
 
 
-def test_another_rule(megatron_bridge: Any, tiny: Any) -> None:
-    """All positions and no RoPE, like a global layer of the decoder."""
-    other = {"mtp_windowed": False, "mtp_use_rope": False}
-    assert _compare(tiny("exaone45"), Layout(), 1, other, rule=3) <= 1e-4
+def test_depth_of_two_with_separate_layers_is_not_supported(
+    megatron_bridge: Any, tiny: Any
+) -> None:
+    """The checkpoint has one `mtp.fc` and one set of norms, Megatron-Core one per layer."""
+    fields = changed(text_config__num_nextn_predict_layers=2, text_config__mtp_share_layers=False)
+    folder = tiny("exaone45", **fields)
+    with pytest.raises(UnsupportedConfig, match="mtp_share_layers"):
+        ForkLauncher().first(mtp_of_megatron, folder, Layout(), random_tokens(), 2, {})
+
+
+def test_full_attention_without_rope_equals_the_reference(megatron_bridge: Any, tiny: Any) -> None:
+    """The overrides make the MTP layer like layer 3 of the decoder."""
+    overrides = {"mtp_sliding": False, "mtp_use_rope": False}
+    difference = _max_logit_difference(tiny("exaone45"), Layout(), like_layer=3, **overrides)
+    assert difference <= 1e-4
 
 
 def _train_and_save(folder: Path, target: Path, layout: Layout, mtp: int | None) -> None:
-    """Change every parameter, and save."""
+    """Add 1 to every parameter, and save."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
@@ -103,8 +116,8 @@ def _export_through_autobridge(source: Path, megatron: Path, target: Path) -> No
     bridge.save_hf_pretrained(model, target, show_progress=False)
 
 
-def test_what_was_trained_is_exported(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
-    """From a checkpoint with multi-token prediction built, by the command line's way and by AutoBridge's."""
+def test_trained_mtp_layers_are_exported(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+    """The command line and AutoBridge export a checkpoint whose model was built with MTP layers."""
     source = tiny("exaone45")
     ForkLauncher(4).all(_train_and_save, source, tmp_path / "megatron", Layout(tp=2, pp=2), 1)
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
@@ -121,7 +134,9 @@ def test_what_was_trained_is_exported(megatron_bridge: Any, tiny: Any, tmp_path:
         ).passed
 
 
-def test_what_was_not_built_is_carried(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+def test_mtp_tensors_that_were_not_built_are_passthrough(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     source = tiny("exaone45")
     ForkLauncher(1).all(_train_and_save, source, tmp_path / "megatron", Layout(), None)
     with pytest.raises(CheckpointError, match="travel beside the model"):
@@ -135,38 +150,40 @@ def test_what_was_not_built_is_carried(megatron_bridge: Any, tiny: Any, tmp_path
 
 
 @pytest.mark.parametrize("frozen", ["freeze_mtp_model", "freeze_language_model"])
-def test_frozen(megatron_bridge: Any, tiny: Any, frozen: str) -> None:
-    """Each is frozen alone; the other learns."""
-    (found,) = ForkLauncher(1).all(
-        ours, tiny("exaone45"), Layout(), prompts_of(), 1, {frozen: True}
+def test_mtp_layers_and_language_model_freeze_separately(
+    megatron_bridge: Any, tiny: Any, frozen: str
+) -> None:
+    result = ForkLauncher().first(
+        mtp_of_megatron, tiny("exaone45"), Layout(), random_tokens(), 1, {frozen: True}
     )
-    moved = {
+    trained = {
         name.startswith("mtp.")
-        for name, value in found.gradients.items()
+        for name, value in result.gradients.items()
         if value.any() and ".visual." not in name
     }
-    assert moved == {frozen == "freeze_language_model"}
+    assert trained == {frozen == "freeze_language_model"}
 
 
-def _swapped(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+def _swap_embedding_and_hidden_state(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
-    right = MultiTokenPredictionLayer._concat_embeddings
+    original = MultiTokenPredictionLayer._concat_embeddings
     patch.setattr(
-        MultiTokenPredictionLayer, "_concat_embeddings", lambda self, a, b: right(self, b, a)
+        MultiTokenPredictionLayer, "_concat_embeddings", lambda self, a, b: original(self, b, a)
     )
     return {}
 
 
 FAULTS = {
-    "hidden state before embedding": _swapped,
+    "hidden state before embedding": _swap_embedding_and_hidden_state,
     "no RoPE": lambda patch: {"mtp_use_rope": False},
-    "no window": lambda patch: {"mtp_windowed": False},
+    "full attention": lambda patch: {"mtp_sliding": False},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught(
+def test_injected_fault_changes_the_logits(
     megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    assert _compare(tiny("exaone45"), Layout(), 1, FAULTS[fault](monkeypatch)) > 1e-3
+    overrides = FAULTS[fault](monkeypatch)
+    assert _max_logit_difference(tiny("exaone45"), Layout(), **overrides) > 1e-3

@@ -1,6 +1,6 @@
-"""EXAONE 4.5 against Transformers: logits with and without images, bitwise round trips, wrong images refused.
+"""EXAONE 4.5 against Transformers: logits with and without images, bitwise round trips, errors.
 
-`verify` runs text past the window, and prompts with one image, several of different sizes, a video, and none.
+`verify` runs text longer than the window, and prompts with an image, several, a video, and none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
-from exaone_bridge.checkpoint.hf.headers import read_headers, read_json
+from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import read_hf_config
@@ -21,18 +21,17 @@ from exaone_bridge.models.exaone45.prompts import image_prompts, prompt_of
 from exaone_bridge.modules.context_parallel import restore_sequence_order
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.folders import (
-    compare_configs,
-    compare_files,
-    compare_tensors,
-)
+from exaone_bridge.verification.checks.folders import compare_tensors
 from exaone_bridge.verification.workflow.job import VerifyOptions
 from exaone_bridge.verification.workflow.layerwise import verify_layerwise
+from exaone_bridge.verification.workflow.transformers import load, together
 from exaone_bridge.verification.workflow.verify import verify
-from tests.helpers.exaone45_cases import CONFIG, LAYOUTS, changed
-from tests.helpers.parity import assert_passes
+from tests.helpers.exaone45 import CONFIG, changed
+from tests.helpers.layouts import LAYOUTS, slow
+from tests.helpers.parity import assert_passes, assert_same_folder
+from tests.helpers.training import Images
 
-pytestmark = pytest.mark.usefixtures("references")
+pytestmark = pytest.mark.usefixtures("cached_references")
 
 F = "full_attention"
 
@@ -43,17 +42,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "text_config__dtype": "bfloat16",
         "vision_config__dtype": "bfloat16",
     },
-    "no key-value groups, every block sees all": {
+    "vision encoder with multi-head, full attention": {
         "vision_config__num_key_value_heads": 4,
         "vision_config__fullatt_block_indexes": [0, 1, 2, 3],
     },
-    "one key-value head, no block sees all, other tokens": {
+    "vision encoder with multi-query, window attention, other placeholder tokens": {
         "vision_config__num_key_value_heads": 1,
         "vision_config__fullatt_block_indexes": [],
         "image_token_id": 11,
         "video_token_id": 200,
     },
-    "nothing beside the model, all layers global, three patches a side": {
+    "no MTP tensors, full attention, three patches per side": {
         "text_config__num_nextn_predict_layers": 0,
         "text_config__layer_types": [F] * 8,
         "text_config__sliding_window": None,
@@ -68,98 +67,92 @@ def _assert_passes(folder: Path, layout: Layout) -> None:
     assert report.setup["prompts"][2][0] == 4  # the prompts with images
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layouts(megatron_bridge: Any, tiny: Any, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [*LAYOUTS, *slow(Layout(tp=2, cp=2, sp=True))], ids=str)
+def test_parity_at_each_layout(megatron_bridge: Any, tiny: Any, layout: Layout) -> None:
     _assert_passes(tiny("exaone45"), layout)
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_configurations(megatron_bridge: Any, tiny: Any, case: str) -> None:
+def test_parity_of_each_configuration(megatron_bridge: Any, tiny: Any, case: str) -> None:
     layout = Layout(tp=2, pp=2) if case == "tied" else Layout()
     _assert_passes(tiny("exaone45", **changed(**CONFIGURATIONS[case])), layout)
 
 
-def test_import_and_export(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
-    """From the Megatron checkpoint alone: tensors, multi-token prediction's too, nested configurations, processors."""
+def test_import_and_export_equal_the_source(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
+    """The export has the MTP tensors, the nested config and the processor files."""
     source = tiny("exaone45")
-    assert set(HFCheckpoint.open(source).passthrough) == {
-        n for n in read_headers(source) if n.startswith("mtp.")
-    }
-    assert len(HFCheckpoint.open(source).passthrough) == 15
+    passthrough = set(HFCheckpoint.open(source).passthrough)
+    assert passthrough == {name for name in read_headers(source) if name.startswith("mtp.")}
+    assert len(passthrough) == 15
     import_checkpoint(source, tmp_path / "megatron", Layout(tp=2, pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
-    checks = (
-        compare_tensors(source, tmp_path / "exported"),
-        compare_files(source, tmp_path / "exported"),
-        compare_configs(
-            read_json(source / "config.json"), read_json(tmp_path / "exported/config.json")
-        ),
-    )
-    assert all(check.passed for check in checks), [check.details for check in checks]
+    assert_same_folder(source, tmp_path / "exported")
     assert (tmp_path / "exported/preprocessor_config.json").is_file()
 
 
-def _exported_from(megatron: Path, source: Path, target: Path) -> None:
+def _load_and_export(megatron: Path, source: Path, target: Path) -> None:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import load_megatron
 
     bridge = AutoBridge.from_hf_pretrained(source)
-    bridge.save_hf_pretrained(
-        load_megatron(bridge, megatron, Layout(tp=2, pp=2)), target, show_progress=False
-    )
+    model = load_megatron(bridge, megatron, Layout(tp=2, pp=2))
+    bridge.save_hf_pretrained(model, target, show_progress=False)
 
 
-def test_megatron_core_loads_what_import_wrote(
+def test_megatron_checkpoint_loads_at_another_layout(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """At another layout; and AutoBridge exports it bitwise."""
     source = tiny("exaone45")
     import_checkpoint(source, tmp_path / "megatron", Layout())
-    ForkLauncher(4).all(_exported_from, tmp_path / "megatron", source, tmp_path / "exported")
+    ForkLauncher(4).all(_load_and_export, tmp_path / "megatron", source, tmp_path / "exported")
     check = compare_tensors(source, tmp_path / "exported")
     assert check.passed, check.details
 
 
-def _logits_of_batch(
-    folder: Path, tokens: torch.Tensor, images: dict[str, torch.Tensor], cp: int
-) -> Any:
-    """A whole batch in one forward pass."""
+def _megatron_logits(folder: Path, tokens: torch.Tensor, images: Images) -> torch.Tensor:
+    """Run all prompts [N, S] in one forward pass."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
 
-    (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(cp=cp))
+    (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout())
     with torch.no_grad():
         return model.eval()(tokens, torch.arange(tokens.shape[1])[None], None, **images)
 
 
-def _reference(
-    folder: Path, tokens: torch.Tensor, images: list[dict[str, torch.Tensor]]
-) -> torch.Tensor:
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+def _hf_logits(folder: Path, tokens: torch.Tensor, images: list[Images]) -> torch.Tensor:
+    """Run each prompt [S] of [N, S] alone."""
+    model = load(folder, torch.float32)
     with torch.no_grad():
-        return torch.cat(
-            [model(one[None], **each).logits for one, each in zip(tokens, images, strict=True)]
-        )
+        logits = [
+            model(prompt[None], **prompt_images).logits
+            for prompt, prompt_images in zip(tokens, images, strict=True)
+        ]
+    return torch.cat(logits)
 
 
-def test_one_batch_of_text_images_and_video(megatron_bridge: Any, tiny: Any) -> None:
-    """Samples without images beside samples with some; images placed anywhere, also at both ends."""
-    from exaone_bridge.verification.workflow.transformers import together
-
+def test_batch_of_text_images_and_video_equals_single_prompts(
+    megatron_bridge: Any, tiny: Any
+) -> None:
+    """Images are at any position, the first and the last too; one prompt has none."""
     tokens, images = image_prompts(read_hf_config(CONFIG), 4, seed=5)
     order = [3, 1, 2, 0]
     tokens, images = tokens[order], [images[number] for number in order]
-    (expected,) = ForkLauncher(1).all(_reference, tiny("exaone45"), tokens, images)
-    (found,) = ForkLauncher(1).all(_logits_of_batch, tiny("exaone45"), tokens, together(images), 1)
-    assert (found - expected).abs().max() <= 1e-4
+    fork, folder = ForkLauncher(), tiny("exaone45")
+    expected = fork.first(_hf_logits, folder, tokens, images)
+    logits = fork.first(_megatron_logits, folder, tokens, together(images))
+    assert (logits - expected).abs().max() <= 1e-4
 
 
-def _whole_sequences(folder: Path, tokens: torch.Tensor, images: dict[str, torch.Tensor]) -> Any:
-    """As Megatron-Bridge's step for models with images calls the model."""
+def _losses_of_whole_sequences(folder: Path, tokens: torch.Tensor, images: Images) -> torch.Tensor:
+    """Call the model as Megatron-Bridge's step for vision models does, with unsharded sequences.
+
+    Returns:
+        The losses [N, S / cp] of this rank's shard.
+    """
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
@@ -168,66 +161,66 @@ def _whole_sequences(folder: Path, tokens: torch.Tensor, images: dict[str, torch
     positions = torch.arange(tokens.shape[1] - 1)[None].expand(len(tokens), -1)
     mask = torch.ones(len(tokens), tokens.shape[1] - 1)
     with torch.no_grad():
-        loss, cut = model.eval()(
+        loss, local_mask = model.eval()(
             tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=mask, **images
         )
-    assert cut.shape == loss.shape == (len(tokens), positions.shape[1] // 2)
+    assert local_mask.shape == loss.shape == (len(tokens), positions.shape[1] // 2)
     return loss
 
 
-def test_context_parallelism_cuts_whole_sequences(megatron_bridge: Any, tiny: Any) -> None:
-    from exaone_bridge.verification.workflow.transformers import together
-
+def test_model_shards_whole_sequences_over_cp(megatron_bridge: Any, tiny: Any) -> None:
     tokens, images = image_prompts(read_hf_config(CONFIG), 4, seed=5)
-    tokens = torch.cat(
-        (tokens, torch.full((4, 5 - tokens.shape[1] % 4), 7)), dim=1
-    )  # S a multiple of four
-    (logits,) = ForkLauncher(1).all(_reference, tiny("exaone45"), tokens[:, :-1], images)
+    padding = torch.full((4, 5 - tokens.shape[1] % 4), 7)  # four divides S
+    tokens = torch.cat((tokens, padding), dim=1)
+    fork, folder = ForkLauncher(2), tiny("exaone45")
+    logits = fork.first(_hf_logits, folder, tokens[:, :-1], images)
     expected = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), tokens[:, 1:], reduction="none"
     )
-    parts = ForkLauncher(2).all(_whole_sequences, tiny("exaone45"), tokens, together(images))
-    assert (restore_sequence_order(parts, 1) - expected).abs().max() <= 1e-4
+    shards = fork.all(_losses_of_whole_sequences, folder, tokens, together(images))
+    assert (restore_sequence_order(shards, 1) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_all_that_verify_can_check(megatron_bridge: Any, tiny: Any, streaming: bool) -> None:
-    """Generation and gradients too; and a layer at a time."""
-    if streaming:
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_verify_passes_every_check(megatron_bridge: Any, tiny: Any, layerwise: bool) -> None:
+    if layerwise:
         report = verify_layerwise(tiny("exaone45"), Layout(tp=2))
     else:
         report = verify(tiny("exaone45"), Layout(), VerifyOptions(generation=True, gradients=True))
     assert report.passed, report.failures()
 
 
-def _refused(folder: Path, cases: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> list[str]:
+def _errors(folder: Path, cases: list[tuple[torch.Tensor, Images]]) -> list[str]:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
 
     (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout())
-    said = []
+    errors = []
     for tokens, images in cases:
-        with pytest.raises(VisionInputError) as caught:
+        with pytest.raises(VisionInputError) as raised:
             model(tokens, torch.arange(tokens.shape[1])[None], None, **images)
-        said.append(str(caught.value))
-    return said
+        errors.append(str(raised.value))
+    return errors
 
 
-def test_wrong_counts_are_refused_with_both_numbers(megatron_bridge: Any, tiny: Any) -> None:
+def test_images_that_do_not_match_the_placeholders_are_rejected(
+    megatron_bridge: Any, tiny: Any
+) -> None:
     model_config = read_hf_config(CONFIG)
-    tokens, images = prompt_of(
-        model_config, [("image", (1, 4, 6)), ("text", 5)], torch.Generator().manual_seed(0)
-    )
+    parts = [("image", (1, 4, 6)), ("text", 5)]
+    tokens, images = prompt_of(model_config, parts, torch.Generator().manual_seed(0))
     tokens = tokens[None]
     video = {
         "pixel_values_videos": images["pixel_values"],
         "video_grid_thw": images["image_grid_thw"],
     }
     without_grid = {"pixel_values": images["pixel_values"]}
-    cut = images | {"pixel_values": images["pixel_values"][:-4]}
-    cases = [(tokens[:, 1:], images), (tokens, video), (tokens, without_grid), (tokens, cut)]
-    (said,) = ForkLauncher(1).all(_refused, tiny("exaone45"), cases)
-    numbers = [re.findall(r"\d+", text.replace("id 67", "").replace("id 68", "")) for text in said]
+    too_few = images | {"pixel_values": images["pixel_values"][:-4]}
+    cases = [(tokens[:, 1:], images), (tokens, video), (tokens, without_grid), (tokens, too_few)]
+    errors = ForkLauncher().first(_errors, tiny("exaone45"), cases)
+    numbers = [
+        re.findall(r"\d+", text.replace("id 67", "").replace("id 68", "")) for text in errors
+    ]
     assert numbers == [["5", "6"], ["0", "6"], ["24"], ["20", "24"]]
-    assert "image" in said[0] and "video" in said[1]
+    assert "image" in errors[0] and "video" in errors[1]

@@ -1,4 +1,4 @@
-"""The tower at the published patch, window and full-attention blocks, narrow: its features are Transformers'."""
+"""A narrow vision encoder with the published patches, windows and blocks, against Transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
-from tests.helpers.exaone45_cases import changed
+from tests.helpers.exaone45 import changed
 
 PUBLISHED = {
     "patch_size": 14,
@@ -21,27 +21,20 @@ PUBLISHED = {
     "num_key_value_heads": 2,
     "hidden_size": 64,
 }
-GRIDS = [
-    [1, 16, 22],
-    [1, 4, 6],
-    [2, 10, 8],
-]  # pixels: 224 x 308, one less than a window, a video of four frames
+# Images of 224 x 308 pixels and of less than a window, and a video of four frames.
+GRIDS = [[1, 16, 22], [1, 4, 6], [2, 10, 8]]
 
 
 def _pixels() -> tuple[torch.Tensor, torch.Tensor]:
-    """As a processor makes them of random pictures: from 0 to 255, then the mean and deviation of CLIP."""
+    """Return patches of random images, normalised by CLIP's mean and deviation, and their grids."""
     grid = torch.tensor(GRIDS)
-    pictures = torch.randint(
-        0,
-        256,
-        (int(grid.prod(-1).sum()), 3, 2 * 14 * 14),
-        generator=torch.Generator().manual_seed(0),
-    )
+    shape = int(grid.prod(-1).sum()), 3, 2 * 14 * 14
+    patches = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     mean, std = torch.tensor([0.481, 0.458, 0.408]), torch.tensor([0.269, 0.261, 0.276])
-    return ((pictures / 255 - mean[:, None]) / std[:, None]).flatten(1), grid
+    return ((patches / 255 - mean[:, None]) / std[:, None]).flatten(1), grid
 
 
-def _theirs(folder: Path, attention: str) -> torch.Tensor:
+def _hf_features(folder: Path, attention: str) -> torch.Tensor:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
@@ -52,42 +45,38 @@ def _theirs(folder: Path, attention: str) -> torch.Tensor:
         return model.model.visual.eval()(pixels, grid_thw=grid).pooler_output
 
 
-def _ours(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.dtype]:
+def _megatron_features(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.dtype]:
     from megatron.bridge import AutoBridge
     from megatron.core.utils import unwrap_model
 
     from exaone_bridge.runtime.model import build
 
-    visual = unwrap_model(build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype))[
-        0
-    ].visual
+    model = build(AutoBridge.from_hf_pretrained(folder), Layout(), dtype=dtype)
+    visual = unwrap_model(model)[0].visual.eval()
     pixels, grid = _pixels()
     with torch.no_grad():
-        return visual.eval()(
-            pixels, grid_thw=grid
-        ).pooler_output, visual.rotary_pos_emb.inv_freq.dtype
+        features = visual(pixels, grid_thw=grid).pooler_output
+    return features, visual.rotary_pos_emb.inv_freq.dtype
 
 
 @pytest.fixture(scope="module")
 def folder(megatron_bridge: Any, tiny: Any) -> Path:
-    return tiny(
-        "exaone45",
-        **changed(**{f"vision_config__{field}": value for field, value in PUBLISHED.items()}),
-    )
+    fields = {f"vision_config__{field}": value for field, value in PUBLISHED.items()}
+    return tiny("exaone45", **changed(**fields))
 
 
-def test_features(folder: Path) -> None:
-    ((found, _),) = ForkLauncher(1).all(_ours, folder, torch.float32)
+def test_fp32_features_equal_those_of_transformers(folder: Path) -> None:
+    found, _ = ForkLauncher().first(_megatron_features, folder, torch.float32)
     for attention in ("eager", "sdpa"):
-        (expected,) = ForkLauncher(1).all(_theirs, folder, attention)
+        expected = ForkLauncher().first(_hf_features, folder, attention)
         assert (found - expected).abs().max() <= 1e-5
         assert expected.std() > 0.1
 
 
-def test_angles_stay_in_fp32(folder: Path) -> None:
-    """Megatron-Core's half-precision wrapper casts buffers; Transformers' own bf16 model has fp32 angles."""
-    ((found, dtype),) = ForkLauncher(1).all(_ours, folder, torch.bfloat16)
-    (expected,) = ForkLauncher(1).all(_theirs, folder, "sdpa")
+def test_bf16_model_keeps_the_rope_angles_in_fp32(folder: Path) -> None:
+    """Megatron-Core's wrapper for bf16 casts buffers; Transformers keeps the angles in fp32."""
+    found, dtype = ForkLauncher().first(_megatron_features, folder, torch.bfloat16)
+    expected = ForkLauncher().first(_hf_features, folder, "sdpa")
     assert found.dtype == torch.bfloat16
     assert dtype == torch.float32
     assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()

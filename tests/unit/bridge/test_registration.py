@@ -120,6 +120,7 @@ def test_ours_first_then_the_host() -> None:
     assert_ours(fresh("import exaone_bridge\nimport megatron.bridge\n" + FOUND + REPORT + PRINT))
 
 
+@pytest.mark.slow
 def test_the_host_first_then_ours() -> None:
     guard = "" if HAS_TE else OWN_GUARD + "sys.meta_path.insert(0, Around())\n"
     before = "first = found(transformers.Exaone4ForCausalLM)\nimport exaone_bridge\n"

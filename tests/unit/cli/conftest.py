@@ -1,4 +1,4 @@
-"""The command line run in this process, and a Megatron checkpoint for every test that only reads one."""
+"""The command line in this process, and a Megatron checkpoint for tests that only read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from exaone_bridge.cli import main
+from tests.helpers.cli import INDEX, Cli, Run, Snapshot
 
 SHARDS = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
-INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one command left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Run]:
-    """`cli("inspect", folder)`: `exaone-bridge inspect folder`, run here.
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Return a function; `cli("inspect", folder)` runs `exaone-bridge inspect folder` here.
 
-    The working folder and the temporary files are in `tmp_path`, where a test can see what was left behind.
+    The working directory and all temporary files are inside `tmp_path`, where a test can look for
+    files that a command left behind.
     """
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -59,8 +48,8 @@ def cli(
 
 
 @pytest.fixture(scope="session")
-def snapshot() -> Callable[[Path], dict[str, object]]:
-    """`snapshot(folder)`: every path below it, hidden ones too, with its bytes or where it links to."""
+def snapshot() -> Snapshot:
+    """Return `snapshot(folder)`: path -> bytes, link target or "folder", of everything inside."""
 
     def take(folder: Path) -> dict[str, object]:
         return {
@@ -77,22 +66,27 @@ def snapshot() -> Callable[[Path], dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def reshard() -> Callable[[Path], None]:
-    """`reshard(folder)`: its one file of weights becomes three and an index, neighbours in different files."""
+    """Return `reshard(folder)`: it splits model.safetensors into three files with an index.
 
-    def cut(folder: Path) -> None:
+    Tensors that follow each other by name go to different files.
+    """
+
+    def split(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         weight_map = {name: SHARDS[number % 3] for number, name in enumerate(sorted(tensors))}
         for shard in SHARDS:
-            held = {name: tensors[name] for name, file in weight_map.items() if file == shard}
-            save_file(held, folder / shard, metadata={"format": "pt"})
+            shard_tensors = {
+                name: tensors[name] for name, file in weight_map.items() if file == shard
+            }
+            save_file(shard_tensors, folder / shard, metadata={"format": "pt"})
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": weight_map,
         }
         (folder / INDEX).write_text(json.dumps(index))
 
-    return cut
+    return split
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +95,7 @@ def sharded(
     reshard: Callable[[Path], None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The hybrid miniature in three shards."""
+    """Return the tiny EXAONE 4.0 with sliding-window layers, split into three files."""
     folder = tmp_path_factory.mktemp("sharded") / "exaone4"
     shutil.copytree(tiny("exaone4"), folder)
     reshard(folder)
@@ -112,7 +106,7 @@ def sharded(
 def megatron_folder(
     megatron_bridge: Any, sharded: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """What `import` makes of `sharded` with three workers. Read it, or copy it and damage the copy."""
+    """Return the Megatron checkpoint imported from `sharded`; copy it before changing it."""
     from exaone_bridge.convert.convert import import_checkpoint
     from exaone_bridge.schema.parallel_layout import Layout
 
@@ -122,13 +116,13 @@ def megatron_folder(
 
 
 @pytest.fixture
-def layer_2_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in the arithmetic alone: the layer with 0-based number 2 forgets its window."""
+def layer_2_without_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inject a fault into the arithmetic only: layer 2 (0-based) uses full attention."""
     from exaone_bridge.modules import attention
 
-    right = attention.is_layer_window_attention
+    original = attention.is_layer_window_attention
 
-    def forgetful(window: Any, skip: Any, layer_number: int) -> bool:
-        return layer_number != 3 and right(window, skip, layer_number)
+    def without_window(window: Any, skip: Any, layer_number: int) -> bool:
+        return layer_number != 3 and original(window, skip, layer_number)
 
-    monkeypatch.setattr(attention, "is_layer_window_attention", forgetful)
+    monkeypatch.setattr(attention, "is_layer_window_attention", without_window)

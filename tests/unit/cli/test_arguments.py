@@ -13,21 +13,8 @@ from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.cli import Cli
 
-INSPECT = [
-    "inspect",
-    "folder",
-    "--tp",
-    "2",
-    "--json",
-    "--pp=4",
-    "--vpp",
-    "2",
-    "--sp",
-    "--ep",
-    "03",
-    "--etp",
-    "1",
-]
+INSPECT = ["inspect", "folder", "--tp", "2", "--json", "--pp=4", "--vpp", "2", "--sp"]
+INSPECT += ["--ep", "03", "--etp", "1"]
 
 
 def test_every_option_of_inspect_reaches_the_layout() -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +16,53 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.cli import Cli, files_of, tensors_of
+from tests.helpers.cli import Cli, file_of_each_tensor, read_tensors
 
 
-def model_config_of(out: str) -> dict[str, str]:
-    """What stands before the ranks: a name and a value each, in two columns."""
+def summary_lines(out: str) -> dict[str, str]:
+    """Return name -> value of the two columns that `inspect` prints before the ranks."""
     _, *lines = out.partition("\nRanks\n")[0].splitlines()
     return dict(re.split(" {2,}", line.strip(), maxsplit=1) for line in lines)
 
 
-def test_inspect_says_what_a_checkpoint_is(cli: Cli, tiny: Any) -> None:
+def test_inspect_prints_the_model_config_and_the_parameter_mappings(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"))
     assert (run.code, run.err) == (0, "")
-    model_config = model_config_of(run.out)
-    assert (
-        model_config["family"] == "exaone4"
-        and model_config["sliding window"] == "8"
-        and model_config["heads / KV heads x head width"] == "4 / 2 x 24"
-    )
-    assert model_config["layers (L sliding-window, G full)"] == "LLLGLLLG"
-    assert model_config["RoPE (R applied, - none)"] == "RRR-RRR-"
-    assert model_config["embeddings"] == "untied" and model_config["layout"] == "TP1 x PP1, 1 ranks"
-    tensors = tensors_of(tiny("exaone4"))
+    summary = summary_lines(run.out)
+    expected = {
+        "family": "exaone4",
+        "sliding window": "8",
+        "heads / KV heads x head width": "4 / 2 x 24",
+        "layers (L sliding-window, G full)": "LLLGLLLG",
+        "RoPE (R applied, - none)": "RRR-RRR-",
+        "embeddings": "untied",
+        "layout": "TP1 x PP1, 1 ranks",
+    }
+    assert {name: summary[name] for name in expected} == expected
+    tensors = read_tensors(tiny("exaone4"))
     count = sum(tensor.numel() for tensor in tensors.values())
-    assert model_config["parameters"].startswith(f"{count:,} in {len(tensors)} tensors, float32")
-    arrows = [line.split()[0] for line in run.out.splitlines() if " -> " in line]
-    named = {re.sub(r"\.\d+\.", ".*.", name) for name in tensors}
-    assert len(arrows) == len(named) and set(arrows) == named
+    assert summary["parameters"].startswith(f"{count:,} in {len(tensors)} tensors, float32")
+    mapped = [line.split()[0] for line in run.out.splitlines() if " -> " in line]
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name in tensors}
+    assert len(mapped) == len(names) and set(mapped) == names
 
 
-def test_inspect_of_the_global_miniature(cli: Cli, tiny: Any) -> None:
-    model_config = model_config_of(cli("inspect", tiny("exaone4-1.2b")).out)
-    assert (
-        model_config["layers (L sliding-window, G full)"] == "GGGGGG"
-        and model_config["RoPE (R applied, - none)"] == "RRRRRR"
-    )
-    assert model_config["sliding window"] == "-" and model_config["embeddings"] == "tied"
+def test_inspect_of_full_attention_with_tied_embeddings(cli: Cli, tiny: Any) -> None:
+    summary = summary_lines(cli("inspect", tiny("exaone4-1.2b")).out)
+    assert summary["layers (L sliding-window, G full)"] == "GGGGGG"
+    assert summary["RoPE (R applied, - none)"] == "RRRRRR"
+    assert summary["sliding window"] == "-" and summary["embeddings"] == "tied"
 
 
-def test_inspect_says_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
+def test_inspect_prints_that_a_layout_fits(cli: Cli, tiny: Any) -> None:
     run = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 2, "--vpp", 4, "--sp")
     assert run.code == 0
-    assert model_config_of(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP, 8 ranks"
+    assert summary_lines(run.out)["layout"] == "TP4 x PP2 x VPP4 + SP, 8 ranks"
 
 
-def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
-    lines = (
-        cli("inspect", tiny("exaone4"), "--tp", 2, "--pp", 2)
-        .out.partition("\nRanks\n")[2]
-        .splitlines()
-    )
+def test_inspect_prints_at_most_sixteen_ranks(cli: Cli, tiny: Any) -> None:
+    out = cli("inspect", tiny("exaone4"), "--tp", 2, "--pp", 2).out
+    lines = out.partition("\nRanks\n")[2].splitlines()
     head, *ranks = (re.split(" {2,}", line.strip()) for line in lines[:5])
     assert head == ["rank", "coordinates", "layers", "import reads", "parameters", "export writes"]
     assert [rank[:3] for rank in ranks] == [
@@ -72,24 +70,19 @@ def test_inspect_shows_the_ranks(cli: Cli, tiny: Any) -> None:
         for pp in (0, 1)
         for tp in (0, 1)
     ]
-    assert (
-        all(re.fullmatch(r"0\.\d MB", size) for rank in ranks for size in rank[3:])
-        and len({*map(len, lines[:5])}) == 1
-    )
+    assert all(re.fullmatch(r"0\.\d MB", size) for rank in ranks for size in rank[3:])
+    assert len({*map(len, lines[:5])}) == 1
     many = cli("inspect", tiny("exaone4"), "--tp", 4, "--pp", 8).out
-    assert (
-        "\n  ... and 16 more (--json lists all)\n" in many
-        and len(re.findall(r"^ +\d+  tp", many, re.MULTILINE)) == 16
-    )
+    assert "\n  ... and 16 more (--json lists all)\n" in many
+    assert len(re.findall(r"^ +\d+  tp", many, re.MULTILINE)) == 16
 
 
 def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
     run = cli("inspect", sharded, "--json", "--tp", 2)
     assert (run.code, run.err) == (0, "")
     summary = json.loads(run.out)
-    tensors = tensors_of(sharded)
-    listed = summary.pop("tensors")
-    ranks = summary.pop("ranks")
+    tensors, files = read_tensors(sharded), file_of_each_tensor(sharded)
+    listed, ranks = summary.pop("tensors"), summary.pop("ranks")
     assert [(rank["tp"], rank["pp"], rank["layers"]) for rank in ranks] == [
         (tp, 0, [list(range(8))]) for tp in (0, 1)
     ]
@@ -102,11 +95,9 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
     assert unsupported["TP8"].startswith("tp is 8, and must be a divisor of 4 attention heads")
     assert set(unsupported) == {"TP8", "TP16", "TP32", "PP16", "PP32", "EP2"}
     assert listed.keys() == tensors.keys()
-    destinations = {name: entry.pop("megatron") for name, entry in listed.items()}
-    assert listed == {
-        name: {"shape": list(tensor.shape), "dtype": "F32", "file": files_of(sharded)[name]}
-        for name, tensor in tensors.items()
-    }
+    for name, tensor in tensors.items():
+        expected = {"shape": list(tensor.shape), "dtype": "F32", "file": files[name]}
+        assert listed[name] == expected | {"megatron": listed[name]["megatron"]}
     assert summary == {
         "folder": str(sharded),
         "family": "exaone4",
@@ -123,86 +114,82 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
         "unexpected": [],
         "missing": {},
     }
-    layer = "decoder.layers.7"
-    known = {
+    megatron_name = {
         "model.embed_tokens.weight": "embedding.word_embeddings.weight",
         "model.norm.weight": "decoder.final_layernorm.weight",
         "lm_head.weight": "output_layer.weight",
-        "model.layers.7.self_attn.q_proj.weight": f"{layer}.self_attention.linear_qkv.weight",
-        "model.layers.7.self_attn.k_proj.weight": f"{layer}.self_attention.linear_qkv.weight",
-        "model.layers.7.self_attn.v_proj.weight": f"{layer}.self_attention.linear_qkv.weight",
-        "model.layers.7.self_attn.o_proj.weight": f"{layer}.self_attention.linear_proj.weight",
-        "model.layers.7.self_attn.q_norm.weight": f"{layer}.self_attention.q_layernorm.weight",
-        "model.layers.7.self_attn.k_norm.weight": f"{layer}.self_attention.k_layernorm.weight",
-        "model.layers.7.mlp.gate_proj.weight": f"{layer}.mlp.linear_fc1.weight",
-        "model.layers.7.mlp.up_proj.weight": f"{layer}.mlp.linear_fc1.weight",
-        "model.layers.7.mlp.down_proj.weight": f"{layer}.mlp.linear_fc2.weight",
-        "model.layers.7.post_attention_layernorm.weight": f"{layer}.self_attention.linear_proj.post_layernorm.weight",
-        "model.layers.7.post_feedforward_layernorm.weight": f"{layer}.mlp.linear_fc2.post_layernorm.weight",
     }
-    every_layer = {
-        name.replace(".7.", f".{number}."): to.replace(".7.", f".{number}.")
-        for number in range(8)
-        for name, to in known.items()
+    of_one_layer = {
+        "self_attn.q_proj": "self_attention.linear_qkv",
+        "self_attn.k_proj": "self_attention.linear_qkv",
+        "self_attn.v_proj": "self_attention.linear_qkv",
+        "self_attn.o_proj": "self_attention.linear_proj",
+        "self_attn.q_norm": "self_attention.q_layernorm",
+        "self_attn.k_norm": "self_attention.k_layernorm",
+        "mlp.gate_proj": "mlp.linear_fc1",
+        "mlp.up_proj": "mlp.linear_fc1",
+        "mlp.down_proj": "mlp.linear_fc2",
+        "post_attention_layernorm": "self_attention.linear_proj.post_layernorm",
+        "post_feedforward_layernorm": "mlp.linear_fc2.post_layernorm",
     }
-    assert destinations == every_layer
+    megatron_name |= {
+        f"model.layers.{layer}.{hf}.weight": f"decoder.layers.{layer}.{megatron}.weight"
+        for layer in range(8)
+        for hf, megatron in of_one_layer.items()
+    }
+    assert {name: entry["megatron"] for name, entry in listed.items()} == megatron_name
 
 
-def add_tensors(folder: Path, **more: torch.Tensor) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+def change_tensors(
+    folder: Path, add: dict[str, torch.Tensor] | None = None, drop: Iterable[str] = ()
+) -> None:
+    tensors = load_file(folder / "model.safetensors") | (add or {})
+    kept = {name: tensor for name, tensor in tensors.items() if name not in set(drop)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def drop_tensor(folder: Path, name: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[name]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-STRANGE = {
-    f"model.layers.{layer}.mlp.strange": torch.ones(3, layer + 1, dtype=torch.int64)
+UNEXPECTED = {
+    f"model.layers.{layer}.mlp.unexpected": torch.ones(3, layer + 1, dtype=torch.int64)
     for layer in range(9)
 }
 
 
 @pytest.mark.parametrize("passthrough", [False, True])
-def test_inspect_lists_what_it_refuses(
+def test_inspect_lists_all_unexpected_tensors_and_fails(
     passthrough: bool, cli: Cli, tiny: Any, tmp_path: Path
 ) -> None:
-    """Exit code 2, because an import would refuse it; but first the whole listing, where the sentence names five."""
+    """The exit code is 2, as of `import`; the listing is complete, the error names five."""
     folder = tmp_path / "model"
     shutil.copytree(tiny("ernie45" if passthrough else "exaone4"), folder)
-    mtp = {name for name in tensors_of(folder) if name.startswith("model.mtp_")}
+    mtp = {name for name in read_tensors(folder) if name.startswith("model.mtp_")}
     assert bool(mtp) == passthrough
-    add_tensors(folder, **STRANGE, **{"two\nlines": torch.ones(1)})
+    change_tensors(folder, add=UNEXPECTED | {"two\nlines": torch.ones(1)})
     run = cli("inspect", folder)
     assert run.code == 2 and "10 unexpected keys" in run.err and "and 5 more" in run.err
     lines = run.out.splitlines()
+    tensors = [f"model.layers.{layer}.mlp.unexpected [3, {layer + 1}] I64" for layer in range(9)]
     assert [line for line in lines if " -> unexpected" in line] == [
-        f"  {what}, model.safetensors -> unexpected: no parameter mapping has this name"
-        for what in [f"model.layers.{layer}.mlp.strange [3, {layer + 1}] I64" for layer in range(9)]
-        + [r"'two\nlines' [1] F32"]
+        f"  {tensor}, model.safetensors -> unexpected: no parameter mapping has this name"
+        for tensor in [*tensors, r"'two\nlines' [1] F32"]
     ]
     assert {line.split()[0] for line in lines if " -> passthrough" in line} == mtp
     run = cli("inspect", folder, "--json", "--tp", 2)
     assert run.code == 2 and "10 unexpected keys" in run.err
     summary = json.loads(run.out)
-    assert (
-        summary["unexpected"] == sorted([*STRANGE, "two\nlines"])
-        and set(summary["passthrough"]) == mtp
-    )
+    assert summary["unexpected"] == sorted([*UNEXPECTED, "two\nlines"])
+    assert set(summary["passthrough"]) == mtp
     assert summary["missing"] == {} and summary["ranks"][1]["read_bytes"] > 0
     assert {name for name, entry in summary["tensors"].items() if entry["megatron"] is None} == {
-        *STRANGE, *mtp, "two\nlines",
+        *UNEXPECTED, *mtp, "two\nlines",
     }  # fmt: skip
-    assert summary["parameters"] == sum(tensor.numel() for tensor in tensors_of(folder).values())
+    assert summary["parameters"] == sum(tensor.numel() for tensor in read_tensors(folder).values())
 
 
-def test_inspect_lists_what_is_missing(cli: Cli, tiny: Any, tmp_path: Path) -> None:
+def test_inspect_lists_missing_tensors_and_fails(cli: Cli, tiny: Any, tmp_path: Path) -> None:
     folder, name = tmp_path / "model", "model.layers.2.mlp.up_proj.weight"
     shutil.copytree(tiny("exaone4"), folder)
-    shape = list(tensors_of(folder)[name].shape)
-    drop_tensor(folder, name)
+    shape = list(read_tensors(folder)[name].shape)
+    change_tensors(folder, drop=[name])
     run = cli("inspect", folder)
     assert run.code == 2 and f"1 missing keys ({name})" in run.err
     assert f"  {name} {shape} -> missing: the model needs it" in run.out.splitlines()
@@ -210,34 +197,30 @@ def test_inspect_lists_what_is_missing(cli: Cli, tiny: Any, tmp_path: Path) -> N
     assert run.code == 2 and json.loads(run.out)["missing"] == {name: shape}
 
 
-def test_inspect_of_a_passthrough_tensor_of_another_type(
+def test_inspect_accepts_a_passthrough_tensor_of_any_dtype(
     cli: Cli, tiny: Any, tmp_path: Path
 ) -> None:
-    """What travels beside the model may be of any type."""
     folder, name = tmp_path / "model", "model.mtp_block.0.steps"
     shutil.copytree(tiny("ernie45"), folder)
-    add_tensors(folder, **{name: torch.ones(2, 3, dtype=torch.int64)})
+    change_tensors(folder, add={name: torch.ones(2, 3, dtype=torch.int64)})
     run = cli("inspect", folder)
     assert (run.code, run.err) == (0, "")
-    assert (
-        f"  {name} [2, 3] I64, model.safetensors -> passthrough: exported unchanged"
-        in run.out.splitlines()
+    line = f"  {name} [2, 3] I64, model.safetensors -> passthrough: exported unchanged"
+    assert line in run.out.splitlines()
+
+
+def test_inspect_imports_no_slow_module(tiny: Any) -> None:
+    """`inspect` imports no torch, typer or rich: each import takes longer than its work."""
+    code = (
+        "import sys; from exaone_bridge.cli import main\n"
+        "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     )
-
-
-def test_inspect_imports_nothing_heavy(tiny: Any) -> None:
-    """Neither torch and what comes with it, nor what reads arguments and draws tables, which takes longer than all."""
-    code = "import sys; from exaone_bridge.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-    heavy = {
-        "torch",
-        "transformers",
-        "megatron",
-        "safetensors",
-        "numpy",
-        "typer",
-        "click",
-        "rich",
-        "pydantic",
+    slow = {"torch", "transformers", "megatron", "safetensors", "numpy"}
+    slow |= {"typer", "click", "rich", "pydantic"}
+    # Each of these modules of the standard library takes more than 10 ms.
+    slow_submodules = {
+        *("importlib.abc", "importlib.resources", "importlib.metadata"),
+        *("tempfile", "asyncio", "logging"),
     }
     for options in ([], ["--json"]):
         done = subprocess.run(
@@ -249,28 +232,18 @@ def test_inspect_imports_nothing_heavy(tiny: Any) -> None:
         assert done.returncode == 0 and "LLLGLLLG" in done.stdout
         names = set(done.stderr.split())
         assert "exaone_bridge.checkpoint.reshard.validate" in names
-        assert not {name.partition(".")[0] for name in names} & heavy
-        # What each costs more than a hundredth of a second.
-        assert not names & {
-            "importlib.abc",
-            "importlib.resources",
-            "importlib.metadata",
-            "tempfile",
-            "asyncio",
-            "logging",
-        }
+        assert not {name.partition(".")[0] for name in names} & slow
+        assert not names & slow_submodules
 
 
-def test_inspect_ends_quietly_where_nobody_reads(tiny: Any) -> None:
+def test_output_to_a_closed_pipe_ends_without_a_traceback(tiny: Any) -> None:
     program = Path(sys.executable).with_name("exaone-bridge")
-    for command in (
-        [program, "inspect", tiny("exaone4"), "--json"],
-        [program, "inspect", "--help"],
-    ):
+    for arguments in ([tiny("exaone4"), "--json"], ["--help"]):
+        command = [program, "inspect", *arguments]
         reader, writer = os.pipe()
-        os.close(reader)  # before it writes
-        with os.fdopen(writer, "w") as nobody:
+        os.close(reader)  # before the command writes
+        with os.fdopen(writer, "w") as closed:
             done = subprocess.run(
-                command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+                command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120, check=False
             )
         assert (done.returncode, done.stderr) == (1, "")

@@ -13,24 +13,17 @@ from tests.helpers.cli import Cli
 
 
 @pytest.mark.parametrize("command", ["import", "verify", "export"])
-def test_a_command_leaves_no_process_behind(
+def test_command_leaves_no_process_behind(
     command: str, megatron_bridge: Any, tiny: Any, megatron_folder: Path, cli: Cli
 ) -> None:
-    """Whoever was forked meanwhile has this pipe open; when all have ended, it is at its end."""
+    """Every forked process inherits the pipe; reading gives the end of file once all have ended."""
     reader, writer = os.pipe()
     try:
         output = [] if command == "verify" else ["output"]
+        options = ["--tp", 2] if command == "verify" else ["--workers", 2]
         source = megatron_folder if command == "export" else tiny("exaone4")
         try:
-            assert (
-                cli(
-                    command,
-                    source,
-                    *output,
-                    *(["--tp", 2] if command == "verify" else ["--workers", 2]),
-                ).code
-                == 0
-            )
+            assert cli(command, source, *output, *options).code == 0
         finally:
             os.close(writer)
         ready, _, _ = select.select([reader], [], [], 20)

@@ -1,4 +1,4 @@
-"""`exaone-bridge verify` passes on exact conversions, and names the check that an injected fault fails."""
+"""`exaone-bridge verify` passes on exact conversions, and names the check that a fault fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cli import Cli, Snapshot, config_of, mappings_of, tensors_of
+from tests.helpers.cli import Cli, Snapshot, read_config, read_tensors, table_rows
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_verify_holds(
     before = snapshot(tiny(name))
     run = cli("verify", tiny(name), "--quick", *layout)
     assert (run.code, run.err) == (0, "")
-    assert [(row[0], row[3]) for row in mappings_of(run.out)[1:]] == [
+    assert [(row[0], row[3]) for row in table_rows(run.out)[1:]] == [
         ("tensors", "passed"),
         ("config", "passed"),
         ("files", "passed"),
         ("logits", "passed"),
     ]
-    figures = {row[0]: row[1] for row in mappings_of(run.out)}
-    assert figures["tensors"] == f"{len(tensors_of(tiny(name)))} tensors bitwise equal"
+    figures = {row[0]: row[1] for row in table_rows(run.out)}
+    assert figures["tensors"] == f"{len(read_tensors(tiny(name)))} tensors bitwise equal"
     assert figures["files"] == "4 files equal" and "top-1 agreement 100.0%" in figures["logits"]
     assert 0 < float(figures["logits"].split()[2].rstrip(",")) < 2e-5
     assert snapshot(tiny(name)) == before and list((tmp_path / "tmp").iterdir()) == []
@@ -73,7 +73,7 @@ def test_verify_sees_a_window_off_by_one(
     monkeypatch.setattr(provider, "megatron_window", one_more)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1
-    statuses = {row[0]: row[3] for row in mappings_of(run.out)[1:]}
+    statuses = {row[0]: row[3] for row in table_rows(run.out)[1:]}
     assert statuses["tensors"] == statuses["files"] == "passed" and statuses["logits"] == "FAILED"
     assert (
         "exaone4: logits: max |difference| " in run.err
@@ -82,13 +82,13 @@ def test_verify_sees_a_window_off_by_one(
 
 
 @pytest.mark.parametrize("layout", [[], ["--tp", 2, "--pp", 4]], ids=str)
-@pytest.mark.usefixtures("layer_2_sees_everything")
+@pytest.mark.usefixtures("layer_2_without_window")
 def test_verify_names_the_layer_that_differs_first(
     layout: list[object], megatron_bridge: Any, tiny: Any, cli: Cli
 ) -> None:
     run = cli("verify", tiny("exaone4"), *layout, "--quick", "--backend", "torch")
     assert run.code == 1
-    assert [row[3] for row in mappings_of(run.out)[1:]] == ["passed", "passed", "passed", "FAILED"]
+    assert [row[3] for row in table_rows(run.out)[1:]] == ["passed", "passed", "passed", "FAILED"]
     assert (
         run.err.startswith("exaone4: logits: ")
         and "hidden states diverge at layer 2, attention" in run.err
@@ -96,7 +96,7 @@ def test_verify_names_the_layer_that_differs_first(
     assert len(run.err.splitlines()) == 2 and "usual causes: RoPE" in run.err
 
 
-@pytest.mark.usefixtures("layer_2_sees_everything")
+@pytest.mark.usefixtures("layer_2_without_window")
 def test_verify_meets_the_edge_of_the_window_only_past_it(
     megatron_bridge: Any, tiny: Any, cli: Cli
 ) -> None:
@@ -113,7 +113,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def change_config(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config_of(folder) | {"rms_norm_eps": 1e-5}))
+    (folder / "config.json").write_text(json.dumps(read_config(folder) | {"rms_norm_eps": 1e-5}))
 
 
 ROUND_TRIP_FAULTS = {
@@ -142,4 +142,4 @@ def test_verify_sees_a_fault_of_the_round_trip(
     monkeypatch.setattr(job, "write_hf_folder", write)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and says in run.err
-    assert {row[0] for row in mappings_of(run.out)[1:] if row[3] == "FAILED"} == {check}
+    assert {row[0] for row in table_rows(run.out)[1:] if row[3] == "FAILED"} == {check}

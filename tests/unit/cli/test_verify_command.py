@@ -134,6 +134,7 @@ def test_self_test_prints_a_line_for_each_fault(
     assert [outcome["status"] == "caught" for outcome in data["outcomes"]] == [True, passed]
 
 
+@pytest.mark.slow
 def test_quick_takes_less_than_a_minute_imports_included(tiny: Any) -> None:
     started = time.perf_counter()
     program = Path(sys.executable).with_name("exaone-bridge")

@@ -206,6 +206,7 @@ def test_run_config_is_plain_and_keeps_the_wishes(
     }
 
 
+@pytest.mark.slow
 def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path: Path) -> None:
     """Four times its bound's size goes through either way; benchmarks/convert.py shows the same at 2.6 and 16 GB."""
     layers = 24

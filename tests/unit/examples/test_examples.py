@@ -69,6 +69,7 @@ def test_round_trip(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     assert compare_tensors(folder, tmp_path / "out" / "exported").passed
 
 
+@pytest.mark.slow
 def test_train(tiny: Any, tmp_path: Path) -> None:
     """Two steps lower the loss, and the exported folder has the same tensors with other values."""
     folder = tiny("exaone4-1.2b")

@@ -355,6 +355,7 @@ def test_ranks_that_are_there_already_are_used(
     assert first == second and first["logits"] == first["tensors"] == "passed"
 
 
+@pytest.mark.slow
 def test_a_megatron_checkpoint_in_torchruns_world(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:

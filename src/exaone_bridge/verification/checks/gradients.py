@@ -18,7 +18,15 @@ from exaone_bridge.verification.workflow.transformers import (
     together,
 )
 
-__all__ = ["compare_gradients", "gradients_of_megatron", "gradients_of_transformers"]
+__all__ = [
+    "compare_gradients",
+    "export_gradients",
+    "gradients_of_megatron",
+    "gradients_of_transformers",
+    "loss_step",
+    "relative_difference",
+    "split_fused_experts",
+]
 
 Gradients = dict[str, torch.Tensor]
 
@@ -35,7 +43,7 @@ def gradients_of_transformers(
     """
     clean = _backward(model, tokens, images, 0.0)
     perturbed = _backward(model, tokens, images, PERTURBATION)
-    change = max(_relative(perturbed[name], clean[name]) for name in clean)
+    change = max(relative_difference(perturbed[name], clean[name]) for name in clean)
     return clean, change / PERTURBATION
 
 
@@ -63,12 +71,20 @@ def _backward(
     found: Gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            found |= _on_disk(name, parameter.grad.detach().float().cpu())
+            found |= split_fused_experts(name, parameter.grad.detach().float().cpu())
     return found
 
 
-def _on_disk(name: str, gradient: torch.Tensor) -> Gradients:
-    """Transformers fuses experts in memory only."""
+def split_fused_experts(name: str, gradient: torch.Tensor) -> Gradients:
+    """Split a gradient of experts, which Transformers fuses in memory, by the names on disk.
+
+    Args:
+        name: the parameter's name in Transformers' model.
+        gradient: [E, 2F, H] of gate and up, [E, H, F] of down, or of a parameter without experts.
+
+    Returns:
+        Hugging Face name -> copy of its part.
+    """
     module, _, leaf = name.rpartition(".")
     if not module.endswith(".experts"):
         return {name: gradient.clone()}
@@ -83,9 +99,14 @@ def _on_disk(name: str, gradient: torch.Tensor) -> Gradients:
     return found
 
 
-def _forward_step(
+def loss_step(
     batches: Iterator[tuple[torch.Tensor, Images]], model: Any
 ) -> tuple[torch.Tensor, Any]:
+    """Run a prompt [1, S + 1] through a pipeline stage, as Megatron-Core's schedules call it.
+
+    Returns:
+        The stage's output, and the function from it to the mean cross entropy of this rank's shard.
+    """
     from megatron.core import parallel_state
 
     from exaone_bridge.modules.context_parallel import local_positions
@@ -131,7 +152,7 @@ def gradients_of_megatron(
         chunk.train()
         chunk.zero_grad_buffer()
     get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=loss_step,
         data_iterator=[iter(data) for _ in model] if len(model) > 1 else iter(data),
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(tokens),
@@ -139,18 +160,32 @@ def gradients_of_megatron(
         micro_batch_size=1,
         forward_only=False,
     )
-    with torch.no_grad():
-        for chunk in model:
-            for parameter in chunk.parameters():
-                parameter.data.copy_(parameter.main_grad)  # exported as if they were the weights
-    return {
-        name: weight.clone().float()
-        for name, weight in bridge.export_hf_weights(model, cpu=True, show_progress=False)
-    }
+    return export_gradients(bridge, model)
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over that of what was expected; of what was found where nothing was (an unused expert)."""
+@torch.no_grad()
+def export_gradients(bridge: Any, model: Any) -> Gradients:
+    """Export the gradients as if they were the weights, which they overwrite; frozen ones are zero.
+
+    Args:
+        bridge: the AutoBridge of the model.
+        model: this rank's chunks, in Megatron-Core's data-parallel wrapper.
+
+    Returns:
+        Hugging Face name -> fp32 gradient on the CPU, on every rank.
+    """
+    for chunk in model:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.main_grad)
+            else:
+                parameter.zero_()
+    weights = bridge.export_hf_weights(model, cpu=True, show_progress=False)
+    return {name: weight.clone().float() for name, weight in weights}
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of `expected`, or over 1 if that is zero."""
     size = expected.norm().item() if expected.any() else 1.0
     return (found - expected).norm().item() / size
 
@@ -168,7 +203,7 @@ def compare_gradients(
     """
     expected, amplification = reference
     differences = {
-        name: _relative(ours[name], expected[name]) if name in ours else float("inf")
+        name: relative_difference(ours[name], expected[name]) if name in ours else float("inf")
         for name in sorted(expected)
     }
     rounding = RoundingModel(model_config, positions)

@@ -1,4 +1,4 @@
-"""The next-token-prediction tensors that the 21B ships survive every way through Megatron, or the export stops."""
+"""Passthrough tensors (the MTP tensors of the 21B) are exported unchanged, or the export stops."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from exaone_bridge.verification.checks.folders import (
     compare_files,
     compare_tensors,
 )
+from tests.helpers.parity import assert_same_folder
 
 
-def _mtp(folder: Path) -> set[str]:
+def _mtp_names(folder: Path) -> set[str]:
     return {name for name in read_headers(folder) if name.startswith("model.mtp_")}
 
 
@@ -32,48 +33,39 @@ def imported(megatron_bridge: Any, tiny: Any, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def test_they_are_there(tiny: Any) -> None:
+def test_mtp_tensors_are_passthrough(tiny: Any) -> None:
     source = HFCheckpoint.open(tiny("ernie45"))
-    assert set(source.passthrough) == _mtp(source.folder)
+    assert set(source.passthrough) == _mtp_names(source.folder)
     assert len(source.passthrough) == 12
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_export_from_the_checkpoint_alone(
+def test_export_has_all_tensors_of_the_source(
     tiny: Any, imported: Path, tmp_path: Path, workers: int
 ) -> None:
-    """Bitwise, fp32 router tensors in a bf16 model and next-token prediction included."""
+    """Among them are the MTP tensors, and the fp32 router tensors of a bf16 model."""
     source, exported = tiny("ernie45", dtype="bfloat16"), tmp_path / "exported"
     export_checkpoint(imported, exported, workers=workers)
-    assert len(_mtp(exported)) == 12
+    assert len(_mtp_names(exported)) == 12
     for check in (compare_tensors(source, exported), compare_files(source, exported)):
         assert check.passed, check.details
-    plain = read_json(source / "config.json")
-    for field in (
-        "moe_num_experts",
-        "moe_intermediate_size",
-        "moe_layer_start_index",
-        "moe_layer_end_index",
-    ):
-        plain[field] = plain[field][
-            0
-        ]  # lists, which Transformers cannot read, become the numbers it can
-    assert compare_configs(plain, read_json(exported / "config.json")).passed
+    expected = read_json(source / "config.json")
+    # The export replaces these lists, which Transformers cannot read, by their first number.
+    fields = ("num_experts", "intermediate_size", "layer_start_index", "layer_end_index")
+    expected |= {f"moe_{field}": expected[f"moe_{field}"][0] for field in fields}
+    assert compare_configs(expected, read_json(exported / "config.json")).passed
 
 
 @pytest.mark.parametrize("name", ["ernie45-300b", "ernie45-dense"])
-def test_import_and_export_of_the_others(
+def test_import_and_export_of_models_without_passthrough_tensors(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
 ) -> None:
     import_checkpoint(tiny(name), tmp_path / "megatron", Layout(pp=2))
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
-    assert compare_tensors(tiny(name), tmp_path / "exported").passed
-    assert compare_configs(
-        read_json(tiny(name) / "config.json"), read_json(tmp_path / "exported/config.json")
-    ).passed
+    assert_same_folder(tiny(name), tmp_path / "exported")
 
 
-def test_out_of_reach_stops_the_export_unless_told(
+def test_export_without_passthrough_tensors_stops_unless_they_are_dropped(
     tiny: Any, imported: Path, tmp_path: Path
 ) -> None:
     path = imported / "hf" / "carried.safetensors"
@@ -86,7 +78,7 @@ def test_out_of_reach_stops_the_export_unless_told(
     finally:
         hidden.rename(path)
     source = tiny("ernie45", dtype="bfloat16")
-    assert set(read_headers(tmp_path / "dropped")) == set(read_headers(source)) - _mtp(source)
+    assert set(read_headers(tmp_path / "dropped")) == set(read_headers(source)) - _mtp_names(source)
     assert read_json(tmp_path / "dropped/config.json")["num_nextn_predict_layers"] == 0
     HFCheckpoint.open(tmp_path / "dropped")
 
@@ -96,27 +88,26 @@ def _save_through_autobridge(source: Path, target: Path) -> list[str]:
 
     from exaone_bridge.runtime.model import build
 
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("exaone_bridge")
     logging.disable(logging.NOTSET)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     bridge = AutoBridge.from_hf_pretrained(source)
     bridge.save_hf_pretrained(build(bridge, Layout()), target, show_progress=False)
-    return said
+    return messages
 
 
-def test_autobridge_carries_them_and_says_so_once(
+def test_autobridge_exports_passthrough_tensors_and_logs_it_once(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     source = tiny("ernie45")
-    (said,) = ForkLauncher(1).all(_save_through_autobridge, source, tmp_path / "exported")
+    messages = ForkLauncher().first(_save_through_autobridge, source, tmp_path / "exported")
     assert compare_tensors(source, tmp_path / "exported").passed
-    assert (
-        len([line for line in said if "carried from the source unchanged: 12 tensors" in line]) == 1
-    )
+    logged = [line for line in messages if "carried from the source unchanged: 12 tensors" in line]
+    assert len(logged) == 1
 
 
 def _export_without_source(source: Path) -> None:
@@ -126,12 +117,14 @@ def _export_without_source(source: Path) -> None:
 
     bridge = AutoBridge.from_hf_pretrained(source)
     model = build(bridge, Layout())
-    bare = AutoBridge.from_hf_config(bridge.hf_pretrained.config)
-    for _ in bare.export_hf_weights(model, cpu=True, show_progress=False):
+    without_source = AutoBridge.from_hf_config(bridge.hf_pretrained.config)
+    for _ in without_source.export_hf_weights(model, cpu=True, show_progress=False):
         pass
 
 
-def test_autobridge_without_its_source_stops(megatron_bridge: Any, tiny: Any) -> None:
+def test_autobridge_without_its_source_cannot_export_passthrough_tensors(
+    megatron_bridge: Any, tiny: Any
+) -> None:
     with pytest.raises(UnmappedTensors, match="cannot be reached"):
-        ForkLauncher(1).all(_export_without_source, tiny("ernie45"))
-    ForkLauncher(1).all(_export_without_source, tiny("ernie45", num_nextn_predict_layers=0))
+        ForkLauncher().first(_export_without_source, tiny("ernie45"))
+    ForkLauncher().first(_export_without_source, tiny("ernie45", num_nextn_predict_layers=0))

@@ -1,4 +1,4 @@
-"""The operations that `benchmarks/train_images.py` counts for the tower are those that torch counts."""
+"""`benchmarks/train_images.py` counts the operations of the vision encoder that torch counts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from exaone_bridge.models.exaone45.config import read_hf_config
-from tests.helpers.exaone45_cases import CONFIG
+from tests.helpers.exaone45 import CONFIG
 from tests.helpers.paths import ROOT
 
 
-@pytest.mark.parametrize(
-    "side", [12, 16]
-)  # whole windows of six patches; and windows that the border cuts
-def test_operations_of_an_image(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+# A window has six patches: the border of an image of 16 patches cuts windows.
+@pytest.mark.parametrize("side", [12, 16])
+def test_operations_of_an_image_equal_those_that_torch_counts(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Exaone4_5_VisionConfig
     from transformers.models.exaone4_5.modeling_exaone4_5 import Exaone4_5_VisionModel
