@@ -66,7 +66,7 @@ RUNS: dict[str, tuple[object, ...]] = {
 
 
 class Runs:
-    """Processes that run the examples; each starts when a test first needs it, or all start at once."""
+    """Processes that run the examples; each starts when a test needs it, or all start at once."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -182,7 +182,7 @@ def test_published_recipe_needs_the_estimated_memory(runs: Runs) -> None:
 
 
 def test_mixture_of_experts_recipe_trains_and_saves(runs: Runs) -> None:
-    """Losses of random data stay near log(vocabulary); the optimizer has parameters of two types."""
+    """Losses of random data stay near log(vocabulary); the optimizer has two data types."""
     losses = runs.losses("ernie")
     print(losses)
     assert all(abs(loss - math.log(2048)) < 0.5 for loss in losses.values())

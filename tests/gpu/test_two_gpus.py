@@ -1,4 +1,4 @@
-"""All models over two GPUs on NCCL: logits at each kind of layout, exports, packed documents, MTP."""
+"""All models over two GPUs on NCCL: logits at each kind of layout, exports, packing, MTP."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_logits_and_export_over_two_gpus(results: dict[str, Any], case: dict[str
 def test_packed_documents_over_two_gpus_have_the_logits_of_single_documents(
     results: dict[str, Any], case: dict[str, Any]
 ) -> None:
-    """2e-2 is the mean distance of bf16 to fp32; attention to other documents makes it 100 times."""
+    """2e-2 is the mean distance of bf16 to fp32; attention to other documents is a hundred times."""
     assert _result(results, case)["packed"][0] <= 2e-2
 
 

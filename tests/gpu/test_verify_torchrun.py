@@ -96,7 +96,7 @@ def commands(work: Path, source: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def work(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run all commands; return the folder of NAME.code, NAME.out, NAME.err, reports, results.json."""
+    """Run all commands; return the folder with NAME.code, NAME.out, NAME.err and the reports."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder, source = prepared(tmp_path_factory.mktemp("verify"), tiny)

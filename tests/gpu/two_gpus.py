@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/gpu/two_gpus.py FOLDER
 
 The folder has `cases.json`; rank 0 writes `results.json` with each case's metrics or traceback.
-Without a GPU the cases run on gloo with the torch backend, so that this script can be tried anywhere.
+Without a GPU the cases run on gloo with the torch backend, to try this script anywhere.
 """
 
 from __future__ import annotations
