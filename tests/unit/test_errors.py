@@ -1,4 +1,4 @@
-"""The error tree: one line a message, everything a message must say, and a rank can send any of them to its parent."""
+"""Errors: each message is one line with all its parts, and each error can be pickled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from exaone_bridge.errors import (
     VisionInputError,
 )
 
-# Error -> its message, and its attributes.
+# Each error with its message and its attributes.
 ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
     (BridgeError("what, where, remedy."), "what, where, remedy.", {}),
     (
@@ -79,13 +79,13 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         "plan of copies: lm_head.weight is filled twice; nothing was copied, please report this.",
         {"place": "lm_head.weight"},
     ),
-    (VisionInputError("images: 3 words and 4 features."), "images: 3 words and 4 features.", {}),
-    (RegistrationError("theirs, not ours."), "theirs, not ours.", {}),
+    (VisionInputError("images: 3 tokens and 4 features."), "images: 3 tokens and 4 features.", {}),
+    (RegistrationError("another bridge."), "another bridge.", {}),
     (ParityFailure("3 of 5 differ."), "3 of 5 differ.", {}),
 ]
 
 
-def test_every_class_is_tried_here() -> None:
+def test_every_error_class_is_in_the_table() -> None:
     assert {type(error) for error, _, _ in ERRORS} == {
         getattr(errors, name) for name in errors.__all__
     }
@@ -94,7 +94,7 @@ def test_every_class_is_tried_here() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__
 )
-def test_message_and_attributes(
+def test_error_has_its_message_and_attributes(
     error: BridgeError, message: str, attributes: dict[str, object]
 ) -> None:
     assert str(error) == message
@@ -107,32 +107,34 @@ def test_message_and_attributes(
 @pytest.mark.parametrize(
     ("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__
 )
-def test_pickled_and_back(
+def test_error_survives_pickling(
     error: BridgeError, message: str, attributes: dict[str, object], protocol: int
 ) -> None:
     found = pickle.loads(pickle.dumps(error, protocol))
     assert found is not error and type(found) is type(error)
     assert (str(found), vars(found)) == (message, attributes)
     assert found.args == (message,)
-    again = pickle.loads(pickle.dumps(found, protocol))  # a second hop
+    again = pickle.loads(pickle.dumps(found, protocol))
     assert (type(again), str(again), vars(again)) == (type(error), message, attributes)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "attributes"), ERRORS, ids=lambda value: type(value).__name__
 )
-def test_copied(error: BridgeError, message: str, attributes: dict[str, object]) -> None:
+def test_error_survives_copying(
+    error: BridgeError, message: str, attributes: dict[str, object]
+) -> None:
     found = copy.copy(error)
     assert (type(found), str(found), vars(found)) == (type(error), message, attributes)
 
 
-def test_notes_travel_too() -> None:
+def test_notes_survive_pickling() -> None:
     error = UnsupportedConfig("a", got=1, wanted="2")
     error.add_note("on rank 3")
     assert pickle.loads(pickle.dumps(error)).__notes__ == ["on rank 3"]
 
 
-def test_a_rank_failure_travels_too() -> None:
+def test_rank_failure_survives_pickling() -> None:
     from exaone_bridge.runtime.fork import RankFailure
 
     found = pickle.loads(pickle.dumps(RankFailure("rank 1: it died")))
@@ -143,22 +145,19 @@ def test_a_rank_failure_travels_too() -> None:
     )
 
 
-def test_a_long_list_of_known_values_is_cut() -> None:
+def test_long_list_of_known_values_is_shortened() -> None:
     message = str(UnsupportedConfig("a", got=0, known=range(1, 100)))
     assert "1, 2, 3" in message and "40 and 59 more" in message and "41" not in message
 
 
-def test_the_tree_is_flat() -> None:
+def test_every_error_derives_from_bridge_error_directly() -> None:
     for name in errors.__all__:
         if name != "BridgeError":
             assert getattr(errors, name).__bases__ == (BridgeError,)
 
 
-# --- faults that these tests found, since repaired ---
-
-
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "a\u2028b"], ids=ascii)
-def test_a_tensors_name_cannot_break_the_line(name: str) -> None:
+def test_message_with_an_unprintable_name_is_one_line(name: str) -> None:
     message = str(
         UnmappedTensors("tensors are missing", [name], where="model", remedy="look again")
     )

@@ -1,4 +1,4 @@
-"""`python -m exaone_bridge.run` runs scripts as Python does, with our bridges in place."""
+"""`python -m exaone_bridge.run` runs scripts as Python does, with the bridges registered."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-_TELL = """
+_PRINT_CONTEXT = """
 import json, sys
-print(json.dumps([__name__, sys.argv, sys.path[0], __file__, sys.modules["__main__"].__dict__ is globals()]))
+is_main = sys.modules["__main__"].__dict__ is globals()
+print(json.dumps([__name__, sys.argv, sys.path[0], __file__, is_main]))
 """
 
 
@@ -40,27 +41,27 @@ def _python(
         ("part/s.py", "part/s.py"),
     ],
 )
-def test_as_python_runs_it(tmp_path: Path, script: str, form: str) -> None:
+def test_script_runs_as_with_python(tmp_path: Path, script: str, form: str) -> None:
     (tmp_path / script).parent.mkdir(exist_ok=True)
-    (tmp_path / script).write_text(_TELL)
-    ours = _python("-m", "exaone_bridge.run", form, "--a", "b c", cwd=tmp_path)
-    pythons = _python(form, "--a", "b c", cwd=tmp_path)
-    assert ours.returncode == pythons.returncode == 0, ours.stderr
-    assert ours.stdout == pythons.stdout
+    (tmp_path / script).write_text(_PRINT_CONTEXT)
+    run = _python("-m", "exaone_bridge.run", form, "--a", "b c", cwd=tmp_path)
+    expected = _python(form, "--a", "b c", cwd=tmp_path)
+    assert run.returncode == expected.returncode == 0, run.stderr
+    assert run.stdout == expected.stdout
 
 
 @pytest.mark.parametrize("name", ["module", "package"])
-def test_module(tmp_path: Path, name: str) -> None:
+def test_module_runs_as_with_python(tmp_path: Path, name: str) -> None:
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__main__.py").write_text(_TELL)
-    (tmp_path / "module.py").write_text(_TELL)
-    ours = _python("-m", "exaone_bridge.run", "-m", name, "-m", "x", cwd=tmp_path)
-    assert ours.returncode == 0, ours.stderr
-    assert ours.stdout == _python("-m", name, "-m", "x", cwd=tmp_path).stdout
+    (tmp_path / "package" / "__main__.py").write_text(_PRINT_CONTEXT)
+    (tmp_path / "module.py").write_text(_PRINT_CONTEXT)
+    run = _python("-m", "exaone_bridge.run", "-m", name, "-m", "x", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == _python("-m", name, "-m", "x", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"),
+    ("body", "code", "stderr"),
     [
         ("import sys; sys.exit(7)", 7, ""),
         ("raise SystemExit('no')", 1, "no\n"),
@@ -71,19 +72,19 @@ def test_module(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_exit_code_and_exception_pass_through(
-    tmp_path: Path, body: str, code: int, said: str
+    tmp_path: Path, body: str, code: int, stderr: str
 ) -> None:
     (tmp_path / "script.py").write_text(body)
     done = _python("-m", "exaone_bridge.run", "script.py", cwd=tmp_path)
-    assert (done.returncode, done.stderr[-len(said) :] if said else done.stderr) == (code, said)
+    assert done.returncode == code
+    assert done.stderr.endswith(stderr) if stderr else done.stderr == ""
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["missing.py"], ["."], ["-m", "missing"], ["-m", "json.missing"], ["-m", "..x"], ["-m"]],
 )
-def test_nothing_to_run(tmp_path: Path, arguments: list[str]) -> None:
-    """Exit code 2 and one sentence."""
+def test_missing_script_or_module_exits_with_2(tmp_path: Path, arguments: list[str]) -> None:
     done = _python("-m", "exaone_bridge.run", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -91,13 +92,13 @@ def test_nothing_to_run(tmp_path: Path, arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_usage() -> None:
+def test_help_shows_the_usage() -> None:
     assert _python("-m", "exaone_bridge.run").returncode == 2
     shown = _python("-m", "exaone_bridge.run", "--help")
     assert shown.returncode == 0 and "usage:" in shown.stdout
 
 
-# A script that knows nothing of us. What it does about CUDA is what any script must do where there is none.
+# A script without exaone_bridge. Every script for a CPU must replace these functions of torch.cuda.
 _UNCHANGED = """
 import sys, tempfile
 import torch
@@ -110,7 +111,8 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.peft.lora import LoRA
 from megatron.core import parallel_state
 
-torch.distributed.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+store = "file://" + tempfile.mktemp()
+torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
 bridge = AutoBridge.from_hf_pretrained(sys.argv[1])
 print("bridge", type(bridge._model_bridge).__module__)
 provider = bridge.to_megatron_provider()
@@ -124,13 +126,14 @@ with torch.no_grad():
     output, norm = wrapper(x)[0], wrapper.to_wrap.post_layernorm
     before = norm(x @ wrapper.to_wrap.weight.T + wrapper.adapter(x))
     after = norm(x @ wrapper.to_wrap.weight.T) + wrapper.adapter(x)
-print("before", (output - before).abs().max().item() < 1e-5, "after", (output - after).abs().max().item() < 1e-5)
+differences = [(output - expected).abs().max().item() for expected in (before, after)]
+print("before", differences[0] < 1e-5, "after", differences[1] < 1e-5)
 """
 
 
 @pytest.mark.slow
-def test_unchanged_script(tiny: Any, tmp_path: Path) -> None:
-    """AutoBridge finds our bridge, and the host's own LoRA acts before a post norm."""
+def test_unchanged_script_uses_the_bridge_and_the_patched_lora(tiny: Any, tmp_path: Path) -> None:
+    """Megatron-Bridge's LoRA is added before a post norm."""
     script = tmp_path / "script.py"
     script.write_text(_UNCHANGED)
     done = _python("-m", "exaone_bridge.run", script, tiny("exaone4"), cwd=tmp_path)

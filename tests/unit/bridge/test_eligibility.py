@@ -1,4 +1,4 @@
-"""Models that the plan of copies does not support are loaded and saved by Megatron-Bridge's code."""
+"""Models that the plan of copies does not support use the code of Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ def test_unsupported_models_are_loaded_by_megatron_bridge(
     name: str, megatron_bridge: Any, tiny: Any
 ) -> None:
     ((lines, equal),) = ForkLauncher(1).all(_load_unsupported, tiny("exaone4"), name)
-    assert lines == [
-        f"Hugging Face -> Megatron-Core: by Megatron-Bridge's own code, because {NOT_SUPPORTED[name][2]}"
-    ]
+    reason = NOT_SUPPORTED[name][2]
+    way = "Hugging Face -> Megatron-Core: by Megatron-Bridge's own code"
+    assert lines == [f"{way}, because {reason}"]
     assert equal
 
 
@@ -192,7 +192,8 @@ def test_uneven_pipeline_loads_by_the_plan_and_saves_by_megatron_bridge(
     assert [layers for _, layers in results] == [[1, 2, 3], [4, 5, 6, 7, 8]]
     assert results[0][0] == [
         "Hugging Face -> Megatron-Core: by the plan of copies",
-        "Megatron-Core -> Hugging Face: by Megatron-Bridge's own code, because its pipeline is cut unevenly",
+        "Megatron-Core -> Hugging Face: by Megatron-Bridge's own code, "
+        "because its pipeline is cut unevenly",
     ]
     assert compare_tensors(tiny("exaone4"), tmp_path / "output").passed
     assert [path.name for path in tmp_path.iterdir()] == ["output"]

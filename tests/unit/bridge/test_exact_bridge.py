@@ -155,7 +155,7 @@ def _save_twice(folder: Path, target: Path) -> None:
 def test_save_into_an_existing_folder_replaces_the_weights_only(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """AutoBridge's calls may write into an existing folder; files are renamed once all are complete."""
+    """AutoBridge's calls may write into an existing folder, and rename complete files."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
     ForkLauncher(2).all(_save_twice, tiny("exaone4"), tmp_path)

@@ -1,4 +1,4 @@
-"""Whose bridge Megatron-Bridge looks up: in fresh processes, in either order of import, and when others claim it."""
+"""The bridge that Megatron-Bridge looks up: after either import order, or another registration."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from exaone_bridge.errors import RegistrationError
 from exaone_bridge.models import FAMILIES
 
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
-OURS = "exaone_bridge.bridge.exaone4.Exaone4Bridge"
+EXAONE4_BRIDGE = "exaone_bridge.bridge.exaone4.Exaone4Bridge"
 _BRIDGES = {
-    "exaone4": OURS,
+    "exaone4": EXAONE4_BRIDGE,
     "exaone45": "exaone_bridge.bridge.exaone45.Exaone45Bridge",
     "ernie45": "exaone_bridge.bridge.ernie45.Ernie45Bridge",
 }
-CLAIMED = {name: _BRIDGES[family.name] for family in FAMILIES for name in family.architectures}
+BRIDGE_BY_ARCHITECTURE = {
+    name: _BRIDGES[family.name] for family in FAMILIES for name in family.architectures
+}
 
 # --- fresh processes ---
 
@@ -42,7 +44,7 @@ def found(key):
 """
 REPORT = """
 from megatron.core.extensions.transformer_engine import HAVE_TE
-dynamic = type("Exaone4ForCausalLM", (), {})  # as AutoBridge makes one of a name that Transformers lacks
+dynamic = type("Exaone4ForCausalLM", (), {})  # as AutoBridge makes it
 result = {
     "class": found(transformers.Exaone4ForCausalLM),
     "name": found("Exaone4ForCausalLM"),
@@ -54,8 +56,8 @@ result = {
 """
 PRINT = 'print("RESULT" + json.dumps(result))\n'
 
-# What import_guard.py does, in few words of our own: this process must import Megatron-Bridge before exaone_bridge.
-OWN_GUARD = """
+# This program imports Megatron-Bridge before exaone_bridge, so it needs an import guard of its own.
+IMPORT_GUARD = """
 import importlib.abc, importlib.machinery, sys, types
 
 class Anything(types.ModuleType):
@@ -64,7 +66,7 @@ class Anything(types.ModuleType):
             raise AttributeError(name)
         return Anything(name) if name == "ops" else type(name, (), {})
 
-class Around(importlib.abc.MetaPathFinder):
+class Guard(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name != "megatron.bridge.peft.lora_layers":
             return None
@@ -84,7 +86,7 @@ class Around(importlib.abc.MetaPathFinder):
 
 
 def fresh(program: str) -> dict[str, Any]:
-    """Run a program in a new process; what it printed after RESULT."""
+    """Run a program in a new process; return what it printed after RESULT."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": str(Path(exaone_bridge.__file__).parents[1])},
@@ -96,56 +98,57 @@ def fresh(program: str) -> dict[str, Any]:
     return json.loads(done.stdout.rpartition("RESULT")[2])
 
 
-def assert_ours(result: dict[str, Any]) -> None:
-    assert [result[key] for key in ("class", "name", "dynamic")] == [OURS] * 3
-    assert result["llama"].startswith("megatron.bridge.models.llama.")  # others keep theirs
+def assert_registered(result: dict[str, Any]) -> None:
+    assert [result[key] for key in ("class", "name", "dynamic")] == [EXAONE4_BRIDGE] * 3
+    assert result["llama"].startswith("megatron.bridge.models.llama.")
     assert result["have_te"] is HAS_TE
     assert HAS_TE or result["te_modules"] == []
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_import_of_the_package_imports_no_torch() -> None:
     result = fresh(
         textwrap.dedent("""
         import json, sys
         import exaone_bridge
         import exaone_bridge.models, exaone_bridge.errors
         exaone_bridge.__version__, exaone_bridge.register, exaone_bridge.supported
-        print("RESULT" + json.dumps({"heavy": sorted({name.partition(".")[0] for name in sys.modules})}))
+        modules = sorted({name.partition(".")[0] for name in sys.modules})
+        print("RESULT" + json.dumps({"modules": modules}))
         """)
     )
-    assert not set(HEAVY) & set(result["heavy"]) and "exaone_bridge" in result["heavy"]
+    assert not set(HEAVY) & set(result["modules"]) and "exaone_bridge" in result["modules"]
 
 
-def test_ours_first_then_the_host() -> None:
-    assert_ours(fresh("import exaone_bridge\nimport megatron.bridge\n" + FOUND + REPORT + PRINT))
+def test_import_before_megatron_bridge_registers() -> None:
+    assert_registered(
+        fresh("import exaone_bridge\nimport megatron.bridge\n" + FOUND + REPORT + PRINT)
+    )
 
 
 @pytest.mark.slow
-def test_the_host_first_then_ours() -> None:
-    guard = "" if HAS_TE else OWN_GUARD + "sys.meta_path.insert(0, Around())\n"
+def test_import_after_megatron_bridge_replaces_its_bridge() -> None:
+    guard = "" if HAS_TE else IMPORT_GUARD + "sys.meta_path.insert(0, Guard())\n"
     before = "first = found(transformers.Exaone4ForCausalLM)\nimport exaone_bridge\n"
     after = 'result["first"] = first\n'
     result = fresh(guard + "import megatron.bridge\n" + FOUND + before + REPORT + after + PRINT)
-    assert_ours(result)
-    assert result["first"].startswith(
-        "megatron.bridge.models."
-    )  # there was another's claim to take over
+    assert_registered(result)
+    assert result["first"].startswith("megatron.bridge.models.")
 
 
 # --- in this process ---
 
 
 @pytest.fixture
-def host_dispatch(megatron_bridge: Any) -> Iterator[Any]:
-    """Megatron-Bridge's module of bridges; whatever a test registers is ours again afterwards."""
+def dispatch(megatron_bridge: Any) -> Iterator[Any]:
+    """Return the module that looks bridges up; our bridges are registered again afterwards."""
     from megatron.bridge.models.conversion import model_bridge
 
     yield model_bridge
     exaone_bridge.register()
-    assert set(exaone_bridge.supported()) == set(CLAIMED)
+    assert set(exaone_bridge.supported()) == set(BRIDGE_BY_ARCHITECTURE)
 
 
-def test_supported(megatron_bridge: Any) -> None:
+def test_supported_returns_the_bridge_of_each_architecture(megatron_bridge: Any) -> None:
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
 
     assert megatron_bridge == exaone_bridge.supported()
@@ -153,11 +156,11 @@ def test_supported(megatron_bridge: Any) -> None:
     assert {
         name: f"{bridge.__module__}.{bridge.__qualname__}"
         for name, bridge in megatron_bridge.items()
-    } == CLAIMED
-    assert f"{Exaone4Bridge.__module__}.{Exaone4Bridge.__qualname__}" == OURS
+    } == BRIDGE_BY_ARCHITECTURE
+    assert f"{Exaone4Bridge.__module__}.{Exaone4Bridge.__qualname__}" == EXAONE4_BRIDGE
 
 
-def test_registering_again_is_harmless(host_dispatch: Any) -> None:
+def test_register_again_changes_nothing(dispatch: Any) -> None:
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
     from megatron.bridge.utils import instantiate_utils
@@ -173,85 +176,88 @@ def test_registering_again_is_harmless(host_dispatch: Any) -> None:
     assert prefixes == instantiate_utils._ALLOWED_TARGET_PREFIXES and "exaone_bridge." in prefixes
 
 
-def test_looked_up_by_class_by_name_and_by_a_class_of_that_name(host_dispatch: Any) -> None:
+def test_lookup_by_class_and_by_name(dispatch: Any) -> None:
     import transformers
 
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
 
     dynamic = type("Exaone4ForCausalLM", (), {})
     for key in (transformers.Exaone4ForCausalLM, "Exaone4ForCausalLM", dynamic):
-        assert type(host_dispatch.get_model_bridge(key)) is Exaone4Bridge
+        assert type(dispatch.get_model_bridge(key)) is Exaone4Bridge
 
 
 @pytest.mark.parametrize("by", ["class", "name"])
-def test_another_claim_is_found_out(host_dispatch: Any, by: str) -> None:
+def test_supported_raises_if_another_bridge_was_registered(dispatch: Any, by: str) -> None:
     import transformers
     from megatron.core.models.gpt import GPTModel
 
-    class Usurper(host_dispatch.MegatronModelBridge):
+    class OtherBridge(dispatch.MegatronModelBridge):
         def provider_bridge(self, hf_pretrained: Any) -> Any: ...
         def mapping_registry(self) -> Any: ...
 
     key = transformers.Exaone4ForCausalLM if by == "class" else "Exaone4ForCausalLM"
     try:
-        host_dispatch.register_bridge_implementation(
-            source=key, target=GPTModel, bridge_class=Usurper
+        dispatch.register_bridge_implementation(
+            source=key, target=GPTModel, bridge_class=OtherBridge
         )
-        with pytest.raises(RegistrationError) as caught:
+        with pytest.raises(RegistrationError) as raised:
             exaone_bridge.supported()
     finally:
         exaone_bridge.register()
-    message = str(caught.value)
-    assert type(caught.value) is RegistrationError and len(message.splitlines()) == 1
-    assert f"{Usurper.__module__}.{Usurper.__qualname__}" in message and OURS in message
+    message = str(raised.value)
+    assert type(raised.value) is RegistrationError and len(message.splitlines()) == 1
+    assert (
+        f"{OtherBridge.__module__}.{OtherBridge.__qualname__}" in message
+        and EXAONE4_BRIDGE in message
+    )
     assert repr(key) in message and "import exaone_bridge after" in message
-    assert set(exaone_bridge.supported()) == set(CLAIMED)  # claimed back
+    assert set(exaone_bridge.supported()) == set(BRIDGE_BY_ARCHITECTURE)
 
 
-def test_registering_proves_itself(host_dispatch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that takes the registration and looks up something else is found out at once."""
+def test_register_raises_if_the_lookup_finds_another_bridge(
+    dispatch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.bridge.models.llama.llama_bridge import LlamaBridge
 
-    theirs = host_dispatch.register_bridge_implementation
+    register = dispatch.register_bridge_implementation
 
     def register_another(*, source: Any, target: Any, bridge_class: Any) -> None:
-        theirs(source=source, target=target, bridge_class=LlamaBridge)
+        register(source=source, target=target, bridge_class=LlamaBridge)
 
     with monkeypatch.context() as patch:
-        patch.setattr(host_dispatch, "register_bridge_implementation", register_another)
+        patch.setattr(dispatch, "register_bridge_implementation", register_another)
         with pytest.raises(RegistrationError, match="LlamaBridge"):
             exaone_bridge.register()
 
 
-def test_the_stream_of_weights_is_ours_too(host_dispatch: Any) -> None:
-    """The host dispatches the export separately, by (architecture, Megatron class)."""
+def test_export_of_weights_uses_the_registered_bridge(dispatch: Any) -> None:
+    """Megatron-Bridge looks the export up separately, by (architecture, Megatron-Core class)."""
     import transformers
     from megatron.core.models.gpt import GPTModel
 
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
 
-    asked: list[object] = []
+    calls: list[object] = []
 
     def stream(self: Any, *_: Any, **__: Any) -> Iterator[Any]:
-        asked.append(type(self))
+        calls.append(type(self))
         return iter(())
 
     original = Exaone4Bridge.stream_weights_megatron_to_hf
     Exaone4Bridge.stream_weights_megatron_to_hf = stream  # type: ignore[method-assign]
     try:
         for source in (transformers.Exaone4ForCausalLM, "Exaone4ForCausalLM"):
-            list(
-                host_dispatch.stream_weights_megatron_to_hf(
-                    (source, object.__new__(GPTModel)), [], object()
-                )
-            )
+            key = source, object.__new__(GPTModel)
+            list(dispatch.stream_weights_megatron_to_hf(key, [], object()))
     finally:
         Exaone4Bridge.stream_weights_megatron_to_hf = original  # type: ignore[method-assign]
-    assert asked == [Exaone4Bridge] * 2
+    assert calls == [Exaone4Bridge] * 2
 
 
 @pytest.mark.parametrize("name", ["exaone4", "exaone4-1.2b"])
-def test_auto_bridge_uses_ours(megatron_bridge: Any, tiny: Callable[..., Path], name: str) -> None:
+def test_auto_bridge_uses_the_registered_bridge(
+    megatron_bridge: Any, tiny: Callable[..., Path], name: str
+) -> None:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
@@ -265,23 +271,25 @@ def test_auto_bridge_uses_ours(megatron_bridge: Any, tiny: Callable[..., Path], 
     assert AutoBridge.can_handle(folder)
 
 
-def test_auto_bridge_lists_us(megatron_bridge: Any) -> None:
+def test_auto_bridge_lists_the_architectures(megatron_bridge: Any) -> None:
     from megatron.bridge import AutoBridge
 
-    assert {"Exaone4ForCausalLM", *CLAIMED} <= set(AutoBridge.list_supported_models())
+    assert {"Exaone4ForCausalLM", *BRIDGE_BY_ARCHITECTURE} <= set(
+        AutoBridge.list_supported_models()
+    )
 
 
 @pytest.mark.skipif(HAS_TE, reason="Transformer Engine is installed here")
-def test_the_guard_left_no_trace_in_this_process(megatron_bridge: Any) -> None:
+def test_import_guard_leaves_no_stub_modules(megatron_bridge: Any) -> None:
     from megatron.bridge.peft import lora_layers
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     assert HAVE_TE is False
     assert not [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]
-    assert lora_layers.te.Linear is lora_layers.te.Linear  # the module's own reference lives on
+    assert lora_layers.te.Linear is lora_layers.te.Linear  # the module keeps its stub
 
 
-def test_unknown_names_of_the_package() -> None:
+def test_package_raises_for_unknown_names() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = exaone_bridge.no_such_name
     for name in exaone_bridge.__all__:
