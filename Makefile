@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 export PYTHONDONTWRITEBYTECODE =
 export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
 
-.PHONY: demo test test-slow test-all check setup clean
+.PHONY: demo test test-slow test-all check docs setup clean
 
 demo: setup
 	$(RUN) exaone-bridge demo
@@ -32,6 +32,11 @@ check: setup
 	$(RUN) mypy
 	$(RUN) lint-imports
 
+# The site is docs/_build/html/index.html. A broken link or an unknown reference is an error.
+docs: setup
+	rm -rf docs/_build docs/api
+	$(RUN) --group docs sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+
 setup: .venv/.ready
 
 # Bytecode is compiled once here, because importing Megatron-Bridge reads some 2,000 modules.
@@ -41,4 +46,5 @@ setup: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache \
+		docs/_build docs/api

@@ -111,7 +111,7 @@ def _add_tiny(commands: Any) -> None:
         commands,
         "tiny",
         "Write a tiny random checkpoint with the topology of a published model.",
-        "exaone-bridge tiny exaone4 /tmp/tiny --set num_hidden_layers=4 --set dtype=bfloat16",
+        "exaone-bridge tiny exaone4 tiny-model --set num_hidden_layers=4 --set dtype=bfloat16",
     )
     parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(TINY_CONFIGS)}")
     _add_path(parser, "folder", "FOLDER", "output; must not exist")
@@ -122,7 +122,7 @@ def _add_tiny(commands: Any) -> None:
         default=[],
         help="change a field of config.json; dots reach nested fields, the value is JSON (repeatable)",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the weights")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: 0)")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -181,7 +181,7 @@ def _add_verify(commands: Any) -> None:
         "verify",
         "Verify the round trip through Megatron-Core, and logits against Transformers.\n\n"
         "With OTHER, compare two models. Thresholds are derived, not configured.",
-        "exaone-bridge verify /tmp/tiny --tp 2 --pp 2 --report /tmp/report.html",
+        "exaone-bridge verify tiny-model --tp 2 --pp 2 --report report.html",
     )
     model = "a Hugging Face folder or a Megatron checkpoint"
     _add_path(parser, "source", "SOURCE", model, nargs="?")
@@ -195,7 +195,11 @@ def _add_verify(commands: Any) -> None:
     checks.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
     checks.add_argument("--quick", help="one prompt of each length, no generation", **flag)
     checks.add_argument(
-        "--count", metavar="N", type=_positive, default=3, help="number of long prompts"
+        "--count",
+        metavar="N",
+        type=_positive,
+        default=3,
+        help="number of long prompts (default: 3)",
     )
     checks.add_argument(
         "--length",
@@ -203,7 +207,13 @@ def _add_verify(commands: Any) -> None:
         type=_positive,
         help="tokens of a long prompt (default: more than the sliding window)",
     )
-    checks.add_argument("--seed", metavar="N", type=_not_negative, default=0, help="of the prompts")
+    checks.add_argument(
+        "--seed",
+        metavar="N",
+        type=_not_negative,
+        default=0,
+        help="random seed of the prompts (default: 0)",
+    )
     checks.add_argument("--gradients", help="also compare the gradients of one step", **flag)
     checks.add_argument(
         "--mtp", help="build multi-token prediction; otherwise its tensors are passthrough", **flag

@@ -2,14 +2,14 @@
 
 The functions here are what every recipe calls. Arguments that the recipes share:
 
-    gpu_memory_gb: memory of one GPU, 80 or 141, for which the recipe has a training plan.
-    hf_path: a Hugging Face directory on disk, which gives the config, the tokenizer and the
-        initial weights. None: the published config, random weights, and no tokenizer. PEFT needs
-        a directory.
-    dataset_root: (SFT and PEFT) a directory with training.jsonl and validation.jsonl.
-    packed: (SFT and PEFT) pack several samples into one sequence.
-    peft_scheme: (PEFT) "lora", "dora", or an object of Megatron-Bridge's PEFT class.
-    overrides: other values for fields of the plan, by keyword: see `PlanOverrides`.
+- `gpu_memory_gb`: memory of one GPU, 80 or 141, for which the recipe has a training plan.
+- `hf_path`: a Hugging Face directory on disk, which gives the config, the tokenizer and the
+  initial weights. None: the published config, random weights, and no tokenizer. PEFT needs a
+  directory.
+- `dataset_root` (SFT and PEFT): a directory with training.jsonl and validation.jsonl.
+- `packed` (SFT and PEFT): pack several samples into one sequence.
+- `peft_scheme` (PEFT): "lora", "dora", or an object of Megatron-Bridge's PEFT class.
+- `overrides`: other values for fields of the plan, by keyword: see `PlanOverrides`.
 
 All of them raise UnsupportedConfig, UnsupportedLayout or CheckpointError before anything is built.
 

@@ -1,7 +1,8 @@
 """EXAONE 4.5's rows: the EXAONE 4.0 language model's, the vision tower's, and what multi-token prediction ships.
 
 The tower is Transformers' own module, whole on every rank: its parameters keep their names, and its fused projection of
-queries, keys and values stays fused. Axes of the tower:
+queries, keys and values stays fused. Axes of the tower::
+
     c channels   t frames of a patch   p patch   v hidden   q queries, keys and values   f feed-forward
     m hidden of all patches that become one word   o out
 """

@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from exaone_bridge.verification.self_test.registry import fault_table
 
-print(fault_table(), end="")
+if __name__ == "__main__":
+    print(fault_table(), end="")
