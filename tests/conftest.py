@@ -65,15 +65,16 @@ def cached_references(
     It is not for tests that inject a fault into Transformers. Each test gets a copy of the result.
     """
     from exaone_bridge.runtime.fork import ForkLauncher
-    from exaone_bridge.verification.workflow import verify as module
+    from exaone_bridge.verification.workflow.transformers import run_transformers
 
     first = ForkLauncher.first
 
     def cached_first(launcher: ForkLauncher, fn: Any, *args: Any, **options: Any) -> Any:
-        if fn is not module.run_transformers:
+        if fn is not run_transformers:
             return first(launcher, fn, *args, **options)
-        folder, workload = args
-        key = pickle.dumps((folder, dataclasses.replace(workload, layout=Layout(), backend="")))
+        checkpoint, workload = args
+        independent = dataclasses.replace(workload, layout=Layout(), backend="", overrides={})
+        key = pickle.dumps((checkpoint.folder, independent))
         if key not in _reference_cache:
             _reference_cache[key] = pickle.dumps(first(launcher, fn, *args, **options))
         return pickle.loads(_reference_cache[key])

@@ -37,9 +37,9 @@ def main() -> None:
 
     def save_logits(model: list[Any]) -> None:
         from exaone_bridge.runtime.model import forward_logits
-        from exaone_bridge.verification.checks.logits import prompts
+        from exaone_bridge.verification.workflow.workload import random_prompts
 
-        logits, _ = forward_logits(model, prompts(2048, 4, 200))
+        logits, _ = forward_logits(model, random_prompts(2048, 4, 200))
         torch.save(logits, logits_file)
 
     extra = {} if logits_file == "-" else {"at_end": save_logits}

@@ -17,8 +17,7 @@ from exaone_bridge.models.exaone45.prompts import image_prompts
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
-from exaone_bridge.verification.checks.logits import prompts
-from exaone_bridge.verification.workflow.transformers import together
+from exaone_bridge.verification.workflow.workload import batch_images, random_prompts
 from tests.helpers.exaone45 import CONFIG, image_batches
 from tests.helpers.gpu import (
     BACKENDS,
@@ -93,7 +92,7 @@ def test_batch_of_text_images_and_video_equals_single_prompts(nccl: None, tiny: 
     tokens, images = tokens[order], [images[number] for number in order]
     expected = hf_logits(folder, [(tokens, images)], torch.float32)
     (model,) = build(AutoBridge.from_hf_pretrained(folder), Layout(), backend="transformer_engine")
-    ((batch, all_images),) = to_device([(tokens, together(images))])
+    ((batch, all_images),) = to_device([(tokens, batch_images(images))])
     positions = torch.arange(tokens.shape[1], device=batch.device)[None]
     with torch.no_grad():
         logits = model.eval()(batch, positions, None, **all_images)
@@ -208,7 +207,10 @@ def test_logits_at_published_widths(nccl: None, large: tuple[Path, dict[str, Any
     """Transformer Engine chooses its kernels by width."""
     folder, config = large
     model_config = read_hf_config(config)
-    runs = [(prompts(model_config.vocab_size, 1, 600), []), image_prompts(model_config, 3, seed=3)]
+    runs = [
+        (random_prompts(model_config.vocab_size, 1, 600), []),
+        image_prompts(model_config, 3, seed=3),
+    ]
     reference = hf_logits(folder, runs, torch.float32)
     distance = Distance.between(megatron_logits(folder, runs, torch.float32), reference)
     print(f"exaone45 published widths fp32: {distance}")

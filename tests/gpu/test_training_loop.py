@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.logits import prompts
+from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.gpu import assert_bf16_close, hf_logits
 from tests.helpers.paths import ROOT
 
@@ -140,7 +140,7 @@ def test_export_of_a_run_has_the_logits_of_the_trained_model(
     bridge = AutoBridge.from_hf_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
     model = load_megatron(bridge, folder / "checkpoints", Layout())
     bridge.save_hf_pretrained(model, tmp_path / "exported", show_progress=False)
-    all_prompts = [(prompts(2048, 4, 200), [])]
+    all_prompts = [(random_prompts(2048, 4, 200), [])]
     assert_bf16_close(
         "trained model",
         torch.load(folder / "logits.pt").flatten(0, 1),
@@ -194,7 +194,7 @@ def test_sft_example_exports_a_trained_model(runs: Runs, name: str, steps: int) 
     """Transformers loads the export, whose logits differ from those before training."""
     _assert_falls(runs.losses(name), steps)
     folder = runs.folder(name)
-    all_prompts = [(prompts(2048, 1, 64), [])]
+    all_prompts = [(random_prompts(2048, 1, 64), [])]
     before, after = (
         hf_logits(folder / which, all_prompts, torch.float32) for which in ("model", "exported")
     )
@@ -226,7 +226,7 @@ def test_lora_example_exports_adapters_that_equal_the_merged_model(runs: Runs, n
 
     _assert_falls(runs.losses(name), 8)
     folder = runs.folder(name)
-    tokens = prompts(2048, 2, 100)
+    tokens = random_prompts(2048, 2, 100)
     base = AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=torch.float32, attn_implementation="eager"
     )

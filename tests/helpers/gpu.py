@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.logits import prompts
 from exaone_bridge.verification.workflow.transformers import load
+from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.exaone45 import changed
 from tests.helpers.training import Batches, Images, device, to_device
 
@@ -57,9 +57,9 @@ def long_prompts(folder: Path, count: int = 4, length: int = 300) -> Prompts:
 
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] != [ARCHITECTURE]:
-        return [(prompts(config["vocab_size"], count, length), [])]
+        return [(random_prompts(config["vocab_size"], count, length), [])]
     model_config = read_hf_config(config)
-    text = prompts(model_config.vocab_size, count, length)
+    text = random_prompts(model_config.vocab_size, count, length)
     return [(text, []), image_prompts(model_config, 8, seed=3)]
 
 

@@ -12,8 +12,8 @@ from exaone_bridge.verification.checks.folders import (
     compare_tensors,
 )
 from exaone_bridge.verification.report.report import Report
-from exaone_bridge.verification.workflow.job import VerifyOptions
-from exaone_bridge.verification.workflow.verify import verify
+from exaone_bridge.verification.workflow.options import VerifyOptions
+from exaone_bridge.verification.workflow.run import Session, run
 
 
 def assert_passes(folder: Path, layout: Layout, options: VerifyOptions = VerifyOptions()) -> Report:
@@ -27,7 +27,7 @@ def assert_passes(folder: Path, layout: Layout, options: VerifyOptions = VerifyO
     Returns:
         The report of `verify`.
     """
-    report = verify(folder, layout, options)
+    report = run(Session(source=folder, layout=layout, options=options))
     assert report.passed, report.failures()
     assert len(report.checks) == 4
     assert report.max_logit_difference <= 1e-4

@@ -17,13 +17,9 @@ import torch
 
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.gradients import (
-    export_gradients,
-    loss_step,
-    relative_difference,
-    split_fused_experts,
-)
-from exaone_bridge.verification.workflow.transformers import load
+from exaone_bridge.verification.checks.gradients import relative_norm
+from exaone_bridge.verification.workflow.megatron import export_gradients, loss_step
+from exaone_bridge.verification.workflow.transformers import load, split_fused_experts
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 Images = dict[str, torch.Tensor]
@@ -227,9 +223,7 @@ def assert_gradients_equal(
     gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], tolerance: float = 1e-4
 ) -> None:
     """Check that the norm of each gradient's difference is at most `tolerance` of its own norm."""
-    differences = {
-        name: relative_difference(gradients[name], value) for name, value in reference.items()
-    }
+    differences = {name: relative_norm(gradients[name], value) for name, value in reference.items()}
     print(
         f"largest relative difference of {len(differences)} gradients:", max(differences.values())
     )

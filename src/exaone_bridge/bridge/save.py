@@ -17,7 +17,7 @@ from exaone_bridge.schema.model_family import ModelDescription
 if TYPE_CHECKING:
     from exaone_bridge.bridge.exact_bridge import ExactBridge
 
-__all__ = ["save_hf_pretrained", "save_hf_weights"]
+__all__ = ["save_hf_pretrained", "save_hf_weights", "shard_groups"]
 
 
 def save_hf_weights(bridge: ExactBridge, call: SaveCall) -> None:
@@ -69,23 +69,31 @@ def _everyones(why: str | None) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def shard_groups() -> tuple[Group, Group]:
+    """Return the groups over which dense and expert parameters are sharded and replicated."""
+    dense = Group(
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    expert = Group(
+        parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_expert_data_parallel_rank(),
+        parallel_state.get_expert_data_parallel_world_size(),
+    )
+    return dense, expert
+
+
 def _save(bridge: ExactBridge, call: SaveCall, folder: Path) -> None:
+    dense, expert = shard_groups()
     model_config, mappings, files, passthrough = bridge.to_be_saved(call.hf_pretrained)
     save(
         folder,
         ModelDescription(bridge.FAMILY, model_config, mappings),
         eligibility.place_of(call.model),
         dtype=unwrap_model(call.model)[0].config.params_dtype,
-        dense=Group(
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_data_parallel_rank(with_context_parallel=True),
-            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-        ),
-        expert=Group(
-            parallel_state.get_expert_tensor_parallel_group(),
-            parallel_state.get_expert_data_parallel_rank(),
-            parallel_state.get_expert_data_parallel_world_size(),
-        ),
+        dense=dense,
+        expert=expert,
         files=files,
         passthrough=passthrough,
     )

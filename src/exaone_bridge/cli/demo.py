@@ -34,8 +34,8 @@ def demo(layout: Layout, backend: str) -> None:
         UnsupportedLayout: a tiny model cannot be sharded by the layout.
         ParityFailure: a check of some model fails; the table has been printed by then.
     """
-    from exaone_bridge.verification.workflow.job import VerifyOptions
-    from exaone_bridge.verification.workflow.verify import verify
+    from exaone_bridge.verification.workflow.options import VerifyOptions
+    from exaone_bridge.verification.workflow.run import Session, run
 
     reports = []
     with tempfile.TemporaryDirectory(prefix="exaone_bridge-demo-") as work:
@@ -46,7 +46,8 @@ def demo(layout: Layout, backend: str) -> None:
                 config, fitted = _fit(dict(tiny_config), layout)
                 write_random(folder, config)
                 options = VerifyOptions(backend=backend)
-                reports.append(verify(folder, fitted, options, progress=progress))
+                session = Session(source=folder, layout=fitted, options=options, progress=progress)
+                reports.append(run(session))
     table(
         "Hugging Face -> Megatron-Core -> Hugging Face",
         _COLUMNS,

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,18 +44,9 @@ from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["Summary", "drain", "export_checkpoint", "import_checkpoint"]
+__all__ = ["Summary", "export_checkpoint", "import_checkpoint"]
 
 ASSETS = "hf"  # the folder in a Megatron checkpoint that holds what Megatron has no place for
-
-
-def drain(weights: Iterable[Any], write: Callable[[Iterable[Any]], None]) -> None:
-    """Rank 0 writes the stream; every other rank takes part in the gathering that yields it."""
-    if dist.get_rank() == 0:
-        write(weights)
-    else:
-        for _ in weights:
-            pass
 
 
 @contextmanager

@@ -41,18 +41,20 @@ def build(
     *,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    load_weights: bool = True,
     **overrides: Any,
 ) -> list[MegatronModule]:
     """This rank's model chunks with the weights of the Hugging Face model, on the CPU where there is no GPU.
 
     Args:
         dtype: of parameters and arithmetic; None: the checkpoint's.
+        load_weights: False: the weights stay as they were initialised.
         overrides: further fields of the provider.
 
     Raises:
         BridgeError: what `finalize` and the load refuse.
     """
-    provider = bridge.to_megatron_provider()
+    provider = bridge.to_megatron_provider(load_weights=load_weights)
     dtype = dtype or provider.params_dtype
     fields = layout.provider_overrides() | {
         "backend": backend,

@@ -1,12 +1,13 @@
-"""Verification of a model: `exaone_bridge.verify` is the function `verify`. No torch until the call."""
+"""Verification of a model's conversion; `exaone_bridge.verify` is this package's `verify`.
+
+No torch is imported before the call.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -36,44 +37,48 @@ def verify(
     launcher: Launcher | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Report:
-    """Check a model's round trip through Megatron-Core and its logits against Transformers, or two models.
+    """Verify a model's round trip through Megatron-Core, or compare two models.
+
+    The model is loaded and exported with AutoBridge's own calls, as a user's script does, and its
+    logits in Megatron-Core are compared with Transformers'. Thresholds are derived, not configured
+    (docs/verification.md).
 
     Args:
-        source, other: Hugging Face folders or Megatron checkpoints; other None: the source alone.
-        layout: of Megatron-Core's side; None: one rank.
+        source: a Hugging Face folder or a Megatron checkpoint.
+        other: a folder or checkpoint to compare with it; None: the source's own round trip.
+        layout: the parallel layout of the Megatron-Core model; None: one rank.
         backend: `auto`, `transformer_engine` or `torch`.
         dtype: of the arithmetic: `float32`, `bfloat16` or `float16`.
-        quick: one prompt for each length, and no generation.
-        count, length, seed: of the prompts; length None: past the window and RoPE's own length where affordable.
-        generation: greedy generation before and after; None: unless quick.
-        gradients: also those of one step, in fp32.
-        mtp: build multi-token prediction, whose tensors then go through Megatron-Core and not beside it.
-        stream: a layer at a time on both sides; None: where the weights would take more than 2 GiB in fp32.
-        command: what the report says it came from.
-        launcher: runs both sides' work; None: on torchrun's ranks, or on forked ones.
-        progress: is told of each stage.
+        quick: use one prompt of each length, and skip generation.
+        count: number of long prompts.
+        length: tokens of a prompt; None: longer than the sliding window and than RoPE's original
+            length, if that is affordable.
+        seed: of the prompts.
+        generation: compare greedy generation before and after; None: unless `quick`.
+        gradients: compare the gradients of one training step too, in fp32.
+        mtp: build multi-token prediction into the model; its tensors then go through Megatron-Core,
+            and are not passthrough tensors.
+        stream: verify layer by layer, with one layer's weights in memory at a time; None: for models
+            of more than 2 GiB in fp32.
+        command: the command line, for the report.
+        launcher: runs the work of both models; None: torchrun's ranks, or forked ranks.
+        progress: receives the name of each stage.
 
     Returns:
-        The report; `report.passed` says whether every check does. Nothing is raised for a difference.
+        The report. A failed check is in it, and raises nothing.
 
     Raises:
-        BridgeError: bad input.
+        BridgeError: the input cannot be verified; the error says why.
 
     Example:
         >>> import exaone_bridge
         >>> report = exaone_bridge.verify("/models/EXAONE-4.0-1.2B")
         >>> assert report.passed, report.failures()
     """
-    from exaone_bridge.runtime.launch import choose_launcher
-    from exaone_bridge.verification.workflow.compare import compare, is_megatron, verify_megatron
-    from exaone_bridge.verification.workflow.job import VerifyOptions
-    from exaone_bridge.verification.workflow.layerwise import is_layerwise, verify_layerwise
-    from exaone_bridge.verification.workflow.verify import verify
+    from exaone_bridge.verification.workflow.options import VerifyOptions
+    from exaone_bridge.verification.workflow.run import Session, run
 
-    source = Path(source)
-    layout = layout or Layout()
-    launcher = launcher or choose_launcher(layout.ranks)
-    asked = VerifyOptions(
+    options = VerifyOptions(
         backend=backend,
         dtype=dtype,
         count=1 if quick else count,
@@ -82,17 +87,15 @@ def verify(
         generation=not quick if generation is None else generation,
         gradients=gradients,
         mtp=mtp,
+        stream=stream,
     )
-    if mtp and (other is not None or is_megatron(source)):
-        raise UnsupportedConfig(
-            "--mtp", got=True, wanted="off but for one Hugging Face folder", where="verify"
-        )
-    if other is not None:
-        report = compare(source, Path(other), layout, asked, launcher, progress=progress)
-    elif is_megatron(source):
-        report = verify_megatron(source, layout, asked, launcher, progress=progress)
-    elif is_layerwise(source, stream):
-        report = verify_layerwise(source, layout, asked, launcher, progress=progress)
-    else:
-        report = verify(source, layout, asked, launcher, progress=progress)
-    return dataclasses.replace(report, command=command)
+    session = Session(
+        source=Path(source),
+        other=None if other is None else Path(other),
+        layout=layout or Layout(),
+        options=options,
+        command=command,
+        launcher=launcher,
+        progress=progress,
+    )
+    return run(session)

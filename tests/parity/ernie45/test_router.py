@@ -15,7 +15,7 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.ernie45.router import choose_experts
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.logits import prompts
+from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.layouts import slow
 
 Experts = dict[int, torch.Tensor]  # 0-based layer -> [T, K] experts of each token, sorted
@@ -82,7 +82,7 @@ def test_experts_of_each_token_equal_those_of_transformers(
 ) -> None:
     """The selection bias has an effect: without it, Transformers chooses other experts."""
     folder = with_selection_bias(tiny(name), tmp_path / name, std)
-    tokens = prompts(387, 2, 64)
+    tokens = random_prompts(387, 2, 64)
     reference = ForkLauncher().first(_hf_experts, folder, tokens)
     megatron: Experts = {}
     for result in ForkLauncher(layout.ranks).all(_megatron_experts, folder, layout, tokens):
@@ -207,7 +207,7 @@ def _after_one_step(
 
 @pytest.fixture(scope="module")
 def one_step(megatron_bridge: Any, tiny: Any) -> Any:
-    tokens = prompts(387, 1, 49)
+    tokens = random_prompts(387, 1, 49)
     return lambda **overrides: ForkLauncher().first(
         _after_one_step, tiny("ernie45"), tokens, overrides
     )

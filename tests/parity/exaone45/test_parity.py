@@ -22,10 +22,10 @@ from exaone_bridge.modules.context_parallel import restore_sequence_order
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
-from exaone_bridge.verification.workflow.job import VerifyOptions
-from exaone_bridge.verification.workflow.layerwise import verify_layerwise
-from exaone_bridge.verification.workflow.transformers import load, together
-from exaone_bridge.verification.workflow.verify import verify
+from exaone_bridge.verification.workflow.options import VerifyOptions
+from exaone_bridge.verification.workflow.run import Session, run
+from exaone_bridge.verification.workflow.transformers import load
+from exaone_bridge.verification.workflow.workload import batch_images
 from tests.helpers.exaone45 import CONFIG, changed
 from tests.helpers.layouts import LAYOUTS, slow
 from tests.helpers.parity import assert_passes, assert_same_folder
@@ -143,7 +143,7 @@ def test_batch_of_text_images_and_video_equals_single_prompts(
     tokens, images = tokens[order], [images[number] for number in order]
     fork, folder = ForkLauncher(), tiny("exaone45")
     expected = fork.first(_hf_logits, folder, tokens, images)
-    logits = fork.first(_megatron_logits, folder, tokens, together(images))
+    logits = fork.first(_megatron_logits, folder, tokens, batch_images(images))
     assert (logits - expected).abs().max() <= 1e-4
 
 
@@ -177,16 +177,17 @@ def test_model_shards_whole_sequences_over_cp(megatron_bridge: Any, tiny: Any) -
     expected = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), tokens[:, 1:], reduction="none"
     )
-    shards = fork.all(_losses_of_whole_sequences, folder, tokens, together(images))
+    shards = fork.all(_losses_of_whole_sequences, folder, tokens, batch_images(images))
     assert (restore_sequence_order(shards, 1) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_verify_passes_every_check(megatron_bridge: Any, tiny: Any, layerwise: bool) -> None:
     if layerwise:
-        report = verify_layerwise(tiny("exaone45"), Layout(tp=2))
+        layout, options = Layout(tp=2), VerifyOptions(stream=True)
     else:
-        report = verify(tiny("exaone45"), Layout(), VerifyOptions(generation=True, gradients=True))
+        layout, options = Layout(), VerifyOptions(generation=True, gradients=True)
+    report = run(Session(source=tiny("exaone45"), layout=layout, options=options))
     assert report.passed, report.failures()
 
 

@@ -130,16 +130,16 @@ ROUND_TRIP_FAULTS = {
 def test_verify_sees_a_fault_of_the_round_trip(
     check: str, megatron_bridge: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exaone_bridge.verification.workflow import job
+    from megatron.bridge import AutoBridge
 
     fault, says = ROUND_TRIP_FAULTS[check]
-    right = job.write_hf_folder
+    save = AutoBridge.save_hf_pretrained
 
-    def write(folder: Path, *args: Any) -> None:
-        right(folder, *args)
-        fault(folder)
+    def save_and_damage(bridge: Any, model: Any, path: Path, **options: Any) -> None:
+        save(bridge, model, path, **options)
+        fault(path)
 
-    monkeypatch.setattr(job, "write_hf_folder", write)
+    monkeypatch.setattr(AutoBridge, "save_hf_pretrained", save_and_damage)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and says in run.err
     assert {row[0] for row in table_rows(run.out)[1:] if row[3] == "FAILED"} == {check}

@@ -14,7 +14,7 @@ import torch
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.logits import prompts
+from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.paths import ROOT
 
 EXAMPLES = str(ROOT / "examples")
@@ -218,7 +218,7 @@ def _logits(folder: Path, tokens: torch.Tensor, adapter: Path | None) -> torch.T
 
 def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
     """The adapter in PEFT's format has the logits of the model in training; merged, they are rounded to bf16."""
-    tokens = prompts(2048, 2, 100)
+    tokens = random_prompts(2048, 2, 100)
     (adapted,) = ForkLauncher(1).all(_adapted, made / "model", tmp_path, tokens)
     (base,) = ForkLauncher(1).all(_logits, made / "model", tokens, None)
     (in_peft,) = ForkLauncher(1).all(_logits, made / "model", tokens, tmp_path / "adapter")

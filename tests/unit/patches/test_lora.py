@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.logits import prompts
+from exaone_bridge.verification.workflow.workload import random_prompts
 
 TOLERANCE = 1e-4
 
@@ -84,7 +84,7 @@ def test_lora_as_trained_is_lora_as_exported(
 ) -> None:
     """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
     folder = tiny("exaone4")
-    tokens = prompts(387, 2, 40)
+    tokens = random_prompts(387, 2, 40)
     results = ForkLauncher(layout.ranks).all(
         _adapted, folder, layout, "lora", [target], tokens, tmp_path
     )
@@ -106,7 +106,7 @@ def test_the_check_catches_the_hosts_order(
 
     monkeypatch.setattr(AdapterWrapper, "__init__", AdapterWrapper.__init__.__wrapped__)
     folder = tiny("exaone4")
-    tokens = prompts(387, 2, 40)
+    tokens = random_prompts(387, 2, 40)
     (result,) = ForkLauncher(1).all(_adapted, folder, Layout(), "lora", [target], tokens, tmp_path)
     (merged,) = ForkLauncher(1).all(_transformers, tmp_path / "merged", tokens)
     difference = (result["adapted"] - merged).abs().max()
@@ -131,7 +131,7 @@ def _assert_one_model(
     folder: Path, layout: Layout, kind: str, targets: list[str], work: Path, in_peft: bool = True
 ) -> None:
     """With adapters, merged in Megatron-Core and in Transformers, and with PEFT: the same logits."""
-    tokens = prompts(387, 2, 40)
+    tokens = random_prompts(387, 2, 40)
     results = ForkLauncher(layout.ranks).all(
         _adapted, folder, layout, kind, targets, tokens, work, 0.1
     )

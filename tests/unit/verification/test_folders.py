@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.verification.checks import digests
-from exaone_bridge.verification.checks.digests import Digest, digest_folder, digest_stream
+from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
     compare_files,
@@ -138,14 +138,9 @@ def test_a_digest_is_that_of_the_bytes_whether_read_or_streamed(tiny: Any) -> No
     folder = tiny("ernie45", dtype="bfloat16")
     tensors = load_file(folder / SINGLE)
     read = digest_folder(folder)
-    assert read == digest_stream(tensors.items())
     one = tensors[DOWN.replace("mlp", "mlp.experts.0")]
     digest = hashlib.sha256(one.view(torch.uint8).numpy().tobytes()).hexdigest()
     assert read[DOWN.replace("mlp", "mlp.experts.0")] == Digest("BF16", tuple(one.shape), digest)
-    assert (
-        digest_stream([("t", one.t())])["t"].sha256 != digest
-    )  # the order of the rows counts, not of the memory
-    assert digest_stream([("t", one.t())]) == digest_stream([("t", one.t().contiguous())])
 
 
 def retype(tensors: Tensors) -> None:

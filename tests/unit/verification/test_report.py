@@ -15,8 +15,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from exaone_bridge.verification.activations.locate import CAUSES, locate
-from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
+from exaone_bridge.verification.activations.divergence import CAUSES, first_divergence
+from exaone_bridge.verification.activations.probe_points import VISION_PREFIX
 from exaone_bridge.verification.report.card import write_card
 from exaone_bridge.verification.report.html import html_of
 from exaone_bridge.verification.report.plot import MARKS, differences_png
@@ -64,7 +64,7 @@ def report(*checks: Check, parts: int | None = None, **more: Any) -> Report:
     defaults: dict[str, Any] = {
         "model": model,
         "activations": found,
-        "divergence": locate(found),
+        "divergence": first_divergence(found),
         "tensors": tensors,
     }
     defaults |= {
@@ -111,7 +111,7 @@ def test_a_report_says_where_and_why() -> None:
     assert report(GOOD).first_diverging_layer == "-"
     sublayers = set(schema()["$defs"]["sublayer"]["enum"])
     assert CAUSES.keys() == sublayers and MARKS.keys() == {
-        name for name in sublayers if not name.startswith(VISION_ENCODER)
+        name for name in sublayers if not name.startswith(VISION_PREFIX)
     }
 
 
@@ -123,7 +123,7 @@ def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> 
         ActivationDiff(
             f"visual.{kind}",
             None,
-            VISION_ENCODER + kind,
+            VISION_PREFIX + kind,
             0.5 if parts is not None and at >= parts else 1e-6,
             2e-5,
         )
@@ -131,13 +131,13 @@ def test_a_tower_is_named_without_a_layer(parts: int | None, tmp_path: Path) -> 
     ]
     language = places()
     every = (language[0], *vision_encoder, *language[1:])
-    found = report(GOOD, LOGITS, activations=every, divergence=locate(every))
+    found = report(GOOD, LOGITS, activations=every, divergence=first_divergence(every))
     found.write_json(tmp_path / "report.json")
     jsonschema.Draft202012Validator(schema()).validate(
         json.loads((tmp_path / "report.json").read_text())
     )
     unnamed = [
-        dataclasses.replace(place, sublayer=place.sublayer.removeprefix(VISION_ENCODER))
+        dataclasses.replace(place, sublayer=place.sublayer.removeprefix(VISION_PREFIX))
         for place in every
     ]
     assert differences_png(every) != differences_png(

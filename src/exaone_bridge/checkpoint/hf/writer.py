@@ -13,13 +13,11 @@ from safetensors.torch import save_file
 
 from exaone_bridge.checkpoint.hf.headers import INDEX
 from exaone_bridge.checkpoint.staging import as_usual
-from exaone_bridge.schema.hf_files import copy_companion_files
 
 __all__ = [
     "MAX_SHARD_BYTES",
     "plan_shards",
     "write_config_json",
-    "write_hf_folder",
     "write_weights",
 ]
 
@@ -87,17 +85,3 @@ def write_config_json(folder: Path, config: Mapping[str, Any]) -> None:
         {**config, "transformers_version": version("transformers")}, indent=2, sort_keys=True
     )
     (folder / "config.json").write_text(text + "\n")
-
-
-def write_hf_folder(
-    folder: Path,
-    weights: Iterable[tuple[str, torch.Tensor]],
-    files: Mapping[str, str],
-    config: Mapping[str, Any],
-    travelling_from: Path | None,
-) -> None:
-    """A whole Hugging Face folder; tokenizer, chat template and generation config come from `travelling_from`."""
-    write_weights(folder, weights, files)
-    write_config_json(folder, config)
-    if travelling_from is not None and travelling_from.is_dir():
-        copy_companion_files(travelling_from, folder)

@@ -34,7 +34,7 @@ from exaone_bridge.checkpoint.staging import (
 from exaone_bridge.errors import BridgeError, OutputError
 from exaone_bridge.schema.model_family import ModelDescription
 
-__all__ = ["Group", "into", "save", "together"]
+__all__ = ["Group", "hf_pieces", "into", "save", "together"]
 
 _WRITERS = 2  # one fills the page cache while the other does
 
@@ -153,7 +153,7 @@ def save(
         for held, tensor in parameters:
             if not held.replica:
                 pool.put(
-                    _mine(
+                    hf_pieces(
                         held,
                         tensor,
                         expert if held.part.per_expert else dense,
@@ -230,7 +230,7 @@ def _check_dtype(held: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> 
         )
 
 
-def _mine(
+def hf_pieces(
     held: LocalParam, tensor: torch.Tensor, group: Group, order: int
 ) -> Iterator[tuple[str, list[memoryview]]] | tuple[()]:
     """The Hugging Face tensors of a parameter, if this rank is to write them, after all ranks that cut it have sent."""

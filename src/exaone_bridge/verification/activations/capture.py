@@ -1,30 +1,43 @@
-"""What both sides compute at each place of the arithmetic, in one form: [N, S, features], fp32, on the CPU."""
+"""Captures the activations of both models in one form: [N, S, features], fp32, on the CPU.
+
+Axes: N prompts, B prompts of a microbatch, S tokens of a prompt, T tokens of a batch, D head size,
+E experts, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from exaone_bridge.verification.activations.probe_points import Capture, ProbePoint
 
-__all__ = ["Activations", "hf_hooks", "megatron_hooks"]
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Activations", "megatron_hooks", "transformers_hooks"]
+
+Keep = Callable[[ProbePoint, torch.Tensor, torch.Tensor | None], None]
 
 
 @dataclass(slots=True)
 class Activations:
-    """One side's run over prompts of one length.
+    """The activations of one model for prompts of one length.
 
     Attributes:
         logits: [N, S, V].
-        values: Hugging Face module -> [N, S, features], in the order of the arithmetic on Transformers' side; of a
-            vision tower's, [1, patches, features], those of images first.
-        amplification: place -> relative change there for a relative change of one in the embeddings; the reference's.
-        stable: [N, S] bool; False from the first position on where rounding decides which expert is chosen.
+        values: name of the probe point -> [N, S, features], in execution order on the reference
+            side; of a vision encoder [1, patches, features], images before videos.
+        amplification: name -> relative change of the activation for a relative change of one in the
+            embeddings; of the reference only.
+        stable: bool [N, S]; False from the first token of a prompt on where a rounding error decides
+            which expert is chosen. None: every token is stable.
     """
 
     logits: torch.Tensor
@@ -33,95 +46,135 @@ class Activations:
     stable: torch.Tensor | None = None
 
 
-def routing_weights(output: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, E] weights, zero where not chosen, and [T, E] bool, chosen, of a Transformers router's output."""
-    chosen = next(item for item in output if not item.is_floating_point())
-    floats = [
-        item for item in output if item.is_floating_point()
-    ]  # logits first, the chosen experts' weights last
+def routing_weights(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expand the output of a Transformers router over all experts.
+
+    Args:
+        output: logits [T, E] first, expert indices [T, k] and the chosen experts' weights [T, k] last.
+
+    Returns:
+        Weights [T, E], zero where an expert is not chosen, and a bool mask [T, E] of the chosen ones.
+    """
+    indices = next(item for item in output if not item.is_floating_point())
+    floats = [item for item in output if item.is_floating_point()]
     weights, experts = floats[-1], floats[0].shape[-1]
-    whole = torch.zeros(chosen.shape[0], experts, device=chosen.device)
-    picked = torch.zeros_like(whole, dtype=torch.bool).scatter(1, chosen, True)
-    return whole.scatter(1, chosen, weights.float()), picked
+    zeros = torch.zeros(indices.shape[0], experts, device=indices.device)
+    chosen = torch.zeros_like(zeros, dtype=torch.bool).scatter(1, indices, True)
+    return zeros.scatter(1, indices, weights.float()), chosen
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    """What a module puts out, without what it returns beside it; of a vision tower, the words' features."""
+def _main_output(output: Any) -> torch.Tensor:
+    """Return the tensor that a module outputs; of a vision encoder, the features of the tokens."""
     features: torch.Tensor | None = getattr(output, "pooler_output", None)
     if features is not None:
         return features
     return output[0] if isinstance(output, tuple) else output
 
 
+def merge_heads(value: torch.Tensor, norm_input: torch.Tensor, length: int) -> torch.Tensor:
+    """Merge the heads of a per-head norm's output, whichever of heads and tokens comes first.
+
+    EXAONE 4.0 normalises after the transposition, [N, heads, S, D]; Qwen3 before it, [N, S, heads, D].
+    The token axis has `length` entries. If there are as many heads, the strides of the input tell:
+    it is a view of the projection's output, in which the heads of a token are adjacent.
+
+    Args:
+        value: the norm's output [N, heads, S, D] or [N, S, heads, D].
+        norm_input: the norm's input, of the same shape.
+        length: S.
+
+    Returns:
+        [N, S, heads * D].
+
+    Raises:
+        ValueError: neither axis has `length` entries.
+    """
+    first, second = value.shape[1:3]
+    if length not in (first, second):
+        raise ValueError(f"A norm of heads outputs {list(value.shape)} for {length} tokens.")
+    if first == second:
+        heads_first = norm_input.stride(1) < norm_input.stride(2)
+    else:
+        heads_first = second == length
+    return (value.transpose(1, 2) if heads_first else value).flatten(2)
+
+
 @contextlib.contextmanager
-def hf_hooks(
-    model: torch.nn.Module,
-    points: Iterable[ProbePoint],
-    length: int,
-    keep: Callable[[ProbePoint, torch.Tensor, Any], None],
+def transformers_hooks(
+    model: torch.nn.Module, points: Iterable[ProbePoint], length: int, keep: Keep
 ) -> Iterator[None]:
-    """Call `keep(point, output [N, S, features], chosen experts [N, S, E] or None)` as Transformers runs."""
+    """Call `keep(point, activation, chosen)` for every probe point while Transformers runs.
+
+    The activation is [N, S, features] (of a vision encoder [patches, features]); `chosen` is a bool
+    mask [N, S, E] of the chosen experts for a router, else None.
+
+    Args:
+        length: S.
+    """
     modules = dict(model.named_modules())
 
-    def hook(point: ProbePoint) -> Any:
-        def look(_: Any, __: Any, output: Any) -> None:
+    def hook(point: ProbePoint) -> Callable[..., None]:
+        def capture(_: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if point.capture is Capture.ROUTER:
                 weights, chosen = routing_weights(output)
-                keep(
-                    point,
-                    weights.view(-1, length, weights.shape[-1]),
-                    chosen.view(-1, length, weights.shape[-1]),
-                )
+                experts = weights.shape[-1]
+                keep(point, weights.view(-1, length, experts), chosen.view(-1, length, experts))
                 return
-            value = _tensor(output)
-            if value.ndim == 4:  # [N, heads, S, D]
-                value = value.transpose(1, 2).flatten(2)
+            value = _main_output(output)
+            if value.ndim == 4:
+                value = merge_heads(value, arguments[0] if arguments else value, length)
             keep(point, value.detach(), None)
 
-        return look
+        return capture
 
     handles = [
         modules[point.hf].register_forward_hook(hook(point))
         for point in points
         if point.hf in modules
     ]
-    try:
+    with _removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
 def megatron_hooks(
-    model: list[Any], points: Iterable[ProbePoint], into: dict[str, list[torch.Tensor]]
+    model: Sequence[MegatronModule],
+    points: Iterable[ProbePoint],
+    into: dict[str, list[torch.Tensor]],
 ) -> Iterator[None]:
-    """Append each microbatch's value [B, S, features] at every point that this rank holds.
+    """Append every activation of this rank's model chunks while Megatron-Core runs.
 
-    A vision tower runs once for a microbatch's images and once for its videos: [patches, features] each.
+    Each microbatch appends [B, S, features]; a vision encoder appends [patches, features] for the
+    images of a microbatch, and again for its videos. With TP, activations that are sharded by heads
+    are left out.
 
-    With tensor parallelism a rank holds some heads only: what lies between the projections of attention is left out.
-    Multi-token prediction embeds words too, after the decoder and on the last stage: that is not looked at.
+    Args:
+        model: this rank's model chunks.
+        into: name of the probe point -> what was captured.
     """
     from megatron.core.utils import get_model_config, unwrap_model
 
     config = get_model_config(model[0])
-    table = [
-        point for point in points if not (point.heads and config.tensor_model_parallel_size > 1)
-    ]
+    sharded = config.tensor_model_parallel_size > 1
+    points = [point for point in points if not (point.head_sharded and sharded)]
     handles = []
     for chunk in unwrap_model(model):
-        modules = _by_global_number(chunk)
-        for point in table:
-            if point.sublayer == "embedding" and not chunk.pre_process:
-                continue
-            again = (
-                config.mtp_num_layers or 0
-                if point.sublayer == "embedding" and chunk.post_process
-                else 0
-            )
+        modules = _modules_by_global_layer(chunk)
+        for point in points:
+            further_calls = 0
+            if point.sublayer == "embedding":
+                if not chunk.pre_process:
+                    continue  # the embedding of multi-token prediction on the last stage
+                # Multi-token prediction embeds again after the decoder, once for each depth.
+                further_calls = (config.mtp_num_layers or 0) if chunk.post_process else 0
             if (module := modules.get(point.megatron)) is not None:
-                handles.append(_watch(module, point, config, into, again))
+                handles.append(_hook(module, point, config, into, further_calls))
+    with _removed(handles):
+        yield
+
+
+@contextlib.contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -129,99 +182,103 @@ def megatron_hooks(
             handle.remove()
 
 
-def _by_global_number(chunk: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """A chunk numbers its layers from zero: name -> module, by the layer's number in the whole model."""
-    numbers = {
-        f"decoder.layers.{here}": layer.layer_number - 1
-        for here, layer in enumerate(chunk.decoder.layers)
+def _modules_by_global_layer(chunk: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return name -> module, with global layer numbers: a chunk numbers its layers from zero."""
+    global_numbers = {
+        f"decoder.layers.{local}": layer.layer_number - 1
+        for local, layer in enumerate(chunk.decoder.layers)
     }
-    found = {}
+    modules = {}
     for name, module in chunk.named_modules():
         parts = name.split(".")
-        here = ".".join(parts[:3])
-        found[
-            ".".join(["decoder.layers", str(numbers[here]), *parts[3:]])
-            if here in numbers
-            else name
-        ] = module
-    return found
+        if (number := global_numbers.get(".".join(parts[:3]))) is not None:
+            name = ".".join(["decoder.layers", str(number), *parts[3:]])
+        modules[name] = module
+    return modules
 
 
-def _watch(
+def _hook(
     module: torch.nn.Module,
     point: ProbePoint,
-    config: Any,
+    config: TransformerConfig,
     into: dict[str, list[torch.Tensor]],
-    again: int = 0,
-) -> Any:
-    """Keep what this module puts out, less the `again` calls that follow each one for something else."""
+    further_calls: int,
+) -> RemovableHandle:
+    """Hook one module; after each call that counts, `further_calls` calls are ignored."""
     from exaone_bridge.runtime.model import over_context
 
-    def keep(value: torch.Tensor) -> None:
-        """[S, B, ...] -> [B, S, features]; a copy, because residuals are added in place."""
-        value = over_context(value, dim=0)
-        into.setdefault(point.hf, []).append(
-            value.detach().flatten(2).transpose(0, 1).float().cpu().clone()
-        )
+    counts = itertools.cycle((True, *(False,) * further_calls))
 
-    if point.capture is Capture.PATCHES:
-        return module.register_forward_hook(
-            lambda _, __, output: into.setdefault(point.hf, []).append(
-                _tensor(output).detach().float().cpu()
-            )
-        )
-    calls = itertools.cycle((True, *(False,) * again))
-
-    def after(linear: Any, arguments: tuple[Any, ...], output: Any) -> None:
-        if not next(calls):
+    def capture(_: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if not next(counts):
             return
-        value = _tensor(output)
-        match point.capture:
-            case Capture.INPUT:
-                keep(_whole(arguments[0], config))
-            case Capture.FUSED_NORM:
-                hidden = _whole(arguments[0], config)
-                keep(
-                    torch.nn.functional.rms_norm(
-                        hidden, hidden.shape[-1:], linear.layer_norm_weight, linear.eps
-                    )
-                )
-            case Capture.QUERY | Capture.KEY | Capture.VALUE:
-                keep(_part(value, point.capture, config))
-            case Capture.ROUTER:
-                batch = arguments[0].shape[1]
-                keep(_whole(value.reshape(-1, batch, value.shape[-1]), config))
-            case Capture.OUTPUT:
-                bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-                if (
-                    isinstance(bias, torch.Tensor) and bias.ndim == 1
-                ):  # left to be added with the residual
-                    value = value + bias
-                keep(value if point.heads else _whole(value, config))
+        if point.capture is Capture.PATCHES:
+            value = _main_output(output).detach().float().cpu()
+        else:
+            value = over_context(_megatron_value(module, point, arguments, output, config), dim=0)
+            # [S, B, ...] -> [B, S, features]; cloned, because residuals are added in place.
+            value = value.detach().flatten(2).transpose(0, 1).float().cpu().clone()
+        into.setdefault(point.hf, []).append(value)
 
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(capture)
 
 
-def _part(fused: torch.Tensor, take: Capture, config: Any) -> torch.Tensor:
-    """Queries, keys or values [S, B, features] of a projection whose heads lie group by group: queries, key, value."""
+def _megatron_value(
+    module: torch.nn.Module,
+    point: ProbePoint,
+    arguments: tuple[Any, ...],
+    output: Any,
+    config: TransformerConfig,
+) -> torch.Tensor:
+    """Return the activation [S, B, ...] of a module, of the full sequence but for CP."""
+    value = _main_output(output)
+    match point.capture:
+        case Capture.INPUT:
+            return _unsharded(arguments[0], config)
+        case Capture.FUSED_NORM:
+            hidden = _unsharded(arguments[0], config)
+            return torch.nn.functional.rms_norm(
+                hidden, hidden.shape[-1:], module.layer_norm_weight, module.eps
+            )
+        case Capture.QUERY | Capture.KEY | Capture.VALUE:
+            return _query_key_or_value(value, point.capture, config)
+        case Capture.ROUTER:
+            return _unsharded(value.reshape(-1, arguments[0].shape[1], value.shape[-1]), config)
+        case _:
+            bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if isinstance(bias, torch.Tensor) and bias.ndim == 1:  # added with the residual, later
+                value = value + bias
+            return value if point.head_sharded else _unsharded(value, config)
+
+
+def _query_key_or_value(
+    fused: torch.Tensor, capture: Capture, config: TransformerConfig
+) -> torch.Tensor:
+    """Slice a fused QKV projection, which interleaves by KV group: its queries, its key, its value.
+
+    Args:
+        fused: [S, B, groups * (queries per group + 2) * D].
+
+    Returns:
+        [S, B, features].
+    """
     groups = config.num_query_groups
-    per_group = config.num_attention_heads // groups
-    length, batch = fused.shape[:2]
-    heads = fused.view(length, batch, groups, per_group + 2, config.kv_channels)
-    which = {
-        Capture.QUERY: slice(0, per_group),
+    queries = config.num_attention_heads // groups
+    heads = fused.view(*fused.shape[:2], groups, queries + 2, config.kv_channels)
+    slices = {
+        Capture.QUERY: slice(0, queries),
         Capture.KEY: slice(-2, -1),
         Capture.VALUE: slice(-1, None),
-    }[take]
-    return heads[..., which, :].flatten(2)
+    }
+    return heads[..., slices[capture], :].flatten(2)
 
 
-def _whole(value: torch.Tensor, config: Any) -> torch.Tensor:
-    """What sequence parallelism cuts along its first axis, whole; context parallelism's cut is mended after it."""
+def _unsharded(value: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Gather the sequence axis (the first) of a value that sequence parallelism shards."""
     if not config.sequence_parallel:
         return value
     from megatron.core import parallel_state
 
     from exaone_bridge.modules.collectives import all_gather_cat
 
-    return all_gather_cat(value, parallel_state.get_tensor_model_parallel_group(), 0)
+    return all_gather_cat(value, parallel_state.get_tensor_model_parallel_group(), dim=0)

@@ -1,12 +1,9 @@
-"""Digests of tensors: what is on disk, and what comes out of a stream, read once and never held whole.
-
-Two tensors are the same bit by bit exactly if type, shape and SHA-256 of their bytes are.
-"""
+"""SHA-256 digests of tensors, which are equal exactly if dtype, shape and every bit are."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +11,29 @@ from typing import Any
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.hf.reader import TensorReader
 
-__all__ = ["Digest", "digest_folder", "digest_stream"]
+__all__ = ["Digest", "digest_folder", "digest_tensors"]
 
-_PIECE = 1 << 22
+_PIECE = 1 << 22  # bytes that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A tensor without its values; `dtype` in safetensors' spelling."""
+    """A tensor without its values; `dtype` as safetensors names it."""
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """Return the digest as the JSON report has it."""
         return {"dtype": self.dtype, "shape": list(self.shape), "sha256": self.sha256}
 
 
 def digest_folder(folder: Path) -> dict[str, Digest]:
-    """Name -> digest of every tensor of a Hugging Face folder, however it is cut into files.
+    """Digest every tensor of a Hugging Face folder, whatever files they are in.
+
+    Returns:
+        Name -> digest.
 
     Raises:
         CheckpointError: a folder that cannot be read.
@@ -41,7 +42,14 @@ def digest_folder(folder: Path) -> dict[str, Digest]:
 
 
 def digest_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, Digest]:
-    """Name -> digest, read file by file in the order of the bytes."""
+    """Digest tensors on disk, file by file in the order of their bytes.
+
+    Returns:
+        Name -> digest.
+
+    Raises:
+        CheckpointError: a file has changed since its header was read.
+    """
     import torch
 
     found: dict[str, Digest] = {}
@@ -54,20 +62,4 @@ def digest_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, Digest]:
                 reader.read_into(tensor, piece, begin)
                 digest.update(piece.numpy())
             found[tensor.name] = Digest(tensor.dtype, tensor.shape, digest.hexdigest())
-    return found
-
-
-def digest_stream(weights: Iterable[tuple[str, Any]]) -> dict[str, Digest]:
-    """Name -> digest of (name, torch tensor), each forgotten before the next."""
-    import torch
-
-    from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
-
-    found: dict[str, Digest] = {}
-    for name, tensor in weights:
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        data = flat.view(torch.uint8).numpy() if flat.numel() else b""
-        found[name] = Digest(
-            SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape), hashlib.sha256(data).hexdigest()
-        )
     return found

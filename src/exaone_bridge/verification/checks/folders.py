@@ -1,9 +1,12 @@
-"""Compares Hugging Face folders: tensors bit by bit, configurations key by key, files byte for byte. No torch."""
+"""Compares Hugging Face folders: tensors bit by bit, config key by key, other files byte by byte.
+
+No torch is imported here.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +16,94 @@ from exaone_bridge.verification.report.report import Check
 
 __all__ = ["compare_configs", "compare_digests", "compare_files", "compare_tensors"]
 
-_NAMED = 5  # faults that a line names; it counts the others
+_MAX_NAMED = 5  # differences that a check names; it counts the others
 
 
-def compare_tensors(left: Path, right: Path) -> Check:
-    """Names both ways, types, shapes and every bit of every tensor.
+def compare_tensors(first: Path, second: Path) -> Check:
+    """Check that two folders have the same tensors: names, dtypes, shapes and every bit.
 
     Raises:
         CheckpointError: a folder that cannot be read.
     """
-    return compare_digests(digest_folder(left), digest_folder(right))
+    return compare_digests(digest_folder(first), digest_folder(second))
 
 
 def compare_digests(first: Mapping[str, Digest], second: Mapping[str, Digest]) -> Check:
-    """The same of digests; how tensors are cut into files does not matter."""
-    faults = [f"{name} is missing" for name in sorted(first.keys() - second.keys())]
-    faults += [f"{name} was added" for name in sorted(second.keys() - first.keys())]
+    """Check that two models have the same tensors, whatever files they are in."""
+    differences = [f"{name} is missing" for name in sorted(first.keys() - second.keys())]
+    differences += [f"{name} was added" for name in sorted(second.keys() - first.keys())]
     for name in sorted(first.keys() & second.keys()):
         a, b = first[name], second[name]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
-            faults.append(f"{name} is {a.dtype} {list(a.shape)}, then {b.dtype} {list(b.shape)}")
+            differences.append(
+                f"{name} is {a.dtype} {list(a.shape)}, then {b.dtype} {list(b.shape)}"
+            )
         elif a.sha256 != b.sha256:
-            faults.append(f"{name} differs")
-    figure = (
-        f"{len(first)} tensors bitwise equal"
-        if not faults
-        else f"{len(faults)} of {len(first)} tensors differ"
+            differences.append(f"{name} differs")
+    summary = (
+        f"{len(differences)} of {len(first)} tensors differ"
+        if differences
+        else f"{len(first)} tensors bitwise equal"
     )
-    values = {
-        "tensors": len(first),
-        "differing": len(faults),
-        "names": [fault.split(" ")[0] for fault in faults],
+    names = [difference.split(" ")[0] for difference in differences]
+    return _check("tensors", summary, differences, names, len(first))
+
+
+def compare_configs(expected: Mapping[str, Any], *others: Mapping[str, Any]) -> Check:
+    """Check that configs are equal key by key, but for the Transformers version.
+
+    1, 1.0 and true are three values, and an absent key is none of them.
+    """
+    keys = set(expected).union(*others) - {"transformers_version"}
+    differences = {
+        key: f"{key}: {expected.get(key, '(absent)')!r}, then {other.get(key, '(absent)')!r}"
+        for key in sorted(keys)
+        for other in others
+        if _json(expected, key) != _json(other, key)
     }
-    return _check("tensors", figure, faults, values)
-
-
-def _check(name: str, figure: str, faults: list[str], values: Mapping[str, Any]) -> Check:
-    return Check(name, figure, not faults, "; ".join(faults[:_NAMED]), metrics=values)
-
-
-def compare_configs(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
-    """Key by key, both ways, less the version stamp."""
-    keys = (left.keys() | right.keys()) - {"transformers_version"}
-    faulty = [key for key in sorted(keys) if _text(left, key) != _text(right, key)]
-    faults = [
-        f"{key}: {left.get(key, '(absent)')!r}, then {right.get(key, '(absent)')!r}"
-        for key in faulty
-    ]
-    figure = (
-        f"{len(keys)} keys equal" if not faults else f"{len(faults)} of {len(keys)} keys differ"
+    summary = (
+        f"{len(differences)} of {len(keys)} keys differ"
+        if differences
+        else f"{len(keys)} keys equal"
     )
-    return _check(
-        "config", figure, faults, {"keys": len(keys), "differing": len(faults), "names": faulty}
-    )
+    return _check("config", summary, list(differences.values()), list(differences), len(keys))
 
 
-def _text(config: Mapping[str, Any], key: str) -> str | None:
-    """As a file has it: 1, 1.0 and true are three values, and an absent key is none of them."""
+def _json(config: Mapping[str, Any], key: str) -> str | None:
     return json.dumps(config[key], sort_keys=True) if key in config else None
 
 
-def compare_files(left: Path, right: Path) -> Check:
-    """Tokenizer, chat template and generation config, byte for byte, both ways."""
+def compare_files(first: Path, second: Path) -> Check:
+    """Check that two folders have the same tokenizer, chat template and generation config."""
     names = {
         path.name
-        for folder in (left, right)
-        for glob in COMPANION_FILES
-        for path in folder.glob(glob)
+        for folder in (first, second)
+        for pattern in COMPANION_FILES
+        for path in folder.glob(pattern)
         if path.is_file()
     }
-    faults = [
+    differences = [
         name
         for name in sorted(names)
-        if not ((left / name).is_file() and (right / name).is_file())
-        or (left / name).read_bytes() != (right / name).read_bytes()
+        if not ((first / name).is_file() and (second / name).is_file())
+        or (first / name).read_bytes() != (second / name).read_bytes()
     ]
-    figure = (
-        f"{len(names)} files equal" if not faults else f"{len(faults)} of {len(names)} files differ"
+    summary = (
+        f"{len(differences)} of {len(names)} files differ"
+        if differences
+        else f"{len(names)} files equal"
     )
-    values = {"files": len(names), "differing": len(faults), "names": faults}
-    return Check("files", figure, not faults, ", ".join(faults[:_NAMED]), metrics=values)
+    return _check("files", summary, differences, differences, len(names))
+
+
+def _check(
+    name: str, summary: str, differences: Sequence[str], names: Sequence[str], total: int
+) -> Check:
+    noun = "keys" if name == "config" else name
+    return Check(
+        name,
+        summary,
+        not differences,
+        "; ".join(differences[:_MAX_NAMED]),
+        metrics={noun: total, "differing": len(differences), "names": list(names)},
+    )

@@ -1,14 +1,20 @@
-"""Greedy generation by Transformers: the same words before and after a round trip, through the chat template too."""
+"""Compares greedy generation by Transformers before and after a round trip.
+
+Prompts are plain tokens and, if the folder has a chat template, conversations through it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.schema.hf_files import has_tokenizer
 from exaone_bridge.verification.report.report import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Generated", "compare_generation", "generate"]
 
@@ -48,15 +54,19 @@ CHATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Words in and words out of one prompt; `refused`: what the chat template said instead."""
+    """One prompt and its continuation, both as token ids.
+
+    Attributes:
+        template_error: the error of the chat template, if it rejected the conversation.
+    """
 
     prompt: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
     template_error: str = ""
 
 
-def _chats(folder: Path) -> dict[str, Generated]:
-    """What tokenizer and chat template make of each conversation; nothing where there are none."""
+def _conversations(folder: Path) -> dict[str, Generated]:
+    """Return the prompts that tokenizer and chat template make; none if the folder lacks either."""
     if not has_tokenizer(folder):
         return {}
     from jinja2 import TemplateError
@@ -77,20 +87,25 @@ def _chats(folder: Path) -> dict[str, Generated]:
     return found
 
 
-def generate(model: Any, folder: Path, words: list[int]) -> dict[str, Generated]:
-    """Greedy continuations of `words` and, where the folder has a chat template, of conversations through it.
+def generate(
+    model: PreTrainedModel, folder: Path, plain_prompt: Sequence[int]
+) -> dict[str, Generated]:
+    """Continue the plain prompt, and conversations through the folder's chat template.
 
     Args:
         model: Transformers' model of this folder.
-        words: a prompt that needs no tokenizer.
+        plain_prompt: token ids; this prompt needs no tokenizer.
+
+    Returns:
+        Name of the prompt -> the prompt and `NEW_TOKENS` greedy tokens.
     """
     import torch
 
-    found = {"plain": Generated(tuple(words))} | _chats(folder)
-    for name, prompt in found.items():
-        if not prompt.prompt:
+    found = {"plain": Generated(tuple(plain_prompt))} | _conversations(folder)
+    for name, each in found.items():
+        if not each.prompt:
             continue
-        tokens = torch.tensor([prompt.prompt], device=model.device)
+        tokens = torch.tensor([each.prompt], device=model.device)
         with torch.no_grad():
             output = model.generate(
                 tokens,
@@ -100,33 +115,32 @@ def generate(model: Any, folder: Path, words: list[int]) -> dict[str, Generated]
                 min_new_tokens=NEW_TOKENS,
                 pad_token_id=0,
             )
-        found[name] = Generated(prompt.prompt, tuple(output[0, tokens.shape[1] :].tolist()))
+        found[name] = Generated(each.prompt, tuple(output[0, tokens.shape[1] :].tolist()))
     return found
 
 
 def compare_generation(before: Mapping[str, Generated], after: Mapping[str, Generated]) -> Check:
-    """The same prompts and the same words, conversation by conversation."""
-    faults = []
+    """Check that prompts and generated tokens are the same, prompt by prompt."""
+    differences = []
     for name in dict.fromkeys((*before, *after)):
         a, b = before.get(name), after.get(name)
         if a is None or b is None:
-            faults.append(f"{name}: only one side has it")
+            differences.append(f"{name}: only one model has this prompt")
         elif (a.prompt, a.template_error) != (b.prompt, b.template_error):
-            faults.append(f"{name}: the template makes another prompt")
+            differences.append(f"{name}: the chat template makes another prompt")
         elif a.tokens != b.tokens:
-            first = next(
-                at
-                for at, pair in enumerate(zip(a.tokens, b.tokens, strict=True))
-                if pair[0] != pair[1]
-            )
-            faults.append(f"{name}: word {first} is {a.tokens[first]}, then {b.tokens[first]}")
+            pairs = enumerate(zip(a.tokens, b.tokens, strict=True))
+            at, (first, second) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+            differences.append(f"{name}: token {at} is {first}, then {second}")
     names = ", ".join(
-        f"{name} (refused by the template)" if each.template_error else name
+        f"{name} (rejected by the template)" if each.template_error else name
         for name, each in before.items()
     )
     count = sum(len(each.tokens) for each in before.values())
-    figure = f"{count} greedy words, {len(before)} prompts: {names}"
-    if faults:
-        figure = f"{len(faults)} of {len(before)} prompts differ"
-    values = {"prompts": list(before), "words": count, "differing": len(faults)}
-    return Check("generation", figure, not faults, "; ".join(faults), metrics=values)
+    summary = (
+        f"{len(differences)} of {len(before)} prompts differ"
+        if differences
+        else f"{count} greedy tokens, {len(before)} prompts: {names}"
+    )
+    metrics = {"prompts": list(before), "tokens": count, "differing": len(differences)}
+    return Check("generation", summary, not differences, "; ".join(differences), metrics=metrics)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
+from exaone_bridge.verification.activations.probe_points import VISION_PREFIX
 from exaone_bridge.verification.report.report import ActivationDiff
 
 __all__ = ["differences_png"]
@@ -73,7 +73,7 @@ def differences_png(places: Sequence[ActivationDiff]) -> bytes:
 
 def _shape(place: ActivationDiff) -> str:
     """A tower's sublayers have the shapes of the language model's."""
-    return MARKS.get(place.sublayer.removeprefix(VISION_ENCODER), "diamond")
+    return MARKS.get(place.sublayer.removeprefix(VISION_PREFIX), "diamond")
 
 
 class _Canvas:
@@ -155,7 +155,7 @@ def _axes(
         if layer % every == 0:
             canvas.text((start + end) / 2, HEIGHT - BOTTOM + 13, str(layer))
     vision_encoder = [
-        number for number, place in enumerate(places) if place.sublayer.startswith(VISION_ENCODER)
+        number for number, place in enumerate(places) if place.sublayer.startswith(VISION_PREFIX)
     ]
     if vision_encoder:
         start, end = LEFT + step * vision_encoder[0], LEFT + step * (vision_encoder[-1] + 1)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from exaone_bridge.verification.activations.probe_points import VISION_ENCODER
+from exaone_bridge.verification.activations.probe_points import VISION_PREFIX
 from exaone_bridge.verification.self_test.fault import (
     CodeFault,
     Fault,
@@ -147,7 +147,7 @@ def _reverse_features() -> contextlib.AbstractContextManager[object]:
 
 def _site(sublayer: str, module: str) -> FaultSite:
     name = f"model.visual.{module}" if module else "model.visual"
-    return FaultSite(VISION_ENCODER + sublayer, module=name)
+    return FaultSite(VISION_PREFIX + sublayer, module=name)
 
 
 def _weights(name: str, change: EncoderChange, sublayer: str, module: str) -> Fault:

@@ -34,8 +34,10 @@ from exaone_bridge.verification.self_test.fault import (
     WeightFault,
 )
 from exaone_bridge.verification.self_test.outcome import Findings
-from exaone_bridge.verification.workflow.job import ReferenceResult, VerifyOptions, make_workload
-from exaone_bridge.verification.workflow.verify import arithmetic
+from exaone_bridge.verification.workflow.options import VerifyOptions
+from exaone_bridge.verification.workflow.run import compare_arithmetic
+from exaone_bridge.verification.workflow.transformers import ReferenceResult
+from exaone_bridge.verification.workflow.workload import make_workload
 
 __all__ = ["FaultInjector"]
 
@@ -66,8 +68,8 @@ class FaultInjector:
         self.hf_model = load(self.folder, torch.float32)
         self.reference = ReferenceResult(
             [
-                capture_transformers(self.hf_model, self.workload.points, *batch)
-                for batch in self.workload.runs()
+                capture_transformers(self.hf_model, self.workload.points, batch)
+                for batch in self.workload.batches
             ]
         )
         self.digests = digest_folder(self.folder)
@@ -135,8 +137,8 @@ class FaultInjector:
         return self._compare_activations(
             checks,
             [
-                capture_megatron(model, self.workload.points, *batch)
-                for batch in self.workload.runs()
+                capture_megatron(model, self.workload.points, batch)
+                for batch in self.workload.batches
             ],
         )
 
@@ -162,13 +164,15 @@ class FaultInjector:
                 generated = generate(model, folder, self.workload.plain_prompt)
                 checks.append(compare_generation(self.generated, generated))
             runs = [
-                capture_transformers(model, self.workload.points, *batch, perturbed=False)
-                for batch in self.workload.runs()
+                capture_transformers(model, self.workload.points, batch, perturb=False)
+                for batch in self.workload.batches
             ]
             return self._compare_activations(checks, runs)
 
     def _compare_activations(self, checks: list[Check], runs: list[Activations]) -> Findings:
-        found = arithmetic(self.reference, runs, None, self.source, self.workload)
+        found = compare_arithmetic(
+            self.reference, runs, None, self.source.model_config, self.workload
+        )
         return Findings((*checks, *found.checks), found.divergence)
 
 

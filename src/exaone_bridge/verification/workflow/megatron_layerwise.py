@@ -1,130 +1,136 @@
-"""Megatron-Core's side a layer at a time: its own whole model, whose weights come and go."""
+"""Megatron-Core's model layer by layer: a layer's weights are loaded before it runs, and freed after."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from exaone_bridge.bridge.eligibility import place_of
+from exaone_bridge.bridge.exact_bridge import config_mapping
+from exaone_bridge.bridge.save import shard_groups
+from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
-from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.digests import Digest, digest_stream
-from exaone_bridge.verification.workflow.transformers_layerwise import Reader
+from exaone_bridge.checkpoint.reshard.load import LocalModel, fill, matched, plan_here
+from exaone_bridge.checkpoint.reshard.plan import LocalParam
+from exaone_bridge.checkpoint.reshard.save import hf_pieces
+from exaone_bridge.runtime.model import build
+from exaone_bridge.verification.checks.digests import Digest
+from exaone_bridge.verification.workflow.workload import Workload
+
+if TYPE_CHECKING:
+    from megatron.bridge import AutoBridge
 
 __all__ = ["LayerwiseMegatron"]
 
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+Parameters = list[tuple[LocalParam, torch.Tensor]]
+
 
 class LayerwiseMegatron:
-    """A Megatron-Core model whose parameters are filled through Megatron-Bridge's own conversion, group by group.
+    """A Megatron-Core model that is loaded and exported layer by layer, with the plan of AutoBridge's calls.
 
-    Until a parameter is filled its memory is only promised by the operating system; emptying it takes the promise anew.
-
-    Args:
-        bridge: an AutoBridge of the Hugging Face folder.
-        dtype: of the parameters.
-        overrides: further fields of the provider.
+    The operating system gives memory to a parameter when it is first written; a freed parameter gets
+    new memory.
     """
 
     def __init__(
-        self,
-        bridge: Any,
-        source: HFCheckpoint,
-        layout: Layout,
-        backend: str,
-        dtype: torch.dtype,
-        overrides: Mapping[str, Any],
+        self, bridge: AutoBridge, checkpoint: HFCheckpoint, workload: Workload, dtype: torch.dtype
     ) -> None:
+        """Build the model with its weights unset.
 
-        provider = bridge.to_megatron_provider(load_weights=False)
-        fields = layout.provider_overrides() | {
-            "backend": backend,
-            "pipeline_dtype": dtype,
-            "autocast_dtype": dtype,
-            "perform_initialization": False,
-        }
-        provider.apply_overrides_and_finalize(dtype, fields | dict(overrides))
-        cpu = not torch.cuda.is_available()
-        self.model = provider.provide_distributed_model(
-            wrap_with_ddp=False, use_cpu_initialization=cpu
+        Args:
+            dtype: of the parameters.
+        """
+        self.model = build(
+            bridge,
+            workload.layout,
+            dtype=dtype,
+            backend=workload.backend,
+            load_weights=False,
+            perform_initialization=False,
+            **workload.overrides,
         )
-        self.converter = bridge._model_bridge
-        self.hf = bridge.hf_pretrained
-        self.weights = _State(Reader(source), self.hf.config)
-        self.groups = self._tasks()
-
-    def _tasks(self) -> dict[str, list[Any]]:
-        """The host's tasks by layer; each outside the layers by itself."""
-        groups: dict[str, list[Any]] = {}
-        for task in self.converter.build_conversion_tasks(self.hf, self.model):
-            layer = re.match(r"decoder\.layers\.(\d+)\.", task.global_param_name)
-            groups.setdefault(
-                layer[1] if layer else f"outside {task.global_param_name}", []
-            ).append(task)
-        return groups
-
-    @torch.no_grad()
-    def fill(self, tasks: Sequence[Any]) -> None:
-        """Hugging Face -> this rank's parameters."""
-        for task in tasks:
-            for weight in self.converter.stream_weights_hf_to_megatron(
-                self.weights, self.model, [task]
-            ):
-                _put(task.param_weight, weight.weight, task.param_name)
-
-    @torch.no_grad()
-    def empty(self, tasks: Sequence[Any]) -> None:
-        """Give the memory back."""
-        for task in tasks:
-            if task.param_weight is not None:
-                task.param_weight.data = torch.empty_like(task.param_weight.data)
+        self._bridge = bridge._model_bridge
+        self._tensors = checkpoint.tensors
+        family = self._bridge.FAMILY.variant_for(self.model[0].config)
+        description = family.describe(config_mapping(bridge.hf_pretrained.config))
+        self._shapes = description.hf_shapes
+        local = place_of(self.model)
+        self._plan = plan_here(description, local)
+        own, embedding = _without_mtp_embedding(local)
+        self._outside: list[Parameters] = []  # each parameter by itself
+        self._layers: dict[int, Parameters] = {}
+        for parameter, tensor in matched(self._plan, own):
+            if parameter.numbers:
+                self._layers.setdefault(parameter.numbers[0], []).append((parameter, tensor))
+            else:
+                self._outside.append([(parameter, tensor)])
+        if embedding is not None:
+            part = next(each for each in self._plan.parts if each.mapping.megatron == _EMBEDDING)
+            chunk, shard = len(local.layers) - 1, part.cut(local.rank)
+            replica = LocalParam(chunk, _EMBEDDING, part, (), shard, True)
+            self._outside.append([(replica, embedding)])
 
     def round_trip(self) -> dict[str, Digest]:
-        """Every tensor to Megatron-Core and back, a layer at a time."""
+        """Load every layer, and digest what an export of it writes.
+
+        Returns:
+            Digests of the tensors that this rank would write.
+        """
+        dense, expert = shard_groups()
+        order = {id(part): number for number, part in enumerate(self._plan.parts)}
         found: dict[str, Digest] = {}
-        # A mapping that has imported does not ask other pipeline stages what it has learnt, and they would wait: the
-        # way back has mappings of its own, as in the host's export.
-        back = self._tasks()
-        for name, tasks in self.groups.items():
-            self.fill(tasks)
-            found |= digest_stream(
-                self.converter.stream_weights_megatron_to_hf(
-                    self.model, self.hf, cpu=True, show_progress=False, conversion_tasks=back[name]
-                )
-            )
-            self.empty(tasks)
+        for parameters in (*self._outside, *self._layers.values()):
+            fill(parameters, self._tensors)
+            for parameter, tensor in parameters:
+                if parameter.replica:
+                    continue
+                group = expert if parameter.part.per_expert else dense
+                dtype = SAFETENSORS_NAMES[tensor.dtype]
+                position = order[id(parameter.part)]
+                for name, pieces in hf_pieces(parameter, tensor, group, position):
+                    digest = hashlib.sha256()
+                    for piece in pieces:
+                        digest.update(piece)
+                    found[name] = Digest(dtype, self._shapes[name], digest.hexdigest())
+            _free(parameters)
         return found
 
-    def stream_layers(self) -> None:
-        """From now on each layer is filled when it runs; what is outside the layers is filled at once."""
+    def load_when_run(self) -> None:
+        """Load everything outside the layers, and from now on each layer when it runs."""
         from megatron.core.utils import unwrap_model
 
-        for name, tasks in self.groups.items():
-            if name.startswith("outside"):
-                self.fill(tasks)
-        self.converter._broadcast_shared_embeddings(self.model)
+        for parameters in self._outside:
+            fill(parameters, self._tensors)
         for chunk in unwrap_model(self.model):
             for layer in chunk.decoder.layers:
-                tasks = self.groups[str(layer.layer_number - 1)]
-                layer.register_forward_pre_hook(lambda *_, mine=tasks: self.fill(mine))
-                layer.register_forward_hook(lambda *_, mine=tasks: self.empty(mine))
+                parameters = self._layers[layer.layer_number - 1]
+                layer.register_forward_pre_hook(lambda *_, own=parameters: self._fill(own))
+                layer.register_forward_hook(lambda *_, own=parameters: _free(own))
+
+    def _fill(self, parameters: Parameters) -> None:
+        fill(parameters, self._tensors)
 
 
-def _put(parameter: torch.Tensor, value: torch.Tensor, name: str) -> None:
-    """The value takes the parameter's place; nothing is copied where it is of the right kind already."""
-    if value.shape != parameter.shape:  # copy_ would broadcast
-        raise ValueError(
-            f"{name}: has shape {list(parameter.shape)}, and was given {list(value.shape)}"
-        )
-    if (value.dtype, value.device) == (parameter.dtype, parameter.device):
-        parameter.data = value.contiguous()
-    else:
-        parameter.data.copy_(value)
+def _without_mtp_embedding(local: LocalModel) -> tuple[LocalModel, torch.Tensor | None]:
+    """Separate the embedding that multi-token prediction has on the last stage, which no plan has.
+
+    Returns:
+        The model without it, and the embedding; None if this rank has none.
+    """
+    key = len(local.layers) - 1, _EMBEDDING
+    if local.pp == 0 or key not in local.parameters:
+        return local, None
+    others = {name: tensor for name, tensor in local.parameters.items() if name != key}
+    return dataclasses.replace(local, parameters=others), local.parameters[key]
 
 
-class _State:
-    """What the host's stream asks of a Hugging Face model."""
-
-    def __init__(self, state: Reader, config: Any) -> None:
-        self.state, self.config = state, config
+@torch.no_grad()
+def _free(parameters: Sequence[tuple[LocalParam, torch.Tensor]]) -> None:
+    for _, tensor in parameters:
+        tensor.data = torch.empty_like(tensor.data)

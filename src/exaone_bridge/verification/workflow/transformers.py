@@ -1,147 +1,273 @@
-"""Transformers' side: its own eager code, and how much its own arithmetic amplifies a rounding error."""
+"""The reference side: Transformers' own eager model on one rank.
+
+It also measures how much the model amplifies a small change, which the thresholds depend on.
+
+Axes: N prompts, S tokens of a prompt, H hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exaone_bridge.verification.activations.capture import Activations, hf_hooks
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.verification.activations.capture import Activations, transformers_hooks
 from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, ProbePoint
+from exaone_bridge.verification.checks.generation import Generated, generate
+from exaone_bridge.verification.checks.gradients import (
+    Gradients,
+    ReferenceGradients,
+    relative_norm,
+)
+from exaone_bridge.verification.workflow.transformers_layerwise import load_layerwise, model_class
+from exaone_bridge.verification.workflow.workload import PromptBatch, Workload, batch_images
 
-Images = dict[
-    str, torch.Tensor
-]  # a prompt's pixels and grids, by the names of the model's arguments
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-__all__ = ["capture_transformers", "embeddings_of", "load", "model_class", "together"]
+__all__ = [
+    "ReferenceResult",
+    "capture_transformers",
+    "load",
+    "run_generation",
+    "run_other_transformers",
+    "run_transformers",
+    "split_fused_experts",
+]
 
-PERTURBATION = (
-    2.0**-16
-)  # of the embeddings, relative: some 250 units of rounding, and still a small change
-
-
-def model_class(folder: Path) -> Any:
-    """Transformers' automatic class for a folder: that of models with images, or that of language models."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+PERTURBATION = 2.0**-16  # relative: some 250 units of rounding, and still a small change
 
 
-def load(folder: Path, dtype: torch.dtype) -> Any:
-    """Transformers' eager model, on the GPU where there is one."""
-    model = (
-        model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-    )
-    return model.cuda() if torch.cuda.is_available() else model
+@dataclass(slots=True)
+class ReferenceResult:
+    """What Transformers computes for a workload.
+
+    Attributes:
+        activations: in fp32, one for each batch.
+        half_precision: in the workload's dtype; None if that is fp32.
+        generated: greedy generation, if the workload has it.
+        gradients: of one training step, if the workload has it.
+    """
+
+    activations: list[Activations]
+    half_precision: list[Activations] | None = None
+    generated: dict[str, Generated] | None = None
+    gradients: ReferenceGradients | None = None
+
+
+def run_transformers(
+    checkpoint: HFCheckpoint, workload: Workload, progress: Progress
+) -> ReferenceResult:
+    """Run a workload with Transformers, in fp32 and, if that is another, in the workload's dtype."""
+    progress.stage("Transformers' logits")
+    model = _load(checkpoint, torch.float32, workload.layerwise)
+    result = ReferenceResult(_capture_all(model, workload, perturb=True))
+    if workload.generate:
+        progress.stage("Transformers' greedy generation")
+        result.generated = generate(model, checkpoint.folder, workload.plain_prompt)
+    if workload.gradient_batch is not None:
+        progress.stage("Transformers' gradients")
+        result.gradients = transformers_gradients(model, workload.gradient_batch)
+    if workload.dtype != "float32":
+        progress.stage(f"Transformers' logits in {workload.dtype}")
+        del model
+        model = _load(checkpoint, getattr(torch, workload.dtype), workload.layerwise)
+        result.half_precision = _capture_all(model, workload, perturb=False)
+    return result
+
+
+def run_other_transformers(
+    checkpoint: HFCheckpoint, workload: Workload, progress: Progress
+) -> list[Activations]:
+    """Run the prompts with another Hugging Face model in fp32, to be compared with the reference."""
+    progress.stage("Transformers' logits of the other model")
+    model = load(checkpoint.folder, torch.float32)
+    return _capture_all(model, workload, perturb=False)
+
+
+def run_generation(folder: Path, workload: Workload) -> dict[str, Generated]:
+    """Generate greedily with the model of another folder."""
+    return generate(load(folder, torch.float32), folder, workload.plain_prompt)
+
+
+def _load(checkpoint: HFCheckpoint, dtype: torch.dtype, layerwise: bool) -> PreTrainedModel:
+    return load_layerwise(checkpoint, dtype) if layerwise else load(checkpoint.folder, dtype)
+
+
+def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load Transformers' eager model, to the GPU if there is one."""
+    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval().cuda() if torch.cuda.is_available() else model.eval()
+
+
+def _capture_all(model: PreTrainedModel, workload: Workload, perturb: bool) -> list[Activations]:
+    return [
+        capture_transformers(model, workload.points, batch, perturb=perturb)
+        for batch in workload.batches
+    ]
 
 
 @torch.no_grad()
 def capture_transformers(
-    model: Any,
+    model: PreTrainedModel,
     points: Iterable[ProbePoint],
-    tokens: torch.Tensor,
-    images: Sequence[Images] = (),
+    batch: PromptBatch,
     *,
-    perturbed: bool = True,
+    perturb: bool = True,
 ) -> Activations:
-    """Logits and every place, of prompts of one length; and what becomes of a small change.
+    """Run prompts of one length, and capture the logits and the activation of every probe point.
 
-    The prompts run three times in one batch: as they are, and with embeddings changed by plus and minus the same noise.
-    What changes by more than that is what the model itself amplifies; where another expert is chosen, a rounding error
-    would decide.
+    To measure the amplification the prompts run three times in one batch: as they are, and with the
+    embeddings changed by plus and by minus the same noise. A token is stable as long as no router
+    chooses other experts for any of the three.
 
     Args:
-        model: of `load`.
-        tokens: [N, S].
-        images: of each prompt; empty: none has any.
-        nudged: False: logits and places only.
+        perturb: False: logits and activations only.
     """
-    count, length = tokens.shape
-    copies = 3 if perturbed else 1
-    traced = Activations(torch.empty(0), stable=torch.ones(count, length, dtype=torch.bool))
+    count, length = batch.tokens.shape
+    copies = 3 if perturb else 1
+    found = Activations(torch.empty(0), stable=torch.ones(count, length, dtype=torch.bool))
 
     def keep(point: ProbePoint, value: torch.Tensor, chosen: torch.Tensor | None) -> None:
         value = value.float()
         if point.capture is Capture.PATCHES:
             keep_patches(point.hf, value.view(copies, -1, value.shape[-1]))
             return
-        traced.values[point.hf] = value[:count].cpu().clone()
-        if not perturbed:
+        found.values[point.hf] = value[:count].cpu().clone()
+        if not perturb:
             return
         if chosen is not None:
-            same = [
-                (chosen[:count] == chosen[start : start + count]).all(-1)
-                for start in (count, 2 * count)
-            ]
-            traced.stable &= (same[0] & same[1]).cpu().cumprod(-1).bool()
-        traced.amplification[point.hf] = _change(value, count, traced.stable)
+            clean, plus, minus = chosen.split(count)
+            same = (clean == plus).all(-1) & (clean == minus).all(-1)
+            found.stable &= same.cpu().cumprod(-1).bool()
+        found.amplification[point.hf] = _change(value, count, found.stable)
 
     def keep_patches(name: str, value: torch.Tensor) -> None:
-        """[copies, patches, features] of a tower's call for images; another, for videos, may follow."""
+        """Keep [copies, patches, features] of the images; the videos may follow in another call."""
         clean = value[:1].cpu().clone()
-        traced.values[name] = (
-            torch.cat([traced.values[name], clean], 1) if name in traced.values else clean
-        )
-        if perturbed:
-            everywhere = torch.ones(clean.shape[:2], dtype=torch.bool)
-            change = _change(value, 1, everywhere)
-            traced.amplification[name] = max(change, traced.amplification.get(name, 0.0))
+        if name in found.values:
+            found.values[name] = torch.cat([found.values[name], clean], 1)
+        else:
+            found.values[name] = clean
+        if perturb:
+            change = _change(value, 1, torch.ones(clean.shape[:2], dtype=torch.bool))
+            found.amplification[name] = max(change, found.amplification.get(name, 0.0))
 
-    embeddings = embeddings_of(model)
-    handles = [each.register_forward_hook(_perturb) for each in embeddings] if perturbed else []
+    device = model.get_input_embeddings().weight.device
+    tokens = batch.tokens.repeat(copies, 1).to(device)
+    images = batch_images(batch.images, copies)
+    images = {name: value.to(device) for name, value in images.items()}
+    with (
+        _perturbed(model, _perturb_copies if perturb else None),
+        transformers_hooks(model, points, length, keep),
+    ):
+        logits = model(tokens, use_cache=False, **images).logits.float()
+    found.logits = logits[:count].cpu().clone()
+    if perturb:
+        found.amplification[LOGITS] = _change(logits, count, found.stable)
+        embeddings = next(iter(found.amplification.values()))
+        found.amplification = {
+            name: change / embeddings for name, change in found.amplification.items()
+        }
+    return found
+
+
+@contextlib.contextmanager
+def _perturbed(model: PreTrainedModel, hook: Any) -> Iterator[None]:
+    """Add a forward hook to the token embeddings, and to a vision encoder's patch embeddings."""
+    patches = [module for name, module in model.named_modules() if name.endswith("patch_embed")]
+    modules = [model.get_input_embeddings(), *patches] if hook is not None else []
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
-        with hf_hooks(model, points, length, keep):
-            batch = tokens.repeat(copies, 1).to(embeddings[0].weight.device)
-            pictures = {
-                name: value.to(batch.device) for name, value in together(images, copies).items()
-            }
-            logits = model(batch, use_cache=False, **pictures).logits.float()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    traced.logits = logits[:count].cpu().clone()
-    if perturbed:
-        traced.amplification[LOGITS] = _change(logits, count, traced.stable)
-        inputs = next(iter(traced.amplification.values()))  # the embeddings' own change
-        traced.amplification = {
-            place: change / inputs for place, change in traced.amplification.items()
-        }
-    return traced
 
 
-def together(images: Sequence[Images], copies: int = 1) -> Images:
-    """The images of all prompts, as one batch has them; `copies` times, one batch after the other."""
-    names = {name for each in images for name in each}
-    return {
-        name: torch.cat([each[name] for each in images if name in each] * copies)
-        for name in sorted(names)
-    }
+def _noise(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return seeded noise as large as the embeddings, [..., H]."""
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(embeddings) * embeddings.detach().square().mean(-1, keepdim=True).sqrt()
 
 
-def embeddings_of(model: Any) -> list[torch.nn.Module]:
-    """What makes vectors of words, and of a vision tower's patches: where a small change is put in."""
-    patches = [module for name, module in model.named_modules() if name.endswith("patch_embed")]
-    return [model.get_input_embeddings(), *patches]
-
-
-def _perturb(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-    """A forward hook, for three copies of one batch: the first as it is, the others changed in opposite directions."""
+def _perturb_copies(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    """Of three copies of a batch keep the first, and change the others in opposite directions."""
     clean = output[: len(output) // 3]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    noise *= PERTURBATION * clean.square().mean(-1, keepdim=True).sqrt()
+    noise = PERTURBATION * _noise(clean)
     return torch.cat((clean, clean + noise, clean - noise))
 
 
-def _change(value: torch.Tensor, count: int, decided: Any) -> float:
-    """The larger of both changes, relative, at the worst decided position."""
-    clean = value[:count]
+def _change(value: torch.Tensor, count: int, stable: torch.Tensor | None) -> float:
+    """Return the larger relative change of both changed copies, at the worst stable token.
+
+    Args:
+        value: [3 * count, S, features].
+        stable: [count, S].
+    """
+    clean, plus, minus = value.split(count)
     size = clean.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    changes = [
-        (value[start : start + count] - clean).abs().amax(-1) / size for start in (count, 2 * count)
-    ]
-    worst = torch.maximum(*changes).cpu()[decided]
+    changes = [(changed - clean).abs().amax(-1) / size for changed in (plus, minus)]
+    worst = torch.maximum(*changes).cpu()[stable]
     return worst.max().item() if worst.numel() else float("nan")
+
+
+def transformers_gradients(model: PreTrainedModel, batch: PromptBatch) -> ReferenceGradients:
+    """Compute the gradients of the mean cross entropy, and their amplification.
+
+    Args:
+        batch: tokens [N, S + 1].
+    """
+
+    def add_noise(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + PERTURBATION * _noise(output)
+
+    clean = _backward(model, batch)
+    with _perturbed(model, add_noise):
+        perturbed = _backward(model, batch)
+    change = max(relative_norm(perturbed[name], clean[name]) for name in clean)
+    return ReferenceGradients(clean, change / PERTURBATION)
+
+
+def _backward(model: PreTrainedModel, batch: PromptBatch) -> Gradients:
+    model.zero_grad()
+    tokens = batch.tokens.to(model.device)
+    images = {name: each.to(model.device) for name, each in batch_images(batch.images).items()}
+    logits = model(tokens[:, :-1], use_cache=False, **images).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    found: Gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found |= split_fused_experts(name, parameter.grad.detach().float().cpu())
+    return found
+
+
+def split_fused_experts(name: str, gradient: torch.Tensor) -> Gradients:
+    """Split the gradient of experts, which Transformers fuses in memory, by the names on disk.
+
+    Args:
+        name: the parameter's name in Transformers' model.
+        gradient: [E, 2F, H] of gate and up, [E, H, F] of down, or of a parameter without experts.
+
+    Returns:
+        Hugging Face name -> a copy of its part.
+    """
+    module, _, leaf = name.rpartition(".")
+    if not module.endswith(".experts"):
+        return {name: gradient.clone()}
+    found: Gradients = {}
+    for expert, own in enumerate(gradient):
+        if leaf == "gate_up_proj":
+            parts = dict(zip(("gate", "up"), own.chunk(2), strict=True))
+        else:
+            parts = {"down": own}
+        found |= {
+            f"{module}.{expert}.{each}_proj.weight": part.clone() for each, part in parts.items()
+        }
+    return found

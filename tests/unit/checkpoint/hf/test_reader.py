@@ -24,7 +24,6 @@ from exaone_bridge.convert.extra_tensors import keep_passthrough
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import digest_tensors
-from exaone_bridge.verification.workflow.transformers_layerwise import Reader
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ READERS: dict[str, Callable[[HFCheckpoint, Path], object]] = {
     "import": write_torch_dist,
     "passthrough tensors of import": keep_as_passthrough,
     "digests of verify": lambda checkpoint, _: digest_tensors(checkpoint.tensors),
-    "layer-wise verify": lambda checkpoint, _: Reader(checkpoint)[last(checkpoint)],
+    "layer-wise verify": lambda checkpoint, _: checkpoint.read(last(checkpoint)),
 }
 
 

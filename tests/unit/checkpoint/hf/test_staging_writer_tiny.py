@@ -20,7 +20,6 @@ from exaone_bridge.checkpoint.hf.tiny import random_weights, write_random
 from exaone_bridge.checkpoint.hf.writer import (
     plan_shards,
     write_config_json,
-    write_hf_folder,
     write_weights,
 )
 from exaone_bridge.checkpoint.staging import refuse_existing, staged
@@ -283,7 +282,8 @@ def test_shards_and_index_read_back(weights: dict[str, torch.Tensor], tmp_path: 
 def test_transformers_loads_shards(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    write_hf_folder(tmp_path, weights.items(), in_three(weights), EXAONE4.tiny["exaone4"], None)
+    write_weights(tmp_path, weights.items(), in_three(weights))
+    write_config_json(tmp_path, EXAONE4.tiny["exaone4"])
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     state = model.state_dict()
@@ -352,9 +352,8 @@ def test_a_tensor_that_nobody_expects_is_an_error(tmp_path: Path) -> None:
 def test_shards_have_the_permissions_of_other_files(
     weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    write_hf_folder(
-        tmp_path, weights.items(), dict.fromkeys(weights, SINGLE), EXAONE4.tiny["exaone4"], None
-    )
+    write_weights(tmp_path, weights.items(), dict.fromkeys(weights, SINGLE))
+    write_config_json(tmp_path, EXAONE4.tiny["exaone4"])
     assert MODE((tmp_path / SINGLE).stat().st_mode) == MODE(
         (tmp_path / "config.json").stat().st_mode
     )
