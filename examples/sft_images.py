@@ -53,7 +53,7 @@ def line(pictures: list[str], question: str, answer: str) -> str:
     )
 
 
-def write_pictures(folder: Path, training: int = 200, validation: int = 40) -> None:
+def write_images(folder: Path, training: int = 200, validation: int = 40) -> None:
     """`training.jsonl`, `validation.jsonl` and their pictures: to every fifth question none, to every fifth two."""
     (folder / "pictures").mkdir(parents=True)
     chosen = random.Random(0)
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None, adjust: Callable[[Any], None] | None = N
     parser.add_argument("--data", type=Path)
     parser.add_argument("--packed", action="store_true", help="a micro batch in one row")
     options = parser.parse_args(argv)
-    config = to_fine_tune(options, write_pictures)
+    config = to_fine_tune(options, write_images)
     if adjust is not None:
         adjust(config)
     show(config)

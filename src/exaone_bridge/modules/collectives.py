@@ -49,4 +49,6 @@ def all_gather_sequence(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int
     Returns:
         [..., S, ...].
     """
+    if group.size() == 1:
+        return tensor
     return restore_sequence_order(all_gather(tensor, group), dim)

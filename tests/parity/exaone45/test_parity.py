@@ -17,7 +17,7 @@ from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import read_hf_config
-from exaone_bridge.models.exaone45.prompts import image_prompts, prompt_of
+from exaone_bridge.models.exaone45.prompts import image_prompts, make_prompt
 from exaone_bridge.modules.context_parallel import restore_sequence_order
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
@@ -209,8 +209,8 @@ def test_images_that_do_not_match_the_placeholders_are_rejected(
     megatron_bridge: Any, tiny: Any
 ) -> None:
     model_config = read_hf_config(CONFIG)
-    parts = [("image", (1, 4, 6)), ("text", 5)]
-    tokens, images = prompt_of(model_config, parts, torch.Generator().manual_seed(0))
+    parts = [("image", (1, 4, 6)), 5]
+    tokens, images = make_prompt(model_config, parts, torch.Generator().manual_seed(0))
     tokens = tokens[None]
     video = {
         "pixel_values_videos": images["pixel_values"],
@@ -221,7 +221,7 @@ def test_images_that_do_not_match_the_placeholders_are_rejected(
     cases = [(tokens[:, 1:], images), (tokens, video), (tokens, without_grid), (tokens, too_few)]
     errors = ForkLauncher().first(_errors, tiny("exaone45"), cases)
     numbers = [
-        re.findall(r"\d+", text.replace("id 67", "").replace("id 68", "")) for text in errors
+        re.findall(r"\d+", text.replace("id=67", "").replace("id=68", "")) for text in errors
     ]
     assert numbers == [["5", "6"], ["0", "6"], ["24"], ["20", "24"]]
     assert "image" in errors[0] and "video" in errors[1]

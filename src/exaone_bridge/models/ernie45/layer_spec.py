@@ -1,9 +1,8 @@
-"""ERNIE 4.5's layers: pre-norm, dense or mixture of experts, from either backend's classes."""
+"""Layer specs of ERNIE 4.5: pre-norm layers, dense or mixture of experts, for either backend."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -21,29 +20,33 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from exaone_bridge.models.ernie45.moe import moe_builder
+from exaone_bridge.models.ernie45.moe import moe_layer_builder
+from exaone_bridge.models.ernie45.moe_provider import MoEModelProvider
 from exaone_bridge.models.ernie45.router import SelectionBiasRouter
 from exaone_bridge.modules.backend import Backend, resolve_backend
 from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
 
-if TYPE_CHECKING:
-    from exaone_bridge.models.ernie45.provider import Ernie45ModelProvider
-
 __all__ = ["ernie45_block_spec", "ernie45_layer_spec"]
 
 
-def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec:
-    """One layer; a dense one's second norm is fused into its feed-forward, a mixture's stands before the router."""
-    mlp = (
-        moe_builder(backend, SelectionBiasRouter, shared_bias=bias)
-        if moe
-        else functools.partial(
-            MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(
-                backend.column_linear_pre_norm, backend.row_linear, backend.activation
-            ),
+def ernie45_layer_spec(backend: Backend, *, is_moe: bool, bias: bool) -> ModuleSpec:
+    """Build the spec of one layer.
+
+    The second norm is fused into the first linear of a dense MLP; in a MoE layer it is a module of
+    its own, before the router.
+
+    Args:
+        backend: the module classes.
+        is_moe: whether the layer has experts instead of a dense MLP.
+        bias: whether shared experts have biases.
+    """
+    if is_moe:
+        mlp = moe_layer_builder(backend, SelectionBiasRouter, shared_bias=bias)
+    else:
+        linears = MLPSubmodules(
+            backend.column_linear_pre_norm, backend.row_linear, backend.activation
         )
-    )
+        mlp = functools.partial(MLP.as_mlp_submodule, submodules=linears)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -57,7 +60,7 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=backend.norm if moe else IdentityOp,
+            pre_mlp_layernorm=backend.norm if is_moe else IdentityOp,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -65,14 +68,18 @@ def ernie45_layer_spec(backend: Backend, *, moe: bool, bias: bool) -> ModuleSpec
 
 
 def ernie45_block_spec(
-    config: Ernie45ModelProvider, vp_stage: int | None = None
+    config: MoEModelProvider, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage (of its chunk `vp_stage`), each as the global schedule says."""
+    """Build the specs of a pipeline stage's layers, and of the final norm.
+
+    Args:
+        config: the provider, which has the dense and MoE layers of the whole model.
+        vp_stage: the virtual pipeline stage.
+    """
     backend = resolve_backend(config.backend)
     first = get_transformer_layer_offset(config, vp_stage)
-    here = range(first, first + get_num_layers_to_build(config, vp_stage))
     specs = [
-        ernie45_layer_spec(backend, moe=config.is_moe_layer(layer), bias=config.add_bias_linear)
-        for layer in here
+        ernie45_layer_spec(backend, is_moe=config.is_moe_layer(layer), bias=config.add_bias_linear)
+        for layer in range(first, first + get_num_layers_to_build(config, vp_stage))
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)

@@ -1,7 +1,10 @@
-"""Mixture-of-experts layers in models whose other linears have biases.
+"""Mixture-of-experts layers for models whose other linears have biases.
 
-Megatron-Core has one switch, `add_bias_linear`, for all linears of a model; it gives router and experts a bias too, and
-its shared experts refuse it. Here router and routed experts never have one, and shared experts have it where asked.
+Megatron-Core 0.19.2 has one switch, `add_bias_linear`, for all linears of a model. It gives biases
+to router and routed experts too, and its shared experts reject it (`transformer/moe/
+shared_experts.py`). Here router and routed experts never have biases, and shared experts may.
+
+Axes: S sequence, B batch, H hidden.
 """
 
 from __future__ import annotations
@@ -9,26 +12,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.modules.backend import Backend
 from exaone_bridge.modules.grouped_experts import AlltoAllTokenDispatcher, GroupedExperts
 
-__all__ = ["BiasedSharedExpertMLP", "UnbiasedMoELayer", "moe_builder"]
+__all__ = ["BiasedSharedExpertMLP", "UnbiasedMoELayer", "moe_layer_builder"]
 
 
 class UnbiasedMoELayer(MoELayer):
-    """A MoELayer whose router, dispatcher and routed experts see a config without linear biases."""
+    """A MoELayer whose router, dispatcher and routed experts get a config without linear biases."""
 
-    token_dispatcher: Any
+    token_dispatcher: MoETokenDispatcher
 
     def __init__(self, config: TransformerConfig, submodules: MoESubmodules, **kwargs: Any) -> None:
         if config.add_bias_linear:
@@ -48,15 +54,15 @@ class UnbiasedMoELayer(MoELayer):
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
 
 
-def _biased(linear: type) -> Any:
+def _with_bias(linear: type[torch.nn.Module]) -> Callable[..., torch.nn.Module]:
     return lambda *args, **kwargs: linear(*args, **{**kwargs, "bias": True})
 
 
 class BiasedSharedExpertMLP(SharedExpertMLP):
-    """Shared experts whose projections have biases: [S, B, H] -> [S, B, H].
+    """Shared experts whose linears have biases.
 
     Raises:
-        UnsupportedConfig: overlap with the dispatcher, which would drop the last bias.
+        UnsupportedConfig: overlap with the dispatcher, which would drop the second bias.
     """
 
     def __init__(
@@ -69,20 +75,34 @@ class BiasedSharedExpertMLP(SharedExpertMLP):
                 wanted="off where shared experts have biases",
                 where="provider",
             )
-        fc1, fc2 = _biased(submodules.linear_fc1), _biased(submodules.linear_fc2)
-        submodules = dataclasses.replace(submodules, linear_fc1=fc1, linear_fc2=fc2)
+        submodules = dataclasses.replace(
+            submodules,
+            linear_fc1=_with_bias(submodules.linear_fc1),
+            linear_fc2=_with_bias(submodules.linear_fc2),
+        )
         super().__init__(config=config, submodules=submodules, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The parent drops the bias that `linear_fc2` leaves to be added."""
+        """Apply the shared experts: [S, B, H] -> [S, B, H].
+
+        The parent drops the bias that `linear_fc2` returns instead of adding it.
+        """
         output, bias = MLP.forward(self, hidden_states)
         return output if bias is None else output + bias
 
 
-def moe_builder(backend: Backend, router: type, *, shared_bias: bool) -> Any:
-    """What TransformerLayer builds its `mlp` from: `router`, the backend's routed experts, shared experts.
+def moe_layer_builder(
+    backend: Backend, router: type[Router], *, shared_bias: bool
+) -> Callable[..., MoELayer]:
+    """Make the builder that a TransformerLayer's `mlp` submodule is.
 
-    Whether there are shared experts is the config's `moe_shared_expert_intermediate_size`: None for none.
+    The config's `moe_shared_expert_intermediate_size` decides whether there are shared experts
+    (None: no).
+
+    Args:
+        backend: gives linears, activation and routed experts.
+        router: the router's class.
+        shared_bias: whether shared experts have biases.
     """
     linears = MLPSubmodules(backend.column_linear, backend.row_linear, backend.activation)
     shared = functools.partial(

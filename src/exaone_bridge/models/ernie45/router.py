@@ -1,6 +1,8 @@
-"""A softmax router whose bias only selects; Megatron-Core's config refuses softmax with a selection bias.
+"""A softmax router with a bias that only selects experts.
 
-Axes: T tokens, E experts, K experts chosen.
+Megatron-Core 0.19.2's TransformerConfig rejects softmax with an expert bias.
+
+Axes: S sequence, B batch, T = S * B tokens, H hidden, E experts, K experts chosen per token.
 """
 
 from __future__ import annotations
@@ -23,9 +25,19 @@ __all__ = ["SelectionBiasRouter", "choose_experts"]
 def choose_experts(
     logits_TE: torch.Tensor, bias_E: torch.Tensor, topk: int, norm_min: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [T, K] fp32 and experts [T, K] int64, of logits [T, E] and a selection bias [E].
+    """Choose the experts of each token.
 
-    softmax -> + bias to choose -> gather unbiased -> renormalise (Ernie4_5_MoeTopKRouter.forward), all in fp32.
+    softmax -> add bias to choose -> gather without bias -> renormalise, all in fp32
+    (`Ernie4_5_MoeTopKRouter.forward`, Transformers 5.12.1, `modeling_ernie4_5_moe.py`).
+
+    Args:
+        logits_TE: [T, E].
+        bias_E: [E], the selection bias.
+        topk: K.
+        norm_min: the least sum by which weights are divided.
+
+    Returns:
+        Weights [T, K] fp32 and experts [T, K] int64.
     """
     probabilities_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     experts_TK = torch.topk(probabilities_TE.detach() + bias_E, topk, dim=-1).indices
@@ -34,60 +46,67 @@ def choose_experts(
 
 
 class SelectionBiasRouter(TopKRouter):
-    """TopKRouter with `choose_experts` for its arithmetic; weight and selection bias stay fp32.
+    """TopKRouter with the arithmetic of `choose_experts`; weight and selection bias stay fp32.
 
-    The config's `moe_norm_min` is the least sum that weights are divided by. The selection bias is always there, as
-    the buffer `expert_bias`; Megatron-Core updates it after each step (aux-loss-free balancing) only where
-    `moe_router_enable_expert_bias` is set.
+    The config's `moe_norm_min` is the least sum by which weights are divided. The selection bias is
+    always there, as the buffer `expert_bias`; Megatron-Core updates it after each step
+    (auxiliary-loss-free balancing) only with `moe_router_enable_expert_bias`.
 
     Raises:
-        UnsupportedConfig: a feature of TopKRouter that would choose other experts.
+        UnsupportedConfig: the config sets a feature of TopKRouter that would choose other experts.
     """
 
     _keep_in_float32_parameter_names = ("weight",)
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
-        for field, wanted in _REFUSED.items():
+        for field, wanted in _REQUIRED_FIELDS.items():
             if (got := getattr(config, field, wanted)) not in (wanted, None, False):
                 raise UnsupportedConfig(field, got=got, known=(wanted,), where="provider")
-        # Megatron-Bridge looks for the mark on the instance (models/model_provider.py, _apply_mixed_precision_wrapper).
+        # Megatron-Bridge 0.6.2 looks for this attribute on the instance
+        # (`models/model_provider.py`, `_apply_mixed_precision_wrapper`).
         self._keep_in_float32_parameter_names = ("weight",)
         self.norm_min = config.moe_norm_min
         if not self.enable_expert_bias:
             device = torch.cuda.current_device()
             for name, persistent in (("local_tokens_per_expert", False), ("expert_bias", True)):
-                delattr(self, name)  # None, where the bias is not updated
+                delattr(self, name)  # the parent sets None if the bias is not updated
                 zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=device)
                 self.register_buffer(name, zeros, persistent=persistent)
 
     def reset_parameters(self) -> None:
-        """Initialise, in fp32 whatever the model's type: the parent would cast the weight to it."""
+        """Initialise the weight [E, H] in fp32; the parent would cast it to the model's dtype."""
         if self.config.perform_initialization:
             self.config.init_method(self.weight)
         self.weight.sequence_parallel = self.config.sequence_parallel
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, E] fp32 of hidden states [S, B, H], in full fp32 whatever their type.
+        """Compute the logits in fp32.
 
-        The parent's goes through Transformer Engine's GEMM where it is installed, which takes no bf16 input with an
-        fp32 weight.
+        The parent uses Transformer Engine's GEMM where that is installed, which does not support
+        bf16 inputs with an fp32 weight.
+
+        Args:
+            input: hidden states [S, B, H], of any dtype.
+
+        Returns:
+            [S, B, E] fp32.
         """
-        if self.weight.device != input.device:  # as the parent: Megatron-Core makes it on the CPU
+        if self.weight.device != input.device:  # like the parent: the weight is made on the CPU
             self.weight.data = self.weight.data.to(input.device)
         return torch.nn.functional.linear(input.float(), self.weight.float(), self.bias)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and choice of each token.
+        """Choose the experts of each token, and their weights.
 
         Args:
             logits: [S, B, E] fp32.
-            padding_mask: bool, True for tokens that do not count, T of them.
+            padding_mask: [B, S] bool or of another shape with T elements, True for padding.
 
         Returns:
-            [T, E] weights, zero where not chosen; [T, E] bool, True where chosen.
+            Weights [T, E], zero for experts that are not chosen; and the choice, [T, E] bool.
         """
         length, batch, experts = logits.shape
         padding = None if padding_mask is None else padding_mask.reshape(-1)
@@ -110,10 +129,8 @@ class SelectionBiasRouter(TopKRouter):
             )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             weights_TE = self._with_aux_losses(weights_TE, logits_TE, length, batch, padding)
-        if (
-            self.enable_expert_bias and torch.is_grad_enabled()
-        ):  # `_apply_expert_bias`, less torch.compile
-            with torch.no_grad():
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            with torch.no_grad():  # as the parent's `_apply_expert_bias`, without torch.compile
                 counted = chosen_TE if padding is None else chosen_TE & ~padding[:, None]
                 self.local_tokens_per_expert += counted.sum(dim=0)
         return weights_TE, chosen_TE
@@ -126,7 +143,18 @@ class SelectionBiasRouter(TopKRouter):
         batch: int,
         padding: torch.Tensor | None,
     ) -> torch.Tensor:
-        """TopKRouter's own, on unbiased probabilities, as in its `routing`."""
+        """Attach TopKRouter's auxiliary losses, on probabilities without bias, as its `routing` does.
+
+        Args:
+            weights: [T, E].
+            logits: [T, E].
+            length: S.
+            batch: B.
+            padding: [T] bool.
+
+        Returns:
+            The weights [T, E].
+        """
         choice, scores = compute_routing_scores_for_aux_loss(
             logits, self.topk, "softmax", padding_mask=padding
         )
@@ -136,7 +164,7 @@ class SelectionBiasRouter(TopKRouter):
         return self._apply_global_aux_loss(weights, scores, choice, **masked)
 
 
-_REFUSED = {
+_REQUIRED_FIELDS = {
     "moe_router_score_function": "softmax",
     "moe_router_fusion": False,
     "moe_router_num_groups": None,

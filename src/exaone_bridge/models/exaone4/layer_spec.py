@@ -1,4 +1,4 @@
-"""EXAONE 4.0's layer: post-norm and QK norm, from either backend's classes."""
+"""Layer specs of EXAONE 4.0: post-norm and QK norm, for either backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ __all__ = ["exaone4_block_spec", "exaone4_layer_spec"]
 
 
 def exaone4_layer_spec(backend: Backend) -> ModuleSpec:
-    """One layer. Window and RoPE are not here: Megatron-Core reads them from the config, by global layer number."""
+    """Build the spec of one layer.
+
+    Sliding windows and RoPE are not part of it: Megatron-Core looks them up in the config by the
+    global layer number.
+    """
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -54,9 +58,13 @@ def exaone4_layer_spec(backend: Backend) -> ModuleSpec:
 def exaone4_block_spec(
     config: ExactGPTModelProvider, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage (of its chunk `vp_stage`), and the final norm of the same backend.
+    """Build the specs of a pipeline stage's layers, and of the final norm.
 
-    Megatron-Core would choose the final norm by what is installed, not by which backend was asked for.
+    Megatron-Core chooses the final norm by what is installed; here it is the backend's.
+
+    Args:
+        config: the provider.
+        vp_stage: the virtual pipeline stage.
     """
     backend = resolve_backend(config.backend)
     count = get_num_layers_to_build(config, vp_stage)

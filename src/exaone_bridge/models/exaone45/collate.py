@@ -1,11 +1,15 @@
-"""Conversations with images and videos -> a batch, for Megatron-Bridge's data path and its `vlm_step`.
+"""Collate function for conversations with images and videos, for Megatron-Bridge's `vlm_step`.
 
-The folder's own chat template and processor make the words; the host's helpers find the assistant's turns in them.
+The chat template and the processor of the Hugging Face directory make tokens and pixels;
+Megatron-Bridge's helpers find the assistant's turns.
+
+Axes: B batch, S sequence, P patches of all images, I images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,24 +26,40 @@ from megatron.bridge.data.datasets.utils import IGNORE_INDEX
 from megatron.bridge.data.packing.in_batch import build_mcore_thd_sequence_batch_from_rows
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
 
 from exaone_bridge.errors import VisionInputError
 
 __all__ = ["exaone45_collate"]
 
-_ASSISTANT, _END = "[|assistant|]", "[|endofturn|]"
-_OTHERS = {role: f"[|{role}|]" for role in ("system", "user", "tool")}
-_NO_THOUGHT = "\n<think>\n\n</think>\n\n"  # before an answer without reasoning: at inference it is in the prompt
-_KINDS = {
+_ASSISTANT_START, _TURN_END = "[|assistant|]", "[|endofturn|]"
+_OTHER_ROLES = {role: f"[|{role}|]" for role in ("system", "user", "tool")}
+# Before an answer without reasoning; at inference it is part of the prompt.
+_EMPTY_THINKING = "\n<think>\n\n</think>\n\n"
+# The keys in which a content part may have its image or video.
+_MEDIA_KEYS = {
     "image": ("image", "path", "url", "base64"),
     "video": ("video", "path", "url"),
-}  # where a part may have it
-_VISUAL = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+}
+_VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One conversation.
+
+    Attributes:
+        sequence: input_ids, labels, loss_mask, attention_mask and position_ids, [S] each.
+        visual: pixels [P, elements per patch] and grids [I, 3], by the names in `_VISUAL_INPUTS`.
+    """
+
+    sequence: dict[str, torch.Tensor]
+    visual: dict[str, torch.Tensor]
 
 
 def exaone45_collate(
     examples: Sequence[Mapping[str, Any]],
-    processor: Any,
+    processor: ProcessorMixin,
     *,
     visual_keys: object = None,
     min_pixels: int | None = None,
@@ -50,191 +70,209 @@ def exaone45_collate(
     enable_in_batch_packing: bool = False,
     in_batch_packing_pad_to_multiple_of: int = 1,
 ) -> dict[str, Any]:
-    """A batch of these conversations. The loss is of the assistant's turns alone, with the words that end them.
+    """Make a batch from conversations. The loss covers the assistant's turns and their end tokens.
 
     Args:
-        examples: each with `conversation`, turns of `role` and `content`: words, or a list of parts of the types text,
-            image and video. A part has its image in itself (`image`, `path`, `url`, `base64`), or else the next of the
-            example's `images` (of its `videos`).
+        examples: each with `conversation`, a list of turns with `role` and `content`: a string, or
+            a list of parts of type text, image or video. A part has its image under `image`,
+            `path`, `url` or `base64`, or takes the next one of the example's `images` (`videos`).
         processor: Transformers' `Exaone4_5_Processor`, with a chat template.
-        visual_keys: which the host's Energon path passes to every model; this one needs all four.
-        min_pixels, max_pixels: of an image; None: the processor's own.
-        sequence_length: longer conversations are cut; None: they stay.
-        pad_to_max_length: all to `sequence_length`; else to the longest, and a multiple of `pad_to_multiple_of`.
-        enable_in_batch_packing: one after the other in one row, each to `in_batch_packing_pad_to_multiple_of`.
+        visual_keys: ignored; Megatron-Bridge's Energon path passes it to every model.
+        min_pixels, max_pixels: limits of an image's size; None: the processor's own.
+        sequence_length: maximum number of tokens; longer conversations are truncated.
+        pad_to_max_length: pad to `sequence_length`; otherwise to the longest conversation, rounded
+            up to a multiple of `pad_to_multiple_of`.
+        pad_to_multiple_of: see `pad_to_max_length`.
+        enable_in_batch_packing: concatenate all conversations into one sequence, each padded to a
+            multiple of `in_batch_packing_pad_to_multiple_of`.
+        in_batch_packing_pad_to_multiple_of: see `enable_in_batch_packing`.
 
     Returns:
-        input_ids, labels (-100 where nothing is learned), loss_mask and position_ids [B, S] ([1, all] when packed, with
-        the lengths), and visual_inputs: the pixels and grids of the whole batch, in the order of their words.
+        input_ids, labels (-100 where the loss is ignored), loss_mask and position_ids, [B, S] each
+        ([1, sum of S] with the sequence lengths if packed), and visual_inputs: pixels and grids of
+        the whole batch, in the order of their placeholder tokens.
 
     Raises:
-        VisionInputError: a part without its image, an image without its part, or one that `sequence_length` would cut.
-        ValueError: of the host's: no turn of the assistant, or none left.
+        VisionInputError: the image parts and the images do not match, or `sequence_length` would
+            truncate an image.
+        ValueError: from Megatron-Bridge: there is no assistant turn, or none within the limit.
     """
-    boundaries = _boundaries(processor)
-    pixels = {}
-    if min_pixels or max_pixels:  # which the processor takes both or neither
-        own = processor.image_processor.size
-        pixels = {
-            "min_pixels": min_pixels or own["shortest_edge"],
-            "max_pixels": max_pixels or own["longest_edge"],
+    boundaries = _assistant_boundaries(processor)
+    size: dict[str, int] = {}
+    if min_pixels or max_pixels:  # the processor needs both or neither
+        default = processor.image_processor.size
+        size = {
+            "min_pixels": min_pixels or default["shortest_edge"],
+            "max_pixels": max_pixels or default["longest_edge"],
         }
-    rows, visual = [], []
-    for example in examples:
-        row, seen = _row(example, processor, boundaries, pixels)
-        _check_length(row, seen, processor, sequence_length)
-        rows.append(row)
-        visual.append(seen)
-    pad = processor.tokenizer.pad_token_id or 0
+    samples = [_prepare_sample(example, processor, boundaries, size) for example in examples]
+    for sample in samples:
+        _check_images_fit(sample, processor, sequence_length)
+    sequences = [sample.sequence for sample in samples]
+    pad_token_id = processor.tokenizer.pad_token_id or 0
     if enable_in_batch_packing:
         batch = build_mcore_thd_sequence_batch_from_rows(
-            rows,
+            sequences,
             sequence_length=sequence_length,
-            pad_token_id=pad,
+            pad_token_id=pad_token_id,
             ignore_index=IGNORE_INDEX,
             pad_to_multiple_of=in_batch_packing_pad_to_multiple_of,
         )
     else:
-        fill = {"input_ids": pad, "labels": IGNORE_INDEX}
+        padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
         batch = {
             name: pad_sequence(
-                [row[name] for row in rows], batch_first=True, padding_value=fill.get(name, 0)
+                [sequence[name] for sequence in sequences],
+                batch_first=True,
+                padding_value=padding.get(name, 0),
             )
-            for name in rows[0]
+            for name in sequences[0]
         }
-        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(len(rows), 1)
+        length = batch["input_ids"].shape[1]
+        batch["position_ids"] = torch.arange(length).repeat(len(sequences), 1)
         prepare_sequence_batch(
             batch,
             sequence_length=sequence_length,
             pad_to_max_length=pad_to_max_length,
             pad_to_multiple_of=pad_to_multiple_of,
-            pad_token_id=pad,
+            pad_token_id=pad_token_id,
             ignore_index=IGNORE_INDEX,
         )
-    parts = {name: [seen[name] for seen in visual if name in seen] for name in _VISUAL}
-    batch["visual_inputs"] = GenericVisualInputs(
-        **{name: torch.cat(each) for name, each in parts.items() if each}
-    )
+    visual = {
+        name: torch.cat([sample.visual[name] for sample in samples if name in sample.visual])
+        for name in _VISUAL_INPUTS
+        if any(name in sample.visual for sample in samples)
+    }
+    batch["visual_inputs"] = GenericVisualInputs(**visual)
     return batch
 
 
-def _boundaries(processor: Any) -> AssistantMaskBoundaryConfig:
-    """Where the assistant's turns begin and end, in the template's own words."""
+def _assistant_boundaries(processor: ProcessorMixin) -> AssistantMaskBoundaryConfig:
+    """The markers of the chat template between which the assistant's turns are."""
     tokenizer = processor.tokenizer
     return assistant_mask_boundary_config_from_markers(
         processor,
-        assistant_start=_ASSISTANT,
-        assistant_end=_END,
-        role_start_markers=_OTHERS,
+        assistant_start=_ASSISTANT_START,
+        assistant_end=_TURN_END,
+        role_start_markers=_OTHER_ROLES,
         trim_leading_token_ids=tokenize_text_without_special_tokens(tokenizer, "\n"),
         trim_leading_token_sequences=(
-            tokenize_text_without_special_tokens(tokenizer, _NO_THOUGHT),
+            tokenize_text_without_special_tokens(tokenizer, _EMPTY_THINKING),
         ),
     )
 
 
-def _row(
+def _prepare_sample(
     example: Mapping[str, Any],
-    processor: Any,
+    processor: ProcessorMixin,
     boundaries: AssistantMaskBoundaryConfig,
-    pixels: Mapping[str, int],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One conversation's words, labels, masks and positions [S], and its pixels and grids."""
-    conversation, media = _opened(example)
+    size: Mapping[str, int],
+) -> _Sample:
+    """Tokenize a conversation, and process its images and videos."""
+    conversation, media = _split_media(example)
     options = chat_template_kwargs_from_example(example)
     tokenizer = processor.tokenizer
     text = processor.apply_chat_template(conversation, tokenize=False, **options)
-    plain = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    # The turns are found before places are multiplied: no image is prepared for that.
-    skipped = torch.tensor([processor.image_token_id, processor.video_token_id])
-    turns = {"conversation": conversation, **options}
-    learned = build_assistant_loss_mask(
-        turns, plain, tokenizer, skipped, boundary_config=boundaries
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    placeholders = {"image": processor.image_token_id, "video": processor.video_token_id}
+    ignored = torch.tensor(list(placeholders.values()))
+    # The mask is computed before placeholder tokens are repeated, so that it needs no images.
+    loss_mask = build_assistant_loss_mask(
+        {"conversation": conversation, **options},
+        tokens,
+        tokenizer,
+        ignored,
+        boundary_config=boundaries,
     )
-    seen: dict[str, torch.Tensor] = {}
+    visual: dict[str, torch.Tensor] = {}
     if media["image"]:
-        seen |= processor.image_processor(images=media["image"], return_tensors="pt", **pixels)
+        visual |= processor.image_processor(images=media["image"], return_tensors="pt", **size)
     if media["video"]:
-        seen |= processor.video_processor(videos=media["video"], return_tensors="pt")
-    repeats = torch.ones_like(plain)
-    for kind, token in (("image", processor.image_token_id), ("video", processor.video_token_id)):
-        grids = seen.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long))
-        places = plain == token
-        if int(places.sum()) != len(grids):
+        visual |= processor.video_processor(videos=media["video"], return_tensors="pt")
+    repeats = torch.ones_like(tokens)
+    for kind, token_id in placeholders.items():
+        is_placeholder = tokens == token_id
+        grid = visual.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long))
+        if (count := int(is_placeholder.sum())) != len(grid):
             raise VisionInputError(
-                f"{kind}s: the chat template made {int(places.sum())} places of a conversation that has {len(grids)}; "
-                f"name each in one part of type {kind}, and write no {_token(processor, kind)} into words."
+                f"{kind} placeholders: the chat template yields {count} tokens with "
+                f"{kind}_token_id={token_id} for {len(grid)} {kind}s; the counts must match (use "
+                f"one part of type {kind!r} for each, and no {getattr(processor, f'{kind}_token')} "
+                "in text)."
             )
-        repeats[places] = (
-            grids.prod(-1) // getattr(processor, f"{kind}_processor").merge_size ** 2
-            if len(grids)
-            else 1
-        )
-    words = plain.repeat_interleave(repeats)
+        if len(grid):
+            merge_size = getattr(processor, f"{kind}_processor").merge_size
+            repeats[is_placeholder] = grid.prod(-1) // merge_size**2
+    input_ids = tokens.repeat_interleave(repeats)
     labels, loss_mask = build_shifted_labels_and_loss_mask(
-        words, learned.repeat_interleave(repeats), skipped
+        input_ids, loss_mask.repeat_interleave(repeats), ignored
     )
-    row = {
-        "input_ids": words,
+    sequence = {
+        "input_ids": input_ids,
         "labels": labels,
         "loss_mask": loss_mask,
-        "attention_mask": torch.ones_like(words),
-        "position_ids": torch.arange(len(words)),
+        "attention_mask": torch.ones_like(input_ids),
+        "position_ids": torch.arange(len(input_ids)),
     }
-    return row, {name: seen[name] for name in _VISUAL if name in seen}
+    return _Sample(sequence, {name: visual[name] for name in _VISUAL_INPUTS if name in visual})
 
 
-def _token(processor: Any, kind: str) -> str:
-    """The word that holds the places of this kind."""
-    return str(getattr(processor, f"{kind}_token"))
+def _split_media(
+    example: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Split an example into its conversation without media, and its images and videos in order.
 
-
-def _opened(example: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """The conversation without what Arrow fills in for absent fields, and its images and videos in order."""
-    waiting = {kind: list(example.get(f"{kind}s") or ()) for kind in _KINDS}
-    media: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
+    The conversation is also without the None that Arrow fills in for absent fields.
+    """
+    unused = {kind: list(example.get(f"{kind}s") or ()) for kind in _MEDIA_KEYS}
+    media: dict[str, list[Any]] = {kind: [] for kind in _MEDIA_KEYS}
     conversation = []
     for turn in example["conversation"]:
         content = turn["content"]
         if not isinstance(content, str):
-            content = [_part(part, waiting, media) for part in content]
-        conversation.append(
-            {**{key: value for key, value in turn.items() if value is not None}, "content": content}
-        )
-    for kind, left in waiting.items():
-        if left:
+            content = [_take_media(part, unused, media) for part in content]
+        conversation.append(_without_none(turn) | {"content": content})
+    for kind, rest in unused.items():
+        if rest:
             raise VisionInputError(
-                f"{kind}s: the example has {len(left)} more than its conversation has parts for."
+                f"{kind}s: the example's list `{kind}s` has {len(rest)} more than its conversation "
+                f"has parts of type {kind!r} for; add parts, or shorten the list."
             )
     return conversation, media
 
 
-def _part(
-    part: Mapping[str, Any], waiting: dict[str, list[Any]], media: dict[str, list[Any]]
+def _take_media(
+    part: Mapping[str, Any], unused: dict[str, list[Any]], media: dict[str, list[Any]]
 ) -> dict[str, Any]:
+    """Return a content part without its image or video, which is moved to `media`."""
     kind = part.get("type")
-    if kind not in _KINDS:
-        return {key: value for key, value in part.items() if value is not None}
-    inside = [part[key] for key in _KINDS[kind] if part.get(key) is not None]
-    if not inside and not waiting[kind]:
+    if kind not in _MEDIA_KEYS:
+        return _without_none(part)
+    values = [part[key] for key in _MEDIA_KEYS[kind] if part.get(key) is not None]
+    if not values and not unused[kind]:
+        keys = ", ".join(_MEDIA_KEYS[kind])
         raise VisionInputError(
-            f"{kind}s: a part of this type has none of {', '.join(_KINDS[kind])}, and the example's list `{kind}s` has "
-            "no other left."
+            f"{kind}s: a part of type {kind!r} has none of the keys {keys}, and the example's list "
+            f"`{kind}s` has no other left; give the part one of them."
         )
-    media[kind].append(inside[0] if inside else waiting[kind].pop(0))
+    media[kind].append(values[0] if values else unused[kind].pop(0))
     return {"type": kind}
 
 
-def _check_length(
-    row: Mapping[str, torch.Tensor], seen: Any, processor: Any, length: int | None
+def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _check_images_fit(
+    sample: _Sample, processor: ProcessorMixin, sequence_length: int | None
 ) -> None:
-    """No feature's place may be cut off: the features are there, whole."""
-    words = row["input_ids"]
-    if not seen or length is None or len(words) <= length:
+    """Check that truncation removes no placeholder token: its feature would remain."""
+    input_ids = sample.sequence["input_ids"]
+    if not sample.visual or sequence_length is None or len(input_ids) <= sequence_length:
         return
-    places = (words == processor.image_token_id) | (words == processor.video_token_id)
-    if places[length:].any():
+    beyond = input_ids[sequence_length:]
+    if ((beyond == processor.image_token_id) | (beyond == processor.video_token_id)).any():
         raise VisionInputError(
-            f"a conversation of {len(words)} words has images beyond the {length} that are kept; raise the sequence's "
-            "length, lower the processor's max_pixels, or leave it out."
+            f"a conversation of {len(input_ids)} tokens has images beyond the {sequence_length} "
+            "that are kept; raise sequence_length, lower the processor's max_pixels, or drop it."
         )

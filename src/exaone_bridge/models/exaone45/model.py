@@ -1,60 +1,88 @@
-"""EXAONE 4.5: EXAONE 4.0's GPTModel, whose first stage puts image and video features in place of words.
+"""EXAONE 4.5: EXAONE 4.0's GPTModel with a vision encoder on the first pipeline stage.
 
-Positions are plain ones (`Exaone4_5_Model.forward`): rows and columns are the tower's own business.
+Image and video features replace the embeddings of placeholder tokens. Positions are plain 1D ones,
+as in `Exaone4_5_Model.forward` (Transformers 5.12.1, `modeling_exaone4_5.py`): rows and columns of
+an image matter to the vision encoder only.
 
-Axes: B batch, S words of this rank, H hidden, P patches.
+Axes: B batch, S sequence (this rank's shard with context parallelism), H hidden, P patches of all
+images, C elements per patch (channels x frames x rows x columns), I images, F features (one per
+placeholder token).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from exaone_bridge.errors import VisionInputError
-from exaone_bridge.models.exaone45.vision_encoder import smallest_image
-from exaone_bridge.modules.context_parallel import local_positions, restore_sequence_order
+from exaone_bridge.models.exaone45.vision_encoder import dummy_image
+from exaone_bridge.modules.collectives import all_gather_sequence
+from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.schema.model_config import VisionConfig
 
 __all__ = ["Exaone45Model"]
 
 
-class Exaone45Model(GPTModel):
-    """A GPTModel with a tower before it; without images it is nothing else.
+@dataclass(frozen=True, slots=True)
+class _Modality:
+    """The images, or the videos, of a batch.
 
     Attributes:
-        visual: Transformers' tower, on the first pipeline stage; its names are those of the Hugging Face checkpoint.
+        name: "image" or "video".
+        token_id: of the placeholder token.
+        pixels: [P, C].
+        grid: [I, 3].
+    """
+
+    name: str
+    token_id: int
+    pixels: torch.Tensor | None
+    grid: torch.Tensor | None
+
+
+class Exaone45Model(GPTModel):
+    """A GPTModel with a vision encoder; without images it is the plain GPTModel.
+
+    Attributes:
+        visual: Transformers' vision encoder, on the first pipeline stage; its parameters have the
+            names of the Hugging Face checkpoint.
+        vision: the vision config.
+        image_token_id, video_token_id: the ids of the placeholder tokens.
     """
 
     visual: torch.nn.Module
     vision: VisionConfig
-    image_token: int
-    video_token: int
+    image_token_id: int
+    video_token_id: int
 
     @classmethod
-    def made_of(
+    def from_language_model(
         cls,
         language_model: GPTModel,
         visual: torch.nn.Module | None,
         vision: VisionConfig,
-        image: int,
-        video: int,
+        *,
+        image_token_id: int,
+        video_token_id: int,
     ) -> Exaone45Model:
-        """This GPTModel, in place. Megatron-Bridge's provider names the class of what it builds, and takes no other.
+        """Turn a GPTModel into an Exaone45Model, in place.
+
+        Megatron-Bridge 0.6.2's `GPTModelProvider.provide` names the class that it builds.
 
         Args:
-            visual: None on every stage but the first.
-            image, video: the words that hold features' places.
+            language_model: the GPTModel of this pipeline stage.
+            visual: the vision encoder; None on all stages but the first.
+            vision: the vision config.
+            image_token_id, video_token_id: the ids of the placeholder tokens.
         """
         language_model.__class__ = cls
         assert isinstance(language_model, cls)
-        language_model.vision, language_model.image_token, language_model.video_token = (
-            vision,
-            image,
-            video,
-        )
+        language_model.vision = vision
+        language_model.image_token_id, language_model.video_token_id = image_token_id, video_token_id
         if visual is not None:
             language_model.visual = visual
         return language_model
@@ -71,150 +99,159 @@ class Exaone45Model(GPTModel):
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
-        **others: Any,
-    ) -> Any:
-        """As GPTModel's; with images and videos, as a Hugging Face processor makes them.
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run GPTModel's forward pass, with images and videos as a Hugging Face processor returns them.
 
         Args:
-            input_ids: [B, S]; with context parallelism, this rank's; or all, where `position_ids` are all from 0 on:
-                then they are cut here, labels and loss mask too, and the mask's cut is returned with the output.
-            pixel_values, pixel_values_videos: [P, channels x frames x patch x patch], image after image, in the order
-                of their words, sample after sample. Every rank of the first stage has all of them.
-            image_grid_thw, video_grid_thw: [images, 3], patches in time, rows and columns.
+            input_ids: [B, S] tokens. With context parallelism, this rank's shard, or the full
+                sequence if `position_ids` count up from 0: then tokens, positions, labels and loss
+                mask are sharded here.
+            position_ids: [B, S].
+            attention_mask: ignored by causal attention.
+            decoder_input: [S, B, H] embeddings that replace those of `input_ids`.
+            labels: [B, S]; None: logits are returned.
+            args, kwargs: of `GPTModel.forward`.
+            pixel_values, pixel_values_videos: [P, C], image after image in the order of their
+                placeholder tokens, sample after sample; all of them on each rank of the first
+                stage. Without pixels, placeholder tokens are ordinary tokens, as in Transformers.
+            image_grid_thw, video_grid_thw: [I, 3], the number of patches in time, rows, columns.
+
+        Returns:
+            GPTModel's output: the loss [B, S], logits [B, S, V / tp], or hidden states [S, B, H]
+            between pipeline stages; a pair with the local loss mask [B, S] if that was sharded
+            here.
 
         Raises:
-            VisionInputError: more or fewer words for features than features, or pixels that their grids do not explain.
-                Without any pixels such words are words, as in Transformers. Or packed rows that context parallelism has
-                yet to cut.
+            VisionInputError: the number of placeholder tokens is not that of the features, the
+                pixels do not match their grids, or packed sequences are not sharded.
         """
-        whole_mask = others.get("loss_mask")
-        self._refuse_whole_packed(input_ids, others.get("packed_seq_params"))
-        if cut := self._is_whole(position_ids):
+        loss_mask = kwargs.get("loss_mask")
+        self._check_packed_is_sharded(input_ids, kwargs.get("packed_seq_params"))
+        shard = self._needs_sharding(position_ids)
+        if shard:
             group = self.pg_collection.cp
-            mine = local_positions(group.rank(), group.size(), input_ids.shape[1], input_ids.device)
-            input_ids, position_ids = input_ids[:, mine], position_ids[:, mine]  # type: ignore[index]
-            labels = None if labels is None else labels[:, mine]
-            if whole_mask is not None:
-                others["loss_mask"] = whole_mask[:, mine]
+            length, device = input_ids.shape[1], input_ids.device
+            local = local_positions(group.rank(), group.size(), length, device)
+            input_ids, position_ids = input_ids[:, local], position_ids[:, local]  # type: ignore[index]
+            labels = None if labels is None else labels[:, local]
+            if loss_mask is not None:
+                kwargs["loss_mask"] = loss_mask[:, local]
         if self.pre_process and decoder_input is None:
-            kinds = [
-                (self.image_token, "image", pixel_values, image_grid_thw),
-                (self.video_token, "video", pixel_values_videos, video_grid_thw),
-            ]
-            decoder_input = self._embedded(input_ids, position_ids, kinds)
+            images = _Modality("image", self.image_token_id, pixel_values, image_grid_thw)
+            videos = _Modality("video", self.video_token_id, pixel_values_videos, video_grid_thw)
+            decoder_input = self._embed(input_ids, position_ids, images, videos)
         output = super().forward(
-            input_ids, position_ids, attention_mask, decoder_input, labels, *args, **others
+            input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
         )
-        return (output, others["loss_mask"]) if cut and whole_mask is not None else output
+        return (output, kwargs["loss_mask"]) if shard and loss_mask is not None else output
 
-    def _is_whole(self, position_ids: torch.Tensor | None) -> bool:
-        """Whether context parallelism has yet to cut these words: Megatron-Bridge's step for models with images
-        (`megatron/bridge/training/vlm_step.py`) leaves that to the model. What a rank holds never counts up from 0."""
+    def _needs_sharding(self, position_ids: torch.Tensor | None) -> bool:
+        """Whether the inputs are full sequences that are still to be sharded over CP.
+
+        Megatron-Bridge 0.6.2's forward step for models with images (`training/vlm_step.py`) leaves
+        that to the model. The positions of a shard never count up from 0.
+        """
         if self.pg_collection.cp.size() == 1 or position_ids is None:
             return False
         first = position_ids[0]
         return bool((first == torch.arange(len(first), device=first.device)).all())
 
-    def _refuse_whole_packed(self, input_ids: torch.Tensor, packed: Any) -> None:
-        """Megatron-Bridge's step leaves packed rows whole too, and their cut goes through each document."""
+    def _check_packed_is_sharded(
+        self, input_ids: torch.Tensor, packed: PackedSeqParams | None
+    ) -> None:
+        """Reject packed sequences that are not sharded over CP yet: each has its own sharding."""
         ranks = self.pg_collection.cp.size()
         if ranks == 1 or packed is None or packed.cu_seqlens_q is None:
             return
-        ends = (
-            packed.cu_seqlens_q
-            if packed.cu_seqlens_q_padded is None
-            else packed.cu_seqlens_q_padded
-        )
-        if int(ends[-1]) == input_ids.shape[1]:
+        padded = packed.cu_seqlens_q_padded
+        offsets = packed.cu_seqlens_q if padded is None else padded
+        if int(offsets[-1]) == input_ids.shape[1]:
             raise VisionInputError(
-                f"a packed row has all its {input_ids.shape[1]} words on each of the {ranks} ranks that share it; "
-                "leave packing out with context parallelism (dataset.enable_in_batch_packing=False)."
+                f"packed sequences: each of the {ranks} context-parallel ranks has all "
+                f"{input_ids.shape[1]} tokens, and must have its shard; set "
+                "dataset.enable_in_batch_packing=False with context parallelism."
             )
 
-    def _embedded(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        kinds: list[tuple[int, str, torch.Tensor | None, torch.Tensor | None]],
+    def _embed(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, *modalities: _Modality
     ) -> torch.Tensor | None:
-        """[S, B, H] (this rank's cut, with sequence parallelism); None: words only, and nothing of the tower to do."""
-        given = [
-            (token, kind, self._features(kind, pixels, grid)) for token, kind, pixels, grid in kinds
-        ]
-        if all(features is None for _, _, features in given):
-            if not self._is_trained():
+        """Embed tokens [B, S], and put features in the place of placeholder tokens.
+
+        Returns:
+            [S, B, H] ([S / tp, B, H] with sequence parallelism); None: GPTModel embeds them, since
+            there are no images and the vision encoder needs no gradient.
+        """
+        features = [self._features(modality) for modality in modalities]
+        if all(feature is None for feature in features):
+            if not self._vision_is_trained():
                 return None
-            # Data-parallel ranks wait for every parameter's gradient, whichever of them has images in its batch.
-            pixels, grid = smallest_image(self.vision, next(self.visual.parameters()))
-            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            return embedded + 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.sum()
-        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        cut = self._cut(embedded.shape[0])
-        for token, kind, features in given:
-            if features is None:
+            # Data-parallel ranks wait for the gradient of every parameter, so the vision encoder
+            # runs on each of them, whether or not its batch has images.
+            pixels, grid = dummy_image(self.vision, next(self.visual.parameters()))
+            embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            return embeddings + 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.sum()
+        embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        shard = self._sequence_parallel_shard(embeddings.shape[0])
+        for modality, feature in zip(modalities, features, strict=True):
+            if feature is None:
                 continue
-            places, rows = self._places(input_ids, token, kind, len(features))
-            here = (places[:, 1] >= cut.start) & (places[:, 1] < cut.stop)
-            sample, word = places[here].unbind(1)
-            embedded = embedded.index_put(
-                (word - cut.start, sample), features[rows[here]].to(embedded.dtype)
+            placeholders, indices = self._placeholders(input_ids, modality, len(feature))
+            in_shard = (placeholders[:, 1] >= shard.start) & (placeholders[:, 1] < shard.stop)
+            sample, position = placeholders[in_shard].unbind(1)
+            embeddings = embeddings.index_put(
+                (position - shard.start, sample), feature[indices[in_shard]].to(embeddings.dtype)
             )
-        return embedded
+        return embeddings
 
-    def _is_trained(self) -> bool:
-        wanted = any(parameter.requires_grad for parameter in self.visual.parameters())
-        return wanted and self.training and torch.is_grad_enabled()
+    def _vision_is_trained(self) -> bool:
+        has_gradient = any(parameter.requires_grad for parameter in self.visual.parameters())
+        return has_gradient and self.training and torch.is_grad_enabled()
 
-    def _cut(self, length: int) -> range:
-        """Which of this rank's words sequence parallelism leaves it before the first layer."""
+    def _sequence_parallel_shard(self, length: int) -> range:
+        """The positions of [B, S] whose embeddings, `length` of them, are on this TP rank."""
         first = self.pg_collection.tp.rank() * length if self.config.sequence_parallel else 0
         return range(first, first + length)
 
-    def _features(
-        self, kind: str, pixels: torch.Tensor | None, grid: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """[words, H] of all images, or of all videos."""
+    def _features(self, modality: _Modality) -> torch.Tensor | None:
+        """The features [F, H] of all images, or of all videos; None: there are none."""
+        name, pixels, grid = modality.name, modality.pixels, modality.grid
         if pixels is None or grid is None or not len(grid):
             if pixels is not None and len(pixels):
                 raise VisionInputError(
-                    f"{kind}s: there are {len(pixels)} patches of pixels, and no grid says how many."
+                    f"{name} grids: there are none for {len(pixels)} patches of pixels; pass "
+                    f"{name}_grid_thw together with the pixels, as the processor returns them."
                 )
             return None
         patches = int(grid.prod(-1).sum())
         if len(pixels) != patches:
             raise VisionInputError(
-                f"{kind}s: there are {len(pixels)} patches of pixels, and {patches} of them in the grids; "
-                "pass what one call of the processor gave."
+                f"{name} pixels: there are {len(pixels)} patches, but {name}_grid_thw has "
+                f"{patches}; the counts must match (pass both as one call of the processor "
+                "returned them)."
             )
         return self.visual(pixels.to(self.visual.dtype), grid_thw=grid).pooler_output
 
-    def _places(
-        self, input_ids: torch.Tensor, token: int, kind: str, features: int
+    def _placeholders(
+        self, input_ids: torch.Tensor, modality: _Modality, features: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[places, 2] sample and word here, and [places] the number of the feature that belongs there."""
-        mine = input_ids == token
-        whole = self._over_context(mine)
-        if (words := int(whole.sum())) != features:
-            raise VisionInputError(
-                f"{kind}s: the batch has {words} words of id {token} for features, and the pixels make {features}; "
-                "cut no prompt in the middle, and pass each sample's pixels once."
-            )
-        number = (whole.flatten().cumsum(0) - 1).view_as(whole)
-        group = self.pg_collection.cp
-        if group.size() > 1:
-            number = number[
-                :, local_positions(group.rank(), group.size(), whole.shape[1], whole.device)
-            ]
-        return mine.nonzero(), number[mine]
+        """Find the local placeholder tokens in [B, S].
 
-    def _over_context(self, mine: torch.Tensor) -> torch.Tensor:
-        """[B, S of all ranks of context parallelism], in the order of positions."""
+        Returns:
+            Sample and position of each, [n, 2], and the index of its feature, [n].
+        """
+        is_local = input_ids == modality.token_id
         group = self.pg_collection.cp
-        if group.size() == 1:
-            return mine
-        parts = [
-            torch.empty_like(mine, memory_format=torch.contiguous_format)
-            for _ in range(group.size())
-        ]
-        dist.all_gather(parts, mine.contiguous(), group=group)
-        return restore_sequence_order(parts, 1)
+        is_placeholder = all_gather_sequence(is_local, group, 1)
+        if (count := int(is_placeholder.sum())) != features:
+            raise VisionInputError(
+                f"{modality.name} placeholders: found {count} tokens with "
+                f"{modality.name}_token_id={modality.token_id}, but the pixels yield {features} "
+                f"features; the counts must match (do not truncate inside {modality.name}s, and "
+                "pass each sample's pixels once)."
+            )
+        index = (is_placeholder.flatten().cumsum(0) - 1).view_as(is_placeholder)
+        if group.size() > 1:
+            length, device = is_placeholder.shape[1], is_placeholder.device
+            index = index[:, local_positions(group.rank(), group.size(), length, device)]
+        return is_local.nonzero(), index[is_local]

@@ -1,8 +1,9 @@
-"""Multi-token prediction: Megatron-Core's layer around one of ours, which says itself what it attends to.
+"""Multi-token prediction: Megatron-Core's layer around an EXAONE 4.0 layer.
 
-Megatron-Core numbers the layers of multi-token prediction from one again, and a layer looks up its window and its RoPE
-in per-layer lists by that number: those of the decoder's first layers, whatever the model's own rule is
-(`megatron/core/transformer/attention.py`, `multi_token_prediction.py`).
+Megatron-Core 0.19.2 numbers the layers of multi-token prediction from one again, and a transformer
+layer looks up its window and its RoPE by that number in per-layer lists
+(`transformer/attention.py`, `transformer/multi_token_prediction.py`). So it would get those of the
+decoder's first layers, whatever the model's config is; here the layer spec sets them.
 """
 
 from __future__ import annotations
@@ -23,19 +24,25 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from exaone_bridge.modules.backend import Backend
 
-__all__ = ["PredictionLayer", "mtp_block_spec"]
+__all__ = ["MTPTransformerLayer", "mtp_block_spec"]
 
 
-class PredictionLayer(TransformerLayer):
-    """A transformer layer that has the model's window, and RoPE, or has not, whatever its number."""
+class MTPTransformerLayer(TransformerLayer):
+    """A transformer layer whose attention is set by arguments, not by its number.
+
+    Args:
+        sliding: whether it is sliding-window attention.
+        use_rope: whether RoPE is applied.
+        config, args, kwargs: of `TransformerLayer`.
+    """
 
     def __init__(
-        self, config: TransformerConfig, *args: Any, windowed: bool, rotated: bool, **kwargs: Any
+        self, config: TransformerConfig, *args: Any, sliding: bool, use_rope: bool, **kwargs: Any
     ) -> None:
-        own = copy.copy(config)
-        own.window_attn_skip_freq = [int(windowed)] * config.num_layers
-        own.no_rope_freq = [int(not rotated)] * config.num_layers
-        super().__init__(own, *args, **kwargs)
+        config = copy.copy(config)
+        config.window_attn_skip_freq = [int(sliding)] * config.num_layers
+        config.no_rope_freq = [int(not use_rope)] * config.num_layers
+        super().__init__(config, *args, **kwargs)
 
 
 def mtp_block_spec(
@@ -43,22 +50,33 @@ def mtp_block_spec(
     backend: Backend,
     layer: ModuleSpec,
     *,
-    windowed: bool,
-    rotated: bool,
+    sliding: bool,
+    use_rope: bool,
     vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The layers of multi-token prediction of this stage; None: it has none.
+    """Build the spec of the multi-token prediction layers of a pipeline stage.
 
-    Each normalises the next word's embedding and the hidden state, puts the first before the second, projects both, and
-    runs `layer`; embedding and output layer are the model's own.
+    Each layer normalises the embedding of the next token and the hidden state, concatenates them in
+    this order, projects them to the hidden size, and runs `layer`. It shares the embedding and the
+    output layer with the model.
+
+    Args:
+        config: the model's.
+        backend: gives norms and linears.
+        layer: the spec of a decoder layer.
+        sliding, use_rope: see `MTPTransformerLayer`.
+        vp_stage: the virtual pipeline stage.
+
+    Returns:
+        The spec; None if the stage has no such layer.
     """
     count = get_mtp_num_layers_to_build(config, vp_stage=vp_stage)
     if not count:
         return None
-    inner = replace(
+    transformer_layer = replace(
         layer,
-        module=PredictionLayer,
-        params={**layer.params, "windowed": windowed, "rotated": rotated},
+        module=MTPTransformerLayer,
+        params={**layer.params, "sliding": sliding, "use_rope": use_rope},
     )
     spec = ModuleSpec(
         module=MultiTokenPredictionLayer,
@@ -66,7 +84,7 @@ def mtp_block_spec(
             enorm=backend.norm,
             hnorm=backend.norm,
             eh_proj=backend.column_linear,
-            mtp_model_layer=inner,
+            mtp_model_layer=transformer_layer,
             layer_norm=backend.norm,
         ),
     )

@@ -35,7 +35,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         image_token_id, video_token_id: the words that hold features' places.
         mtp_depth: of the multi-token prediction on disk. It is built, and trained, where `mtp_num_layers` is set; else
             it travels beside the model.
-        mtp_windowed, mtp_rotated: whether its layer has the window, and RoPE.
+        mtp_sliding, mtp_use_rope: whether its layer is sliding-window attention, and has RoPE.
         freeze_language_model, freeze_vision_model, freeze_vision_projection, freeze_mtp_model: not to be trained; the
             tower without its merger is the second, the merger the third (Megatron-Bridge's names).
     """
@@ -91,8 +91,12 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
             if language_model.pre_process
             else None
         )
-        model = Exaone45Model.made_of(
-            language_model, vision_encoder, model_config, self.image_token_id, self.video_token_id
+        model = Exaone45Model.from_language_model(
+            language_model,
+            vision_encoder,
+            model_config,
+            image_token_id=self.image_token_id,
+            video_token_id=self.video_token_id,
         )
         for name, parameter in model.named_parameters():
             if self.is_frozen(name):
@@ -104,8 +108,14 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         if not self.mtp_num_layers:
             return None
         backend = resolve_backend(self.backend)
-        rule = {"windowed": self.mtp_sliding, "rotated": self.mtp_use_rope}
-        return mtp_block_spec(self, backend, exaone4_layer_spec(backend), **rule, vp_stage=vp_stage)
+        return mtp_block_spec(
+            self,
+            backend,
+            exaone4_layer_spec(backend),
+            sliding=self.mtp_sliding,
+            use_rope=self.mtp_use_rope,
+            vp_stage=vp_stage,
+        )
 
     def is_frozen(self, name: str) -> bool:
         """Whether the parameter of this name is not to be trained."""

@@ -1,7 +1,9 @@
-"""The vision tower: Transformers' own module, made to live in a Megatron-Core model.
+"""The vision encoder: Transformers' own module inside a Megatron-Core model.
 
-Tensor-parallel ranks hold it whole. Cutting it would save little: of the 33B it is four parameters in a hundred, and
-window attention of short pieces has nothing to gain from fewer heads a rank.
+It is replicated across TP. Sharding it would save little: it has 4% of the 33B model's parameters,
+and window attention on short sequences does not get faster with fewer heads per rank.
+
+Axes: P patches, C elements per patch, D head dimension of the vision encoder.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from transformers.models.exaone4_5.modeling_exaone4_5 import (
 
 from exaone_bridge.schema.model_config import VisionConfig
 
-__all__ = ["build_vision_encoder", "smallest_image"]
+__all__ = ["build_vision_encoder", "dummy_image"]
 
 
-class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
-    """Transformers' angles, whose frequencies stay in fp32.
+class _Fp32VisionRotaryEmbedding(Exaone4_5_VisionRotaryEmbedding):
+    """Transformers' vision RoPE with frequencies [D / 4] that stay in fp32.
 
-    They are a buffer there. Megatron-Core's half-precision wrapper casts all buffers; so they are a plain attribute.
+    Transformers keeps them in a buffer, and Megatron-Core's half-precision wrapper casts all
+    buffers; so they are a plain attribute here.
     """
 
     def __init__(self, dim: int) -> None:
@@ -38,6 +41,7 @@ class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
         assert frequencies is not None
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Compute the angles of row and column indices, position_ids [P, 2]."""
         self.__dict__["inv_freq"] = self.inv_freq.to(position_ids.device)
         return super().forward(position_ids)
 
@@ -45,13 +49,14 @@ class _Fp32Angles(Exaone4_5_VisionRotaryEmbedding):
 def build_vision_encoder(
     vision: VisionConfig, config: TransformerConfig, init_std: float
 ) -> Exaone4_5_VisionModel:
-    """The tower of these facts, in the model's type; where activations are recomputed, its blocks' are too.
+    """Build the vision encoder, in the dtype and with the recomputation of the language model.
 
     Args:
+        vision: the vision config.
         config: the language model's.
-        init_std: of random weights.
+        init_std: standard deviation of random weights.
     """
-    theirs = Exaone4_5_VisionConfig(
+    hf_config = Exaone4_5_VisionConfig(
         depth=vision.depth,
         hidden_size=vision.hidden_size,
         intermediate_size=vision.ffn_size,
@@ -68,14 +73,15 @@ def build_vision_encoder(
     )
     with contextlib.nullcontext() if config.perform_initialization else no_init_weights():
         vision_encoder = Exaone4_5_VisionModel._from_config(
-            theirs, attn_implementation="sdpa", dtype=config.params_dtype
+            hf_config, attn_implementation="sdpa", dtype=config.params_dtype
         )
-    vision_encoder.rotary_pos_emb = _Fp32Angles(vision.head_dim // 2)
+    vision_encoder.rotary_pos_emb = _Fp32VisionRotaryEmbedding(vision.head_dim // 2)
     if config.recompute_granularity == "full":
         vision_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in vision_encoder.parameters():
-        # Every tensor-parallel rank has the whole gradient, and they must stay equal: their mean. With sequence
-        # parallelism it has that of the features in its cut only: their sum (`finalize_model_grads.py`).
+        # The replicas must stay equal. With sequence parallelism each TP rank has the gradient of
+        # the features in its shard only, so gradients are summed over TP; otherwise each has all of
+        # it, and they are averaged (Megatron-Core 0.19.2, `distributed/finalize_model_grads.py`).
         if config.sequence_parallel:
             parameter.sequence_parallel = True
         else:
@@ -83,9 +89,16 @@ def build_vision_encoder(
     return vision_encoder
 
 
-def smallest_image(vision: VisionConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels [patches, elements of one] and grid [1, 3] of a grey image that is one word."""
-    pixels = torch.zeros(
-        vision.merge_size**2, vision.patch_elements, dtype=like.dtype, device=like.device
-    )
-    return pixels, torch.tensor([[1, vision.merge_size, vision.merge_size]], device=like.device)
+def dummy_image(vision: VisionConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a grey image of one feature.
+
+    Args:
+        vision: the vision config.
+        like: a tensor with the device and dtype of the result.
+
+    Returns:
+        Pixels [P, C] of zeros, and the grid [1, 3].
+    """
+    side = vision.merge_size
+    pixels = torch.zeros(side**2, vision.patch_elements, dtype=like.dtype, device=like.device)
+    return pixels, torch.tensor([[1, side, side]], device=like.device)

@@ -133,13 +133,13 @@ def _reverse_features() -> contextlib.AbstractContextManager[object]:
     """Assign the features to the image placeholder tokens in reverse order."""
     from exaone_bridge.models.exaone45.model import Exaone45Model
 
-    original = Exaone45Model._places
+    original = Exaone45Model._placeholders
 
     def reverse(self: Exaone45Model, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         positions, numbers = original(self, *args)
         return positions, numbers.flip(0)
 
-    return mock.patch.object(Exaone45Model, "_places", reverse)
+    return mock.patch.object(Exaone45Model, "_placeholders", reverse)
 
 
 # --- the list -------------------------------------------------------------------------------------
