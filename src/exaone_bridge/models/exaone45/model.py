@@ -82,7 +82,10 @@ class Exaone45Model(GPTModel):
         language_model.__class__ = cls
         assert isinstance(language_model, cls)
         language_model.vision = vision
-        language_model.image_token_id, language_model.video_token_id = image_token_id, video_token_id
+        language_model.image_token_id, language_model.video_token_id = (
+            image_token_id,
+            video_token_id,
+        )
         if visual is not None:
             language_model.visual = visual
         return language_model

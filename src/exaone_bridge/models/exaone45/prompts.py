@@ -39,7 +39,9 @@ def make_prompt(
             continue
         kind, (time, rows, columns) = part
         patches = time * rows * columns
-        placeholder = model_config.image_token_id if kind == "image" else model_config.video_token_id
+        placeholder = (
+            model_config.image_token_id if kind == "image" else model_config.video_token_id
+        )
         tokens.append(torch.full((patches // vision.merge_size**2,), placeholder))
         grids[kind].append((time, rows, columns))
         pixels[kind].append(_pixels(vision, patches, generator))

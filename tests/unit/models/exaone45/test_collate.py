@@ -40,14 +40,14 @@ def test_collate_is_registered_before_and_after_import(megatron_bridge: Any, col
     """Megatron-Bridge has none of its own; ours is used for examples without images too."""
     from megatron.bridge.data.collators import registry
 
-    from exaone_bridge.patches.vlm_data import conversations_when_imported
+    from exaone_bridge.patches.vlm_data import collators
 
     assert registry.resolve_model_collate("Exaone4_5_Processor") is collate
     del registry._MODEL_COLLATE_SPECS["Exaone4_5_Processor"]
     registry.resolve_model_collate.cache_clear()
     with pytest.raises(ValueError, match="No VLM collate function"):
         registry.resolve_model_collate("Exaone4_5_Processor")
-    conversations_when_imported()
+    collators.apply()
     assert registry.resolve_model_collate("Exaone4_5_Processor") is collate
     assert registry.model_collate_required_for_all_examples("Exaone4_5_Processor")
 
