@@ -37,9 +37,9 @@ VISION_LAYOUTS: list[tuple[dict[str, Any], str]] = [
 
 
 def _case(kind: str, name: str, layout: dict[str, Any], dtype: str, **fields: Any) -> Any:
-    words = [kind, name, *(f"{axis}{size}" for axis, size in layout.items())]
-    words += [*([] if kind == "packed" else [dtype]), *map(str, fields.values())]
-    case = {"id": " ".join(words), "kind": kind, "name": name, "layout": layout, "dtype": dtype}
+    parts = [kind, name, *(f"{axis}{size}" for axis, size in layout.items())]
+    parts += [*([] if kind == "packed" else [dtype]), *map(str, fields.values())]
+    case = {"id": " ".join(parts), "kind": kind, "name": name, "layout": layout, "dtype": dtype}
     return case | {"fields": fields}
 
 

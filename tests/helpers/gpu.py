@@ -128,9 +128,9 @@ def assert_bf16_close(
     label: str, megatron: torch.Tensor, hf: torch.Tensor, reference: torch.Tensor
 ) -> None:
     """Check bf16 logits of both sides against Transformers' fp32 logits; see `Distance`."""
-    ours, theirs = Distance.between(megatron, reference), Distance.between(hf, reference)
-    print(f"{label}: Megatron-Core {ours}, Transformers {theirs}")
-    ours.assert_close_to(theirs)
+    distance, hf_distance = (Distance.between(logits, reference) for logits in (megatron, hf))
+    print(f"{label}: Megatron-Core {distance}, Transformers {hf_distance}")
+    distance.assert_close_to(hf_distance)
 
 
 def train_mixed_precision(

@@ -15,6 +15,7 @@ from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.workflow.workload import random_prompts
+from tests.helpers.adapters import hf_logits
 from tests.helpers.paths import ROOT
 
 EXAMPLES = str(ROOT / "examples")
@@ -202,27 +203,13 @@ def _adapted(model_folder: Path, output: Path, tokens: torch.Tensor) -> torch.Te
     return forward_logits(model, tokens)[0]
 
 
-def _logits(folder: Path, tokens: torch.Tensor, adapter: Path | None) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
-
-
 def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
     """The adapter in PEFT's format has the logits of the model in training; merged, they are rounded to bf16."""
     tokens = random_prompts(2048, 2, 100)
     (adapted,) = ForkLauncher(1).all(_adapted, made / "model", tmp_path, tokens)
-    (base,) = ForkLauncher(1).all(_logits, made / "model", tokens, None)
-    (in_peft,) = ForkLauncher(1).all(_logits, made / "model", tokens, tmp_path / "adapter")
-    (merged,) = ForkLauncher(1).all(_logits, tmp_path / "merged", tokens, None)
+    (base,) = ForkLauncher(1).all(hf_logits, made / "model", tokens, None)
+    (in_peft,) = ForkLauncher(1).all(hf_logits, made / "model", tokens, tmp_path / "adapter")
+    (merged,) = ForkLauncher(1).all(hf_logits, tmp_path / "merged", tokens, None)
     assert (adapted - base).abs().max() > 0.1
     assert (adapted - in_peft).abs().max() <= 1e-3
     assert (adapted - merged).abs().mean() <= 0.1 * (adapted - base).abs().mean()

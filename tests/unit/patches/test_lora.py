@@ -13,6 +13,7 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.workflow.workload import random_prompts
+from tests.helpers.adapters import hf_logits
 
 TOLERANCE = 1e-4
 
@@ -63,20 +64,6 @@ def _adapted(
     return found
 
 
-def _transformers(folder: Path, tokens: torch.Tensor, adapter: Path | None = None) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
-
-
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
 @pytest.mark.parametrize("target", ["linear_proj", "linear_fc2", "linear_qkv", "linear_fc1"])
 def test_lora_as_trained_is_lora_as_exported(
@@ -88,8 +75,8 @@ def test_lora_as_trained_is_lora_as_exported(
     results = ForkLauncher(layout.ranks).all(
         _adapted, folder, layout, "lora", [target], tokens, tmp_path
     )
-    (merged,) = ForkLauncher(1).all(_transformers, tmp_path / "merged", tokens)
-    (in_peft,) = ForkLauncher(1).all(_transformers, folder, tokens, tmp_path / "adapter")
+    (merged,) = ForkLauncher(1).all(hf_logits, tmp_path / "merged", tokens)
+    (in_peft,) = ForkLauncher(1).all(hf_logits, folder, tokens, tmp_path / "adapter")
     for result in results:
         assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
         assert (result["adapted"] - merged).abs().max() <= TOLERANCE
@@ -108,7 +95,7 @@ def test_the_check_catches_the_hosts_order(
     folder = tiny("exaone4")
     tokens = random_prompts(387, 2, 40)
     (result,) = ForkLauncher(1).all(_adapted, folder, Layout(), "lora", [target], tokens, tmp_path)
-    (merged,) = ForkLauncher(1).all(_transformers, tmp_path / "merged", tokens)
+    (merged,) = ForkLauncher(1).all(hf_logits, tmp_path / "merged", tokens)
     difference = (result["adapted"] - merged).abs().max()
     assert (
         not difference <= 100 * TOLERANCE
@@ -136,13 +123,13 @@ def _assert_one_model(
         _adapted, folder, layout, kind, targets, tokens, work, 0.1
     )
     others = {
-        "merged, Transformers": ForkLauncher(1).all(_transformers, work / "merged", tokens)[0],
+        "merged, Transformers": ForkLauncher(1).all(hf_logits, work / "merged", tokens)[0],
         "merged, Megatron-Core": ForkLauncher(1).all(_again, work / "merged", tokens)[0],
     }
     if in_peft:
-        others["adapter, PEFT"] = ForkLauncher(1).all(
-            _transformers, folder, tokens, work / "adapter"
-        )[0]
+        others["adapter, PEFT"] = ForkLauncher(1).all(hf_logits, folder, tokens, work / "adapter")[
+            0
+        ]
     for result in (result for result in results if result["adapted"] is not None):
         assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
         assert (result["disabled"] - result["base"]).abs().max() <= 1e-5
