@@ -105,12 +105,7 @@ def bind(mappings: Iterable[ParamMapping], vocab_size: int | None) -> MegatronMa
         rows: a family's table.
         vocab_size: words without padding.
     """
-    named = (
-        (mapping, name)
-        for mapping in mappings
-        if "*" not in mapping.megatron or mapping.layers
-        for name in (mapping.megatron, mapping.alias)
-    )
+    named = ((mapping, name) for mapping in mappings for name in (mapping.megatron, mapping.alias))
     return Registry(
         *(_bind(mapping, name, vocab_size) for mapping, name in named if name is not None)
     )

@@ -133,13 +133,12 @@ def _count(model: ModelDescription, plan: TrainingPlan, stage: int) -> _ParamCou
             continue
         replicated = mapping.kind in (MappingKind.REPLICATED, MappingKind.SQUEEZED)
         shard = size / (1 if replicated else layout.tp)
-        if "*" in mapping.megatron:
+        if mapping.is_per_layer:
             dense += shard * len(layers.intersection(mapping.layers))
-        elif mapping.megatron.startswith("embedding"):
-            # The last stage of a model with tied embeddings has a replica.
-            dense += shard * ((stage == 0) or (model_config.tied and stage == last))
-        elif mapping.megatron.startswith("visual."):
-            dense += shard * (stage == 0)
+        elif mapping.on_first_stage:
+            # The last stage of a model with tied embeddings has a replica of the embedding.
+            tied = model_config.tied and mapping.kind is MappingKind.VOCAB
+            dense += shard * ((stage == 0) or (tied and stage == last))
         else:
             dense += shard * (stage == last)
     return _ParamCount(dense, expert)

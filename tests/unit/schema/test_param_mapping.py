@@ -1,4 +1,4 @@
-"""The table of rows against the names and shapes of a real Exaone4ForCausalLM, and against a hand-written layer."""
+"""Parameter mappings: EXAONE 4.0's against a real Exaone4ForCausalLM, and the mappings' own rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from exaone_bridge.models.exaone4.config import read_hf_config
 from exaone_bridge.models.exaone4.tiny import TINY
 from exaone_bridge.models.exaone4.weights import exaone4_mappings
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.schema import mapping_groups
 from exaone_bridge.schema.param_mapping import (
     HFTensor,
     MappingKind,
@@ -19,6 +20,7 @@ from exaone_bridge.schema.param_mapping import (
     expected_hf,
     expected_megatron,
 )
+from exaone_bridge.verification.activations.probe_points import probe_points
 
 MODELS: dict[str, dict[str, Any]] = {
     **TINY,
@@ -74,11 +76,11 @@ def one_layer(**changes: Any) -> tuple[ParamMapping, ...]:
     return exaone4_mappings(read_hf_config(config))
 
 
-# --- EXAONE 4.0's table ---
+# --- EXAONE 4.0's mappings ---
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
+def test_names_and_shapes_match_transformers(name: str) -> None:
     import torch
     from transformers import Exaone4Config, Exaone4ForCausalLM
 
@@ -98,24 +100,24 @@ def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_name_comes_twice_on_either_side(name: str) -> None:
+def test_names_are_unique_on_both_sides(name: str) -> None:
     model_config = read_hf_config(MODELS[name])
-    ours: Counter[str] = Counter()
-    theirs: Counter[str] = Counter()
+    megatron_names: Counter[str] = Counter()
+    hf_names: Counter[str] = Counter()
     for mapping in exaone4_mappings(model_config):
         for megatron, hf in mapping.expand():
-            ours[megatron] += 1
-            theirs.update(tensor.name for tensor in hf)
-    for names in (ours, theirs):
+            megatron_names[megatron] += 1
+            hf_names.update(tensor.name for tensor in hf)
+    for names in (megatron_names, hf_names):
         assert set(names.values()) == {1}
         assert not [found for found in names if "*" in found]
-    assert set(ours) == expected_megatron(exaone4_mappings(model_config))
+    assert set(megatron_names) == expected_megatron(exaone4_mappings(model_config))
     tied = MODELS[name]["tie_word_embeddings"]
-    assert len(ours) == 2 + 8 * model_config.num_layers + (0 if tied else 1)
-    assert len(theirs) == 2 + 11 * model_config.num_layers + (0 if tied else 1)
+    assert len(megatron_names) == 2 + 8 * model_config.num_layers + (0 if tied else 1)
+    assert len(hf_names) == 2 + 11 * model_config.num_layers + (0 if tied else 1)
 
 
-def test_one_layer_by_hand() -> None:
+def test_mappings_of_one_layer() -> None:
     found = {
         megatron: (mapping.kind, *(f"{tensor.name} {tensor.axes}" for tensor in hf))
         for mapping in one_layer(tie_word_embeddings=False)
@@ -128,7 +130,7 @@ def test_one_layer_by_hand() -> None:
     }
 
 
-def test_layers_are_numbered_globally_from_zero() -> None:
+def test_layers_are_numbered_from_zero() -> None:
     mappings = exaone4_mappings(read_hf_config(TINY["exaone4"]))
     for names, prefix in (
         (expected_megatron(mappings), "decoder.layers."),
@@ -138,7 +140,7 @@ def test_layers_are_numbered_globally_from_zero() -> None:
         assert numbers == set(range(8))
 
 
-def test_the_kinds_that_are_used() -> None:
+def test_kinds_in_use() -> None:
     assert {mapping.kind.value for mapping in one_layer()} == {
         "row",
         "replicated",
@@ -148,12 +150,12 @@ def test_the_kinds_that_are_used() -> None:
     }
 
 
-# --- rows as such ---
+# --- any mappings ---
 
 _DIMS = {"V": 11, "H": 7, "F": 5, "D": 2, "Q": 8, "K": 4}
 
 
-def test_a_shape_follows_its_axes() -> None:
+def test_shape_of_axes() -> None:
     assert HFTensor("a", "VH").shape(_DIMS) == (11, 7)
     assert HFTensor("a", "HV").shape(_DIMS) == (7, 11)
     assert HFTensor("a", "D").shape(_DIMS) == (2,)
@@ -162,7 +164,7 @@ def test_a_shape_follows_its_axes() -> None:
         HFTensor("a", "X").shape(_DIMS)
 
 
-def test_expand_gives_each_layer_its_own_names() -> None:
+def test_expand_per_layer() -> None:
     mapping = ParamMapping(
         MappingKind.GATED, "d.*.fc", (HFTensor("m.*.gate", "FH"), HFTensor("m.*.up", "FH")), (3, 10)
     )
@@ -170,15 +172,15 @@ def test_expand_gives_each_layer_its_own_names() -> None:
         ("d.3.fc", (HFTensor("m.3.gate", "FH"), HFTensor("m.3.up", "FH"))),
         ("d.10.fc", (HFTensor("m.10.gate", "FH"), HFTensor("m.10.up", "FH"))),
     ]
-    assert mapping.megatron == "d.*.fc"  # the row itself is left alone
+    assert mapping.megatron == "d.*.fc"  # the mapping itself does not change
 
 
-def test_a_row_outside_the_layers_expands_to_itself() -> None:
+def test_expand_outside_the_layers() -> None:
     mapping = ParamMapping(MappingKind.VOCAB, "embedding", (HFTensor("embed", "VH"),))
     assert list(mapping.expand()) == [("embedding", (HFTensor("embed", "VH"),))]
 
 
-def test_expected_names_come_from_every_row_and_layer() -> None:
+def test_expected_names_of_all_mappings() -> None:
     mappings = (
         ParamMapping(MappingKind.VOCAB, "embedding", (HFTensor("embed", "VH"),)),
         ParamMapping(
@@ -194,3 +196,42 @@ def test_expected_names_come_from_every_row_and_layer() -> None:
         "m.1.k": (4, 7),
     }
     assert expected_megatron(()) == set() and expected_hf((), _DIMS) == {}
+
+
+# --- groups ---
+
+
+def test_groups_without_layers_have_no_mappings() -> None:
+    """A model in which no layer has a module needs no case of its own."""
+    empty = (
+        *mapping_groups.attention_mappings((), bias=True),
+        *mapping_groups.qk_norm_mappings(()),
+        *mapping_groups.swiglu_mappings((), bias=True),
+        *mapping_groups.shared_expert_mappings(()),
+        *mapping_groups.expert_mappings((), 8),
+        *mapping_groups.router_mappings((), weight="gate.weight", selection_bias="bias"),
+        *mapping_groups.pre_norm_mappings((), ()),
+        *mapping_groups.post_norm_mappings((), attention="a", mlp="b"),
+    )
+    assert empty == ()
+
+
+def test_probe_points_of_a_dense_pre_norm_model() -> None:
+    """No layer has a router, so there is no norm before one."""
+    layers = (0, 1)
+    mappings = (
+        *mapping_groups.pre_norm_mappings(layers),
+        *mapping_groups.attention_mappings(layers),
+        *mapping_groups.swiglu_mappings(layers),
+    )
+    norms = [point for point in probe_points(mappings) if point.sublayer == "norm"]
+    assert {(point.layer, point.hf.split(".")[-1]) for point in norms} == {
+        (layer, name)
+        for layer in layers
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+
+
+def test_per_layer_mapping_without_layers_raises() -> None:
+    with pytest.raises(ValueError, match=r"d\.\*\.fc has no layers"):
+        ParamMapping(MappingKind.ROW, "d.*.fc", (HFTensor("m.*.fc", "HF"),))

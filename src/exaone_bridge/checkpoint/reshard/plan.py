@@ -158,8 +158,8 @@ class ReshardPlan:
                 if self.grouped
                 else part.mapping.alias or part.mapping.megatron
             )
-            if "*" not in part.mapping.megatron:
-                first = is_first(part.mapping)
+            if not part.mapping.is_per_layer:
+                first = part.mapping.on_first_stage
                 if rank.pp == (0 if first else last):
                     yield LocalParam(
                         0 if first else len(self.stages[last]) - 1, name, part, (), cut, False
@@ -185,8 +185,8 @@ class ReshardPlan:
     def count(self, part: ParamPlan, rank: Rank) -> int:
         """How many parameters of this part the rank holds, copies of a tied embedding included."""
         last = len(self.stages) - 1
-        if "*" not in part.mapping.megatron:
-            own = int(rank.pp == (0 if is_first(part.mapping) else last))
+        if not part.mapping.is_per_layer:
+            own = int(rank.pp == (0 if part.mapping.on_first_stage else last))
             return own + int(
                 self.tied and part.mapping.megatron == _TIED[0] and rank.pp == last and last > 0
             )
@@ -222,10 +222,10 @@ class ReshardPlan:
             layers = frozenset(part.mapping.layers)
             for stage, chunks in enumerate(self.stages):
                 here = [layer for chunk in chunks for layer in chunk if layer in layers]
-                if "*" not in part.mapping.megatron:
+                if not part.mapping.is_per_layer:
                     here = (
                         [0]
-                        if stage == (0 if is_first(part.mapping) else len(self.stages) - 1)
+                        if stage == (0 if part.mapping.on_first_stage else len(self.stages) - 1)
                         else []
                     )
                 firsts = Counter(ordinal_of(order, (layer,)) % period for layer in here)
@@ -252,11 +252,6 @@ def ordinal_of(order: int, numbers: tuple[int, ...]) -> int:
 def writer(ordinal: int, cutters: int, replicas: int) -> tuple[int, int]:
     """Which of the ranks that cut a parameter, and which of its replicas, writes it."""
     return ordinal // replicas % cutters, ordinal % replicas
-
-
-def is_first(mapping: ParamMapping) -> bool:
-    """Whether a parameter outside the layers stands before them, on the first stage; the others stand after."""
-    return mapping.megatron.startswith(("embedding.", "visual."))
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -290,7 +285,6 @@ def reshard_plan(
     parts = tuple(
         _part(mapping, config.dims, layout, itemsize(config.dtype), vocab_rows)
         for mapping in model.mappings
-        if mapping.layers or "*" not in mapping.megatron
     )
     each = config.num_experts // layout.ep
     dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))

@@ -1,27 +1,29 @@
-"""EXAONE 4.0's rows: Megatron-Core name <-> Hugging Face name."""
+"""EXAONE 4.0's parameter mappings."""
 
 from __future__ import annotations
 
 from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
-from exaone_bridge.schema.param_mapping import (
-    ParamMapping,
-    embeddings,
-    gqa,
-    post_norm,
-    qk_norm,
-    swiglu,
+from exaone_bridge.schema.mapping_groups import (
+    attention_mappings,
+    embedding_mappings,
+    post_norm_mappings,
+    qk_norm_mappings,
+    swiglu_mappings,
 )
+from exaone_bridge.schema.param_mapping import ParamMapping
 
 __all__ = ["exaone4_mappings"]
 
 
 def exaone4_mappings(model_config: Exaone4ModelConfig) -> tuple[ParamMapping, ...]:
-    """Every parameter of an EXAONE 4.0 model: norms on q, k and on the sublayers' outputs, none before them."""
+    """Returns the mappings of every parameter: post-norm layers with QK norm."""
     layers = model_config.layers
     return (
-        *embeddings(tied=model_config.tied),
-        *gqa(layers),
-        *qk_norm(layers),
-        *swiglu(layers),
-        *post_norm(layers, attention="post_attention_layernorm", mlp="post_feedforward_layernorm"),
+        *embedding_mappings(tied=model_config.tied),
+        *attention_mappings(layers),
+        *qk_norm_mappings(layers),
+        *swiglu_mappings(layers),
+        *post_norm_mappings(
+            layers, attention="post_attention_layernorm", mlp="post_feedforward_layernorm"
+        ),
     )

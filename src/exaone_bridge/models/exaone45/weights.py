@@ -1,10 +1,10 @@
-"""EXAONE 4.5's rows: the EXAONE 4.0 language model's, the vision tower's, and what multi-token prediction ships.
+"""EXAONE 4.5's parameter mappings: language model, vision encoder, multi-token prediction (MTP).
 
-The tower is Transformers' own module, whole on every rank: its parameters keep their names, and its fused projection of
-queries, keys and values stays fused. Axes of the tower::
+The vision encoder is Transformers' own module, replicated on every rank: its parameters keep their
+names, and its fused QKV projection stays fused. Axes of the vision encoder::
 
-    c channels   t frames of a patch   p patch   v hidden   q queries, keys and values   f feed-forward
-    m hidden of all patches that become one word   o out
+    c channels   t frames of a patch   p patch   v hidden   q queries, keys and values
+    f feed-forward   m hidden of all patches that become one token   o out
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from exaone_bridge.models.exaone4.weights import exaone4_mappings
 from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
 from exaone_bridge.schema.model_config import VisionConfig
-from exaone_bridge.schema.param_mapping import HFTensor, MappingKind, ParamMapping, hf_renamed
+from exaone_bridge.schema.param_mapping import HFTensor, MappingKind, ParamMapping
 
 __all__ = [
     "PASSTHROUGH",
@@ -27,33 +27,27 @@ __all__ = [
 
 PASSTHROUGH = r"mtp\..+"  # which Transformers ignores (`_keys_to_ignore_on_load_unexpected`)
 
-_BIAS_STD = 0.1
+_BIAS_STD = 0.1  # of a random checkpoint's biases
 
 
 def exaone45_mappings(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
-    """Every parameter of an EXAONE 4.5 model."""
-    language = (
-        hf_renamed(mapping, _in_language_model) for mapping in exaone4_mappings(model_config)
+    """Returns the mappings of every parameter of a model that was built without MTP."""
+    language_model = (
+        mapping.with_hf_names(_in_language_model) for mapping in exaone4_mappings(model_config)
     )
-    return (
-        *language,
-        *(
-            ParamMapping(MappingKind.REPLICATED, _is_vision(tensor.name), (tensor,))
-            for tensor in _vision_encoder(model_config.vision)
-        ),
+    vision_encoder = (
+        ParamMapping(MappingKind.REPLICATED, tensor.name.removeprefix("model."), (tensor,))
+        for tensor in _vision_encoder(model_config.vision)
     )
+    return (*language_model, *vision_encoder)
 
 
 def _in_language_model(name: str) -> str:
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
-def _is_vision(name: str) -> str:
-    return name.removeprefix("model.")
-
-
 def _vision_encoder(vision: VisionConfig) -> Iterator[HFTensor]:
-    """Written out block by block: a `*` stands for a layer of the language model."""
+    """Yields the tensors block by block: a `*` in a name stands for a layer of the language model."""
     patches = "model.visual.patch_embed.proj.weight"
     yield HFTensor(patches, "vctpp", std=vision.patch_elements**-0.5)
     for block in range(vision.depth):
@@ -76,50 +70,44 @@ def _linear(name: str, axes: str) -> Iterator[HFTensor]:
 
 
 def without_passthrough(model_config: Exaone45ModelConfig) -> Exaone45ModelConfig:
-    """The facts of the same model without multi-token prediction beside it."""
+    """Returns the config of the same model without MTP on disk."""
     return dataclasses.replace(model_config, mtp=None)
 
 
 def exaone45_mappings_with_mtp(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
-    """Every parameter of a model that was built with its multi-token prediction."""
+    """Returns the mappings of every parameter of a model that was built with MTP."""
     return (*exaone45_mappings(model_config), *_mtp(model_config))
 
 
 def passthrough_tensors(model_config: Exaone45ModelConfig) -> tuple[HFTensor, ...]:
-    """What a checkpoint with multi-token prediction ships."""
+    """Returns the tensors of MTP, which pass through where it is not built."""
     return tuple(tensor for mapping in _mtp(model_config) for tensor in mapping.hf)
 
 
 def _mtp(model_config: Exaone45ModelConfig) -> Iterator[ParamMapping]:
-    """Of each depth: EXAONE 4.0's layer, and what leads to it and from it, of which there is one on disk."""
-    for depth in range(0 if model_config.mtp is None else model_config.mtp.num_layers):
-        name = f"mtp.layers.{depth}"
+    """Yields, for each layer of MTP, an EXAONE 4.0 layer; for the first also what surrounds it."""
+    num_layers = 0 if model_config.mtp is None else model_config.mtp.num_layers
+    for layer in range(num_layers):
+        name = f"mtp.layers.{layer}"
         for mapping in exaone4_mappings(model_config.text):
-            if mapping.layers:
-                inside = mapping.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
+            if mapping.is_per_layer:
+                megatron = mapping.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
                 yield dataclasses.replace(
-                    hf_renamed(mapping, _in_prediction(depth)), megatron=inside, layers=()
+                    mapping.with_hf_names(_in_mtp(layer)), megatron=megatron, layers=()
                 )
-        if depth == 0:
-            yield ParamMapping(
-                MappingKind.COLUMN, f"{name}.eh_proj.weight", (HFTensor("mtp.fc.weight", "HJ"),)
-            )
-            yield ParamMapping(
-                MappingKind.REPLICATED,
-                f"{name}.enorm.weight",
-                (HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),),
-            )
-            yield ParamMapping(
-                MappingKind.REPLICATED,
-                f"{name}.hnorm.weight",
-                (HFTensor("mtp.pre_fc_norm_hidden.weight", "H"),),
-            )
-            yield ParamMapping(
-                MappingKind.REPLICATED,
-                f"{name}.final_layernorm.weight",
-                (HFTensor("mtp.norm.weight", "H"),),
-            )
+        if layer == 0:  # one on disk, whatever the depth
+            for kind, megatron, tensor in (
+                (MappingKind.COLUMN, "eh_proj", HFTensor("mtp.fc.weight", "HJ")),
+                (
+                    MappingKind.REPLICATED,
+                    "enorm",
+                    HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),
+                ),
+                (MappingKind.REPLICATED, "hnorm", HFTensor("mtp.pre_fc_norm_hidden.weight", "H")),
+                (MappingKind.REPLICATED, "final_layernorm", HFTensor("mtp.norm.weight", "H")),
+            ):
+                yield ParamMapping(kind, f"{name}.{megatron}.weight", (tensor,))
 
 
-def _in_prediction(depth: int) -> Callable[[str], str]:
-    return lambda name: name.replace("model.layers.*", f"mtp.layers.{depth}")
+def _in_mtp(layer: int) -> Callable[[str], str]:
+    return lambda name: name.replace("model.layers.*", f"mtp.layers.{layer}")
