@@ -4,11 +4,12 @@ A family states its mappings once. Loading, saving, planning, random checkpoints
 follow from them, in both directions; they also tell, before a model is built or a tensor is read,
 which names and shapes either side must have.
 
-Axes are one letter each; `ModelConfig.dims` gives their sizes:
+Axes are one letter each, in lower case in a vision encoder (`models/exaone45/weights.py`);
+`ModelConfig.dims` gives their sizes::
+
     V vocabulary   H hidden   F feed-forward   D head   Q query heads x head   K KV heads x head
     E experts   M feed-forward of one expert   A feed-forward of all shared experts   1 one
     J 2 x hidden, the input of multi-token prediction
-A vision encoder has its own, in lower case (`models/exaone45/weights.py`).
 """
 
 from __future__ import annotations
