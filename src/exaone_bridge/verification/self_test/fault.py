@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from exaone_bridge.schema.model_family import ModelConfig, ModelFamily
+from exaone_bridge.schema.model_config import ModelConfig
+from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping
 
 if TYPE_CHECKING:
