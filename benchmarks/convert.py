@@ -219,13 +219,13 @@ def measure_load(run: Run) -> None:
 def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.bridge.eligibility import place_of
+    from exaone_bridge.bridge.eligibility import local_model
     from exaone_bridge.checkpoint.reshard.load import load
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout)
     source = HFCheckpoint.open(folder)
-    moved = load(folder, source.family, source.mappings, source.model_config, place_of(model))
+    moved = load(folder, source.family, source.mappings, source.model_config, local_model(model))
     return moved.nbytes, moved.cut_nbytes
 
 

@@ -1,8 +1,13 @@
-"""EXAONE and ERNIE in Megatron-Core: a Megatron-Bridge plugin.
+"""EXAONE and ERNIE models for Megatron-Bridge: exact conversion Hugging Face <-> Megatron-Core.
 
-`import exaone_bridge` imports neither torch nor Megatron. It leaves two notes with Python's import system:
-Megatron-Bridge is made importable where Transformer Engine is missing, and our bridges are registered as soon as it has
-been imported (at once, if it has been already).
+    >>> import exaone_bridge                       # registers the models
+    >>> from megatron.bridge import AutoBridge
+    >>> bridge = AutoBridge.from_hf_pretrained("LGAI-EXAONE/EXAONE-4.0-1.2B")
+    >>> provider = bridge.to_megatron_provider()
+
+The import itself is fast and loads neither torch nor Megatron. It installs import hooks: they
+register the model bridges and apply the patches (docs/dev/patches.md) when Megatron-Bridge is
+imported, at once if it has been, and make it importable where Transformer Engine is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # these import torch
+def __getattr__(name: str) -> Any:
+    """Import the public names that need torch when they are first used."""
     if name == "cpu_runtime":
         from exaone_bridge.runtime.cpu import cpu_runtime
 
@@ -50,6 +56,10 @@ def __getattr__(name: str) -> Any:  # these import torch
 
         return Ernie45Bridge
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 transformer_engine_placeholder.apply()

@@ -36,6 +36,6 @@ def unloaded_model(
 
 def named_parameters(model: list[Any]) -> dict[tuple[int, str], torch.Tensor]:
     """Return (chunk, name) -> parameter or persistent buffer of this rank."""
-    from exaone_bridge.bridge.eligibility import parameters_of
+    from exaone_bridge.bridge.eligibility import named_tensors
 
-    return {(chunk, name): tensor for chunk, name, tensor in parameters_of(model)}
+    return {(chunk, name): tensor for chunk, name, tensor in named_tensors(model)}

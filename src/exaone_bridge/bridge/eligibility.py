@@ -1,7 +1,7 @@
-"""Which models the conversion engine can fill and read by its plan of copies, and what the engine must know of them.
+"""Whether the reshard plan loads and saves a model, or Megatron-Bridge's own code does, and why.
 
-AutoBridge's own calls come through here (`bridge_base.py`); what the plan does not cover goes the host's way, and the
-log says which way was taken. Whether it does is found out from what all ranks share, so that all of them agree.
+The reasons are found from what all ranks know, so that all ranks decide alike. The log tells the
+decision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.utils import persistent_buffers
-from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource
+from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateSource
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -25,33 +25,85 @@ from exaone_bridge.bridge.fp8 import has_fp8_init_value
 from exaone_bridge.checkpoint.reshard.load import LocalModel
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
-__all__ = ["folder_of", "place_of", "say_once", "why_not"]
+__all__ = [
+    "local_model",
+    "log_method",
+    "named_tensors",
+    "safetensors_folder",
+    "source_of",
+    "why_not_planned",
+    "why_not_planned_load",
+    "why_not_planned_save",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def say_once(what: str, why: str | None) -> None:
-    """Log on one rank which way the weights go."""
+def log_method(direction: str, why_not: str | None) -> None:
+    """Log on rank 0 how the weights are converted, and why not by the reshard plan."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        way = (
-            "by the plan of copies"
-            if why is None
-            else f"by Megatron-Bridge's own code, because {why}"
+        method = (
+            "by the reshard plan"
+            if why_not is None
+            else f"by Megatron-Bridge's own code, because {why_not}"
         )
-        logger.info("%s: %s", what, way)
+        logger.info("%s: %s", direction, method)
 
 
-def folder_of(hf_pretrained: Any) -> Path | None:
-    """The folder of safetensors files that a pretrained wrapper reads from, if it does."""
-    source = getattr(getattr(hf_pretrained, "state", None), "source", None)
+def source_of(hf_pretrained: Any) -> StateSource | None:
+    """The tensors that Megatron-Bridge's wrapper of a Transformers model reads; None for a config."""
+    source: StateSource | None = getattr(getattr(hf_pretrained, "state", None), "source", None)
+    return source
+
+
+def safetensors_folder(hf_pretrained: Any) -> Path | None:
+    """The folder of safetensors files that the wrapper reads from, if it does."""
+    source = source_of(hf_pretrained)
     if not isinstance(source, SafeTensorsStateSource):
         return None
     path = Path(source.path)
     return path if path.is_dir() else None
 
 
-def why_not(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | None:
-    """Why the plan does not cover this model; None: it does."""
+def why_not_planned_load(
+    bridge: MegatronModelBridge,
+    model: list[MegatronModule],
+    hf_pretrained: Any,
+    allowed_mismatched_params: list[str] | None,
+) -> str | None:
+    """Why the reshard plan cannot load this model; None: it can. No collective."""
+    if (why := why_not_planned(bridge, model)) is not None:
+        return why
+    if safetensors_folder(hf_pretrained) is None:
+        return "the source is not a folder of safetensors files"
+    if allowed_mismatched_params:
+        return "parameters of other shapes are allowed"
+    hook = type(bridge).maybe_modify_loaded_hf_weight
+    if hook is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
+        return "the bridge changes weights as it reads them"
+    return None
+
+
+def why_not_planned_save(
+    bridge: MegatronModelBridge, model: list[MegatronModule], weight_dtype: torch.dtype | None
+) -> str | None:
+    """Why the reshard plan cannot save this model; None: it can.
+
+    A collective: every rank returns the reason of the first rank that has one.
+    """
+    if weight_dtype is not None:
+        why: str | None = "another dtype of weights is requested"
+    else:
+        why = why_not_planned(bridge, model)
+        if why is None and not local_model(model).even:
+            why = "its pipeline stages are uneven"
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, why)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def why_not_planned(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | None:
+    """Why the reshard plan can neither load nor save this model; None: nothing prevents it."""
     if not parallel_state.is_initialized():
         return "its process groups are not Megatron-Core's global ones"
     ddp = getattr(model[0], "ddp_config", None)
@@ -62,25 +114,25 @@ def why_not(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | N
     if getattr(config, "fp8", None) or getattr(config, "fp4", None):
         return "its parameters may be FP8 or FP4"
     if getattr(config, "mtp_num_layers", None):
-        return "it predicts several words, and its last stage has an embedding too"
+        return "it has multi-token prediction, whose last stage has an embedding too"
     if getattr(bridge, "export_weight_dtype", "bf16") == "fp8":
-        return "FP8 weights are asked for"
+        return "FP8 weights are requested"
     if any(hasattr(chunks[0], name) for name in ("hide_teacher_model", "hide_loss_modules")):
         return "it is being distilled"
-    for _, name, tensor in parameters_of(model):
+    for _, name, tensor in named_tensors(model):
         if bridge._is_adapter_param_name(name) or ".to_wrap." in name:
             return "it has adapters"
         if "_quantizer." in name:
             return "it is quantized"
         if has_fp8_init_value(tensor):
-            return "its parameters remember what was rounded to FP8"
+            return "its FP8 parameters keep their initial values"
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"it has parameters of the type {type(tensor).__name__}"
     return None
 
 
-def parameters_of(model: list[MegatronModule]) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """(chunk, name in it, tensor) of every parameter and persistent buffer here."""
+def named_tensors(model: list[MegatronModule]) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Yield (chunk, name in it, tensor) of every parameter and persistent buffer on this rank."""
     for chunk, module in enumerate(unwrap_model(model)):
         for name, tensor in itertools.chain(module.named_parameters(), persistent_buffers(module)):
             if "_extra_state" not in name:
@@ -89,8 +141,8 @@ def parameters_of(model: list[MegatronModule]) -> Iterator[tuple[int, str, torch
                 yield chunk, name, tensor
 
 
-def place_of(model: list[MegatronModule]) -> LocalModel:
-    """`LocalModel`: where this rank stands, and what it holds."""
+def local_model(model: list[MegatronModule]) -> LocalModel:
+    """Describe this rank's part of a model: its ranks, layers and tensors."""
     chunks = unwrap_model(model)
     config = chunks[0].config
     layout = Layout(
@@ -110,5 +162,5 @@ def place_of(model: list[MegatronModule]) -> LocalModel:
             tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks
         ),
         even=not any(getattr(config, name, None) for name in UNEVEN_PIPELINE_FIELDS),
-        parameters={(chunk, name): tensor for chunk, name, tensor in parameters_of(model)},
+        parameters={(chunk, name): tensor for chunk, name, tensor in named_tensors(model)},
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from exaone_bridge.bridge.exact_bridge import ExactBridge, config_mapping
+from exaone_bridge.bridge.exact_bridge import ExactBridge
 from exaone_bridge.models.ernie45 import ERNIE45
-from exaone_bridge.models.ernie45.config import MODEL_TYPES, MOE, first_pool
+from exaone_bridge.models.ernie45.config import MODEL_TYPES, MOE
 from exaone_bridge.models.ernie45.provider import (
     Ernie45ModelProvider,
     ernie45_provider,
@@ -17,7 +15,7 @@ __all__ = ["Ernie45Bridge"]
 
 
 class Ernie45Bridge(ExactBridge):
-    """ERNIE 4.5 (0.3B dense; 21B and 300B mixtures of experts): Hugging Face <-> Megatron-Core, both ways.
+    """Converts ERNIE 4.5 (0.3B dense; 21B and 300B mixture of experts), both ways.
 
     Example:
         >>> import exaone_bridge
@@ -32,8 +30,3 @@ class Ernie45Bridge(ExactBridge):
     PROVIDER_CLASS = Ernie45ModelProvider
     provider_of = staticmethod(ernie45_provider)
     model_config_of = staticmethod(model_config_of)
-
-    @staticmethod
-    def _get_num_experts(hf_config: Any) -> int:
-        """Routed experts, of a number, [N] or [N, N]."""
-        return int(first_pool(config_mapping(hf_config), "moe_num_experts"))

@@ -1,4 +1,4 @@
-"""What all our bridges share: one table of rows, strict coverage on both sides, the configuration both ways."""
+"""The base class of our model bridges: exact conversion from one table of parameter mappings."""
 
 from __future__ import annotations
 
@@ -19,85 +19,135 @@ from megatron.bridge.models.conversion.model_bridge import (
 )
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 
-from exaone_bridge.bridge import eligibility, save
+from exaone_bridge.bridge import save
 from exaone_bridge.bridge.dora_export import DoRAExport
+from exaone_bridge.bridge.eligibility import (
+    local_model,
+    log_method,
+    safetensors_folder,
+    source_of,
+    why_not_planned_load,
+)
 from exaone_bridge.bridge.fp8 import updated_fp8_init_values
-from exaone_bridge.bridge.mapping_registry import bind
+from exaone_bridge.bridge.mapping_registry import make_mapping_registry
 from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
-from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.checkpoint.reshard.load import load
 from exaone_bridge.errors import UnmappedTensors
+from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
 from exaone_bridge.schema.hf_files import COMPANION_FILES
 from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
-from exaone_bridge.schema.param_mapping import ParamMapping, aliases, expected_hf, expected_megatron
 
-__all__ = ["ExactBridge", "config_mapping"]
+__all__ = ["ExactBridge", "hf_config_dict"]
 
 logger = logging.getLogger(__name__)
 
 _OUTPUT_BIAS = "output_layer.bias"
 
 
-def config_mapping(hf_config: Any) -> dict[str, Any]:
-    """What `save_pretrained` would write for this Transformers config (or mapping), less the version stamp."""
+def hf_config_dict(hf_config: Any) -> dict[str, Any]:
+    """Return a Transformers config (or mapping) as `save_pretrained` writes it, without the version."""
     config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())
     return {key: value for key, value in config.items() if key != "transformers_version"}
 
 
 class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
-    """A MegatronModelBridge that accounts for every tensor of both sides, or stops and names it."""
+    """A MegatronModelBridge that converts every tensor of both sides, or raises and names it.
+
+    Subclasses set FAMILY, SOURCE_NAME, MODEL_TYPE, PROVIDER_CLASS and the two functions between
+    model config and provider; all else follows from the family's parameter mappings.
+    """
 
     ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(COMPANION_FILES)
 
     FAMILY: ClassVar[ModelFamily]
 
+    # The Transformers config that the description was made from, and the description.
+    _described: tuple[Any, ModelDescription] | None = None
+    # The variant of FAMILY of the Megatron-Core model that was converted last.
+    _variant: ModelFamily | None = None
+
     @staticmethod
     @abstractmethod
     def provider_of(model_config: Any, hf_config: Mapping[str, Any]) -> Any:
-        """The family's: the provider of these facts; it carries the configuration for the export."""
+        """Make the provider of a model config; it keeps `hf_config` for the export."""
 
     @staticmethod
     @abstractmethod
     def model_config_of(provider: Any) -> Any:
-        """The family's: the facts of the model that this provider builds."""
+        """Read the config of the model that this provider builds."""
 
-    def _model_config(self) -> Any:
-        return self.FAMILY.read_hf_config(config_mapping(self.hf_config))
+    @property
+    def description(self) -> ModelDescription:
+        """The description of the model at hand, made once.
 
-    def provider_bridge(self, hf_pretrained: Any) -> Any:
-        """The provider, a PROVIDER_CLASS, of a Hugging Face model (anything with `.config`).
+        Without a config it is that of the family's default model, whose mappings hold for any
+        number of layers.
 
         Raises:
-            UnsupportedConfig: the configuration is not modelled.
+            UnsupportedConfig: the config is not supported.
         """
-        config = config_mapping(hf_pretrained.config)
-        return self.provider_of(self.FAMILY.read_hf_config(config), config)
+        family = self._variant or self.FAMILY
+        if self._described is not None:
+            config, description = self._described
+            if config is self.hf_config and description.family is family:
+                return description
+        description = family.describe(
+            {} if self.hf_config is None else hf_config_dict(self.hf_config)
+        )
+        self._described = self.hf_config, description
+        return description
+
+    def describe(
+        self, hf_pretrained: Any, megatron_model: list[MegatronModule]
+    ) -> ModelDescription:
+        """Describe the model that is converted now; `description` is its description from now on.
+
+        Args:
+            hf_pretrained: Megatron-Bridge's wrapper of a Transformers model, or a config.
+            megatron_model: this rank's chunks; they tell whether multi-token prediction is built.
+
+        Raises:
+            UnsupportedConfig: the config is not supported.
+        """
+        self.hf_pretrained = hf_pretrained
+        self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
+        self._variant = self.FAMILY.variant_for(get_model_config(megatron_model[0]))
+        return self.description
+
+    def provider_bridge(self, hf_pretrained: Any) -> ExactGPTModelProvider:
+        """Make the provider, a PROVIDER_CLASS, of a Hugging Face model (anything with `.config`).
+
+        Raises:
+            UnsupportedConfig: the config is not supported.
+        """
+        config = hf_config_dict(hf_pretrained.config)
+        provider: ExactGPTModelProvider = self.provider_of(
+            self.FAMILY.read_hf_config(config), config
+        )
+        return provider
 
     @classmethod
-    def megatron_to_hf_config(cls, provider: Any) -> dict[str, Any]:
-        """`config.json` of the model that this provider builds, as `save_pretrained` writes it, less the version.
+    def megatron_to_hf_config(cls, provider: ExactGPTModelProvider) -> dict[str, Any]:
+        """Make config.json of the model that this provider builds, as `save_pretrained` writes it.
 
         Raises:
-            UnsupportedConfig: a model that the family's configuration has no words for.
+            UnsupportedConfig: the provider was changed to a model that the config cannot express.
         """
         return cls.FAMILY.write_hf_config(cls.model_config_of(provider), provider.hf_config)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """The rows of the model at hand, bound to the host's mapping objects.
+        """Make Megatron-Bridge's mapping objects of the model at hand.
 
-        A bridge that was given no configuration has the names of the family's default one, which hold for any number
-        of layers, and does not know how many words to keep of a padded vocabulary.
+        Without a config, padded rows of the vocabulary are not removed.
 
         Raises:
-            UnsupportedConfig: the configuration is not modelled.
+            UnsupportedConfig: the config is not supported.
         """
-        if self.hf_config is None:
-            return bind(self.FAMILY.mappings(self.FAMILY.read_hf_config({})), None)
-        model_config = self._model_config()
-        return bind(self.FAMILY.mappings(model_config), model_config.vocab_size)
+        vocab_size = None if self.hf_config is None else self.description.config.vocab_size
+        return make_mapping_registry(self.description.mappings, vocab_size)
 
     def build_conversion_tasks(
         self,
@@ -105,28 +155,21 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         megatron_model: list[MegatronModule],
         weight_dtype: torch.dtype | None = None,
     ) -> list[WeightConversionTask]:
-        """The host's tasks, once both sides are known to be covered; the host itself only warns.
+        """Build Megatron-Bridge's tasks after checking both sides; its own code only warns.
 
         Raises:
-            UnmappedTensors: a Megatron parameter without a row, a row without its parameter, a tensor of the
-                checkpoint that no row claims, or one that a row claims and the checkpoint lacks.
+            UnmappedTensors: parameters of the model or tensors of the checkpoint are missing, or
+                have no mapping.
         """
-        self.hf_pretrained = hf_pretrained
-        self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
-        model_config = self._model_config()
-        mappings = self.FAMILY.mappings(model_config)
-        self._check_megatron(mappings, megatron_model)
-        source = getattr(getattr(hf_pretrained, "state", None), "source", None)
-        if source is not None:
-            check_coverage(
-                expected_hf(mappings, model_config.dims),
-                [name for name in source.get_all_keys() if not self.FAMILY.is_passthrough(name)],
-                where="Hugging Face checkpoint",
-            )
+        model = self.describe(hf_pretrained, megatron_model)
+        self._check_megatron(model, megatron_model)
+        if (source := source_of(hf_pretrained)) is not None:
+            names = [name for name in source.get_all_keys() if not model.is_passthrough(name)]
+            check_coverage(model.hf_shapes, names, where="Hugging Face checkpoint")
         tasks = super().build_conversion_tasks(
             hf_pretrained, megatron_model, weight_dtype=weight_dtype
         )
-        if model_config.tied and _OUTPUT_BIAS in expected_megatron(mappings):
+        if model.config.tied and _OUTPUT_BIAS in model.megatron_names:
             tasks.append(self._output_bias_task(megatron_model, weight_dtype))
         return tasks
 
@@ -136,50 +179,83 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         megatron_model: Any,
         allowed_mismatched_params: list[str] | None = None,
     ) -> list[MegatronModule]:
-        """Fill a model from a Hugging Face model: by the plan of copies, or the host's way where that does not reach.
+        """Fill a model from a Hugging Face model.
+
+        The reshard plan copies the weights, or Megatron-Bridge converts them for the reasons that
+        `bridge/eligibility.py` lists.
 
         Raises:
-            UnmappedTensors: as `build_conversion_tasks`; the check is as strict on either way.
-            CheckpointError, UnsupportedLayout: see `checkpoint/reshard/load.py`.
+            UnmappedTensors: as `build_conversion_tasks`.
+            CheckpointError: a damaged file, or a tensor of another shape than config.json says.
+            UnsupportedLayout: the layout does not divide the model.
         """
         model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
-        why = eligibility.why_not(self, model)
-        folder = eligibility.folder_of(hf_pretrained)
-        if folder is None:
-            why = why or "the source is no folder of safetensors files"
-        if allowed_mismatched_params:
-            why = why or "parameters of other shapes are allowed"
-        if (
-            type(self).maybe_modify_loaded_hf_weight
-            is not MegatronModelBridge.maybe_modify_loaded_hf_weight
-        ):
-            why = why or "the bridge changes weights as it reads them"
-        eligibility.say_once("Hugging Face -> Megatron-Core", why)
+        why = why_not_planned_load(self, model, hf_pretrained, allowed_mismatched_params)
+        log_method("Hugging Face -> Megatron-Core", why)
+        folder = safetensors_folder(hf_pretrained)
         if why is not None or folder is None:
             with updated_fp8_init_values(self, model):
                 return super().load_weights_hf_to_megatron(
                     hf_pretrained, megatron_model, allowed_mismatched_params
                 )
-        self.hf_pretrained, self.hf_config = hf_pretrained, hf_pretrained.config
+        description = self.describe(hf_pretrained, model)
         self.unquantized_state_dict = None
-        model_config = self._model_config()
-        mappings = self.FAMILY.mappings(model_config)
-        placed = eligibility.place_of(model)
-        if not placed.even:  # of an uneven pipeline each rank knows its own stage only
-            self._check_megatron(mappings, unwrap_model(model))
-        load(folder, ModelDescription(self.FAMILY, model_config, mappings), placed)
+        here = local_model(model)
+        if not here.even:  # each rank of an uneven pipeline checks its own stage only
+            self._check_megatron(description, unwrap_model(model))
+        load(folder, description, here)
         return model
+
+    def stream_weights_megatron_to_hf(
+        self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
+    ) -> Iterable[HFWeightTuple]:
+        """Yield every Hugging Face tensor exactly once, then the passthrough tensors.
+
+        Raises:
+            UnmappedTensors: from `build_conversion_tasks`, before anything is yielded; or tensors
+                that were not exported, at the end.
+        """
+        model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
+        description = self.describe(hf_pretrained, model)
+        exported: set[str] = set()
+        for weight in super().stream_weights_megatron_to_hf(
+            megatron_model, hf_pretrained, *args, **kwargs
+        ):
+            exported.add(weight.param_name.replace(".base_layer", ""))
+            yield weight
+        if kwargs.get("conversion_tasks") is not None:  # the caller chose what to export
+            return
+        if missing := description.hf_shapes.keys() - exported:
+            raise UnmappedTensors(
+                "tensors were not exported",
+                missing,
+                where="export",
+                remedy="the output is not complete: delete it",
+            )
+        source = source_of(hf_pretrained)
+        names = [] if source is None else source.get_all_keys()
+        for name in save.passthrough_names(description, names, has_source=source is not None):
+            yield HFWeightTuple(name, hf_pretrained.state[name])
+
+    def save_hf_weights(self, call: SaveCall) -> None:
+        """Write a model's weights; see `SavesHuggingFace`."""
+        save.save_hf_weights(self, call)
+
+    def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
+        """Write a model; see `SavesHuggingFace`."""
+        save.save_hf_pretrained(self, call, source_path)
 
     def _output_bias_task(
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
     ) -> WeightConversionTask:
-        """The host's `build_conversion_tasks` drops every "output_layer" parameter of a tied model, its bias too."""
-        held: list[Any] = [
-            (stage, layer)
-            for stage, chunk in enumerate(unwrap_model(megatron_model))
-            if (layer := getattr(chunk, "output_layer", None)) is not None
-        ]
-        stage, layer = held[0] if held else (None, None)
+        """The output layer's bias of a tied model.
+
+        Megatron-Bridge's `build_conversion_tasks` (`model_bridge.py`, 0.6.2) drops every
+        "output_layer" parameter of a tied model.
+        """
+        chunks = enumerate(unwrap_model(megatron_model))
+        layers = ((stage, getattr(chunk, "output_layer", None)) for stage, chunk in chunks)
+        stage, layer = next((pair for pair in layers if pair[1] is not None), (None, None))
         return WeightConversionTask(
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             vp_stage=stage,
@@ -192,121 +268,27 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         )
 
     def _check_megatron(
-        self, mappings: Iterable[ParamMapping], megatron_model: list[MegatronModule]
+        self, model: ModelDescription, megatron_model: list[MegatronModule]
     ) -> None:
-        others = aliases(mappings)
+        """Check the parameter names of all pipeline stages and expert ranks; a collective."""
         names = {
             self._get_lora_unwrapped_name(name)
             for name in self._megatron_global_param_names_all_pp_ranks(megatron_model)
-            if "_quantizer." not in name  # the host's own mappings cover quantizers
+            if "_quantizer." not in name  # Megatron-Bridge's own mappings cover quantizers
         }
-        names = {others.get(name, name) for name in _over_expert_ranks(names)}
-        if "output_layer.weight" not in (expected := expected_megatron(mappings)):
+        names = {model.aliases.get(name, name) for name in _over_expert_ranks(names)}
+        if "output_layer.weight" not in model.megatron_names:
             names.discard("output_layer.weight")  # tied: the last stage's copy of the embedding
-        check_coverage(expected, names, where="Megatron-Core model", remedy=BUILD_FROM_CONFIG)
-
-    def stream_weights_megatron_to_hf(
-        self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
-    ) -> Iterable[HFWeightTuple]:
-        """The host's stream of (name, tensor); it must end with every tensor sent exactly once.
-
-        Raises:
-            UnmappedTensors: from `build_conversion_tasks`, before anything is sent; or names missing at the end.
-        """
-        sent: set[str] = set()
-        for weight in super().stream_weights_megatron_to_hf(
-            megatron_model, hf_pretrained, *args, **kwargs
-        ):
-            sent.add(weight.param_name.replace(".base_layer", ""))
-            yield weight
-        if kwargs.get("conversion_tasks") is None:  # a caller's own tasks are a caller's own choice
-            model_config = self._model_config()
-            missing = set(expected_hf(self.FAMILY.mappings(model_config), model_config.dims)) - sent
-            if missing:
-                raise UnmappedTensors(
-                    "tensors were not exported",
-                    missing,
-                    where="export",
-                    remedy="the output is not complete: delete it",
-                )
-            yield from self._passthrough(hf_pretrained, model_config)
-
-    def save_hf_weights(self, call: SaveCall) -> None:
-        """Write a model's weights; see `SavesHuggingFace`."""
-        save.save_hf_weights(self, call)
-
-    def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
-        """Write a model; see `SavesHuggingFace`."""
-        save.save_hf_pretrained(self, call, source_path)
-
-    def to_be_saved(
-        self, hf_pretrained: Any
-    ) -> tuple[Any, tuple[ParamMapping, ...], dict[str, str] | None, dict[str, Any]]:
-        """What the planned export must know: facts, rows, the source's file of each tensor, and tensors to be carried.
-
-        Raises:
-            UnmappedTensors: tensors should travel beside the model, and no source is at hand.
-        """
-        self.hf_pretrained, self.hf_config = (
-            hf_pretrained,
-            getattr(hf_pretrained, "config", hf_pretrained),
+        check_coverage(
+            model.megatron_names, names, where="Megatron-Core model", remedy=BUILD_FROM_CONFIG
         )
-        model_config = self._model_config()
-        mappings = self.FAMILY.mappings(model_config)
-        folder = eligibility.folder_of(hf_pretrained)
-        if folder is None:
-            if names := [tensor.name for tensor in self.FAMILY.passthrough_tensors(model_config)]:
-                raise _out_of_reach(names)
-            return model_config, mappings, None, {}
-        tensors = read_headers(folder)
-        files = {name: info.file.name for name, info in tensors.items()}
-        passthrough = {
-            name: info for name, info in tensors.items() if self.FAMILY.is_passthrough(name)
-        }
-        if passthrough and dist.get_rank() == 0:
-            logger.info(
-                "carried from the source unchanged: %d tensors (%s, ...)",
-                len(passthrough),
-                min(passthrough),
-            )
-        return model_config, mappings, files, passthrough
-
-    def _passthrough(self, hf_pretrained: Any, model_config: Any) -> Iterable[HFWeightTuple]:
-        """What the source ships beside the model, unread and unchanged.
-
-        Raises:
-            UnmappedTensors: the configuration says there is something, and no source is at hand.
-        """
-        source = getattr(getattr(hf_pretrained, "state", None), "source", None)
-        if source is None:
-            names = [tensor.name for tensor in self.FAMILY.passthrough_tensors(model_config)]
-            if names:
-                raise _out_of_reach(names)
-            return
-        names = sorted(name for name in source.get_all_keys() if self.FAMILY.is_passthrough(name))
-        if names:
-            logger.info(
-                "carried from the source unchanged: %d tensors (%s, ...)", len(names), names[0]
-            )
-        for name in names:
-            yield HFWeightTuple(name, hf_pretrained.state[name])
-
-
-def _out_of_reach(names: list[str]) -> UnmappedTensors:
-    return UnmappedTensors(
-        "tensors that travel beside the model cannot be reached",
-        names,
-        where="export",
-        remedy="export with the Hugging Face source at hand, or from a configuration without them "
-        "(num_nextn_predict_layers 0)",
-    )
 
 
 def _over_expert_ranks(names: set[str]) -> set[str]:
-    """The names of all expert-parallel ranks: each knows its own experts' only."""
+    """The names of all expert-parallel ranks, each of which knows its own experts only."""
     group = parallel_state.get_expert_model_parallel_group(check_initialized=False)
     if group is None or group.size() == 1:
         return names
-    everyones: list[set[str]] = [set()] * group.size()
-    dist.all_gather_object(everyones, names, group=group)
-    return set().union(*everyones)
+    by_rank: list[set[str]] = [set()] * group.size()
+    dist.all_gather_object(by_rank, names, group=group)
+    return set().union(*by_rank)

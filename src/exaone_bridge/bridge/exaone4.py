@@ -15,7 +15,7 @@ __all__ = ["Exaone4Bridge"]
 
 
 class Exaone4Bridge(ExactBridge):
-    """EXAONE 4.0 (1.2B, 32B hybrid): Hugging Face <-> Megatron-Core, both ways.
+    """Converts EXAONE 4.0 (1.2B, 32B hybrid), both ways.
 
     Example:
         >>> import exaone_bridge

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from megatron.core.utils import get_model_config
-
 from exaone_bridge.bridge.exact_bridge import ExactBridge
-from exaone_bridge.models.exaone45 import EXAONE45, EXAONE45_WITH_MTP
+from exaone_bridge.models.exaone45 import EXAONE45
 from exaone_bridge.models.exaone45.config import ARCHITECTURE, MODEL_TYPE
 from exaone_bridge.models.exaone45.provider import (
     Exaone45ModelProvider,
@@ -19,7 +15,10 @@ __all__ = ["Exaone45Bridge"]
 
 
 class Exaone45Bridge(ExactBridge):
-    """EXAONE 4.5 (33B, images and videos): Hugging Face <-> Megatron-Core, both ways.
+    """Converts EXAONE 4.5 (33B, images and videos), both ways.
+
+    Multi-token prediction has parameter mappings if the Megatron-Core model builds it
+    (`mtp_num_layers`); else its tensors are passthrough tensors.
 
     Example:
         >>> import exaone_bridge
@@ -34,32 +33,3 @@ class Exaone45Bridge(ExactBridge):
     PROVIDER_CLASS = Exaone45ModelProvider
     provider_of = staticmethod(exaone45_provider)
     model_config_of = staticmethod(model_config_of)
-
-    def build_conversion_tasks(
-        self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As the parent's, for a model with or without its multi-token prediction."""
-        self._choose_mappings(megatron_model)
-        return super().build_conversion_tasks(hf_pretrained, megatron_model, *args, **kwargs)
-
-    def load_weights_hf_to_megatron(
-        self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As the parent's, for a model with or without its multi-token prediction."""
-        self._choose_mappings(megatron_model)
-        return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, *args, **kwargs)
-
-    def stream_weights_megatron_to_hf(
-        self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As the parent's, for a model with or without its multi-token prediction."""
-        self._choose_mappings(megatron_model)
-        return super().stream_weights_megatron_to_hf(megatron_model, hf_pretrained, *args, **kwargs)
-
-    def _choose_mappings(self, megatron_model: Any) -> None:
-        """Multi-token prediction has rows where it was built, and else travels beside the model."""
-        chunks = megatron_model if isinstance(megatron_model, list) else [megatron_model]
-        if get_model_config(chunks[0]).mtp_num_layers:
-            self.FAMILY = EXAONE45_WITH_MTP  # type: ignore[misc]
-        else:
-            self.FAMILY = EXAONE45  # type: ignore[misc]

@@ -1,10 +1,11 @@
-"""Claims architectures in Megatron-Bridge's dispatch, by class and by name, and proves the claim.
+"""Registers our model bridges in Megatron-Bridge, and verifies the registration.
 
-Megatron-Bridge registers bridges of its own for the same architectures, some under the name and some under the class,
-and looks up by whichever it has (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`).
-A later registration of the same key wins; so ours comes after its own have run, under both keys.
+Megatron-Bridge has bridges of its own for some of the same architectures, some registered under
+the architecture's name and some under Transformers' class, and looks up by whichever it has
+(`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`, 0.6.2). The last
+registration under a key counts; so ours come after its own, under both keys.
 
-What registering needs is imported when it registers: `import exaone_bridge` only leaves a note.
+Imports no torch until it registers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "register_when_imported", "supported"]
 
-_HOST = "megatron.bridge"
+_MEGATRON_BRIDGE = "megatron.bridge"
 
 
 def _bridge_classes() -> dict[str, type[ExactBridge]]:
@@ -33,7 +34,7 @@ def _bridge_classes() -> dict[str, type[ExactBridge]]:
 
 
 def _keys(architecture: str) -> tuple[object, ...]:
-    """What the host may look the architecture up by: its name, and Transformers' class where there is one."""
+    """The keys of an architecture: its name, and Transformers' class where there is one."""
     import transformers
 
     by_class = getattr(transformers, architecture, None)
@@ -41,10 +42,12 @@ def _keys(architecture: str) -> tuple[object, ...]:
 
 
 def register() -> None:
-    """Claim every architecture of `FAMILIES`. Imports Megatron-Bridge and torch; doing it again is harmless.
+    """Register the bridge of every supported architecture, and apply all patches.
+
+    Imports Megatron-Bridge and torch. Registering again changes nothing.
 
     Raises:
-        RegistrationError: the host still looks up another class.
+        RegistrationError: Megatron-Bridge still finds another class.
     """
     from megatron.bridge.models.conversion.model_bridge import register_bridge_implementation
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
@@ -52,19 +55,18 @@ def register() -> None:
 
     from exaone_bridge.patches.table import PATCHES
 
-    register_allowed_target_prefix(
-        "exaone_bridge."
-    )  # run_config.yaml names our providers and spec functions
-    classes = _bridge_classes()
+    # run_config.yaml of a checkpoint names our providers and layer specs.
+    register_allowed_target_prefix("exaone_bridge.")
     for patch in PATCHES:
         patch.apply()
+    classes = _bridge_classes()
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)
-    _prove(classes)
+    _verify(classes)
 
 
-def _prove(classes: dict[str, type[ExactBridge]]) -> None:
+def _verify(classes: dict[str, type[ExactBridge]]) -> None:
     from megatron.bridge.models.conversion.model_bridge import get_model_bridge
 
     for architecture, bridge in classes.items():
@@ -72,25 +74,28 @@ def _prove(classes: dict[str, type[ExactBridge]]) -> None:
             found = type(get_model_bridge(key))
             if found is not bridge:
                 raise RegistrationError(
-                    f"Megatron-Bridge: {key!r} is looked up as {found.__module__}.{found.__qualname__}, and must be "
-                    f"{bridge.__module__}.{bridge.__qualname__}; import exaone_bridge after what registered the other."
+                    f"Megatron-Bridge: {key!r} is looked up as "
+                    f"{found.__module__}.{found.__qualname__}, and must be "
+                    f"{bridge.__module__}.{bridge.__qualname__}; "
+                    "import exaone_bridge after what registered the other."
                 )
 
 
 def supported() -> dict[str, type[ExactBridge]]:
-    """Architecture -> the bridge class that AutoBridge uses for it, looked up and proved now.
+    """Look up the supported architectures in Megatron-Bridge, which is imported if necessary.
 
-    Imports Megatron-Bridge, and registers if that has not happened yet.
+    Returns:
+        Architecture -> the bridge class that AutoBridge uses for it.
 
     Raises:
-        RegistrationError: something else has claimed an architecture since.
+        RegistrationError: another class has been registered for an architecture since.
     """
-    importlib.import_module(_HOST)  # registers through the hook, unless it was there first
+    importlib.import_module(_MEGATRON_BRIDGE)  # the import hook registers
     classes = _bridge_classes()
-    _prove(classes)
+    _verify(classes)
     return classes
 
 
 def register_when_imported() -> None:
     """Register now if Megatron-Bridge is imported already, else at the end of its import."""
-    after_import(_HOST, register)
+    after_import(_MEGATRON_BRIDGE, register)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,15 +12,39 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
-from exaone_bridge.bridge import eligibility
+from exaone_bridge.bridge.eligibility import (
+    local_model,
+    log_method,
+    safetensors_folder,
+    why_not_planned_save,
+)
+from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.reshard.save import Group, into, save, together
+from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.patches.auto_bridge_save import SaveCall
 from exaone_bridge.schema.model_family import ModelDescription
 
 if TYPE_CHECKING:
     from exaone_bridge.bridge.exact_bridge import ExactBridge
 
-__all__ = ["save_hf_pretrained", "save_hf_weights", "shard_groups"]
+__all__ = ["ExportSource", "passthrough_names", "save_hf_pretrained", "save_hf_weights", "shard_groups"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """What a planned export needs of the Hugging Face model that the weights came from.
+
+    Attributes:
+        model: its description.
+        files: tensor -> name of its file; None without a folder of safetensors files.
+        passthrough: the passthrough tensors, which are copied.
+    """
+
+    model: ModelDescription
+    files: Mapping[str, str] | None = None
+    passthrough: Mapping[str, TensorInfo] = field(default_factory=dict)
 
 
 def save_hf_weights(bridge: ExactBridge, call: SaveCall) -> None:
@@ -45,28 +72,48 @@ def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | P
     into(call.path, write)
 
 
+def passthrough_names(
+    model: ModelDescription, names: Iterable[str], *, has_source: bool
+) -> list[str]:
+    """Find the passthrough tensors among the names of the source's tensors, sorted.
+
+    Raises:
+        UnmappedTensors: there is no source, and the config says that passthrough tensors exist.
+    """
+    if not has_source and (expected := [tensor.name for tensor in model.passthrough_tensors]):
+        raise UnmappedTensors(
+            "passthrough tensors are missing, because there is no Hugging Face source",
+            expected,
+            where="export",
+            remedy="export with the Hugging Face source at hand, or from a configuration without "
+            "them (num_nextn_predict_layers 0)",
+        )
+    found = sorted(name for name in names if model.is_passthrough(name))
+    if found and (not dist.is_initialized() or dist.get_rank() == 0):
+        logger.info(
+            "passthrough tensors copied from the source: %d (%s, ...)", len(found), found[0]
+        )
+    return found
+
+
 def _write(bridge: ExactBridge, call: SaveCall, folder: Path) -> None:
-    why = _everyones(_why_not(bridge, call))
-    eligibility.say_once("Megatron-Core -> Hugging Face", why)
+    why = why_not_planned_save(bridge, call.model, call.weight_dtype)
+    log_method("Megatron-Core -> Hugging Face", why)
     if why is None:
         _save(bridge, call, folder)
     else:
         call.save_weights(folder)
 
 
-def _why_not(bridge: ExactBridge, call: SaveCall) -> str | None:
-    if call.weight_dtype is not None:
-        return "another type of weights is asked for"
-    if (why := eligibility.why_not(bridge, call.model)) is not None:
-        return why
-    return None if eligibility.place_of(call.model).even else "its pipeline is cut unevenly"
-
-
-def _everyones(why: str | None) -> str | None:
-    """The first rank's reason that has one: all ranks go the same way."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, why)
-    return next((reason for reason in reasons if reason is not None), None)
+def _export_source(bridge: ExactBridge, call: SaveCall) -> ExportSource:
+    model = bridge.describe(call.hf_pretrained, call.model)
+    folder = safetensors_folder(call.hf_pretrained)
+    tensors = {} if folder is None else read_headers(folder)
+    names = passthrough_names(model, tensors, has_source=folder is not None)
+    files = {name: info.file.name for name, info in tensors.items()}
+    return ExportSource(
+        model, None if folder is None else files, {name: tensors[name] for name in names}
+    )
 
 
 def shard_groups() -> tuple[Group, Group]:
@@ -85,15 +132,15 @@ def shard_groups() -> tuple[Group, Group]:
 
 
 def _save(bridge: ExactBridge, call: SaveCall, folder: Path) -> None:
+    source = _export_source(bridge, call)
     dense, expert = shard_groups()
-    model_config, mappings, files, passthrough = bridge.to_be_saved(call.hf_pretrained)
     save(
         folder,
-        ModelDescription(bridge.FAMILY, model_config, mappings),
-        eligibility.place_of(call.model),
+        source.model,
+        local_model(call.model),
         dtype=unwrap_model(call.model)[0].config.params_dtype,
         dense=dense,
         expert=expert,
-        files=files,
-        passthrough=passthrough,
+        files=source.files,
+        passthrough=source.passthrough,
     )

@@ -1,4 +1,4 @@
-"""Models that the plan of copies does not support use the code of Megatron-Bridge."""
+"""Models that the reshard plan does not support use the code of Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LogLines(logging.Handler):
 
 
 def _load_without_collectives(folder: Path, layout: Layout) -> list[str]:
-    """Load by the plan while every collective raises; return the log."""
+    """Load by the reshard plan while every collective raises; return the log."""
     from megatron.bridge import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(folder)
@@ -65,7 +65,7 @@ def test_load_uses_no_collective_and_logs_once(
     results = ForkLauncher(layout.ranks).all(
         _load_without_collectives, tiny("ernie45-300b"), layout
     )
-    assert results[0] == ["Hugging Face -> Megatron-Core: by the plan of copies"]
+    assert results[0] == ["Hugging Face -> Megatron-Core: by the reshard plan"]
     assert all(lines == [] for lines in results[1:])
 
 
@@ -100,7 +100,7 @@ def _quantized(bridge: Any, model: list[Any]) -> list[Any]:
 
 NOT_SUPPORTED: dict[str, tuple[Callable[[Any, list[Any]], list[Any]], dict[str, Any], str]] = {
     "adapters": (_with_adapters, {}, "it has adapters"),
-    "no folder": (_without_folder, {}, "the source is no folder of safetensors files"),
+    "no folder": (_without_folder, {}, "the source is not a folder of safetensors files"),
     "FP8": (_fp8, {}, "its parameters may be FP8 or FP4"),
     "quantized": (_quantized, {}, "it has parameters of the type _Quantized"),
     "mismatches": (
@@ -145,17 +145,17 @@ def test_unsupported_models_are_loaded_by_megatron_bridge(
 def _reasons(folder: Path) -> list[str | None]:
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.bridge.eligibility import why_not
+    from exaone_bridge.bridge.eligibility import why_not_planned
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unloaded_model(bridge, Layout())
     model_bridge = bridge._model_bridge
-    found = [why_not(model_bridge, model)]
+    found = [why_not_planned(model_bridge, model)]
     model[0].ddp_config = SimpleNamespace(use_megatron_fsdp=True)
-    found.append(why_not(model_bridge, model))
+    found.append(why_not_planned(model_bridge, model))
     del model[0].ddp_config
     model_bridge.export_weight_dtype = "fp8"
-    found.append(why_not(model_bridge, model))
+    found.append(why_not_planned(model_bridge, model))
     return found
 
 
@@ -164,7 +164,7 @@ def test_fsdp_shards_and_fp8_exports_are_not_supported(megatron_bridge: Any, tin
     assert (plain, fsdp, fp8) == (
         None,
         "its parameters are FSDP shards",
-        "FP8 weights are asked for",
+        "FP8 weights are requested",
     )
 
 
@@ -191,9 +191,9 @@ def test_uneven_pipeline_loads_by_the_plan_and_saves_by_megatron_bridge(
     results = ForkLauncher(2).all(_uneven, tiny("exaone4"), tmp_path / "output")
     assert [layers for _, layers in results] == [[1, 2, 3], [4, 5, 6, 7, 8]]
     assert results[0][0] == [
-        "Hugging Face -> Megatron-Core: by the plan of copies",
+        "Hugging Face -> Megatron-Core: by the reshard plan",
         "Megatron-Core -> Hugging Face: by Megatron-Bridge's own code, "
-        "because its pipeline is cut unevenly",
+        "because its pipeline stages are uneven",
     ]
     assert compare_tensors(tiny("exaone4"), tmp_path / "output").passed
     assert [path.name for path in tmp_path.iterdir()] == ["output"]

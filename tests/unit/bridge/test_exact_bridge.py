@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ CASES = [
 def _load_and_save_twice(
     folder: Path, work: Path, layout: Layout, dtype: torch.dtype | None
 ) -> tuple[int, list[Any], Any]:
-    """Load and save with the plan of copies, and with Megatron-Bridge's own code.
+    """Load and save with the reshard plan, and with Megatron-Bridge's own code.
 
     Returns:
         The number of this rank's tensors, those that differ between the two loads, and the reason
@@ -47,7 +48,7 @@ def _load_and_save_twice(
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 
-    from exaone_bridge.bridge.eligibility import why_not
+    from exaone_bridge.bridge.eligibility import why_not_planned
 
     found = []
     bridge = AutoBridge.from_hf_pretrained(folder)
@@ -70,7 +71,7 @@ def _load_and_save_twice(
     AutoBridge.save_hf_weights.__wrapped__(bridge, model, work / "generic", show_progress=False)
     bridge.save_hf_pretrained(model, work / "planned", show_progress=False)
     differ = [key for key in planned if not torch.equal(planned[key], generic[key])]
-    return len(planned), differ, why_not(bridge._model_bridge, model)
+    return len(planned), differ, why_not_planned(bridge._model_bridge, model)
 
 
 @pytest.mark.parametrize(("name", "fields", "dtype", "layout"), CASES, ids=str)
@@ -94,6 +95,33 @@ def test_load_and_save_equal_those_of_megatron_bridge(
     assert files.passed, files.details
     if dtype is None:
         assert compare_tensors(source, tmp_path / "planned").passed
+
+
+def _count_descriptions(folder: Path, target: Path) -> list[int]:
+    """Count how often the model is described during a load, an export and a save."""
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.schema.model_family import ModelFamily
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = unloaded_model(bridge, Layout())
+    counts = []
+    for call in (
+        lambda: bridge.load_hf_weights(model),
+        lambda: list(bridge.export_hf_weights(model, cpu=True, show_progress=False)),
+        lambda: bridge.save_hf_pretrained(model, target, show_progress=False),
+    ):
+        with mock.patch.object(
+            ModelFamily, "describe", autospec=True, side_effect=ModelFamily.describe
+        ) as describe:
+            call()
+        counts.append(describe.call_count)
+    return counts
+
+
+def test_model_is_described_once_per_call(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+    folder, target = tiny("exaone45"), tmp_path / "saved"
+    assert ForkLauncher().first(_count_descriptions, folder, target) == [1, 1, 1]
 
 
 def _load_into(folder: Path, layout: Layout, fields: dict[str, Any], change: str) -> None:

@@ -294,3 +294,4 @@ def test_package_raises_for_unknown_names() -> None:
         _ = exaone_bridge.no_such_name
     for name in exaone_bridge.__all__:
         assert getattr(exaone_bridge, name)
+        assert name in dir(exaone_bridge)

@@ -120,7 +120,7 @@ class FaultInjector:
 
     def _verify(self, model: list[Any]) -> Findings:
         """Export a Megatron-Core model and compare the folders; run it and compare activations."""
-        from exaone_bridge.bridge.exact_bridge import config_mapping
+        from exaone_bridge.bridge.exact_bridge import hf_config_dict
         from exaone_bridge.verification.workflow.megatron import capture_megatron
 
         checks: list[Check] = []
@@ -130,7 +130,7 @@ class FaultInjector:
                 checks.append(compare_digests(self.digests, digest_folder(target)))
                 checks.append(compare_files(self.folder, target))
                 config = self.bridge._model_bridge.megatron_to_hf_config(model[0].config)
-                expected = config_mapping(self.bridge.hf_pretrained.config)
+                expected = hf_config_dict(self.bridge.hf_pretrained.config)
                 checks.append(compare_configs(expected, config))
             except BridgeError as error:
                 checks.append(_rejected(error))

@@ -75,7 +75,7 @@ def run_megatron(
     """
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.bridge.exact_bridge import config_mapping
+    from exaone_bridge.bridge.exact_bridge import hf_config_dict
     from exaone_bridge.runtime.model import build, load_megatron
 
     bridge = AutoBridge.from_hf_pretrained(checkpoint.folder)
@@ -90,7 +90,7 @@ def run_megatron(
         progress.stage("Megatron-Core -> HF")
         bridge.save_hf_pretrained(model, target, show_progress=False)
     result = MegatronResult(
-        config_mapping(bridge.hf_pretrained.config),
+        hf_config_dict(bridge.hf_pretrained.config),
         bridge._model_bridge.megatron_to_hf_config(model[0].config),
         [],
     )
@@ -121,7 +121,7 @@ def run_megatron_layerwise(
     """
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.bridge.exact_bridge import config_mapping
+    from exaone_bridge.bridge.exact_bridge import hf_config_dict
     from exaone_bridge.verification.workflow.megatron_layerwise import LayerwiseMegatron
 
     bridge = AutoBridge.from_hf_pretrained(checkpoint.folder)
@@ -142,7 +142,7 @@ def run_megatron_layerwise(
     activations = [
         capture_megatron(layerwise.model, workload.points, batch) for batch in workload.batches
     ]
-    source_config = config_mapping(bridge.hf_pretrained.config)
+    source_config = hf_config_dict(bridge.hf_pretrained.config)
     return MegatronResult(source_config, model_config, activations, digests=digests)
 
 

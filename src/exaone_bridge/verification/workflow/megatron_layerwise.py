@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exaone_bridge.bridge.eligibility import place_of
-from exaone_bridge.bridge.exact_bridge import config_mapping
+from exaone_bridge.bridge.eligibility import local_model
+from exaone_bridge.bridge.exact_bridge import hf_config_dict
 from exaone_bridge.bridge.save import shard_groups
 from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
@@ -58,9 +58,9 @@ class LayerwiseMegatron:
         self._bridge = bridge._model_bridge
         self._tensors = checkpoint.tensors
         family = self._bridge.FAMILY.variant_for(self.model[0].config)
-        description = family.describe(config_mapping(bridge.hf_pretrained.config))
+        description = family.describe(hf_config_dict(bridge.hf_pretrained.config))
         self._shapes = description.hf_shapes
-        local = place_of(self.model)
+        local = local_model(self.model)
         self._plan = plan_here(description, local)
         own, embedding = _without_mtp_embedding(local)
         self._outside: list[Parameters] = []  # each parameter by itself
