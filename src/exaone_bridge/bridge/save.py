@@ -27,7 +27,13 @@ from exaone_bridge.schema.model_family import ModelDescription
 if TYPE_CHECKING:
     from exaone_bridge.bridge.exact_bridge import ExactBridge
 
-__all__ = ["ExportSource", "passthrough_names", "save_hf_pretrained", "save_hf_weights", "shard_groups"]
+__all__ = [
+    "ExportSource",
+    "passthrough_names",
+    "save_hf_pretrained",
+    "save_hf_weights",
+    "shard_groups",
+]
 
 logger = logging.getLogger(__name__)
 

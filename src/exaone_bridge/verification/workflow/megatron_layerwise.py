@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from exaone_bridge.bridge.eligibility import local_model
-from exaone_bridge.bridge.exact_bridge import hf_config_dict
 from exaone_bridge.bridge.save import shard_groups
 from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
@@ -57,8 +56,7 @@ class LayerwiseMegatron:
         )
         self._bridge = bridge._model_bridge
         self._tensors = checkpoint.tensors
-        family = self._bridge.FAMILY.variant_for(self.model[0].config)
-        description = family.describe(hf_config_dict(bridge.hf_pretrained.config))
+        description = self._bridge.describe(bridge.hf_pretrained, self.model)
         self._shapes = description.hf_shapes
         local = local_model(self.model)
         self._plan = plan_here(description, local)
