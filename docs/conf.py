@@ -29,6 +29,6 @@ napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 
-# Every reference to a name of exaone_bridge must resolve; names of other projects are not looked up.
+# A reference to a name of exaone_bridge must resolve; names of other projects are not looked up.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!exaone_bridge).*"), ("py:.*", r".*\._[^.]*")]

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Torch and rich are imported by the commands that need them."""
+"""The command line: parse, call, print. Only the commands that need torch or rich import them."""
 
 from __future__ import annotations
 

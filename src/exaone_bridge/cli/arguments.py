@@ -1,4 +1,4 @@
-"""The argument parser of all commands. It imports neither torch nor rich, so that parsing takes milliseconds."""
+"""The argument parser of all commands. It imports neither torch nor rich, which would take seconds."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def _add_tiny(commands: Any) -> None:
         metavar="FIELD=VALUE",
         action="append",
         default=[],
-        help="change a field of config.json; dots reach nested fields, the value is JSON (repeatable)",
+        help="change a field of config.json; dots reach nested fields, the value is JSON "
+        "(repeatable)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: 0)")
 

@@ -1,4 +1,4 @@
-"""The commands `import` and `export`: conversions between folders, with their progress and a summary."""
+"""The commands `import` and `export`: convert between folders, with progress and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `inspect`: describes a checkpoint, its parameter mapping and its shards over the ranks.
+"""The command `inspect`: describes a checkpoint, its parameter mapping and its shards per rank.
 
 It imports neither torch nor rich, whose import would take longer than inspecting 60,000 tensors.
 """

@@ -1,4 +1,4 @@
-"""A conversion's progress: a bar with rate and remaining time on a terminal, elsewhere a line every tenth."""
+"""The progress of a conversion: a bar on a terminal, elsewhere a line for every tenth."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Conversion:
 
 @contextlib.contextmanager
 def conversion(command: str) -> Iterator[Progress]:
-    """Show the stages and bytes that the `Progress` it yields is told of."""
+    """Yield a `Progress` whose stages and bytes are shown under the name of the command."""
     quiet()
     columns = (
         SpinnerColumn(),
@@ -73,7 +73,13 @@ def conversion(command: str) -> Iterator[Progress]:
 
 
 def say_summary(folder: object, done: Summary, *, dry_run: bool) -> None:
-    """The line that a conversion ends with."""
+    """Print the last line of a conversion: tensors, bytes, seconds, rate and peak memory.
+
+    Args:
+        folder: the output.
+        done: what was converted.
+        dry_run: whether nothing was written.
+    """
     size = f"{done.tensors} tensors, {done.nbytes / 1e9:.2f} GB"
     if dry_run:
         say(f"{folder}: {size} would be written; nothing was")
@@ -83,5 +89,6 @@ def say_summary(folder: object, done: Summary, *, dry_run: bool) -> None:
     )
     rate = done.nbytes / 1e9 / max(done.seconds, 1e-9)
     used = (done.peak_bytes - done.base_bytes) / 2**20
-    peak = f"peak memory {done.peak_bytes / 2**30:.2f} GiB a process ({used:.0f} MiB of it for tensors)"
+    peak = f"peak memory {done.peak_bytes / 2**30:.2f} GiB per process"
+    peak += f" ({used:.0f} MiB of it for tensors)"
     say(f"{folder}: {size}{kept}, {done.seconds:.1f} s, {rate:.2f} GB/s, {peak}")

@@ -1,4 +1,4 @@
-"""Sizes as people write them. No torch."""
+"""Reads sizes with units. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ _UNITS = {
 
 
 def read_size(text: str, option: str) -> int:
-    """Bytes of `5GB`, `500 MiB`, `1000000`.
+    """Return the number of bytes of a text such as `5GB`, `500 MiB` or `1000000`.
+
+    Args:
+        text: a number with a unit (KB, MB, GB, TB, KiB, MiB, GiB) or without one.
+        option: the option that the text belongs to, for the error message.
 
     Raises:
-        UnsupportedConfig: another text, or less than a byte.
+        UnsupportedConfig: the text is not a size, or the size is less than one byte.
     """
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) *([A-Z]*)", text.strip().upper())
     size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0

@@ -1,4 +1,4 @@
-"""What the command line prints: stages while it works, tables at the end."""
+"""Prints stages while a command works, and tables at its end."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has
 
 
 def quiet() -> None:
-    """Leave the output to us: what libraries warn of is not a user's business here."""
+    """Silence warnings and logs of libraries, which would be mixed with the output."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
 
 
 class _Stages(NoProgress):
-    """Shows stages: beside a spinner on a terminal, elsewhere a line for each."""
+    """Shows stages: next to a spinner on a terminal, elsewhere one line per stage."""
 
     def __init__(self, command: str, drawn: RichProgress, task: TaskID) -> None:
         self._command, self._drawn, self._task = command, drawn, task
@@ -48,7 +48,13 @@ class _Stages(NoProgress):
 
 @contextlib.contextmanager
 def stages(command: str, *, quiet_libraries: bool = True, shown: bool = True) -> Iterator[Progress]:
-    """Show the stages that the `Progress` it yields is told of; nothing unless `shown`."""
+    """Yield a `Progress` whose stages are shown.
+
+    Args:
+        command: the name before each stage.
+        quiet_libraries: whether to silence warnings and logs of libraries.
+        shown: whether anything is shown; false on all ranks but one.
+    """
     if quiet_libraries:
         quiet()
     if not shown:
@@ -60,12 +66,12 @@ def stages(command: str, *, quiet_libraries: bool = True, shown: bool = True) ->
 
 
 def say(line: str) -> None:
-    """Print one line as it is: a folder's name may look like markup."""
+    """Print one line without markup: the name of a folder may contain brackets."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; columns of figures, all but the first, are set to the right."""
+    """Print a table. The first column is aligned left, the others right."""
     drawn = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
         drawn.add_column(

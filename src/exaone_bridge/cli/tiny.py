@@ -1,4 +1,4 @@
-"""The command `tiny`: a tiny random checkpoint. Bad arguments are rejected before torch is imported."""
+"""The command `tiny`: writes a tiny random checkpoint. Bad arguments are rejected without torch."""
 
 from __future__ import annotations
 

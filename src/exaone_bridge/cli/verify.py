@@ -88,7 +88,8 @@ def print_report(report: Report) -> None:
     """Print a table of the checks."""
     name = report.source if report.other is None else f"{report.source} against {report.other}"
     table(
-        f"{name}, {report.parameters:,} parameters, {report.layout}, {report.dtype}, {report.seconds:.1f} s",
+        f"{name}, {report.parameters:,} parameters, {report.layout}, {report.dtype}, "
+        f"{report.seconds:.1f} s",
         ["check", "summary", "threshold", "status"],
         [
             [

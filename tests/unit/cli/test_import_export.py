@@ -192,6 +192,6 @@ def test_import_prints_its_stages_and_a_summary(
     run = cli("import", sharded, tmp_path / "megatron")
     (line,) = [line for line in run.out.splitlines() if line.startswith(str(tmp_path / "megatron"))]
     summary = r"91 tensors, 0\.00 GB, \d+\.\d s, \d\.\d\d GB/s, "
-    summary += r"peak memory \d+\.\d\d GiB a process \(\d+ MiB of it"
+    summary += r"peak memory \d+\.\d\d GiB per process \(\d+ MiB of it"
     assert re.search(summary, line), line
     assert "import: writing the Megatron checkpoint" in run.out and "0.00 of 0.00 GB" in run.out
