@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorSpec
-from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config_json
+from exaone_bridge.checkpoint.hf.shards import ShardWriter, assign_files, shard_layout, write_index
+from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.reshard.plan import reshard_plan
-from exaone_bridge.checkpoint.reshard.validate import prove
+from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.models import family_of
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
@@ -107,7 +107,7 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
         )
         for name, tensor in hf_tensors(family.mappings(model_config)).items()
     ]
-    places = lay_out(specs, plan_shards({spec.name: spec.nbytes for spec in specs}))
+    places = shard_layout(specs, assign_files({spec.name: spec.nbytes for spec in specs}))
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -220,13 +220,12 @@ def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.bridge.eligibility import local_model
-    from exaone_bridge.checkpoint.reshard.load import load
+    from exaone_bridge.checkpoint.reshard.load import load_weights
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout)
-    source = HFCheckpoint.open(folder)
-    moved = load(folder, source.family, source.mappings, source.model_config, local_model(model))
-    return moved.nbytes, moved.cut_nbytes
+    moved = load_weights(folder, HFCheckpoint.open(folder).model, local_model(model))
+    return moved.nbytes, moved.sharded_nbytes
 
 
 def measure_bytes(run: Run) -> None:
@@ -239,12 +238,8 @@ def measure_bytes(run: Run) -> None:
         if tp == 1:
             source = HFCheckpoint.open(folder)
             plan = reshard_plan(source.model, Layout(tp=2))
-            cut = [part for part in plan.parts if len(part.cuts) > 1]
-            whole = sum(
-                math.prod(shape) * size * (len(part.row.layers) or 1)
-                for part in cut
-                for shape, size in zip(part.shapes, part.itemsizes, strict=True)
-            )
+            sharded = [param for param in plan.params if len(param.shards) > 1]
+            whole = sum(param.hf_nbytes * (len(param.mapping.layers) or 1) for param in sharded)
             print(
                 f"| TP1: bytes read by the rank; of the files | {moved[0][0]:,}; {source.nbytes:,} |"
             )
@@ -282,9 +277,9 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         save_file(held, path, metadata={"format": "pt"})
         if flush:
-            from exaone_bridge.checkpoint.staging import flush_one
+            from exaone_bridge.checkpoint.staging import sync_to_disk
 
-            flush_one(path)
+            sync_to_disk(path)
         seconds["save_file + fsync" if flush else "save_file"].append(time.perf_counter() - started)
 
     def planned(flush: bool) -> None:
@@ -356,7 +351,7 @@ def measure_stream(run: Run) -> None:
 def prove_plan(source: HFCheckpoint) -> None:
     """ReshardPlan and validate a load at TP2 x PP2 from headers alone."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    prove(reshard_plan(source.model, Layout(tp=2, pp=2)), shapes)
+    validate_plan(reshard_plan(source.model, Layout(tp=2, pp=2)), shapes)
 
 
 def measure_linear(run: Run) -> None:

@@ -23,6 +23,7 @@ from megatron.core.utils import unwrap_model
 
 from exaone_bridge.bridge.fp8 import has_fp8_init_value
 from exaone_bridge.checkpoint.reshard.load import LocalModel
+from exaone_bridge.checkpoint.reshard.plan import Rank
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
 __all__ = [
@@ -95,7 +96,7 @@ def why_not_planned_save(
         why: str | None = "another dtype of weights is requested"
     else:
         why = why_not_planned(bridge, model)
-        if why is None and not local_model(model).even:
+        if why is None and not local_model(model).even_pipeline:
             why = "its pipeline stages are uneven"
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, why)
@@ -154,13 +155,15 @@ def local_model(model: list[MegatronModule]) -> LocalModel:
     )
     return LocalModel(
         layout=layout,
-        pp=parallel_state.get_pipeline_model_parallel_rank(),
-        tp=parallel_state.get_tensor_model_parallel_rank(),
-        ep=parallel_state.get_expert_model_parallel_rank(),
-        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        rank=Rank(
+            pp=parallel_state.get_pipeline_model_parallel_rank(),
+            tp=parallel_state.get_tensor_model_parallel_rank(),
+            ep=parallel_state.get_expert_model_parallel_rank(),
+            etp=parallel_state.get_expert_tensor_parallel_rank(),
+        ),
         layers=tuple(
             tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks
         ),
-        even=not any(getattr(config, name, None) for name in UNEVEN_PIPELINE_FIELDS),
+        even_pipeline=not any(getattr(config, name, None) for name in UNEVEN_PIPELINE_FIELDS),
         parameters={(chunk, name): tensor for chunk, name, tensor in named_tensors(model)},
     )

@@ -33,7 +33,7 @@ from exaone_bridge.bridge.eligibility import (
 from exaone_bridge.bridge.fp8 import updated_fp8_init_values
 from exaone_bridge.bridge.mapping_registry import make_mapping_registry
 from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
-from exaone_bridge.checkpoint.reshard.load import load
+from exaone_bridge.checkpoint.reshard.load import load_weights
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
@@ -201,9 +201,9 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         description = self.describe(hf_pretrained, model)
         self.unquantized_state_dict = None
         here = local_model(model)
-        if not here.even:  # each rank of an uneven pipeline checks its own stage only
+        if not here.even_pipeline:  # each rank of an uneven pipeline checks its own stage only
             self._check_megatron(description, unwrap_model(model))
-        load(folder, description, here)
+        load_weights(folder, description, here)
         return model
 
     def stream_weights_megatron_to_hf(

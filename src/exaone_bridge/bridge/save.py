@@ -19,7 +19,12 @@ from exaone_bridge.bridge.eligibility import (
     why_not_planned_save,
 )
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
-from exaone_bridge.checkpoint.reshard.save import Group, into, save, together
+from exaone_bridge.checkpoint.reshard.save import (
+    ShardGroup,
+    raise_on_all_ranks,
+    save_weights,
+    write_atomically,
+)
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.patches.auto_bridge_save import SaveCall
 from exaone_bridge.schema.model_family import ModelDescription
@@ -55,7 +60,7 @@ class ExportSource:
 
 def save_hf_weights(bridge: ExactBridge, call: SaveCall) -> None:
     """Write the weights into a folder, which may exist and then keeps its other files."""
-    into(call.path, lambda folder: _write(bridge, call, folder))
+    write_atomically(call.path, lambda folder: _write(bridge, call, folder))
 
 
 def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | Path | None) -> None:
@@ -66,7 +71,9 @@ def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | P
     """
 
     def write(folder: Path) -> None:
-        with together():  # rank 0 may fail alone: all ranks must learn of it before they gather
+        with (
+            raise_on_all_ranks()
+        ):  # rank 0 may fail alone: all ranks must learn of it before they gather
             if dist.get_rank() == 0:
                 call.hf_pretrained.save_artifacts(
                     folder,
@@ -75,7 +82,7 @@ def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | P
                 )
         _write(bridge, call, folder)
 
-    into(call.path, write)
+    write_atomically(call.path, write)
 
 
 def passthrough_names(
@@ -122,14 +129,14 @@ def _export_source(bridge: ExactBridge, call: SaveCall) -> ExportSource:
     )
 
 
-def shard_groups() -> tuple[Group, Group]:
+def shard_groups() -> tuple[ShardGroup, ShardGroup]:
     """Return the groups over which dense and expert parameters are sharded and replicated."""
-    dense = Group(
+    dense = ShardGroup(
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
         parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     )
-    expert = Group(
+    expert = ShardGroup(
         parallel_state.get_expert_tensor_parallel_group(),
         parallel_state.get_expert_data_parallel_rank(),
         parallel_state.get_expert_data_parallel_world_size(),
@@ -140,7 +147,7 @@ def shard_groups() -> tuple[Group, Group]:
 def _save(bridge: ExactBridge, call: SaveCall, folder: Path) -> None:
     source = _export_source(bridge, call)
     dense, expert = shard_groups()
-    save(
+    save_weights(
         folder,
         source.model,
         local_model(call.model),

@@ -1,4 +1,7 @@
-"""Number types in safetensors' names and as torch dtypes. `schema/dtypes.py` has what needs no torch."""
+"""Data types in safetensors' names and as torch dtypes, and the bytes of a tensor.
+
+`schema/dtypes.py` has what needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["SAFETENSORS_NAMES", "TORCH_DTYPES"]
+__all__ = ["SAFETENSORS_NAMES", "TORCH_DTYPES", "byte_view"]
 
 # Name in a safetensors header -> torch dtype.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -29,3 +32,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 # torch dtype -> name in a safetensors header.
 SAFETENSORS_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor of any shape, without a copy."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Output folders that are there whole, or not at all. No torch."""
+"""Output folders that appear complete or not at all. No torch."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from exaone_bridge.errors import (
     UnsupportedLayout,
 )
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's ways of taking no more
-_TRIES, _BETWEEN_TRIES = 20, 0.1  # seconds
-_BAD_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
-
 __all__ = [
-    "FULL",
-    "as_usual",
+    "check_new_output",
     "check_space",
-    "flush_one",
+    "full_disk_as_output_error",
     "partial_folder",
-    "refuse_existing",
     "resumable",
     "staged",
+    "sync_to_disk",
+    "target_of",
+    "use_umask_permissions",
 ]
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK_ATTEMPTS, _LOCK_INTERVAL = 20, 0.1  # seconds
+_INVALID_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
 
-def refuse_existing(target: Path) -> None:
-    """Raise before any work is done if the output is there already.
+
+def check_new_output(target: Path) -> None:
+    """Raise if an output exists already, or if there is no folder to create it in.
 
     Raises:
-        CheckpointError: the target exists, or the folder it belongs into does not.
+        CheckpointError: Either is the case.
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(
@@ -49,32 +50,31 @@ def refuse_existing(target: Path) -> None:
         )
     if not target.absolute().parent.is_dir():
         raise CheckpointError(
-            target, "the folder it belongs into does not exist", remedy="create that folder first"
+            target, "the folder to create it in does not exist", remedy="create that folder first"
         )
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        flush_one(path)
-
-
 def _publish(folder: Path, target: Path) -> None:
-    """Give a folder that is whole, and on the disk, the target's name."""
-    as_usual(folder)
-    _flush(folder)
-    refuse_existing(target)
+    """Give the target's name to a complete folder, once all of it is on the disk."""
+    use_umask_permissions(folder)
+    for path in [*folder.rglob("*"), folder]:
+        sync_to_disk(path)
+    check_new_output(target)
     folder.rename(target)
-    flush_one(target.absolute().parent)
+    sync_to_disk(target.absolute().parent)
 
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` to write into; it takes the target's name when the body ends, and goes if it fails.
+    """Create a folder that is renamed to `target` at the end of the body, or removed if it raises.
+
+    Yields:
+        The folder, which is beside `target`.
 
     Raises:
-        CheckpointError: the target exists, before or after.
+        CheckpointError: The target exists, before or after the body.
     """
-    refuse_existing(target)
+    check_new_output(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
     try:
         yield folder
@@ -85,79 +85,109 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def partial_folder(target: Path) -> Path:
-    """Where an output that can be continued is written, until it is whole."""
+    """Return where `resumable` writes an output until it is complete."""
     return target.absolute().parent / f".{target.name}.partial"
 
 
+def target_of(partial: Path) -> Path:
+    """Return the output that a folder will be: the inverse of `partial_folder`."""
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+
+
 def check_space(target: Path, nbytes: int) -> None:
-    """Refuse an output that the disk has no room for, less what an earlier run has written of it.
+    """Raise if the disk has no room for what an earlier run has not written of an output yet.
+
+    Args:
+        target: The output; what exists of it is in `partial_folder(target)`.
+        nbytes: Bytes of the complete output.
 
     Raises:
-        OutputError: how much is missing.
+        OutputError: It has not.
     """
     folder = partial_folder(target)
     there = sum(path.stat().st_blocks * 512 for path in folder.glob("*")) if folder.is_dir() else 0
     free = shutil.disk_usage(target.absolute().parent).free
     if free + there < nbytes:
-        problem = f"the disk has {free / 1e9:.2f} GB free, and {(nbytes - there) / 1e9:.2f} GB are still to be written"
         raise OutputError(
-            target, problem, remedy="free some space, or name a folder on another disk"
+            target,
+            f"the disk has {free / 1e9:.2f} GB free, "
+            f"and {(nbytes - there) / 1e9:.2f} GB are still to be written",
+            remedy="free some space, or name a folder on another disk",
         )
 
 
 @contextlib.contextmanager
-def resumable(target: Path) -> Iterator[Path]:
-    """A folder beside `target` with what an earlier run left; it takes the target's name when the body ends.
+def full_disk_as_output_error(target: Path) -> Iterator[None]:
+    """Raise OutputError where the body raises the OSError of a full disk or an exceeded quota."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise OutputError(
+            target,
+            f"the disk takes no more data ({error.strerror})",
+            remedy="free some space and run this again, which continues",
+        ) from error
 
-    Where the input is bad the folder goes; after any other end of the body it stays, for the next run.
+
+@contextlib.contextmanager
+def resumable(target: Path) -> Iterator[Path]:
+    """Create or reopen a folder that is renamed to `target` at the end of the body.
+
+    If the body raises because its input is invalid, the folder is removed; after any other
+    exception, or if the process is killed, it stays for the next run.
+
+    Yields:
+        `partial_folder(target)`, with the safetensors files that an earlier run has left.
 
     Raises:
-        CheckpointError: the target exists, before or after; or another process is writing it.
+        CheckpointError: The target exists, before or after the body, or another process writes it.
     """
-    refuse_existing(target)
+    check_new_output(target)
     folder = partial_folder(target)
     folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        _lock(handle, target)
-        refuse_existing(target)  # by whoever held the lock
-        for path in folder.iterdir():  # what is not compared before it is kept
+        _lock(descriptor, target)
+        check_new_output(target)  # by the process that had the lock
+        for path in folder.iterdir():  # only safetensors files are compared before they are kept
             if path.suffix != ".safetensors":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield folder
             _publish(folder, target)
-        except _BAD_INPUT:
+        except _INVALID_INPUT:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def _lock(handle: int, target: Path) -> None:
-    """Nobody else writes there. The ranks of a run that was killed end a moment after it, and hold its lock so long."""
-    for _ in range(_TRIES):
+def _lock(descriptor: int, target: Path) -> None:
+    # The ranks of a run that was killed end a moment after it, and keep its lock until then.
+    for _ in range(_LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(_BETWEEN_TRIES)
-    problem, remedy = (
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_LOCK_INTERVAL)
+    raise CheckpointError(
+        target,
         "another process is writing this output",
-        "wait for it, or name another folder",
+        remedy="wait for it, or name another folder",
     )
-    raise CheckpointError(target, problem, remedy=remedy)
 
 
-def flush_one(path: Path) -> None:
-    """Have the disk take what was written to a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def as_usual(path: Path) -> None:
-    """Permissions as the umask has them; mkdtemp's and safetensors' are for the owner only."""
+def use_umask_permissions(path: Path) -> None:
+    """Set the permissions that the umask gives; mkdtemp gives them to the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

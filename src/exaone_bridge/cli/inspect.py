@@ -15,7 +15,7 @@ from typing import Any
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.reshard.plan import ReshardPlan, check_layout, reshard_plan
-from exaone_bridge.checkpoint.reshard.validate import prove
+from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.layer_schedule import mlp_pattern, pattern
 from exaone_bridge.schema.parallel_layout import Layout
@@ -50,7 +50,7 @@ def _print(folder: Path, layout: Layout, as_json: bool) -> HFCheckpoint:
     check_layout(source.model_config, layout)
     plan = reshard_plan(source.model, layout)
     if not source.missing:
-        prove(plan, source.shapes)
+        validate_plan(plan, source.shapes)
     text = _json(source, plan) if as_json else "\n".join(_lines(source, plan))
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -80,7 +80,7 @@ def _ranks(plan: ReshardPlan) -> list[dict[str, Any]]:
             **rank._asdict(),
             "layers": [list(chunk) for chunk in plan.stages[rank.pp]],
             "read_bytes": plan.read_bytes(rank),
-            "parameter_bytes": plan.held_bytes(rank),
+            "parameter_bytes": plan.local_bytes(rank),
             "written_bytes": written[number],
         }
         for number, rank in enumerate(plan.ranks())

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from exaone_bridge.checkpoint.dtypes import byte_view
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import (
     INDEX,
@@ -24,8 +23,14 @@ from exaone_bridge.checkpoint.hf.headers import (
     read_json,
 )
 from exaone_bridge.checkpoint.hf.reader import TensorReader
-from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards, write_config_json
+from exaone_bridge.checkpoint.hf.shards import (
+    MAX_SHARD_BYTES,
+    ShardWriter,
+    assign_files,
+    shard_layout,
+    write_index,
+)
+from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.megatron.tensors import MegatronSource
 from exaone_bridge.checkpoint.megatron.torch_dist_write import (
     Parameter,
@@ -35,11 +40,17 @@ from exaone_bridge.checkpoint.megatron.torch_dist_write import (
     write_parameters,
 )
 from exaone_bridge.checkpoint.reshard.plan import check_layout, reshard_plan
-from exaone_bridge.checkpoint.reshard.validate import prove
-from exaone_bridge.checkpoint.staging import FULL, check_space, refuse_existing, resumable, staged
+from exaone_bridge.checkpoint.reshard.validate import validate_plan
+from exaone_bridge.checkpoint.staging import (
+    check_new_output,
+    check_space,
+    full_disk_as_output_error,
+    resumable,
+    staged,
+)
 from exaone_bridge.convert.extra_tensors import PASSTHROUGH, keep_passthrough, passthrough_sizes
 from exaone_bridge.convert.progress import Summary, deal, peak_memory, resident_memory
-from exaone_bridge.errors import CheckpointError, OutputError
+from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
@@ -47,20 +58,6 @@ from exaone_bridge.schema.parallel_layout import Layout
 __all__ = ["Summary", "export_checkpoint", "import_checkpoint"]
 
 ASSETS = "hf"  # the folder in a Megatron checkpoint that holds what Megatron has no place for
-
-
-@contextmanager
-def _typed_disk_errors(target: Path) -> Iterator[None]:
-    """A full disk is said in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        problem = f"the disk refuses to take more ({error.strerror})"
-        raise OutputError(
-            target, problem, remedy="free some space and run this again, which continues"
-        ) from error
 
 
 def _import_rank(
@@ -72,7 +69,7 @@ def _import_rank(
 ) -> tuple[list[WrittenParam], int, int]:
     """Write this rank's share; where each parameter went, and the memory before and at most."""
     base, written = resident_memory(), []
-    with _typed_disk_errors(target):
+    with full_disk_as_output_error(target):
         path = target / f"__{dist.get_rank()}_0.distcp"
         for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], source, path):
             written.append(where)
@@ -104,12 +101,12 @@ def import_checkpoint(
         OutputError: the disk is full.
     """
     started = time.perf_counter()
-    refuse_existing(megatron_folder)
+    check_new_output(megatron_folder)
     source = HFCheckpoint.open(hf_folder)
     check_layout(source.model_config, layout)
     ours = source.model_tensors
     plan = reshard_plan(source.model, Layout())
-    prove(plan, {name: tensor.shape for name, tensor in ours.items()})
+    validate_plan(plan, source.shapes)
     check_space(megatron_folder, source.nbytes)
     if dry_run:
         return Summary(len(source.tensors), source.nbytes, 0.0)
@@ -156,24 +153,19 @@ def _export_rank(
     """Write this rank's share; bytes that were there already, and the memory before and at most."""
     base, reader = resident_memory(), TensorReader()
     try:
-        with _typed_disk_errors(target):
+        with full_disk_as_output_error(target):
             for name in shares[dist.get_rank()]:
                 if name in passthrough:
                     tensor = reader.read(passthrough[name])
                 else:
                     tensor = source.read(name)
-                writer.put(
-                    name,
-                    [memoryview(tensor.view(-1).view(torch.uint8).numpy())]
-                    if tensor.nbytes
-                    else [],
-                )
+                writer.put(name, [byte_view(tensor)])
                 progress.advance(tensor.nbytes)
                 del tensor
             writer.close()
     finally:
-        writer.abandon()
-    return writer.kept, base, peak_memory()
+        writer.close(flush=False)
+    return writer.kept_bytes, base, peak_memory()
 
 
 def export_checkpoint(
@@ -202,7 +194,7 @@ def export_checkpoint(
         OutputError: the disk is full.
     """
     started = time.perf_counter()
-    refuse_existing(hf_folder)
+    check_new_output(hf_folder)
     if not megatron_folder.is_dir():
         raise CheckpointError(
             megatron_folder,
@@ -227,21 +219,21 @@ def export_checkpoint(
     specs: list[TensorSpec | TensorInfo] = [*source.tensors.values(), *passthrough.values()]
     sizes = {spec.name: spec.nbytes for spec in specs}
     files = _source_shards(assets / INDEX, sizes) if max_shard_bytes is None else None
-    shards = lay_out(specs, files or plan_shards(sizes, max_shard_bytes or MAX_SHARD_BYTES))
-    check_space(hf_folder, shards.nbytes)
+    layout = shard_layout(specs, files or assign_files(sizes, max_shard_bytes or MAX_SHARD_BYTES))
+    check_space(hf_folder, layout.nbytes)
     if dry_run:
-        return Summary(len(specs), shards.nbytes, 0.0)
+        return Summary(len(specs), layout.nbytes, 0.0)
     progress.stage("writing the Hugging Face folder")
-    progress.total(shards.nbytes)
-    with resumable(hf_folder) as folder, _typed_disk_errors(hf_folder):
-        writer = ShardWriter.create(folder, shards)
+    progress.total(layout.nbytes)
+    with resumable(hf_folder) as folder, full_disk_as_output_error(hf_folder):
+        writer = ShardWriter.create(folder, layout)
         groups = [*source.groups(), *([name] for name in passthrough)]
         hands = deal([sum(sizes[name] for name in group) for group in groups], workers)
         shares = [[name for number in hand for name in groups[number]] for hand in hands]
         results = ForkLauncher(workers).all(
             _export_rank, source, folder, writer, shares, passthrough, progress=progress
         )
-        write_index(folder, shards)
+        write_index(folder, layout)
         write_config_json(folder, config)
         if assets.is_dir():
             copy_companion_files(assets, folder)
@@ -250,7 +242,7 @@ def export_checkpoint(
     )
     seconds, kept = time.perf_counter() - started, sum(kept for kept, _, _ in results)
     return Summary(
-        len(specs), shards.nbytes, seconds, peak_bytes=peak, base_bytes=base, kept_bytes=kept
+        len(specs), layout.nbytes, seconds, peak_bytes=peak, base_bytes=base, kept_bytes=kept
     )
 
 

@@ -10,10 +10,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
+from exaone_bridge.checkpoint.dtypes import byte_view
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_file_header
+from exaone_bridge.checkpoint.hf.shards import ShardWriter, shard_layout
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.model_family import ModelFamily
 
@@ -28,7 +28,10 @@ def keep_passthrough(source: HFCheckpoint, folder: Path) -> None:
     """Copy a source's carried tensors to `folder`; nothing happens where source and configuration have none."""
     if not source.passthrough and not source.family.passthrough_tensors(source.model_config):
         return
-    save_file({name: source.read(name) for name in source.passthrough}, folder / PASSTHROUGH)
+    layout = shard_layout(source.passthrough.values(), PASSTHROUGH)
+    with ShardWriter.create(folder, layout) as writer:
+        for name in source.passthrough:
+            writer.put(name, [byte_view(source.read(name))])
     logger.info(
         "carried past the model unchanged: %d tensors, in %s",
         len(source.passthrough),

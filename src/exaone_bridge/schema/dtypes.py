@@ -22,10 +22,11 @@ CONFIG_DTYPES: Final[Mapping[str, str]] = {
 }
 MODEL_DTYPES: Final = tuple(SAFETENSORS_DTYPES)
 
-# Name in a safetensors header -> bytes per element. The other types of safetensors (complex, MX
-# scales, floats of less than a byte) are rejected: no supported model has them.
+# Name in a safetensors header -> bytes per element, in the order of safetensors' own enum, by which
+# its writer sorts. The other types of safetensors (complex, MX scales, floats of less than a byte)
+# are rejected: no supported model has them.
 DTYPE_BYTES: Final[Mapping[str, int]] = (
-    dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1)
+    dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1)
     | dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
     | dict.fromkeys(("I32", "U32", "F32"), 4)
     | dict.fromkeys(("F64", "I64", "U64"), 8)

@@ -150,7 +150,7 @@ MISMATCHES: dict[str, tuple[dict[str, Any], str, str]] = {
         "",
         "has the layers",
     ),
-    "another width": ({"ffn_hidden_size": 128}, "", "and the configuration makes it"),
+    "another width": ({"ffn_hidden_size": 128}, "", "and the config makes it"),
     "one parameter missing": (
         {},
         "missing",

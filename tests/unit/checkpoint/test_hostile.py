@@ -27,7 +27,7 @@ from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import INDEX
 from exaone_bridge.checkpoint.megatron.tensors import MegatronSource
 from exaone_bridge.checkpoint.reshard.plan import reshard_plan
-from exaone_bridge.checkpoint.reshard.validate import prove
+from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
 from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
@@ -225,7 +225,7 @@ def mutate(noise: random.Random, folder: Path) -> str:
 def correct(folder: Path) -> None:
     """What was accepted is what safetensors itself reads, bit for bit, and the plan of it is a bijection."""
     source = HFCheckpoint.open(folder)
-    prove(reshard_plan(source.model, Layout(tp=2)), source.shapes)
+    validate_plan(reshard_plan(source.model, Layout(tp=2)), source.shapes)
     for name, info in source.tensors.items():
         with safe_open(info.file, framework="pt") as file:
             expected = file.get_tensor(name)

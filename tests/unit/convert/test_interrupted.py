@@ -167,7 +167,7 @@ def test_what_is_there_is_kept_and_what_is_wrong_is_written(
 
 
 def test_two_at_once(megatron: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(staging, "_TRIES", 2)
+    monkeypatch.setattr(staging, "_LOCK_ATTEMPTS", 2)
     with (
         staging.resumable(tmp_path / "output"),
         pytest.raises(CheckpointError, match="another process is writing"),
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up(
         patch.setattr(convert, "check_space", lambda *_: None)
         with pytest.raises(
             OutputError,
-            match=r"the disk refuses to take more \(No space left on device\); free some space",
+            match=r"the disk takes no more data \(No space left on device\); free some space",
         ):
             export_checkpoint(megatron, target, workers=workers, max_shard_bytes=PARTS)
     assert [path.name for path in small_disk.iterdir()] == [".output.partial"]
@@ -251,7 +251,7 @@ def test_one_rank_that_cannot_write_ends_all_of_them(
     """At once, with the same words; the others do not wait for what it would have sent."""
     started = time.perf_counter()
     with pytest.raises(
-        OutputError, match=r"the disk refuses to take more \(File too large\); free some space"
+        OutputError, match=r"the disk takes no more data \(File too large\); free some space"
     ):
         ForkLauncher(4).all(
             _save_with_a_full_rank, source, tmp_path / "output", Layout(tp=2, pp=2), full

@@ -26,6 +26,7 @@ from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 __all__ = [
     "INDEX",
+    "SINGLE_FILE",
     "FileStamp",
     "TensorInfo",
     "TensorSpec",
@@ -34,7 +35,7 @@ __all__ = [
     "read_json",
 ]
 
-_SINGLE: Final = "model.safetensors"
+SINGLE_FILE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
@@ -144,7 +145,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             folder, "is not a folder", remedy="give the folder of config.json and the weights"
         )
     # The order of transformers.modeling_utils._get_resolved_checkpoint_files (5.12).
-    single, index = folder / _SINGLE, folder / INDEX
+    single, index = folder / SINGLE_FILE, folder / INDEX
     if single.is_file():
         return read_file_header(_at_home(single))[0]
     if index.is_file():
@@ -154,7 +155,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         remedy = "convert them to safetensors with Transformers' save_pretrained"
         raise CheckpointError(folder, problem, remedy=remedy)
     raise CheckpointError(
-        folder, f"holds neither {_SINGLE} nor {INDEX}", remedy="download the weights into it"
+        folder, f"holds neither {SINGLE_FILE} nor {INDEX}", remedy="download the weights into it"
     )
 
 

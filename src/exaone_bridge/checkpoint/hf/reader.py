@@ -90,7 +90,7 @@ class TensorReader:
             CheckpointError: The file cannot be read, or has changed since its header was read.
             ValueError: The tensor on disk has fewer bytes than that.
         """
-        import torch
+        from exaone_bridge.checkpoint.dtypes import byte_view
 
         if begin + target.nbytes > info.nbytes:
             raise ValueError(
@@ -99,7 +99,7 @@ class TensorReader:
         if not target.nbytes:
             return
         descriptor = self._open(info)
-        left = memoryview(target.detach().view(-1).view(torch.uint8).numpy())
+        left = byte_view(target)
         position = info.offset + begin
         while left:
             if not (count := os.preadv(descriptor, [left], position)):

@@ -1,14 +1,15 @@
-"""safetensors files whose tensors are written in any order, by any process, and again where they differ. No torch.
+"""Writes safetensors files: the one writer of weights. No torch.
 
-A file's header follows from its tensors' names, types and shapes, so the file has its full size and its header before
-the first tensor comes, and each tensor has its place. What an earlier run has left is compared with the tensor that
-comes, byte by byte, and written where it differs: continuing needs no record that could be wrong.
-The order of a file is that of safetensors' own writer: by size of the type, then by name.
+The header of a file follows from the names, dtypes and shapes of its tensors. So a file gets its
+full size and its header before the first tensor is there, and each tensor has its place in it: the
+tensors can be written in any order, by any process. A tensor that an earlier run has left is
+compared with the new one byte by byte, and written where it differs: resuming needs no record,
+which could be wrong. A file has the order of safetensors' own writer: last dtype first, then by
+name. The format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import threading
@@ -16,23 +17,65 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, TensorSpec
+from exaone_bridge.checkpoint.hf.headers import INDEX, SINGLE_FILE, TensorInfo, TensorSpec
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
-__all__ = ["ShardWriter", "Shards", "lay_out", "write_index"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "ShardLayout",
+    "ShardWriter",
+    "assign_files",
+    "shard_layout",
+    "write_index",
+]
 
-_STEP = 1 << 22  # bytes that are compared at once
-_PIECES = 512  # buffers of one write; Linux takes 1024
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
-Buffer = Any  # memoryview of bytes
+MAX_SHARD_BYTES = 5 * 10**9  # as Transformers' save_pretrained
+_COMPARED_BYTES = 1 << 22  # at once
+_DTYPE_ORDER = {dtype: index for index, dtype in enumerate(DTYPE_BYTES)}
+_MAX_BUFFERS = 512  # of one write; Linux takes 1024
+
+
+def assign_files(
+    sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, str]:
+    """Assign tensors to files in the order given; a tensor that does not fit begins a new file.
+
+    Args:
+        sizes: Bytes of each tensor.
+        max_shard_bytes: Of one file; a larger tensor has a file of its own.
+
+    Returns:
+        Tensor -> file name.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return dict.fromkeys(sizes, SINGLE_FILE)
+    return {
+        name: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, names in enumerate(shards, start=1)
+        for name in names
+    }
 
 
 @dataclass(frozen=True, slots=True)
-class Shards:
-    """Where each tensor of a set of files lies: (file, first byte, bytes); each file's header and size."""
+class ShardLayout:
+    """A set of safetensors files before their tensors are written.
+
+    Attributes:
+        places: Tensor -> file name, first byte in the file, bytes.
+        headers: File name -> header, with its length in front.
+        sizes: File name -> bytes.
+    """
 
     places: Mapping[str, tuple[str, int, int]]
     headers: Mapping[str, bytes]
@@ -40,112 +83,152 @@ class Shards:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(nbytes for _, _, nbytes in self.places.values())
 
 
-def lay_out(specs: Iterable[TensorSpec | TensorInfo], files: Mapping[str, str]) -> Shards:
-    """The files of these tensors; `files`: tensor -> file name."""
+def shard_layout(
+    specs: Iterable[TensorSpec | TensorInfo], files: Mapping[str, str] | str
+) -> ShardLayout:
+    """Lay out the files of these tensors.
+
+    Args:
+        specs: The tensors.
+        files: Tensor -> file name; or the name of one file for all, which may be none.
+    """
     by_file: dict[str, list[TensorSpec | TensorInfo]] = defaultdict(list)
-    for spec in specs:
-        by_file[files[spec.name]].append(spec)
+    if isinstance(files, str):
+        by_file[files] = list(specs)
+    else:
+        for spec in specs:
+            by_file[files[spec.name]].append(spec)
     places, headers, sizes = {}, {}, {}
-    for file, held in sorted(by_file.items()):
-        held.sort(key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for spec in held:
+    for file, tensors in sorted(by_file.items()):
+        tensors.sort(key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Transformers asks for it
+        position = 0
+        for spec in tensors:
             entries[spec.name] = {
                 "dtype": spec.dtype,
                 "shape": list(spec.shape),
-                "data_offsets": [at, at + spec.nbytes],
+                "data_offsets": [position, position + spec.nbytes],
             }
-            at += spec.nbytes
+            position += spec.nbytes
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         headers[file] = len(text).to_bytes(8, "little") + text
-        sizes[file] = len(headers[file]) + at
-        at = len(headers[file])
-        for spec in held:
-            places[spec.name] = (file, at, spec.nbytes)
-            at += spec.nbytes
-    return Shards(places, headers, sizes)
+        sizes[file] = len(headers[file]) + position
+        position = len(headers[file])
+        for spec in tensors:
+            places[spec.name] = (file, position, spec.nbytes)
+            position += spec.nbytes
+    return ShardLayout(places, headers, sizes)
 
 
 class ShardWriter:
-    """Writes tensors into a folder's files. One process calls `create`; then any number of them write, on any thread.
+    """Writes tensors into the files of a folder, on any thread.
+
+    One process calls `create`; then any number of processes have a writer with `resumed` of the
+    first. As a context manager it flushes at the end of the body, unless that raises.
 
     Attributes:
-        written, kept: bytes of tensors that were written, and that were there already.
+        resumed: Files that an earlier run has begun.
+        written_bytes: Bytes of the tensors that were written.
+        kept_bytes: Bytes of the tensors that an earlier run has written.
     """
 
-    def __init__(self, folder: Path, shards: Shards, resumed: frozenset[str] = frozenset()) -> None:
-        self.folder, self.shards, self.resumed = folder, shards, resumed
-        self.written = self.kept = 0
-        self._handles: dict[str, int] = {}
+    def __init__(
+        self, folder: Path, layout: ShardLayout, resumed: frozenset[str] = frozenset()
+    ) -> None:
+        self.folder, self.layout, self.resumed = folder, layout, resumed
+        self.written_bytes = self.kept_bytes = 0
+        self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, folder: Path, shards: Shards) -> ShardWriter:
-        """Make every file, with its header and at its full size, and keep those that an earlier run has left."""
-        for path in folder.glob("*.safetensors"):
-            if path.name not in shards.headers:
+    def create(
+        cls, folder: Path, layout: ShardLayout, *, remove_others: bool = True
+    ) -> ShardWriter:
+        """Create every file at its full size with its header, or keep the one that is there.
+
+        Args:
+            folder: An existing folder.
+            layout: The files.
+            remove_others: Remove all other safetensors files of the folder.
+        """
+        for path in folder.glob("*.safetensors") if remove_others else ():
+            if path.name not in layout.headers:
                 path.unlink()
         resumed = set()
-        for file, header in shards.headers.items():
+        for file, header in layout.headers.items():
             path = folder / file
-            if (
-                path.is_file()
-                and not path.is_symlink()
-                and path.stat().st_size == shards.sizes[file]
-            ):
-                with path.open("rb") as stream:
-                    if stream.read(len(header)) == header:
-                        resumed.add(file)
-                        continue
+            if _has_header(path, header, layout.sizes[file]):
+                resumed.add(file)
+                continue
             path.unlink(missing_ok=True)
             with path.open("xb") as stream:
                 stream.write(header)
-                stream.truncate(shards.sizes[file])
-        return cls(folder, shards, frozenset(resumed))
+                stream.truncate(layout.sizes[file])
+        return cls(folder, layout, frozenset(resumed))
 
-    def put(self, name: str, pieces: Sequence[Buffer]) -> None:
-        """Write one tensor, whose bytes are these pieces one after the other."""
-        file, at, nbytes = self.shards.places[name]
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(flush=error is None)
+
+    def put(self, name: str, pieces: Sequence[memoryview]) -> None:
+        """Write a tensor.
+
+        Args:
+            name: Of the tensor.
+            pieces: Its bytes, one piece after the other.
+        """
+        file, position, nbytes = self.layout.places[name]
         if (given := sum(len(piece) for piece in pieces)) != nbytes:
             raise ValueError(f"{name} has {nbytes} bytes, and {given} were given.")
         with self._lock:
-            if file not in self._handles:
-                self._handles[file] = os.open(self.folder / file, os.O_RDWR)
-            handle = self._handles[file]
-        same = file in self.resumed and _same(handle, at, pieces)
-        if not same:
-            _write(handle, at, pieces)
-            _begin_flush(handle, at, nbytes)
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self.folder / file, os.O_RDWR)
+            descriptor = self._descriptors[file]
+        kept = file in self.resumed and _is_written(descriptor, position, pieces)
+        if not kept:
+            _write(descriptor, position, pieces)
         with self._lock:
-            self.kept, self.written = self.kept + same * nbytes, self.written + (not same) * nbytes
+            if kept:
+                self.kept_bytes += nbytes
+            else:
+                self.written_bytes += nbytes
 
-    def close(self) -> None:
-        """Flush what this process has written to the disk, and close its files."""
-        while self._handles:
-            _, handle = self._handles.popitem()
+    def close(self, *, flush: bool = True) -> None:
+        """Close the files; `flush`: wait until what was written is on the disk."""
+        while self._descriptors:
+            _, descriptor = self._descriptors.popitem()
             try:
-                os.fsync(handle)
+                if flush:
+                    os.fsync(descriptor)
             finally:
-                os.close(handle)
-
-    def abandon(self) -> None:
-        """Close the files, and leave to a later run what is in them."""
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+                os.close(descriptor)
 
 
-def _write(handle: int, at: int, pieces: Sequence[Buffer]) -> None:
+def _has_header(path: Path, header: bytes, size: int) -> bool:
+    if not path.is_file() or path.is_symlink() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(header)) == header
+
+
+def _write(descriptor: int, position: int, pieces: Sequence[memoryview]) -> None:
     queue = [piece for piece in pieces if len(piece)]
     first = 0
     while first < len(queue):
-        done = os.pwritev(handle, queue[first : first + _PIECES], at)
-        at += done
+        done = os.pwritev(descriptor, queue[first : first + _MAX_BUFFERS], position)
+        position += done
         while first < len(queue) and done >= len(queue[first]):
             done -= len(queue[first])
             first += 1
@@ -153,36 +236,23 @@ def _write(handle: int, at: int, pieces: Sequence[Buffer]) -> None:
             queue[first] = queue[first][done:]
 
 
-def _begin_flush(handle: int, at: int, nbytes: int) -> None:
-    """Have the disk begin with these bytes while others are being written, where the system can be told to."""
-    if _sync_file_range is not None:
-        _sync_file_range(handle, ctypes.c_int64(at), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
-
-
-def _same(handle: int, at: int, pieces: Sequence[Buffer]) -> bool:
+def _is_written(descriptor: int, position: int, pieces: Sequence[memoryview]) -> bool:
     for piece in pieces:
-        for begin in range(0, len(piece), _STEP):
-            wanted = piece[begin : begin + _STEP]
-            found = bytearray(len(wanted))
-            if (
-                os.preadv(handle, [found], at) != len(wanted) or found != wanted
-            ):  # a bytearray compares by memcmp
+        for begin in range(0, len(piece), _COMPARED_BYTES):
+            expected = piece[begin : begin + _COMPARED_BYTES]
+            found = bytearray(len(expected))  # bytearrays are compared with memcmp
+            if os.preadv(descriptor, [found], position) != len(expected) or found != expected:
                 return False
-            at += len(wanted)
+            position += len(expected)
     return True
 
 
-def index_of(shards: Shards) -> dict[str, Any] | None:
-    """The index of the files; None where there is a single one, of the usual name."""
-    if set(shards.headers) == {"model.safetensors"}:
-        return None
-    return {
-        "metadata": {"total_size": shards.nbytes},
-        "weight_map": {name: shards.places[name][0] for name in sorted(shards.places)},
+def write_index(folder: Path, layout: ShardLayout) -> None:
+    """Write the index of the files, unless there is a single one of the usual name."""
+    if set(layout.headers) == {SINGLE_FILE}:
+        return
+    index = {
+        "metadata": {"total_size": layout.nbytes},
+        "weight_map": {name: layout.places[name][0] for name in sorted(layout.places)},
     }
-
-
-def write_index(folder: Path, shards: Shards) -> None:
-    """Write the index, where there is one to be written."""
-    if (index := index_of(shards)) is not None:
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

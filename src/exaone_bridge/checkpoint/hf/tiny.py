@@ -1,32 +1,53 @@
-"""Random checkpoints: real files of any configuration, away from identity, so that no fault can hide.
+"""Random checkpoints: real files of any config, with values that hide no fault.
 
-Norm scales are not 1, biases not 0, and activations keep their size from layer to layer.
+Norm scales are not 1, biases are not 0, and activations keep their size from layer to layer.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exaone_bridge.checkpoint.hf.writer import plan_shards, write_config_json, write_weights
+from exaone_bridge.checkpoint.dtypes import byte_view
+from exaone_bridge.checkpoint.hf.headers import TensorSpec
+from exaone_bridge.checkpoint.hf.shards import (
+    ShardWriter,
+    assign_files,
+    shard_layout,
+    write_index,
+)
+from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.models import family_of
+from exaone_bridge.schema.dtypes import SAFETENSORS_DTYPES
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.model_family import ModelFamily
-from exaone_bridge.schema.param_mapping import HFTensor, hf_tensors
+from exaone_bridge.schema.param_mapping import HFTensor
 
 __all__ = ["random_weights", "write_random"]
 
 
 def random_weights(
-    tensors: Iterable[HFTensor], dims: Mapping[str, int], dtype: torch.dtype, seed: int
+    tensors: Iterable[HFTensor], dims: Mapping[str, int], model_dtype: str, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for each: norms are 1 + 0.3 n, matrices n / sqrt(inputs), others std n; n standard normal."""
+    """Draw random tensors from a standard normal n.
+
+    A tensor with a `std` is std n; else a vector, which is a norm's scale, is 1 + 0.3 n, and a
+    matrix is n / sqrt(inputs).
+
+    Args:
+        tensors: The tensors, in the order of drawing.
+        dims: Axis letter -> size.
+        model_dtype: As in config.json; tensors that are kept in fp32 are fp32.
+        seed: Of the generator.
+
+    Yields:
+        Name and tensor, of the tensor's shape.
+    """
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors:
         shape = tensor.shape(dims)
@@ -37,49 +58,47 @@ def random_weights(
             noise.mul_(0.3).add_(1)
         else:
             noise.mul_(shape[-1] ** -0.5)
-        yield tensor.name, noise.to(torch.float32 if tensor.fp32 else dtype)
+        yield tensor.name, noise.to(getattr(torch, tensor.dtype(model_dtype)))
 
 
 def write_random(
     target: Path, config: Mapping[str, Any], *, seed: int = 0, tokenizer: bool = True
 ) -> None:
-    """Write a Hugging Face folder of this configuration with random weights.
+    """Write a Hugging Face folder of a config with random weights.
 
     Args:
-        target: must not exist.
+        target: Must not exist.
         config: `config.json`.
-        seed: of the weights.
-        tokenizer: also write a byte-level tokenizer with the family's special tokens, its chat template and a
-            generation config.
+        seed: Of the weights.
+        tokenizer: Also write a byte-level tokenizer with the family's special tokens, its chat
+            template and a generation config.
 
     Raises:
-        UnsupportedConfig: the configuration is not modelled.
-        CheckpointError: the target exists.
+        UnsupportedConfig: The config is not supported.
+        CheckpointError: The target exists.
     """
-    family = family_of(config.get("architectures"), where="configuration")
-    model_config = family.read_hf_config(config)
-    tensors = (
-        *hf_tensors(family.mappings(model_config)).values(),
-        *family.passthrough_tensors(model_config),
-    )
-    dtype: torch.dtype = getattr(torch, model_config.dtype)
-    sizes = {
-        each.name: math.prod(each.shape(model_config.dims)) * (4 if each.fp32 else dtype.itemsize)
+    model = family_of(config.get("architectures"), where="config").describe(config)
+    family, dtype = model.family, model.config.dtype
+    tensors = (*model.hf_tensors.values(), *model.passthrough_tensors)
+    specs = [
+        TensorSpec(each.name, SAFETENSORS_DTYPES[each.dtype(dtype)], each.shape(model.dims))
         for each in tensors
-    }
+    ]
+    layout = shard_layout(specs, assign_files({spec.name: spec.nbytes for spec in specs}))
     with staged(target) as folder:
-        write_weights(
-            folder, random_weights(tensors, model_config.dims, dtype, seed), plan_shards(sizes)
-        )
+        with ShardWriter.create(folder, layout) as writer:
+            for name, tensor in random_weights(tensors, model.dims, dtype, seed):
+                writer.put(name, [byte_view(tensor)])
+        write_index(folder, layout)
         write_config_json(folder, config)
-        if tokenizer and model_config.vocab_size >= 256 + len(family.tiny_files.special_tokens):
-            _write_tokenizer(
-                folder, family, model_config.vocab_size, {**language_config(dict(config)), **config}
-            )
+        vocab_size = model.config.vocab_size
+        if tokenizer and vocab_size >= 256 + len(family.tiny_files.special_tokens):
+            names = {**language_config(dict(config)), **config}
+            _write_tokenizer(folder, family, vocab_size, names)
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 characters by which byte-level tokenizers write bytes: printable ones for themselves, others shifted."""
+    """The 256 characters of byte-level tokenizers: printable bytes as they are, others shifted."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -145,9 +164,8 @@ def _named_tokens(special: Mapping[str, int], config: Mapping[str, Any]) -> dict
     named = {}
     for role in ("bos", "eos", "pad"):
         number = config.get(f"{role}_token_id")
-        number = (
-            number[0] if isinstance(number, list) and number else number
-        )  # several ends of a text: the first
+        if isinstance(number, list) and number:  # of several EOS tokens the first
+            number = number[0]
         if isinstance(number, int) and number in by_number:
             named[f"{role}_token"] = by_number[number]
     return named

@@ -58,7 +58,7 @@ class MegatronSource:
         plan = reshard_plan(self.model, Layout())
         self.tensors: dict[str, TensorSpec] = {}
         self._places: dict[str, _Place] = {}
-        for part in plan.parts:
+        for part in plan.params:
             for held, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
                 key, lead = self._locate(part, held)
                 for index, (name, tensor) in enumerate(zip(names, part.mapping.hf, strict=True)):
@@ -76,7 +76,7 @@ class MegatronSource:
         return list(found.values())
 
     def _locate(self, part: ParamPlan, numbers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        shape = part.cuts[0].shape
+        shape = part.shards[0].shape
         key, lead = key_of(part.mapping, numbers, stacked=False)
         if key not in self.stored.tensors:
             key, lead = key_of(part.mapping, numbers, stacked=True)
@@ -106,7 +106,7 @@ class MegatronSource:
         place, spec = self._places[name], self.tensors[name]
         tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
         before = tuple((number, number + 1) for number in place.lead)
-        for copy in place.part.cuts[0].copies:
+        for copy in place.part.shards[0].copies:
             if copy.tensor == place.tensor:
                 target = tensor[tuple(slice(begin, end) for begin, end in copy.hf)]
                 shaped = target.view(

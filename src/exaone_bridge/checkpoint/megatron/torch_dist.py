@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from exaone_bridge.checkpoint.reshard.plan import Slice
-from exaone_bridge.checkpoint.reshard.validate import prove_cover
+from exaone_bridge.checkpoint.reshard.validate import validate_cover
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.param_mapping import ParamMapping
 
@@ -166,7 +166,7 @@ class TorchDist:
         if self._held[0] != (key, lead):
             self._held = ((key, lead), {})  # first let go of the last one
         if key not in self._by_lead:
-            prove_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
+            validate_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
             self._by_lead[key] = {}
         for chunk in self._near(key, lead):
             meet = [

@@ -51,7 +51,7 @@ class Parameter(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of it."""
-        shape = self.part.cuts[0].shape
+        shape = self.part.shards[0].shape
         return torch.Size(shape).numel() * self.part.itemsizes[0]
 
     @property
@@ -82,7 +82,7 @@ def parameters_of(plan: ReshardPlan, layers: int, *, stacked: bool) -> list[Para
         stacked: whether all layers of a parameter lie in one tensor.
     """
     found = []
-    for part in plan.parts:
+    for part in plan.params:
         for numbers, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
             key, lead = key_of(part.mapping, numbers, stacked=stacked)
             sizes = (layers, part.mapping.experts) if stacked else (part.mapping.experts,)
@@ -111,7 +111,7 @@ def write_parameters(
 
 def _read(parameter: Parameter, source: HFCheckpoint) -> torch.Tensor:
     """Read a parameter, with leading axes of one: rows of its tensors go from file to place."""
-    cut = parameter.part.cuts[0]
+    cut = parameter.part.shards[0]
     dtype = TORCH_DTYPES[source.tensors[parameter.names[0]].dtype]
     result = torch.empty((1,) * len(parameter.lead) + cut.shape, dtype=dtype)
     rows = result.view(cut.shape)
@@ -138,12 +138,12 @@ def write_metadata(
         entry = state.get(parameter.key)
         if entry is None:
             properties = TensorProperties(dtype=TORCH_DTYPES[tensors[name].dtype])
-            shape = torch.Size(parameter.outer + parameter.part.cuts[0].shape)
+            shape = torch.Size(parameter.outer + parameter.part.shards[0].shape)
             entry = state[parameter.key] = TensorStorageMetadata(
                 properties=properties, size=shape, chunks=[]
             )
         assert isinstance(entry, TensorStorageMetadata)
-        shape = parameter.part.cuts[0].shape
+        shape = parameter.part.shards[0].shape
         offsets = torch.Size(parameter.lead + (0,) * len(shape))
         entry.chunks.append(
             ChunkStorageMetadata(offsets, torch.Size((1,) * len(parameter.lead) + shape))

@@ -1,6 +1,7 @@
-"""What the host's calls ask of the conversion engine; `bridge/eligibility.py` finds it by name, because it stands above it.
+"""Loads a Hugging Face folder into the Megatron-Core model of a rank by the reshard plan.
 
-Both run on every rank of a world that is up, on the model that the host built.
+It runs on every rank of a world that is up, on the model that Megatron-Bridge built, without any
+collective: each rank reads its own slices.
 """
 
 from __future__ import annotations
@@ -19,115 +20,128 @@ from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
 from exaone_bridge.checkpoint.hf.checkpoint import check_shape
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.hf.reader import TensorReader
-from exaone_bridge.checkpoint.reshard.plan import (
-    LocalParam,
-    Rank,
-    ReshardPlan,
-    reshard_plan,
-)
-from exaone_bridge.checkpoint.reshard.validate import prove
+from exaone_bridge.checkpoint.reshard.plan import LocalParam, Rank, ReshardPlan, reshard_plan
+from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.model_family import ModelDescription
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["LoadStats", "LocalModel", "copying_threads", "fill", "load"]
+__all__ = ["LoadStats", "LocalModel", "fill_params", "load_weights", "match_params", "plan_local"]
 
-_MOST_THREADS = 8
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MAX_THREADS = 8
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MODEL = "Megatron-Core model"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """This rank's place in a world, and what it holds.
+    """The model of one rank.
 
     Attributes:
-        layers: the global 0-based layers of each chunk here.
-        even: whether the pipeline is cut evenly, so that every rank knows what all others hold.
-        parameters: by chunk and name in it; persistent buffers too.
+        layout: The layout of the world.
+        rank: This process in it.
+        layers: The global 0-based layers of each model chunk of this rank.
+        even_pipeline: Whether layers are distributed evenly over the stages, so that the layers of
+            all other ranks are known.
+        parameters: (chunk, name in it) -> parameter or persistent buffer.
     """
 
     layout: Layout
-    pp: int
-    tp: int
-    ep: int
-    etp: int
+    rank: Rank
     layers: tuple[tuple[int, ...], ...]
-    even: bool
+    even_pipeline: bool
     parameters: Mapping[tuple[int, str], torch.Tensor]
-
-    @property
-    def rank(self) -> Rank:
-        """As the plan counts."""
-        return Rank(pp=self.pp, tp=self.tp, ep=self.ep, etp=self.etp)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """What one rank copied, counted as it was copied: bytes of files' tensors, and of those that ranks cut."""
+    """What one rank loaded, counted while it was copied.
 
-    parameters: int
+    Attributes:
+        num_params: Parameters that were filled.
+        nbytes: Bytes of Hugging Face tensors that were read.
+        sharded_nbytes: Those of `nbytes` that belong to sharded parameters.
+    """
+
+    num_params: int
     nbytes: int
-    cut_nbytes: int
+    sharded_nbytes: int
 
 
-def plan_here(model: ModelDescription, placed: LocalModel) -> ReshardPlan:
-    """The plan of the model at hand.
+def plan_local(model: ModelDescription, local: LocalModel) -> ReshardPlan:
+    """Plan the copies for the model of this rank.
+
+    With an uneven pipeline, the plan has the layers of this rank's stage only.
 
     Raises:
-        UnsupportedLayout: an axis that the layout does not cut evenly.
+        UnsupportedLayout: The layout does not divide an axis evenly.
     """
-    layout = placed.layout
+    layout = local.layout
     stages = layout.stage_layers(model.config.num_layers)
-    if not placed.even:  # of other stages nothing is known here
-        stages = tuple(placed.layers if stage == placed.pp else () for stage in range(layout.pp))
-    words = (0, "embedding.word_embeddings.weight"), (len(placed.layers) - 1, "output_layer.weight")
-    here = next(
-        (placed.parameters[key].shape[0] for key in words if key in placed.parameters), None
+    if not local.even_pipeline:
+        stages = tuple(local.layers if stage == local.rank.pp else () for stage in range(layout.pp))
+    vocab_keys = (
+        (0, "embedding.word_embeddings.weight"),
+        (len(local.layers) - 1, "output_layer.weight"),
+    )
+    vocab_rows = next(
+        (
+            local.parameters[key].shape[0] * layout.tp
+            for key in vocab_keys
+            if key in local.parameters
+        ),
+        None,
     )
     return reshard_plan(
         model,
         layout,
-        vocab_rows=None if here is None else here * layout.tp,
+        vocab_rows=vocab_rows,
         stages=stages,
-        grouped=not any(".local_experts." in name for _, name in placed.parameters),
+        grouped=not any(".local_experts." in name for _, name in local.parameters),
     )
 
 
-def matched(plan: ReshardPlan, placed: LocalModel) -> list[tuple[LocalParam, torch.Tensor]]:
-    """Each parameter of this rank with its place in the plan; neither side has one that the other lacks.
+def match_params(plan: ReshardPlan, local: LocalModel) -> list[tuple[LocalParam, torch.Tensor]]:
+    """Find the parameters of this rank's model in the plan, and check that both have the same.
+
+    Returns:
+        Each planned parameter of this rank with its tensor, which has the shape of the shard.
 
     Raises:
-        UnmappedTensors: a parameter without a row, or a row without its parameter.
-        CheckpointError: a parameter of another shape.
+        UnmappedTensors: Keys are missing, or there are unexpected keys.
+        CheckpointError: A parameter has another shape than the config gives it.
     """
-    where = "Megatron-Core model"
-    wanted = {(held.chunk, held.name): held for held in plan.held(placed.rank)}
+    planned = {(param.chunk, param.name): param for param in plan.local_params(local.rank)}
     check_coverage(
-        [_named(held) for key, held in wanted.items() if key not in placed.parameters],
+        [_global_name(param) for key, param in planned.items() if key not in local.parameters],
         [
-            _global(name, placed.layers[chunk])
-            for chunk, name in placed.parameters
-            if (chunk, name) not in wanted
+            _with_global_layer(name, local.layers[chunk])
+            for chunk, name in local.parameters
+            if (chunk, name) not in planned
         ],
-        where=where,
+        where=_MODEL,
         remedy=BUILD_FROM_CONFIG,
     )
-    for key, held in wanted.items():
-        if (shape := tuple(placed.parameters[key].shape)) != held.cut.shape:
-            problem = f"{_named(held)} has shape {list(shape)}, and the configuration makes it {list(held.cut.shape)}"
-            raise CheckpointError(where, problem, remedy=BUILD_FROM_CONFIG)
-    return [(held, placed.parameters[key]) for key, held in wanted.items()]
+    for key, param in planned.items():
+        if (shape := tuple(local.parameters[key].shape)) != param.shard.shape:
+            raise CheckpointError(
+                _MODEL,
+                f"{_global_name(param)} has shape {list(shape)}, "
+                f"and the config makes it {list(param.shard.shape)}",
+                remedy=BUILD_FROM_CONFIG,
+            )
+    return [(param, local.parameters[key]) for key, param in planned.items()]
 
 
-def _named(held: LocalParam) -> str:
-    """The parameter's global name."""
-    name = held.name if held.replica else held.part.mapping.megatron
-    for number in held.numbers:
-        name = name.replace("*", str(number), 1)
+def _global_name(local: LocalParam) -> str:
+    name = local.name if local.is_tied_copy else local.param.mapping.megatron
+    for index in local.indices:
+        name = name.replace("*", str(index), 1)
     return name
 
 
-def _global(name: str, layers: tuple[int, ...]) -> str:
+def _with_global_layer(name: str, layers: tuple[int, ...]) -> str:
+    """Replace the layer's number in its chunk by its global number."""
     before, dot, rest = name.partition(".layers.")
     number, _, after = rest.partition(".")
     if not dot or not number.isdigit() or int(number) >= len(layers):
@@ -135,94 +149,106 @@ def _global(name: str, layers: tuple[int, ...]) -> str:
     return f"{before}.layers.{layers[int(number)]}.{after}"
 
 
-def load(folder: Path, model: ModelDescription, placed: LocalModel) -> LoadStats:
-    """Copy this rank's slices from a folder's files straight into its parameters; no rank waits for another.
+def load_weights(folder: Path, model: ModelDescription, local: LocalModel) -> LoadStats:
+    """Copy this rank's slices from a folder's files straight into its parameters.
+
+    No collective is involved: a rank that raises does so alone.
 
     Raises:
-        UnmappedTensors: a tensor that no row claims, one that a row claims and the folder lacks; or see `matched`.
-        CheckpointError: files that are damaged, or tensors of another shape than the configuration says.
-        UnsupportedLayout, PlanError: the model cannot be cut so.
+        UnmappedTensors: Keys are missing, or there are unexpected keys, on either side.
+        CheckpointError: A file is damaged, or a tensor or parameter has another shape than the
+            config gives it.
+        UnsupportedLayout: The layout does not divide an axis evenly.
+        PlanError: The plan is not a bijection.
     """
-    plan = plan_here(model, placed)
-    if placed.even and plan.stages[placed.pp] != placed.layers:
+    plan = plan_local(model, local)
+    if local.even_pipeline and (wanted := plan.stages[local.rank.pp]) != local.layers:
         raise CheckpointError(
-            "Megatron-Core model",
-            f"stage {placed.pp} has the layers {placed.layers}, and should have {plan.stages[placed.pp]}",
+            _MODEL,
+            f"stage {local.rank.pp} has the layers {local.layers}, and should have {wanted}",
             remedy=BUILD_FROM_CONFIG,
         )
-    parameters = matched(plan, placed)
+    params = match_params(plan, local)
     tensors = {
         name: info for name, info in read_headers(folder).items() if not model.is_passthrough(name)
     }
     check_coverage(model.hf_shapes, tensors, where=folder)
     for name, shape in model.hf_shapes.items():
         check_shape(tensors[name], shape)
-    if placed.even:
-        prove(plan, {name: info.shape for name, info in tensors.items()})
-    return fill(parameters, tensors)
+    if local.even_pipeline:
+        validate_plan(plan, {name: info.shape for name, info in tensors.items()})
+    return fill_params(params, tensors)
 
 
 @torch.no_grad()
-def fill(
-    parameters: list[tuple[LocalParam, torch.Tensor]], tensors: Mapping[str, TensorInfo]
+def fill_params(
+    params: list[tuple[LocalParam, torch.Tensor]], tensors: Mapping[str, TensorInfo]
 ) -> LoadStats:
-    """Copy every slice of every parameter from its file, in the parameter's own type; padding is zero.
+    """Copy every slice from its file to its parameter, in the parameter's dtype; padding is zero.
 
     Copies run on this rank's share of the machine's cores, the largest parameters first.
+
+    Args:
+        params: Each planned parameter with its tensor, which has the shape of the shard.
+        tensors: Where the Hugging Face tensors lie.
     """
-    parameters = sorted(parameters, key=lambda pair: -pair[1].numel())
-    with TensorReader() as reader, ThreadPoolExecutor(copying_threads()) as pool:
-        moved = list(
-            pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, reader), parameters)
-        )
+    params = sorted(params, key=lambda pair: -pair[1].numel())
+    with TensorReader() as reader, ThreadPoolExecutor(_num_threads()) as pool:
+        sizes = list(pool.map(lambda pair: _fill_one(pair[0], pair[1], tensors, reader), params))
     return LoadStats(
-        len(parameters),
-        sum(nbytes for nbytes, _ in moved),
-        sum(nbytes for nbytes, cut in moved if cut),
+        len(params),
+        sum(sizes),
+        sum(
+            nbytes
+            for nbytes, (local, _) in zip(sizes, params, strict=True)
+            if len(local.param.shards) > 1
+        ),
     )
 
 
-def copying_threads() -> int:
-    """Cores of this machine for each of its ranks, and no more than memory keeps up with."""
+def _num_threads() -> int:
+    """This machine's cores per rank of it, up to what its memory bandwidth supports."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    ranks = int(
-        os.environ.get("LOCAL_WORLD_SIZE")
-        or (dist.get_world_size() if dist.is_initialized() else 1)
-    )
-    return max(1, min(_MOST_THREADS, cores // ranks))
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    return max(1, min(_MAX_THREADS, cores // ranks))
 
 
 def _fill_one(
-    held: LocalParam,
+    local: LocalParam,
     parameter: torch.Tensor,
     tensors: Mapping[str, TensorInfo],
     reader: TensorReader,
-) -> tuple[int, bool]:
-    """Bytes that were read, and whether the parameter is one that ranks cut."""
-    infos = [tensors[tensor.numbered(*held.numbers).name] for tensor in held.part.mapping.hf]
+) -> int:
+    """Fill one parameter, and return how many bytes were read."""
+    infos = [tensors[hf.numbered(*local.indices).name] for hf in local.param.mapping.hf]
     views = [reader.view(info) for info in infos]
     nbytes = 0
-    with torch.no_grad():  # a thread's own setting
-        for copy in held.cut.copies:
+    with torch.no_grad():  # a setting per thread
+        for copy in local.shard.copies:
             source = views[copy.tensor][tuple(slice(begin, end) for begin, end in copy.hf)]
             target = parameter[tuple(slice(begin, end) for begin, end in copy.megatron)]
             nbytes += source.nbytes
-            if source.is_contiguous() and target.is_contiguous() and _same_bits(target, source):
+            if (
+                source.is_contiguous()
+                and target.is_contiguous()
+                and _is_bitwise_copy(target, source)
+            ):
                 begin = source.storage_offset() * source.itemsize
                 reader.read_into(infos[copy.tensor], target, begin)
             else:
                 _copy(target, source.view(target.shape) if source.dim() != target.dim() else source)
-        for box in held.cut.padding:
+        for box in local.shard.padding:
             parameter[tuple(slice(begin, end) for begin, end in box)].zero_()
     del views
     for info in infos:
         reader.release(info)
-    return nbytes, len(held.part.cuts) > 1
+    return nbytes
 
 
-def _same_bits(target: torch.Tensor, source: torch.Tensor) -> bool:
+def _is_bitwise_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
     return (
         target.device.type == "cpu"
         and target.dtype == source.dtype
@@ -232,9 +258,10 @@ def _same_bits(target: torch.Tensor, source: torch.Tensor) -> bool:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if _same_bits(target, source):
-        bits = _BITS[target.element_size()]  # NumPy has no bfloat16
-        # NumPy copies on the thread that asks; torch would share each copy out among its own, which are all busy.
+    if _is_bitwise_copy(target, source):
+        bits = _INT_OF_SIZE[target.element_size()]  # NumPy has no bfloat16
+        # NumPy copies on the calling thread; torch would split each copy over its own threads,
+        # while all of ours are busy.
         np.copyto(target.detach().view(bits).numpy(), source.view(bits).numpy())
     else:
         target.copy_(source)

@@ -1,9 +1,10 @@
-"""The plan: which rectangle of which Hugging Face tensor is which rectangle of which Megatron-Core parameter.
+"""The reshard plan: which slice of which Hugging Face tensor is which slice of which parameter.
 
-Computed from rows, facts and a layout alone: no model is built, no tensor is read, no torch is imported. A row's
-parameter is cut in the same way in every layer and for every expert, so a `ParamPlan` states its rectangles once; `Plan`
-says who holds which layers and experts. So a plan of 60,000 tensors is as small as one of 600, and both directions
-follow it. `prove.py` checks it, and shares no arithmetic with it.
+It follows from the model's parameter mappings and a layout: no model is built, no tensor is read,
+no torch is imported. A parameter is sharded in the same way in every layer and for every expert, so
+a `ParamPlan` states its slices once, and `ReshardPlan` says which rank has which layers and
+experts: a plan of 60,000 tensors is as small as one of 600. Loading and saving both follow it.
+`validate.py` checks it, and shares no arithmetic with it.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ __all__ = [
     "Slice",
     "SliceCopy",
     "check_layout",
-    "elements",
-    "ordinal_of",
+    "num_elements",
     "reshard_plan",
-    "writer",
+    "writer_of",
+    "writer_ordinal",
 ]
 
 Slice = tuple[tuple[int, int], ...]  # (begin, end) along each axis
 
 _TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
-_CUT_BY_NOBODY = (MappingKind.REPLICATED, MappingKind.SQUEEZED)
+_REPLICATED = (MappingKind.REPLICATED, MappingKind.SQUEEZED)
 
 
-def elements(box: Slice) -> int:
-    """How many elements a rectangle has."""
+def num_elements(box: Slice) -> int:
+    """Return the number of elements of a slice."""
     return math.prod(end - begin for begin, end in box)
 
 
 class SliceCopy(NamedTuple):
-    """A rectangle that both sides have; `tensor` counts the row's Hugging Face tensors from 0."""
+    """A slice that both sides have; `tensor` is its index in the mapping's Hugging Face tensors."""
 
     tensor: int
     hf: Slice
@@ -57,7 +58,7 @@ class SliceCopy(NamedTuple):
 
 
 class ShardSpec(NamedTuple):
-    """What one rank of those that cut a parameter holds of it: its shape, what fills it, and what nothing fills."""
+    """One TP rank's shard of a parameter: its shape, the slices that fill it, and its padding."""
 
     shape: tuple[int, ...]
     copies: tuple[SliceCopy, ...]
@@ -65,7 +66,7 @@ class ShardSpec(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """A rank's place: pipeline stage, and its number among those that cut layers, deal out experts, and cut experts."""
+    """The pipeline stage, TP rank, EP rank and expert-TP rank of a process."""
 
     pp: int = 0
     tp: int = 0
@@ -75,190 +76,214 @@ class Rank(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ParamPlan:
-    """One row, and how its parameters are cut.
+    """A parameter mapping, and how its parameters are sharded.
 
     Attributes:
-        shapes: of the row's Hugging Face tensors.
-        itemsizes: bytes of an element of each.
-        cuts: by the rank's number among those that cut it; a single one where nobody does.
+        shapes: Of the mapping's Hugging Face tensors.
+        itemsizes: Bytes per element of each of them.
+        shards: By TP rank (expert-TP rank for expert weights); one shard if replicated.
     """
 
     mapping: ParamMapping
     shapes: tuple[tuple[int, ...], ...]
     itemsizes: tuple[int, ...]
-    cuts: tuple[ShardSpec, ...]
+    shards: tuple[ShardSpec, ...]
 
     @property
-    def per_expert(self) -> bool:
-        """Whether each expert has one."""
+    def is_expert(self) -> bool:
+        """Whether these are weights of routed experts."""
         return self.mapping.experts > 0
 
-    def cut(self, rank: Rank) -> ShardSpec:
-        """What this rank holds of each of its parameters."""
-        return self.cuts[(rank.etp if self.per_expert else rank.tp) % len(self.cuts)]
-
-    def read_bytes(self, rank: Rank) -> int:
-        """Bytes of the Hugging Face tensors that one parameter of this rank is made of."""
+    @property
+    def hf_nbytes(self) -> int:
+        """Bytes of the Hugging Face tensors of one parameter."""
         return sum(
-            elements(copy.hf) * self.itemsizes[copy.tensor] for copy in self.cut(rank).copies
+            math.prod(shape) * size for shape, size in zip(self.shapes, self.itemsizes, strict=True)
         )
 
-    def held_bytes(self, rank: Rank) -> int:
-        """Bytes of one parameter on this rank, padding included."""
-        return math.prod(self.cut(rank).shape) * self.itemsizes[0]
+    def shard(self, rank: Rank) -> ShardSpec:
+        """Return this rank's shard of each of the parameters."""
+        return self.shards[(rank.etp if self.is_expert else rank.tp) % len(self.shards)]
+
+    def read_bytes(self, rank: Rank) -> int:
+        """Return the bytes of Hugging Face tensors that this rank reads for one parameter."""
+        return sum(
+            num_elements(copy.hf) * self.itemsizes[copy.tensor] for copy in self.shard(rank).copies
+        )
+
+    def local_bytes(self, rank: Rank) -> int:
+        """Return the bytes of one parameter on this rank, padding included."""
+        return math.prod(self.shard(rank).shape) * self.itemsizes[0]
 
 
 class LocalParam(NamedTuple):
-    """One parameter on one rank: in which of its chunks, by which name there, and which layer (and expert) it is."""
+    """A parameter on one rank.
+
+    Attributes:
+        chunk: The model chunk of the rank that has it.
+        name: Its name in that chunk.
+        indices: (), (layer,) or (layer, expert), global and 0-based.
+        shard: This rank's shard.
+        is_tied_copy: Whether it is the last stage's copy of a tied embedding.
+    """
 
     chunk: int
     name: str
-    part: ParamPlan
-    numbers: tuple[int, ...]
-    cut: ShardSpec
-    replica: bool  # of a parameter that another stage owns: a tied output layer
+    param: ParamPlan
+    indices: tuple[int, ...]
+    shard: ShardSpec
+    is_tied_copy: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardPlan:
-    """The copies of every rank of a layout.
+    """The copies between Hugging Face tensors and the parameters of every rank of a layout.
 
     Attributes:
-        parts: one for each row.
-        stages: the global 0-based layers of each chunk of each pipeline rank.
-        experts: the global 0-based experts of each expert-parallel rank.
-        tied: whether the last of several stages holds a copy of the embedding as its output layer.
-        grouped: whether one module holds all experts (Transformer Engine's grouped GEMM), or each its own.
+        params: One for each parameter mapping.
+        stages: The global 0-based layers of each chunk of each pipeline stage.
+        experts: The global 0-based experts of each EP rank.
+        tied: Whether the last of several stages has a copy of the embedding as its output layer.
+        grouped: Whether one module has all experts of a rank (Transformer Engine's grouped GEMM),
+            or each expert is a module.
     """
 
     layout: Layout
-    parts: tuple[ParamPlan, ...]
+    params: tuple[ParamPlan, ...]
     stages: tuple[tuple[tuple[int, ...], ...], ...]
     experts: tuple[tuple[int, ...], ...]
     tied: bool
     grouped: bool
 
     def ranks(self) -> list[Rank]:
-        """Every rank of the least world of this layout, in Megatron-Core's order (tp fastest, pp slowest)."""
+        """Return the ranks of the smallest world of this layout in Megatron-Core's order.
+
+        TP is the fastest axis, PP the slowest.
+        """
         tp, pp, ep, etp = self.layout.tp, self.layout.pp, self.layout.ep, self.layout.expert_tp
-        in_stage = self.layout.ranks // pp
+        stage_size = self.layout.ranks // pp
         return [
             Rank(pp=stage, tp=number % tp, ep=number // etp % ep, etp=number % etp)
             for stage in range(pp)
-            for number in range(in_stage)
+            for number in range(stage_size)
         ]
 
-    def held(self, rank: Rank) -> Iterator[LocalParam]:
-        """Every parameter of this rank, chunk by chunk within a row."""
+    def local_params(self, rank: Rank) -> Iterator[LocalParam]:
+        """Yield the parameters of a rank: mapping by mapping, and chunk by chunk within one."""
         last = len(self.stages) - 1
-        for part in self.parts:
-            cut = part.cut(rank)
-            name = (
-                part.mapping.megatron
-                if self.grouped
-                else part.mapping.alias or part.mapping.megatron
-            )
-            if not part.mapping.is_per_layer:
-                first = part.mapping.on_first_stage
+        for param in self.params:
+            shard = param.shard(rank)
+            mapping = param.mapping
+            name = mapping.megatron if self.grouped else mapping.alias or mapping.megatron
+            if not mapping.is_per_layer:
+                first = mapping.on_first_stage
                 if rank.pp == (0 if first else last):
-                    yield LocalParam(
-                        0 if first else len(self.stages[last]) - 1, name, part, (), cut, False
-                    )
-                if self.tied and name == _TIED[0] and rank.pp == last and last > 0:
-                    yield LocalParam(len(self.stages[last]) - 1, _TIED[1], part, (), cut, True)
+                    chunk = 0 if first else len(self.stages[last]) - 1
+                    yield LocalParam(chunk, name, param, (), shard, False)
+                if self.tied and mapping.megatron == _TIED[0] and rank.pp == last and last > 0:
+                    chunk = len(self.stages[last]) - 1
+                    yield LocalParam(chunk, _TIED[1], param, (), shard, True)
                 continue
-            layers = frozenset(part.mapping.layers)
             before, between, after = _split(name)
+            layers = frozenset(mapping.layers)
             for chunk, here in enumerate(self.stages[rank.pp]):
-                for local, layer in enumerate(here):
+                for position, layer in enumerate(here):
                     if layer not in layers:
                         continue
-                    start = f"{before}{local}{between}"
-                    if not part.per_expert:
-                        yield LocalParam(chunk, start + after, part, (layer,), cut, False)
+                    start = f"{before}{position}{between}"
+                    if not param.is_expert:
+                        yield LocalParam(chunk, start + after, param, (layer,), shard, False)
                         continue
                     for number, expert in enumerate(self.experts[rank.ep]):
-                        yield LocalParam(
-                            chunk, f"{start}{number}{after}", part, (layer, expert), cut, False
-                        )
+                        full_name = f"{start}{number}{after}"
+                        yield LocalParam(chunk, full_name, param, (layer, expert), shard, False)
 
-    def count(self, part: ParamPlan, rank: Rank) -> int:
-        """How many parameters of this part the rank holds, copies of a tied embedding included."""
+    def num_local(self, param: ParamPlan, rank: Rank) -> int:
+        """Return how many of these parameters a rank has, a copy of a tied embedding included."""
         last = len(self.stages) - 1
-        if not part.mapping.is_per_layer:
-            own = int(rank.pp == (0 if part.mapping.on_first_stage else last))
-            return own + int(
-                self.tied and part.mapping.megatron == _TIED[0] and rank.pp == last and last > 0
-            )
-        layers = frozenset(part.mapping.layers)
+        name = param.mapping.megatron
+        if not param.mapping.is_per_layer:
+            own = int(rank.pp == (0 if param.mapping.on_first_stage else last))
+            return own + int(self.tied and name == _TIED[0] and rank.pp == last and last > 0)
+        layers = frozenset(param.mapping.layers)
         here = sum(layer in layers for chunk in self.stages[rank.pp] for layer in chunk)
-        return here * (len(self.experts[rank.ep]) if part.per_expert else 1)
+        return here * (len(self.experts[rank.ep]) if param.is_expert else 1)
 
     def read_bytes(self, rank: Rank) -> int:
-        """Bytes that an import reads on this rank."""
-        return sum(self.count(part, rank) * part.read_bytes(rank) for part in self.parts)
+        """Return the bytes that an import reads on this rank."""
+        return sum(self.num_local(param, rank) * param.read_bytes(rank) for param in self.params)
 
-    def held_bytes(self, rank: Rank) -> int:
-        """Bytes of this rank's parameters."""
-        return sum(self.count(part, rank) * part.held_bytes(rank) for part in self.parts)
+    def local_bytes(self, rank: Rank) -> int:
+        """Return the bytes of this rank's parameters."""
+        return sum(self.num_local(param, rank) * param.local_bytes(rank) for param in self.params)
 
     def written_bytes(self) -> list[int]:
-        """Bytes that an export writes, by rank: of the ranks that hold a parameter, `writer` names one."""
-        per_stage = self.layout.ranks // self.layout.pp
+        """Return the bytes that an export writes on each rank: `writer_of` names one for each."""
+        stage_size = self.layout.ranks // self.layout.pp
         written = [0] * self.layout.ranks
-        for order, part in enumerate(self.parts):
-            nbytes = sum(
-                math.prod(shape) * size
-                for shape, size in zip(part.shapes, part.itemsizes, strict=True)
+        for order, param in enumerate(self.params):
+            num_experts = param.mapping.experts or 1
+            num_shards = self.layout.expert_tp if param.is_expert else self.layout.tp
+            ep = self.layout.ep if param.is_expert else 1
+            num_replicas = stage_size // (num_shards * ep)
+            period = num_shards * num_replicas  # of `writer_of`
+            experts = Counter(
+                (expert * ep // num_experts, expert % period) for expert in range(num_experts)
             )
-            experts = part.mapping.experts or 1
-            cutters = self.layout.expert_tp if part.per_expert else self.layout.tp
-            dealt = self.layout.ep if part.per_expert else 1
-            replicas = per_stage // (cutters * dealt)
-            period = cutters * replicas  # of `writer`
-            seconds = Counter(
-                (expert * dealt // experts, expert % period) for expert in range(experts)
-            )
-            layers = frozenset(part.mapping.layers)
-            for stage, chunks in enumerate(self.stages):
-                here = [layer for chunk in chunks for layer in chunk if layer in layers]
-                if not part.mapping.is_per_layer:
-                    here = (
-                        [0]
-                        if stage == (0 if part.mapping.on_first_stage else len(self.stages) - 1)
-                        else []
-                    )
-                firsts = Counter(ordinal_of(order, (layer,)) % period for layer in here)
-                for (first, times), ((owner, second), each) in itertools.product(
-                    firsts.items(), seconds.items()
+            for stage in range(len(self.stages)):
+                layers = Counter(
+                    writer_ordinal(order, indices) % period
+                    for indices in self._layers_on_stage(param, stage)
+                )
+                for (first, num_layers), ((ep_rank, second), each) in itertools.product(
+                    layers.items(), experts.items()
                 ):
-                    cutter, replica = writer(first + second, cutters, replicas)
-                    written[stage * per_stage + (replica * dealt + owner) * cutters + cutter] += (
-                        times * each * nbytes
-                    )
+                    shard, replica = writer_of(first + second, num_shards, num_replicas)
+                    rank = stage * stage_size + (replica * ep + ep_rank) * num_shards + shard
+                    written[rank] += num_layers * each * param.hf_nbytes
         return written
+
+    def _layers_on_stage(self, param: ParamPlan, stage: int) -> list[tuple[int, ...]]:
+        """The indices, less the expert, of the parameters that a stage has of a mapping."""
+        if not param.mapping.is_per_layer:
+            first = param.mapping.on_first_stage
+            return [()] if stage == (0 if first else len(self.stages) - 1) else []
+        layers = frozenset(param.mapping.layers)
+        return [(layer,) for chunk in self.stages[stage] for layer in chunk if layer in layers]
 
     @property
     def padding(self) -> int:
-        """Elements of all parameters, each counted once over the ranks that cut it, that no tensor fills."""
-        return sum(elements(box) for part in self.parts for cut in part.cuts for box in cut.padding)
+        """Elements of all parameters that no tensor fills; replicas are counted once."""
+        return sum(
+            num_elements(box)
+            for param in self.params
+            for shard in param.shards
+            for box in shard.padding
+        )
 
 
-def ordinal_of(order: int, numbers: tuple[int, ...]) -> int:
-    """A number by which parameters are dealt to writers: of the row's place in the table, the layer and the expert."""
-    return order + sum(numbers)
+def writer_ordinal(order: int, indices: tuple[int, ...]) -> int:
+    """Return the number by which `writer_of` distributes parameters over the ranks.
+
+    Args:
+        order: Index of the parameter's mapping in the plan.
+        indices: The layer and expert of the parameter.
+    """
+    return order + sum(indices)
 
 
-def writer(ordinal: int, cutters: int, replicas: int) -> tuple[int, int]:
-    """Which of the ranks that cut a parameter, and which of its replicas, writes it."""
-    return ordinal // replicas % cutters, ordinal % replicas
+def writer_of(ordinal: int, num_shards: int, num_replicas: int) -> tuple[int, int]:
+    """Choose the rank that writes a parameter: round-robin over replicas, then over shards.
 
+    Args:
+        ordinal: See `writer_ordinal`.
+        num_shards: Ranks that share one copy of the parameter.
+        num_replicas: Copies of the parameter in the world.
 
-def _split(name: str) -> tuple[str, str, str]:
-    """A name around its one or two stars."""
-    before, _, rest = name.partition("*")
-    between, star, after = rest.partition("*")
-    return (before, between, after) if star else (before, rest, "")
+    Returns:
+        The index of the rank among those that share a copy, and the index of the copy.
+    """
+    return ordinal // num_replicas % num_shards, ordinal % num_replicas
 
 
 def reshard_plan(
@@ -275,21 +300,23 @@ def reshard_plan(
         model: The model.
         layout: The parallel layout.
         vocab_rows: Rows of the padded vocabulary over all TP ranks; None: the least multiple of tp.
-        stages: The layers of each chunk of each pipeline rank; None: evenly distributed.
-        grouped: Whether one module holds all experts of a rank (grouped GEMM).
+        stages: The layers of each chunk of each pipeline stage; None: evenly distributed.
+        grouped: See `ReshardPlan`.
 
     Raises:
         UnsupportedLayout: The layout does not divide an axis evenly.
     """
     config = model.config
-    parts = tuple(
-        _part(mapping, config.dims, layout, itemsize(config.dtype), vocab_rows)
+    params = tuple(
+        _param_plan(mapping, config.dims, layout, itemsize(config.dtype), vocab_rows)
         for mapping in model.mappings
     )
-    each = config.num_experts // layout.ep
-    dealt = tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(layout.ep))
+    per_rank = config.num_experts // layout.ep
+    experts = tuple(
+        tuple(range(rank * per_rank, (rank + 1) * per_rank)) for rank in range(layout.ep)
+    )
     stages = stages or layout.stage_layers(config.num_layers)
-    return ReshardPlan(layout, parts, stages, dealt, config.tied, grouped)
+    return ReshardPlan(layout, params, stages, experts, config.tied, grouped)
 
 
 def check_layout(model_config: ModelConfig, layout: Layout) -> None:
@@ -308,116 +335,124 @@ def check_layout(model_config: ModelConfig, layout: Layout) -> None:
     )
 
 
-def _part(
+def _split(name: str) -> tuple[str, str, str]:
+    """Split a name at its one or two stars."""
+    before, _, rest = name.partition("*")
+    between, star, after = rest.partition("*")
+    return (before, between, after) if star else (before, rest, "")
+
+
+def _param_plan(
     mapping: ParamMapping,
     dims: Mapping[str, int],
     layout: Layout,
-    itemsize: int,
+    model_itemsize: int,
     vocab_rows: int | None,
 ) -> ParamPlan:
     shapes = tuple(tensor.shape(dims) for tensor in mapping.hf)
-    ranks = (
-        1 if mapping.kind in _CUT_BY_NOBODY else layout.expert_tp if mapping.experts else layout.tp
+    if mapping.kind in _REPLICATED:
+        num_shards = 1
+    else:
+        num_shards = layout.expert_tp if mapping.experts else layout.tp
+    shards = tuple(
+        _shard_spec(mapping, shapes, dims, rank, num_shards, vocab_rows)
+        for rank in range(num_shards)
     )
-    cuts = tuple(_cut(mapping, shapes, dims, rank, ranks, vocab_rows) for rank in range(ranks))
-    return ParamPlan(
-        mapping, shapes, tuple(4 if tensor.fp32 else itemsize for tensor in mapping.hf), cuts
-    )
+    itemsizes = tuple(4 if tensor.fp32 else model_itemsize for tensor in mapping.hf)
+    return ParamPlan(mapping, shapes, itemsizes, shards)
 
 
-def _cut(
+def _shard_spec(
     mapping: ParamMapping,
     shapes: tuple[tuple[int, ...], ...],
     dims: Mapping[str, int],
     rank: int,
-    ranks: int,
+    num_shards: int,
     vocab_rows: int | None,
 ) -> ShardSpec:
     first = shapes[0]
     match mapping.kind:
         case MappingKind.REPLICATED:
-            return ShardSpec(first, (SliceCopy(0, _whole(first), _whole(first)),))
+            return ShardSpec(first, (SliceCopy(0, _full(first), _full(first)),))
         case MappingKind.SQUEEZED:
-            return ShardSpec(first[1:], (SliceCopy(0, _whole(first), _whole(first[1:])),))
+            return ShardSpec(first[1:], (SliceCopy(0, _full(first), _full(first[1:])),))
         case MappingKind.ROW:
-            here = _even(mapping, first[-1], ranks)
-            shape = (*first[:-1], here)
-            source = (*_whole(first[:-1]), (rank * here, (rank + 1) * here))
-            return ShardSpec(shape, (SliceCopy(0, source, _whole(shape)),))
+            size = _shard_size(mapping, first[-1], num_shards)
+            shape = (*first[:-1], size)
+            source = (*_full(first[:-1]), (rank * size, (rank + 1) * size))
+            return ShardSpec(shape, (SliceCopy(0, source, _full(shape)),))
         case MappingKind.VOCAB:
-            return _vocabulary(
-                first, rank, _even(mapping, vocab_rows or -(-first[0] // ranks) * ranks, ranks)
-            )
+            padded = vocab_rows or -(-first[0] // num_shards) * num_shards
+            return _vocab_shard(first, rank, _shard_size(mapping, padded, num_shards))
         case MappingKind.GATED | MappingKind.COLUMN:
-            here = _even(mapping, first[0], ranks)
-            pieces = [(tensor, rank * here, here) for tensor in range(len(shapes))]
+            size = _shard_size(mapping, first[0], num_shards)
+            pieces = [(tensor, rank * size, size) for tensor in range(len(shapes))]
         case MappingKind.QKV:
-            pieces = _interleaved(shapes, dims["D"])
-            here = _even(mapping, sum(shape[0] for shape in shapes), ranks)
-            pieces = list(_window(pieces, rank * here, (rank + 1) * here))
-    return _stacked(pieces, first[1:])
+            size = _shard_size(mapping, sum(shape[0] for shape in shapes), num_shards)
+            pieces = list(_rows(_qkv_pieces(shapes, dims["D"]), rank * size, (rank + 1) * size))
+    return _concatenated(pieces, first[1:])
 
 
-def _vocabulary(shape: tuple[int, ...], rank: int, here: int) -> ShardSpec:
-    real = max(0, min(here, shape[0] - rank * here))
-    others = _whole(shape[1:])
+def _vocab_shard(shape: tuple[int, ...], rank: int, size: int) -> ShardSpec:
+    real = max(0, min(size, shape[0] - rank * size))
+    others = _full(shape[1:])
     copies = (
-        (SliceCopy(0, ((rank * here, rank * here + real), *others), ((0, real), *others)),)
+        (SliceCopy(0, ((rank * size, rank * size + real), *others), ((0, real), *others)),)
         if real
         else ()
     )
-    return ShardSpec((here, *shape[1:]), copies, (((real, here), *others),) if real < here else ())
+    padding = (((real, size), *others),) if real < size else ()
+    return ShardSpec((size, *shape[1:]), copies, padding)
 
 
-def _interleaved(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tuple[int, int, int]]:
-    """(tensor, first row, rows) of q, k and v as Megatron-Core stacks them: by key-value group, its queries first."""
+def _qkv_pieces(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tuple[int, int, int]]:
+    """(tensor, first row, rows) in Megatron-Core's order: by KV group; its queries, its K, its V."""
     groups = shapes[1][0] // head_dim
     return [
-        (tensor, group * mappings, mappings)
+        (tensor, group * rows, rows)
         for group in range(groups)
-        for tensor, mappings in enumerate(shape[0] // groups for shape in shapes)
+        for tensor, rows in enumerate(shape[0] // groups for shape in shapes)
     ]
 
 
-def _window(
+def _rows(
     pieces: Iterable[tuple[int, int, int]], begin: int, end: int
 ) -> Iterator[tuple[int, int, int]]:
-    """The pieces, or cuts of them, that lie at rows `begin` to `end` of their stack.
+    """The pieces, or parts of them, at rows `begin` to `end` of their concatenation.
 
-    Where tp exceeds the key-value heads a group is cut too (megatron/core/transformer/attention.py, SelfAttention: the
-    projection is cut by rows whatever they are, and gathered again where it is used).
+    Where tp exceeds the number of KV heads, a KV group is sharded too (SelfAttention in
+    megatron/core/transformer/attention.py, 0.19.2: the projection's rows are sharded evenly
+    whatever they are, and gathered again where they are used).
     """
-    at = 0
-    for tensor, first, mappings in pieces:
-        low, high = max(begin, at), min(end, at + mappings)
+    position = 0
+    for tensor, first, rows in pieces:
+        low, high = max(begin, position), min(end, position + rows)
         if low < high:
-            yield tensor, first + low - at, high - low
-        at += mappings
+            yield tensor, first + low - position, high - low
+        position += rows
 
 
-def _stacked(pieces: Iterable[tuple[int, int, int]], others: tuple[int, ...]) -> ShardSpec:
-    copies, at = [], 0
-    for tensor, first, mappings in pieces:
-        copies.append(
-            SliceCopy(
-                tensor,
-                ((first, first + mappings), *_whole(others)),
-                ((at, at + mappings), *_whole(others)),
-            )
-        )
-        at += mappings
-    return ShardSpec((at, *others), tuple(copies))
+def _concatenated(pieces: Iterable[tuple[int, int, int]], others: tuple[int, ...]) -> ShardSpec:
+    copies, position = [], 0
+    for tensor, first, rows in pieces:
+        hf = ((first, first + rows), *_full(others))
+        megatron = ((position, position + rows), *_full(others))
+        copies.append(SliceCopy(tensor, hf, megatron))
+        position += rows
+    return ShardSpec((position, *others), tuple(copies))
 
 
-def _whole(shape: tuple[int, ...]) -> Slice:
+def _full(shape: tuple[int, ...]) -> Slice:
     return tuple((0, length) for length in shape)
 
 
-def _even(mapping: ParamMapping, size: int, ranks: int) -> int:
-    if size % ranks:
+def _shard_size(mapping: ParamMapping, length: int, num_shards: int) -> int:
+    if length % num_shards:
         option = "etp" if mapping.experts else "tp"
-        wanted = f"a divisor of {size}, the length of {mapping.megatron} along the axis that is cut"
         raise UnsupportedLayout(
-            option, got=ranks, wanted=wanted, remedy=f"choose another --{option}"
+            option,
+            got=num_shards,
+            wanted=f"a divisor of {length}, the length of the sharded axis of {mapping.megatron}",
+            remedy=f"choose another --{option}",
         )
-    return size // ranks
+    return length // num_shards

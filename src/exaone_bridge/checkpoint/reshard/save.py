@@ -1,7 +1,8 @@
-"""The planned export of a model in a world that is up: ranks share the writing; nothing is there until all of it is.
+"""Saves the Megatron-Core model of a world as a Hugging Face folder; the ranks share the writing.
 
-Each parameter is sent to one of the ranks that hold it, which writes the Hugging Face tensors it is made of at their
-places in files that have their full size already. Rows are written from where they lie.
+Each parameter is gathered on one of the ranks that share it, which writes the Hugging Face tensors
+that it is made of to their places in files of the full size. Rows are written from where they lie.
+The output gets its name when all of it is written.
 """
 
 from __future__ import annotations
@@ -11,44 +12,72 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
+from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES, byte_view
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, TensorSpec
 from exaone_bridge.checkpoint.hf.reader import TensorReader
-from exaone_bridge.checkpoint.hf.shards import ShardWriter, lay_out, write_index
-from exaone_bridge.checkpoint.hf.writer import MAX_SHARD_BYTES, plan_shards
-from exaone_bridge.checkpoint.reshard.load import LocalModel, matched, plan_here
-from exaone_bridge.checkpoint.reshard.plan import LocalParam, ShardSpec, ordinal_of, writer
+from exaone_bridge.checkpoint.hf.shards import (
+    ShardWriter,
+    assign_files,
+    shard_layout,
+    write_index,
+)
+from exaone_bridge.checkpoint.reshard.load import LocalModel, match_params, plan_local
+from exaone_bridge.checkpoint.reshard.plan import LocalParam, ShardSpec, writer_of, writer_ordinal
 from exaone_bridge.checkpoint.staging import (
-    FULL,
-    as_usual,
     check_space,
-    flush_one,
+    full_disk_as_output_error,
     partial_folder,
     resumable,
+    sync_to_disk,
+    target_of,
+    use_umask_permissions,
 )
 from exaone_bridge.errors import BridgeError, OutputError
 from exaone_bridge.schema.model_family import ModelDescription
 
-__all__ = ["Group", "hf_pieces", "into", "save", "together"]
+__all__ = [
+    "ShardGroup",
+    "gather_hf_tensors",
+    "raise_on_all_ranks",
+    "save_weights",
+    "write_atomically",
+]
 
-_WRITERS = 2  # one fills the page cache while the other does
+_NUM_WRITERS = 2  # one fills the page cache while the other waits for it
+
+TensorPieces = tuple[str, list[memoryview]]  # a tensor's name and its bytes, piece by piece
 
 
-class Group(NamedTuple):
-    """The ranks that cut a parameter among them, and this rank's number among the replicas of that group."""
+class ShardGroup(NamedTuple):
+    """The ranks that share one copy of a parameter, and the number of such copies.
 
-    cutters: Any  # a process group, in the order of the cuts
+    Attributes:
+        ranks: A process group, in the order of the shards.
+        replica: The index of this group's copy.
+        num_replicas: Copies of the parameter in the world.
+    """
+
+    ranks: dist.ProcessGroup
     replica: int
-    replicas: int
+    num_replicas: int
 
 
-def agreed(error: BaseException | None) -> None:
-    """Every rank says whether it failed; if one has, all of them raise what the first of them says."""
+@contextlib.contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise on every rank what one rank raises in the body; with several, the first rank's error.
+
+    The body must not call collectives, because a rank that fails would not take part in them.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except (BridgeError, OSError) as caught:
+        error = caught
     errors: list[BaseException | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     first = next((other for other in errors if other is not None), None)
@@ -56,72 +85,71 @@ def agreed(error: BaseException | None) -> None:
         raise error or first
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What one rank does inside may fail; all ranks learn of it at the end. Nobody waits for another inside."""
-    error: BaseException | None = None
-    try:
-        yield
-    except (BridgeError, OSError) as caught:
-        error = caught
-    agreed(error)
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Let all ranks write a folder that gets its name when all of them have finished.
 
+    If the folder exists it keeps its other files; each new file then gets its name at the end, the
+    index last.
 
-def into(target: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder on every rank; it takes its name when all have ended.
-
-    A folder that is there already keeps its other files; each of ours then takes its name at the end, the index last.
+    Args:
+        target: The output, the same on every rank.
+        write: Called on every rank with the folder to write into.
     """
     with contextlib.ExitStack() as stack:
-        there = target.is_dir() and not target.is_symlink()
-        place = target.with_name(f"{target.name}.weights") if there else target
-        with together():
+        exists = target.is_dir() and not target.is_symlink()
+        place = target.with_name(f"{target.name}.weights") if exists else target
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
-                folder = stack.enter_context(
-                    _replaced(target, place) if there else resumable(place)
-                )
-        folder = partial_folder(place)
-        write(folder)
-        with together():
+                stack.enter_context(_merged(target, place) if exists else resumable(place))
+        write(partial_folder(place))
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 stack.close()
 
 
 @contextlib.contextmanager
-def _replaced(target: Path, place: Path) -> Iterator[Path]:
+def _merged(target: Path, place: Path) -> Iterator[None]:
     with resumable(place) as folder:
-        yield folder
+        yield
         for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
-            as_usual(path)
-            flush_one(path)
+            use_umask_permissions(path)
+            sync_to_disk(path)
             path.replace(target / path.name)
     place.rmdir()
 
 
-def save(
+def save_weights(
     folder: Path,
     model: ModelDescription,
-    placed: LocalModel,
+    local: LocalModel,
     *,
     dtype: torch.dtype,
-    dense: Group,
-    expert: Group,
+    dense: ShardGroup,
+    expert: ShardGroup,
     files: Mapping[str, str] | None,
     passthrough: Mapping[str, TensorInfo],
 ) -> int:
-    """Write this rank's share of a model's tensors; bytes written here.
+    """Write this rank's share of a model's tensors.
 
     Args:
-        folder: the same on every rank; rank 0 makes the files.
-        dtype: of the model's parameters but those that are kept in fp32.
-        files: tensor -> file, where it holds for these tensors; None: files of 5 GB.
-        carried: tensors of the source's files that travel beside the model.
+        folder: The same on every rank; rank 0 creates the files.
+        model: The model.
+        local: This rank's part of it.
+        dtype: Of the model's parameters, except those that are kept in fp32.
+        dense: The ranks that share this rank's parameters.
+        expert: The ranks that share this rank's expert weights.
+        files: Tensor -> file name, used if it has exactly these tensors; None: files of 5 GB.
+        passthrough: Passthrough tensors of the source, which rank 0 copies.
+
+    Returns:
+        The bytes that this rank wrote.
 
     Raises:
-        UnmappedTensors, CheckpointError: the model is not what the rows say.
-        OutputError: the disk is full.
+        UnmappedTensors: Keys are missing in the model, or it has unexpected ones.
+        CheckpointError: A parameter has another shape than the config gives it.
+        OutputError: The disk is full, or a parameter has another dtype.
     """
-    specs: list[Any] = [
+    specs: list[TensorSpec | TensorInfo] = [
         TensorSpec(
             name,
             "F32" if tensor.fp32 else SAFETENSORS_NAMES[dtype],
@@ -131,176 +159,178 @@ def save(
     ]
     specs += passthrough.values()
     sizes = {spec.name: spec.nbytes for spec in specs}
-    shards = lay_out(
-        specs,
-        files if files and files.keys() == sizes.keys() else plan_shards(sizes, MAX_SHARD_BYTES),
-    )
-    made: list[Any] = [None]
-    with together():
-        plan = plan_here(model, placed)
-        parameters = matched(plan, placed)
-        for held, tensor in parameters:
-            _check_dtype(held, tensor, dtype)
+    same_tensors = files is not None and files.keys() == sizes.keys()
+    layout = shard_layout(specs, files if files and same_tensors else assign_files(sizes))
+    resumed: list[frozenset[str]] = [frozenset()]
+    with raise_on_all_ranks():
+        plan = plan_local(model, local)
+        params = match_params(plan, local)
+        for param, tensor in params:
+            _check_dtype(param, tensor, dtype)
         if dist.get_rank() == 0:
-            check_space_in(folder, shards.nbytes)
-            made = [ShardWriter.create(folder, shards).resumed]
-    dist.broadcast_object_list(made, src=0)
-    out = ShardWriter(folder, shards, made[0])
-    order = {id(part): number for number, part in enumerate(plan.parts)}
-    with together(), contextlib.ExitStack() as stack:
-        stack.callback(out.abandon)
-        pool = stack.enter_context(_Writers(out))
-        for held, tensor in parameters:
-            if not held.replica:
-                pool.put(
-                    hf_pieces(
-                        held,
-                        tensor,
-                        expert if held.part.per_expert else dense,
-                        order[id(held.part)],
-                    )
-                )
-        if (failure := pool.finish()) is not None:
-            raise _said(folder, failure)
+            check_space(target_of(folder), layout.nbytes)
+            resumed = [ShardWriter.create(folder, layout).resumed]
+    dist.broadcast_object_list(resumed, src=0)
+    orders = {id(param): order for order, param in enumerate(plan.params)}
+    with (
+        raise_on_all_ranks(),
+        full_disk_as_output_error(target_of(folder)),
+        ShardWriter(folder, layout, resumed[0]) as writer,
+    ):
+        with _WriterPool(writer) as pool:
+            for param, tensor in params:
+                if not param.is_tied_copy:
+                    group = expert if param.param.is_expert else dense
+                    pool.put(gather_hf_tensors(param, tensor, group, orders[id(param.param)]))
         if dist.get_rank() == 0:
-            with TensorReader() as reader:
-                for name, info in passthrough.items():
-                    out.put(name, [_bytes(reader.read(info))])
-            write_index(folder, shards)
-        out.close()
-    return out.written
+            reader = TensorReader()
+            for name, info in passthrough.items():
+                writer.put(name, [byte_view(reader.read(info))])
+            write_index(folder, layout)
+    return writer.written_bytes
 
 
-class _Writers:
-    """A few threads that write what comes. One that fails ends nothing: a rank that cannot write takes part in the
-    gathering to its end, because all others would wait for it."""
+class _WriterPool:
+    """Threads that write; the first failure is raised at the end of the body.
 
-    def __init__(self, out: ShardWriter) -> None:
-        self._out = out
+    A rank that cannot write still takes part in all gathers, because the others would wait for it.
+    """
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
         self._failure: BaseException | None = None
-        self._pool = ThreadPoolExecutor(_WRITERS)
-        self._slots = threading.Semaphore(2 * _WRITERS)  # so many parameters are held at most
+        self._pool = ThreadPoolExecutor(_NUM_WRITERS)
+        self._slots = threading.Semaphore(2 * _NUM_WRITERS)  # bounds the gathered parameters
 
-    def __enter__(self) -> _Writers:
+    def __enter__(self) -> _WriterPool:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._pool.shutdown()
+        if error is None and self._failure is not None:
+            raise self._failure
 
-    def put(self, pieces: Iterable[tuple[str, list[memoryview]]]) -> None:
-        """Have one parameter's tensors written."""
-        if pieces:
+    def put(self, tensors: Iterable[TensorPieces]) -> None:
+        """Have the tensors of one parameter written."""
+        if tensors:
             self._slots.acquire()
-            self._pool.submit(self._write, pieces)
+            self._pool.submit(self._write, tensors)
 
-    def _write(self, pieces: Iterable[tuple[str, list[memoryview]]]) -> None:
+    def _write(self, tensors: Iterable[TensorPieces]) -> None:
         try:
-            for name, content in pieces if self._failure is None else ():
-                self._out.put(name, content)
+            for name, pieces in tensors if self._failure is None else ():
+                self._writer.put(name, pieces)
         except BaseException as error:
             self._failure = self._failure or error
         finally:
             self._slots.release()
 
-    def finish(self) -> BaseException | None:
-        """Wait for all; the first failure."""
-        self._pool.shutdown()
-        return self._failure
 
-
-def _said(folder: Path, error: BaseException) -> BaseException:
-    if not isinstance(error, OSError) or error.errno not in FULL:
-        return error
-    problem = f"the disk refuses to take more ({error.strerror})"
-    return OutputError(folder, problem, remedy="free some space and export again, which continues")
-
-
-def check_space_in(folder: Path, nbytes: int) -> None:
-    """As `check_space`, for a folder that is being written already."""
-    check_space(folder.with_name(folder.name.removeprefix(".").removesuffix(".partial")), nbytes)
-
-
-def _check_dtype(held: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    wanted = torch.float32 if held.part.mapping.hf[0].fp32 else dtype
-    if tensor.dtype != wanted:
+def _check_dtype(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    expected = torch.float32 if local.param.mapping.hf[0].fp32 else dtype
+    if tensor.dtype != expected:
         raise OutputError(
-            held.name,
-            f"has type {tensor.dtype}, and the model's is {wanted}",
+            local.name,
+            f"has dtype {tensor.dtype}, and the model's is {expected}",
             remedy="cast it first",
         )
 
 
-def hf_pieces(
-    held: LocalParam, tensor: torch.Tensor, group: Group, order: int
-) -> Iterator[tuple[str, list[memoryview]]] | tuple[()]:
-    """The Hugging Face tensors of a parameter, if this rank is to write them, after all ranks that cut it have sent."""
-    cuts = held.part.cuts
-    cutters = dist.get_world_size(group.cutters)
-    chosen, replica = writer(ordinal_of(order, held.numbers), cutters, group.replicas)
+def gather_hf_tensors(
+    local: LocalParam, tensor: torch.Tensor, group: ShardGroup, order: int
+) -> Iterator[TensorPieces] | tuple[()]:
+    """Gather a parameter on the rank that writes it.
+
+    Args:
+        local: The parameter.
+        tensor: This rank's shard, of the shape `local.shard.shape`.
+        group: The ranks that share it.
+        order: The index of the parameter's mapping in the plan.
+
+    Returns:
+        The Hugging Face tensors that it is made of; none on the ranks that do not write it.
+    """
+    shards = local.param.shards
+    ordinal = writer_ordinal(order, local.indices)
+    chosen, replica = writer_of(ordinal, dist.get_world_size(group.ranks), group.num_replicas)
     if replica != group.replica:
         return ()
-    here = dist.get_rank(group.cutters) == chosen
+    writes = dist.get_rank(group.ranks) == chosen
     by_rank = [tensor.detach()]
-    if len(cuts) > 1:
-        by_rank = _gathered(by_rank[0], cuts, group.cutters, chosen, here)
-    if not here:
+    if len(shards) > 1:
+        by_rank = _gather(by_rank[0], shards, group.ranks, chosen, writes)
+    if not writes:
         return ()
     by_rank = [part.cpu().contiguous() for part in by_rank]
     return (
-        (hf.numbered(*held.numbers).name, _pieces(held.part.shapes[number], number, cuts, by_rank))
-        for number, hf in enumerate(held.part.mapping.hf)
+        (
+            hf.numbered(*local.indices).name,
+            _pieces(local.param.shapes[index], index, shards, by_rank),
+        )
+        for index, hf in enumerate(local.param.mapping.hf)
     )
 
 
-def _gathered(
-    tensor: torch.Tensor, cuts: tuple[ShardSpec, ...], group: Any, chosen: int, here: bool
+def _gather(
+    tensor: torch.Tensor,
+    shards: tuple[ShardSpec, ...],
+    group: dist.ProcessGroup,
+    chosen: int,
+    writes: bool,
 ) -> list[torch.Tensor]:
-    """All ranks' cuts on the chosen rank; as bytes, which every backend can send."""
-    mine = tensor.contiguous().view(-1).view(torch.uint8)
-    everyones = (
-        [mine if rank == chosen else torch.empty_like(mine) for rank in range(len(cuts))]
-        if here
+    """Gather the shards of all ranks on the chosen one; as bytes, which every backend can send."""
+    own = tensor.contiguous().view(-1).view(torch.uint8)
+    gathered = (
+        [own if rank == chosen else torch.empty_like(own) for rank in range(len(shards))]
+        if writes
         else None
     )
-    dist.gather(mine, everyones, group=group, group_dst=chosen)
-    if everyones is None:
+    dist.gather(own, gathered, group=group, group_dst=chosen)
+    if gathered is None:
         return []
     return [
-        part.view(tensor.dtype).view(cut.shape) for part, cut in zip(everyones, cuts, strict=True)
+        part.view(tensor.dtype).view(shard.shape)
+        for part, shard in zip(gathered, shards, strict=True)
     ]
 
 
 def _pieces(
-    shape: tuple[int, ...], number: int, cuts: tuple[ShardSpec, ...], held: list[torch.Tensor]
+    shape: tuple[int, ...],
+    index: int,
+    shards: tuple[ShardSpec, ...],
+    by_rank: list[torch.Tensor],
 ) -> list[memoryview]:
-    """The bytes of one Hugging Face tensor: where whole rows lie in the cuts, those rows; else put together."""
+    """The bytes of one Hugging Face tensor: full rows from where they lie, else a copy.
+
+    Args:
+        shape: Of the tensor.
+        index: Of the tensor in its mapping.
+        shards: Of the parameter.
+        by_rank: The shards' tensors.
+    """
     copies = [
         (copy, part)
-        for cut, part in zip(cuts, held, strict=True)
-        for copy in cut.copies
-        if copy.tensor == number
+        for shard, part in zip(shards, by_rank, strict=True)
+        for copy in shard.copies
+        if copy.tensor == index
     ]
     copies.sort(key=lambda pair: pair[0].hf)
-    boxes = [
+    slices = [
         (
             copy,
             part[tuple(slice(begin, end) for begin, end in copy.megatron)].reshape(
-                [e - b for b, e in copy.hf]
+                [end - begin for begin, end in copy.hf]
             ),
         )
         for copy, part in copies
     ]
     if all(
         span == (0, length)
-        for copy, _ in boxes
+        for copy, _ in slices
         for span, length in zip(copy.hf[1:], shape[1:], strict=True)
     ):
-        return [_bytes(source) for _, source in boxes]
-    whole = torch.empty(shape, dtype=held[0].dtype)
-    for copy, source in boxes:
-        whole[tuple(slice(begin, end) for begin, end in copy.hf)].copy_(source)
-    return [_bytes(whole)]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        return [byte_view(source) for _, source in slices]
+    tensor = torch.empty(shape, dtype=by_rank[0].dtype)
+    for copy, source in slices:
+        tensor[tuple(slice(begin, end) for begin, end in copy.hf)].copy_(source)
+    return [byte_view(tensor)]

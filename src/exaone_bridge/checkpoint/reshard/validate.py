@@ -1,7 +1,8 @@
-"""The proof of a plan: every element of both sides is used exactly once, padding excepted and counted.
+"""Validates a reshard plan: every element of both sides is used exactly once, except padding.
 
-It looks at the rectangles that the plan states and at the tensors that there are; how the plan came by its rectangles
-it does not know. Whether a rectangle is the right one is what the tests' comparisons with the host's own loader say.
+It looks at the slices that the plan states and at the tensors that exist, and not at how the plan
+was made. Whether a slice is the right one is checked by the tests, which compare with
+Megatron-Bridge's own loader.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from exaone_bridge.checkpoint.reshard.plan import ParamPlan, ReshardPlan, Slice, elements
+from exaone_bridge.checkpoint.reshard.plan import ParamPlan, ReshardPlan, Slice, num_elements
 from exaone_bridge.errors import PlanError
 from exaone_bridge.schema.param_mapping import MappingKind
 
-__all__ = ["Proof", "prove", "prove_cover"]
+__all__ = ["PlanTotals", "validate_cover", "validate_plan"]
+
+_REPLICATED = (MappingKind.REPLICATED, MappingKind.SQUEEZED)
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What was proved: so many tensors and parameters, with so many elements, of which so many are padding."""
+class PlanTotals:
+    """Numbers of tensors, parameters, elements and padding elements of a validated plan."""
 
     tensors: int
     parameters: int
@@ -27,62 +30,67 @@ class Proof:
     padding: int
 
 
-def prove(plan: ReshardPlan, shapes: Mapping[str, tuple[int, ...]]) -> Proof:
+def validate_plan(plan: ReshardPlan, shapes: Mapping[str, tuple[int, ...]]) -> PlanTotals:
     """Check that a plan is a bijection between these tensors and the parameters of its layout.
 
     Args:
-        plan: to be checked.
-        shapes: name -> shape of every Hugging Face tensor of the model, as the files' headers have it.
+        plan: The plan.
+        shapes: Name -> shape of every Hugging Face tensor of the model, as the headers have them.
+
+    Returns:
+        What the plan covers.
 
     Raises:
-        PlanError: it is none; the message names the tensor or parameter, and the place in it.
+        PlanError: It is not a bijection; the message names the tensor or parameter and the slice.
     """
-    layers = _dealt("layer", [chunk for stage in plan.stages for chunk in stage])
-    experts = _dealt("expert", plan.experts)
+    layers = _assigned("layer", [chunk for stage in plan.stages for chunk in stage])
+    experts = _assigned("expert", plan.experts)
     used: list[str] = []
     parameters = 0
-    total = padding = 0
-    for part in plan.parts:
-        _prove_part(part)
-        columns = part.mapping.columns()
+    elements = padding = 0
+    for param in plan.params:
+        _validate_param(param)
+        mapping = param.mapping
+        columns = mapping.columns()
         count = len(columns[0])
-        for names, shape in zip(columns[1:], part.shapes, strict=True):
+        for names, shape in zip(columns[1:], param.shapes, strict=True):
             if (found := list(map(shapes.get, names))).count(shape) != count:
                 name, other = next(
                     pair for pair in zip(names, found, strict=True) if pair[1] != shape
                 )
                 raise PlanError(name, f"has shape {other}, and the plan says {shape}")
             used += names
-        if missing := set(part.mapping.layers) - layers:
+        if missing := set(mapping.layers) - layers:
+            raise PlanError(mapping.megatron, f"is in layer {min(missing)}, which no rank has")
+        if mapping.experts and len(experts) != mapping.experts:
             raise PlanError(
-                part.mapping.megatron, f"is in layer {min(missing)}, which no rank holds"
-            )
-        if part.mapping.experts and len(experts) != part.mapping.experts:
-            raise PlanError(
-                part.mapping.megatron,
-                f"has {part.mapping.experts} experts, and {len(experts)} are dealt out",
+                mapping.megatron,
+                f"has {mapping.experts} experts, and the EP ranks have {len(experts)}",
             )
         parameters += count
-        total += count * sum(math.prod(shape) for shape in part.shapes)
-        padding += count * sum(elements(box) for cut in part.cuts for box in cut.padding)
+        elements += count * sum(math.prod(shape) for shape in param.shapes)
+        padding += count * sum(num_elements(box) for shard in param.shards for box in shard.padding)
     table = [
-        name for part in plan.parts for name in (part.mapping.megatron, part.mapping.alias) if name
+        name
+        for param in plan.params
+        for name in (param.mapping.megatron, param.mapping.alias)
+        if name
     ]
-    if twice := {name for name in table if table.count(name) > 1}:
-        raise PlanError(min(twice), "is filled twice")
+    if repeated := {name for name in table if table.count(name) > 1}:
+        raise PlanError(min(repeated), "is filled twice")
     once = set(used)
     if len(once) != len(used):
         raise PlanError(*_used_twice(plan))
     if len(once) < len(shapes):  # each that is used is one of these, by its shape
         raise PlanError(min(shapes.keys() - once), "is used by no parameter")
-    _prove_places(plan)
-    return Proof(len(once), parameters, total, padding)
+    _validate_ranks(plan)
+    return PlanTotals(len(once), parameters, elements, padding)
 
 
 def _used_twice(plan: ReshardPlan) -> tuple[str, str]:
     users: dict[str, str] = {}
-    for part in plan.parts:
-        for parameter, *names in part.mapping.names():
+    for param in plan.params:
+        for parameter, *names in param.mapping.names():
             for name in names:
                 if name in users:
                     return name, f"is used by {users[name]} and by {parameter}"
@@ -90,86 +98,88 @@ def _used_twice(plan: ReshardPlan) -> tuple[str, str]:
     raise AssertionError("no tensor is used twice")
 
 
-def _dealt(what: str, hands: Iterable[Sequence[int]]) -> set[int]:
-    """The numbers dealt out, each to one holder only, from 0 up without a gap."""
-    numbers = [number for hand in hands for number in hand]
+def _assigned(what: str, by_rank: Iterable[Sequence[int]]) -> set[int]:
+    """The numbers that ranks were assigned: each once, from 0 up without a gap."""
+    numbers = [number for rank in by_rank for number in rank]
     for number in numbers:
         if numbers.count(number) > 1:
-            raise PlanError(f"{what} {number}", "is held by two ranks that do not share it")
+            raise PlanError(f"{what} {number}", "is assigned to two ranks that do not share it")
     if gaps := set(range(len(numbers))) - set(numbers):
-        raise PlanError(f"{what} {min(gaps)}", "is held by no rank")
+        raise PlanError(f"{what} {min(gaps)}", "is assigned to no rank")
     return set(numbers)
 
 
-def _prove_part(part: ParamPlan) -> None:
-    """The rectangles of one row: they fill each rank's cut, and together, over the ranks, use each tensor up."""
-    mapping = part.mapping
-    used: list[list[Slice]] = [[] for _ in part.shapes]
-    for rank, cut in enumerate(part.cuts):
-        here = f"{mapping.megatron} on rank {rank} of {len(part.cuts)}"
-        for copy in cut.copies:
-            if not 0 <= copy.tensor < len(part.shapes):
-                raise PlanError(here, f"is filled from tensor {copy.tensor} of {len(part.shapes)}")
+def _validate_param(param: ParamPlan) -> None:
+    """Check one mapping: slices fill each rank's shard, and over the ranks use up each tensor."""
+    mapping = param.mapping
+    used: list[list[Slice]] = [[] for _ in param.shapes]
+    for rank, shard in enumerate(param.shards):
+        here = f"{mapping.megatron} on rank {rank} of {len(param.shards)}"
+        for copy in shard.copies:
+            if not 0 <= copy.tensor < len(param.shapes):
+                raise PlanError(here, f"is filled from tensor {copy.tensor} of {len(param.shapes)}")
             if _lengths(copy.hf) != _lengths(copy.megatron):
                 raise PlanError(
                     here, f"{copy.megatron} is filled from {copy.hf}, which has other lengths"
                 )
             used[copy.tensor].append(copy.hf)
-        filled = [copy.megatron for copy in cut.copies]
-        if cut.padding and mapping.kind is not MappingKind.VOCAB:
+        if shard.padding and mapping.kind is not MappingKind.VOCAB:
             raise PlanError(
-                here, f"has padding at {cut.padding[0]}, which only a vocabulary may have"
+                here, f"has padding at {shard.padding[0]}, which only a vocabulary may have"
             )
-        prove_cover(cut.shape, [*filled, *cut.padding], _fault(here))
-    for tensor, shape, boxes in zip(mapping.hf, part.shapes, used, strict=True):
-        prove_cover(shape, boxes, _fault(tensor.name))
+        filled = [copy.megatron for copy in shard.copies]
+        validate_cover(shard.shape, [*filled, *shard.padding], _plan_error(here))
+    for tensor, shape, slices in zip(mapping.hf, param.shapes, used, strict=True):
+        validate_cover(shape, slices, _plan_error(tensor.name))
 
 
-def _fault(place: str) -> Callable[[Slice, str], Exception]:
-    return lambda box, fault: PlanError(place, f"{box} {fault}")
+def _plan_error(place: str) -> Callable[[Slice, str], Exception]:
+    return lambda box, problem: PlanError(place, f"{box} {problem}")
 
 
 def _lengths(box: Slice) -> list[int]:
-    """Along the axes that a tensor with a leading axis of one has too."""
+    """Lengths, without axes of size 1."""
     return [end - begin for begin, end in box if end - begin != 1]
 
 
-def prove_cover(
-    shape: tuple[int, ...], boxes: list[Slice], fault: Callable[[Slice, str], Exception]
+def validate_cover(
+    shape: tuple[int, ...], slices: list[Slice], error: Callable[[Slice, str], Exception]
 ) -> None:
-    """Every element of `shape` lies in exactly one box: each is inside, no two meet, and their sizes add up.
+    """Check that every element of a tensor lies in exactly one of the slices.
 
-    Raises:
-        what `fault` makes of the box that is wrong, and of what is wrong with it.
+    Each slice is inside the tensor, no two overlap, and their sizes add up.
+
+    Args:
+        shape: Of the tensor.
+        slices: In any order.
+        error: Makes the exception that is raised, of the slice at fault and of the problem.
     """
-    for box in boxes:
+    for box in slices:
         if len(box) != len(shape) or any(
             not 0 <= b < e <= n for (b, e), n in zip(box, shape, strict=True)
         ):
-            raise fault(box, f"is empty or outside {list(shape)}")
-    ordered = sorted(boxes)
-    open_: list[
-        Slice
-    ] = []  # those that reach past the beginning of the box at hand along the first axis
-    for box in ordered:
-        open_ = [other for other in open_ if other[0][1] > box[0][0]]
-        for other in open_:
+            raise error(box, f"is empty or outside {list(shape)}")
+    # Sorted by their beginning along the first axis; `reaching` are those that end after it.
+    reaching: list[Slice] = []
+    for box in sorted(slices):
+        reaching = [other for other in reaching if other[0][1] > box[0][0]]
+        for other in reaching:
             if all(
                 b < other_e and other_b < e
                 for (b, e), (other_b, other_e) in zip(box, other, strict=True)
             ):
-                raise fault(box, f"is used twice, by {other} too")
-        open_.append(box)
-    covered = sum(map(elements, boxes))
+                raise error(box, f"is used twice, by {other} too")
+        reaching.append(box)
+    covered = sum(map(num_elements, slices))
     if covered != math.prod(shape):
-        raise fault(
+        raise error(
             tuple((0, n) for n in shape),
             f"has {math.prod(shape)} elements, of which {covered} are used",
         )
 
 
-def _prove_places(plan: ReshardPlan) -> None:
-    """Each rank's cuts are those that the layout gives it: nobody's share is left out, or held by the wrong rank."""
+def _validate_ranks(plan: ReshardPlan) -> None:
+    """Check that each rank's shards are those of the layout: no shard is left out or misplaced."""
     layout = plan.layout
     ranks = plan.ranks()
     if (
@@ -177,21 +187,17 @@ def _prove_places(plan: ReshardPlan) -> None:
         or len(plan.stages) != layout.pp
         or len(plan.experts) != layout.ep
     ):
-        here = f"{len(ranks)} ranks, {len(plan.stages)} stages and {len(plan.experts)} hands of experts"
-        raise PlanError(str(layout), f"has {layout.ranks} ranks, and the plan has {here}")
-    for part in plan.parts:
-        wanted = layout.expert_tp if part.per_expert else layout.tp
-        if len(part.cuts) not in (1, wanted) or (
-            len(part.cuts) == 1 and part.mapping.kind not in _ALONE and wanted > 1
+        found = f"{len(ranks)} ranks, {len(plan.stages)} stages and {len(plan.experts)} EP ranks"
+        raise PlanError(str(layout), f"has {layout.ranks} ranks, and the plan has {found}")
+    for param in plan.params:
+        name = param.mapping.megatron
+        wanted = layout.expert_tp if param.is_expert else layout.tp
+        if len(param.shards) not in (1, wanted) or (
+            len(param.shards) == 1 and param.mapping.kind not in _REPLICATED and wanted > 1
         ):
-            raise PlanError(
-                part.mapping.megatron, f"is cut in {len(part.cuts)}, and {wanted} ranks hold it"
-            )
+            raise PlanError(name, f"has {len(param.shards)} shards, and {wanted} ranks share it")
         for stage in range(layout.pp):
             group = [rank for rank in ranks if rank.pp == stage]
-            holders = {(rank.ep, rank.etp) if part.per_expert else rank.tp for rank in group}
-            if len(holders) != (layout.ep * layout.expert_tp if part.per_expert else layout.tp):
-                raise PlanError(part.mapping.megatron, f"is not held whole by stage {stage}")
-
-
-_ALONE = (MappingKind.REPLICATED, MappingKind.SQUEEZED)
+            owners = {(rank.ep, rank.etp) if param.is_expert else rank.tp for rank in group}
+            if len(owners) != (layout.ep * layout.expert_tp if param.is_expert else layout.tp):
+                raise PlanError(name, f"is not complete on stage {stage}")

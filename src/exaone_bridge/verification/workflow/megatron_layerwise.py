@@ -13,9 +13,9 @@ from exaone_bridge.bridge.eligibility import local_model
 from exaone_bridge.bridge.save import shard_groups
 from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
-from exaone_bridge.checkpoint.reshard.load import LocalModel, fill, matched, plan_here
+from exaone_bridge.checkpoint.reshard.load import LocalModel, fill_params, match_params, plan_local
 from exaone_bridge.checkpoint.reshard.plan import LocalParam
-from exaone_bridge.checkpoint.reshard.save import hf_pieces
+from exaone_bridge.checkpoint.reshard.save import gather_hf_tensors
 from exaone_bridge.runtime.model import build
 from exaone_bridge.verification.checks.digests import Digest
 from exaone_bridge.verification.workflow.workload import Workload
@@ -59,18 +59,18 @@ class LayerwiseMegatron:
         description = self._bridge.describe(bridge.hf_pretrained, self.model)
         self._shapes = description.hf_shapes
         local = local_model(self.model)
-        self._plan = plan_here(description, local)
+        self._plan = plan_local(description, local)
         own, embedding = _without_mtp_embedding(local)
         self._outside: list[Parameters] = []  # each parameter by itself
         self._layers: dict[int, Parameters] = {}
-        for parameter, tensor in matched(self._plan, own):
-            if parameter.numbers:
-                self._layers.setdefault(parameter.numbers[0], []).append((parameter, tensor))
+        for parameter, tensor in match_params(self._plan, own):
+            if parameter.indices:
+                self._layers.setdefault(parameter.indices[0], []).append((parameter, tensor))
             else:
                 self._outside.append([(parameter, tensor)])
         if embedding is not None:
-            part = next(each for each in self._plan.parts if each.mapping.megatron == _EMBEDDING)
-            chunk, shard = len(local.layers) - 1, part.cut(local.rank)
+            part = next(each for each in self._plan.params if each.mapping.megatron == _EMBEDDING)
+            chunk, shard = len(local.layers) - 1, part.shard(local.rank)
             replica = LocalParam(chunk, _EMBEDDING, part, (), shard, True)
             self._outside.append([(replica, embedding)])
 
@@ -81,17 +81,17 @@ class LayerwiseMegatron:
             Digests of the tensors that this rank would write.
         """
         dense, expert = shard_groups()
-        order = {id(part): number for number, part in enumerate(self._plan.parts)}
+        order = {id(part): number for number, part in enumerate(self._plan.params)}
         found: dict[str, Digest] = {}
         for parameters in (*self._outside, *self._layers.values()):
-            fill(parameters, self._tensors)
+            fill_params(parameters, self._tensors)
             for parameter, tensor in parameters:
-                if parameter.replica:
+                if parameter.is_tied_copy:
                     continue
-                group = expert if parameter.part.per_expert else dense
+                group = expert if parameter.param.is_expert else dense
                 dtype = SAFETENSORS_NAMES[tensor.dtype]
-                position = order[id(parameter.part)]
-                for name, pieces in hf_pieces(parameter, tensor, group, position):
+                position = order[id(parameter.param)]
+                for name, pieces in gather_hf_tensors(parameter, tensor, group, position):
                     digest = hashlib.sha256()
                     for piece in pieces:
                         digest.update(piece)
@@ -104,7 +104,7 @@ class LayerwiseMegatron:
         from megatron.core.utils import unwrap_model
 
         for parameters in self._outside:
-            fill(parameters, self._tensors)
+            fill_params(parameters, self._tensors)
         for chunk in unwrap_model(self.model):
             for layer in chunk.decoder.layers:
                 parameters = self._layers[layer.layer_number - 1]
@@ -112,7 +112,7 @@ class LayerwiseMegatron:
                 layer.register_forward_hook(lambda *_, own=parameters: _free(own))
 
     def _fill(self, parameters: Parameters) -> None:
-        fill(parameters, self._tensors)
+        fill_params(parameters, self._tensors)
 
 
 def _without_mtp_embedding(local: LocalModel) -> tuple[LocalModel, torch.Tensor | None]:
@@ -122,7 +122,7 @@ def _without_mtp_embedding(local: LocalModel) -> tuple[LocalModel, torch.Tensor 
         The model without it, and the embedding; None if this rank has none.
     """
     key = len(local.layers) - 1, _EMBEDDING
-    if local.pp == 0 or key not in local.parameters:
+    if local.rank.pp == 0 or key not in local.parameters:
         return local, None
     others = {name: tensor for name, tensor in local.parameters.items() if name != key}
     return dataclasses.replace(local, parameters=others), local.parameters[key]

@@ -37,8 +37,8 @@ def unfilled(
     """The first rank's parameters, filled with what the files do not have."""
     plan = reshard_plan(checkpoint.model, Layout(tp=tp))
     return [
-        (local, torch.full(local.cut.shape, float("nan"), dtype=dtype))
-        for local in plan.held(Rank())
+        (local, torch.full(local.shard.shape, float("nan"), dtype=dtype))
+        for local in plan.local_params(Rank())
     ]
 
 
@@ -68,8 +68,8 @@ def is_filled(
     weights = load_file(checkpoint.folder / "model.safetensors")
     for local, parameter in pairs:
         expected = torch.zeros_like(parameter)
-        for copy in local.cut.copies:
-            tensor = local.part.mapping.hf[copy.tensor].numbered(*local.numbers)
+        for copy in local.shard.copies:
+            tensor = local.param.mapping.hf[copy.tensor].numbered(*local.indices)
             weight = weights[tensor.name].to(dtype)
             target = expected[tuple(slice(*ends) for ends in copy.megatron)]
             target.copy_(weight[tuple(slice(*ends) for ends in copy.hf)].reshape(target.shape))
@@ -85,10 +85,10 @@ def test_contiguous_slices_are_read(
     tp: int, dtype: torch.dtype, checkpoint: HFCheckpoint, counts: dict[str, int]
 ) -> None:
     pairs = unfilled(checkpoint, tp, dtype)
-    load.fill(pairs, checkpoint.tensors)
+    load.fill_params(pairs, checkpoint.tensors)
     assert is_filled(pairs, checkpoint, dtype)
-    row_parallel = sum(local.part.mapping.kind == "row" for local, _ in pairs)
-    copies = sum(len(local.cut.copies) for local, _ in pairs)
+    row_parallel = sum(local.param.mapping.kind == "row" for local, _ in pairs)
+    copies = sum(len(local.shard.copies) for local, _ in pairs)
     strided = row_parallel if tp > 1 else 0
     assert row_parallel == 16
     assert counts["copied"] == (strided if dtype == torch.float32 else copies)
@@ -101,7 +101,7 @@ def test_short_reads_go_on(checkpoint: HFCheckpoint, monkeypatch: pytest.MonkeyP
         module.os, "preadv", lambda file, views, at: read(file, [views[0][:1000]], at)
     )
     pairs = unfilled(checkpoint, 1)
-    load.fill(pairs, checkpoint.tensors)
+    load.fill_params(pairs, checkpoint.tensors)
     assert is_filled(pairs, checkpoint)
 
 
@@ -157,7 +157,9 @@ def keep_as_passthrough(checkpoint: HFCheckpoint, tmp_path: Path) -> None:
 READERS: dict[str, Callable[[HFCheckpoint, Path], object]] = {
     "HFCheckpoint.read": lambda checkpoint, _: checkpoint.read(last(checkpoint)),
     "HFCheckpoint.view": lambda checkpoint, _: checkpoint.view(last(checkpoint)),
-    "a planned load": lambda checkpoint, _: load.fill(unfilled(checkpoint, 1), checkpoint.tensors),
+    "a planned load": lambda checkpoint, _: load.fill_params(
+        unfilled(checkpoint, 1), checkpoint.tensors
+    ),
     "import": write_torch_dist,
     "passthrough tensors of import": keep_as_passthrough,
     "digests of verify": lambda checkpoint, _: digest_tensors(checkpoint.tensors),
@@ -215,7 +217,7 @@ def test_file_that_shrinks_between_two_reads(checkpoint: HFCheckpoint, tmp_path:
 
 def test_files_are_closed(checkpoint: HFCheckpoint) -> None:
     before = sorted(Path("/proc/self/fd").iterdir())
-    load.fill(unfilled(checkpoint, 2), checkpoint.tensors)
+    load.fill_params(unfilled(checkpoint, 2), checkpoint.tensors)
     reader = TensorReader()
     reader.read(checkpoint.tensors[last(checkpoint)])
     del reader
