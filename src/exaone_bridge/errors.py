@@ -1,7 +1,6 @@
-"""The errors of exaone_bridge: one small tree, one sentence each.
+"""The errors that exaone_bridge raises on purpose. No torch.
 
-Every message says what was got, what was wanted, where, and the remedy. None of these
-classes imports torch, so a command that refuses bad input does so at once.
+Each message is one sentence: what was got, what was wanted, where, and the remedy.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LONGEST = 800  # characters of a value in a sentence
 
 
 def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
-    """`a, b, c and 7 more`: a list in a sentence, whatever its length."""
+    """Returns `a, b, c and 7 more`: a list of any length in a sentence."""
     items = [
         text if (text := str(value)).isprintable() else repr(text) for value in values
     ]  # names come from files
@@ -36,7 +35,7 @@ def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
 
 
 def _short(value: object) -> str:
-    """Its repr, and of a long one both ends: values come from files."""
+    """Returns the repr, or both ends of a long one: values come from files."""
     text = repr(value)
     return (
         text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
@@ -51,22 +50,22 @@ def _rebuild(cls: type[BridgeError], message: str, state: dict[str, object]) -> 
 
 
 class BridgeError(Exception):
-    """The root: everything exaone_bridge raises on purpose is one of these (command-line exit code 2)."""
+    """Base class of the errors that exaone_bridge raises on purpose (exit code 2 of the CLI)."""
 
     def __reduce__(
         self,
-    ) -> tuple[object, ...]:  # a rank sends its error to the process that started it
+    ) -> tuple[object, ...]:  # pickled when a rank sends its error to the process that started it
         return _rebuild, (type(self), str(self), self.__dict__)
 
 
 class UnsupportedConfig(BridgeError):
-    """A configuration that is not modelled, or that Transformers itself cannot read.
+    """A config that is not supported, or that Transformers itself cannot read.
 
     Args:
-        field: the configuration's field, as the file spells it.
+        field: the config's field, as it is in the file.
         got: its value.
-        known: the values that work, if they can be listed.
-        wanted: what a value must satisfy, if they cannot.
+        known: the supported values, if they can be listed.
+        wanted: the condition on the value, if they cannot.
         where: the file or layer.
         remedy: what to write instead.
     """
@@ -89,14 +88,18 @@ class UnsupportedConfig(BridgeError):
 
 
 class UnsupportedLayout(BridgeError):
-    """A parallel layout that this model cannot be cut into."""
+    """A parallel layout that cannot shard this model."""
 
     def __init__(self, what: str, *, got: object, wanted: str, remedy: str) -> None:
         super().__init__(f"parallel layout: {what} is {got}, and must be {wanted}; {remedy}.")
 
 
 class UnmappedTensors(BridgeError):
-    """Tensors that one side has and the other does not account for; `names` holds all of them."""
+    """Missing or unexpected tensors or parameters.
+
+    Attributes:
+        names: all of them, sorted.
+    """
 
     def __init__(self, what: str, names: Iterable[str], *, where: str, remedy: str) -> None:
         self.names = tuple(sorted(names))
@@ -104,11 +107,11 @@ class UnmappedTensors(BridgeError):
 
 
 class VisionInputError(BridgeError):
-    """Pixels, grids and the words that hold features' places do not belong together."""
+    """Pixel values, grids and placeholder tokens that do not match."""
 
 
 class CheckpointError(BridgeError):
-    """A checkpoint on disk that is missing, damaged, unsafe or not what its config says."""
+    """A checkpoint on disk that is missing, damaged, unsafe, or does not match its config."""
 
     def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
         self.path = Path(path)
@@ -116,7 +119,7 @@ class CheckpointError(BridgeError):
 
 
 class OutputError(BridgeError):
-    """An output that cannot be written whole; nothing stands under its name, and what was written can be continued."""
+    """An output that cannot be completed: nothing is under its name, and a new run resumes it."""
 
     def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
         self.path = Path(path)
@@ -124,18 +127,18 @@ class OutputError(BridgeError):
 
 
 class PlanError(BridgeError):
-    """A plan of copies that is no bijection: a fault of ours, found before anything is copied."""
+    """A reshard plan that is not a bijection: a bug in exaone_bridge, found before any copy."""
 
     def __init__(self, place: str, problem: str) -> None:
         super().__init__(
-            f"plan of copies: {place} {problem}; nothing was copied, please report this."
+            f"reshard plan: {place} {problem}; nothing was copied, please report this."
         )
         self.place = place
 
 
 class RegistrationError(BridgeError):
-    """The host looks up another class than ours for an architecture that we claim."""
+    """Megatron-Bridge finds another bridge for an architecture than the one registered here."""
 
 
 class ParityFailure(BridgeError):
-    """Two things that must be equal are not (command-line exit code 1)."""
+    """A check of equality fails (exit code 1 of the CLI)."""

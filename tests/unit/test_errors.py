@@ -76,7 +76,7 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
     ),
     (
         PlanError("lm_head.weight", "is filled twice"),
-        "plan of copies: lm_head.weight is filled twice; nothing was copied, please report this.",
+        "reshard plan: lm_head.weight is filled twice; nothing was copied, please report this.",
         {"place": "lm_head.weight"},
     ),
     (VisionInputError("images: 3 tokens and 4 features."), "images: 3 tokens and 4 features.", {}),

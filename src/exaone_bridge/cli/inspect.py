@@ -17,7 +17,7 @@ from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.reshard.plan import ReshardPlan, check_layout, reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.errors import UnsupportedLayout
-from exaone_bridge.schema.layer_schedule import mlp_pattern, pattern
+from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["inspect"]
@@ -100,7 +100,7 @@ def _json(source: HFCheckpoint, plan: ReshardPlan) -> str:
         "parameters": source.num_elements,
         "bytes": source.nbytes,
         "dtype": model_config.dtype,
-        "layers": pattern(model_config.windows),
+        "layers": attention_pattern(model_config.windows),
         "mlp": mlp_pattern(model_config.moe_layer_mask),
         "rope": list(model_config.rope),
         "tied": model_config.tied,
@@ -150,7 +150,7 @@ def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
         "family": source.family.name,
         "parameters": f"{source.num_elements:,} in {len(source.tensors)} tensors, "
         f"{model_config.dtype}, {source.nbytes / 1e9:.2f} GB",
-        "layers (L sliding-window, G full)": pattern(model_config.windows),
+        "layers (L sliding-window, G full)": attention_pattern(model_config.windows),
     }
     if (moe := model_config.moe) is not None:
         summary |= {

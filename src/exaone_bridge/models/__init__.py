@@ -1,4 +1,4 @@
-"""The families. A new one is a folder and a line here; nothing else has to know it. No torch."""
+"""The registry of model families. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FAMILIES: tuple[ModelFamily, ...] = (EXAONE4, ERNIE45, EXAONE45)
 
 
 def family_of(architectures: object, *, where: str) -> ModelFamily:
-    """The family that claims the first of these architectures.
+    """Returns the family that supports the first of these architectures.
 
     Args:
-        architectures: what `config.json` lists.
+        architectures: `architectures` of config.json.
         where: the file, for the message.
 
     Raises:
-        UnsupportedConfig: nobody claims it; the message lists those we do.
+        UnsupportedConfig: no family supports it; the message lists the supported ones.
     """
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     for family in FAMILIES:
@@ -32,6 +32,6 @@ def family_of(architectures: object, *, where: str) -> ModelFamily:
 
 
 def is_supported(hf_config: object) -> bool:
-    """Whether an architecture of this Transformers config belongs to one of FAMILIES."""
+    """Returns whether a family supports an architecture of this Transformers config."""
     names = set(getattr(hf_config, "architectures", None) or ())
     return any(names & set(family.architectures) for family in FAMILIES)

@@ -1,7 +1,7 @@
-"""The model provider that our families share: what Megatron-Bridge's GPTModelProvider lacks to be exact.
+"""The base class of the model providers, and the fields that every family derives in the same way.
 
-Every field is plain data, so that a Megatron checkpoint's `run_config.yaml` builds the same model again, and knows
-the Hugging Face configuration it came from.
+Every field is plain data, so that a Megatron checkpoint's `run_config.yaml` builds the same model
+again, and holds the Hugging Face config that the model came from.
 """
 
 from __future__ import annotations
@@ -55,22 +55,24 @@ def provider_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> 
 def model_config_fields(
     config_class: type[ModelConfig], provider: ExactGPTModelProvider
 ) -> dict[str, Any]:
-    """Returns the keyword arguments of the model config that `provider_fields` is the inverse of."""
+    """Returns the inverse of `provider_fields`: the keyword arguments of the model config."""
     dtype = str(provider.params_dtype).removeprefix("torch.")
     return config_class.values_from_provider(provider) | {"dtype": dtype}
 
 
 @dataclass
 class ExactGPTModelProvider(GPTModelProvider):
-    """GPTModelProvider with a choice of backend, every Llama 3 RoPE field, and a memory of its configuration.
+    """GPTModelProvider with a choice of backend, every field of Llama 3's RoPE, and the HF config.
 
     Attributes:
         backend: `auto`, `transformer_engine` or `torch` (`modules/backend.py`).
-        cross_entropy_fusion_impl: `te` where that is exact (`modules/backend.py`), `native` elsewhere or if set.
-        rope_scaling_low_freq_factor, rope_scaling_high_freq_factor, rope_scaling_original_max_positions:
-            with `rope_scaling` and `rope_scaling_factor`, Llama 3's scaling (`modules/rotary.py`).
-        hf_config: the Hugging Face configuration this provider was made from, for what Megatron-Core has no
-            field for (token ids, spelling). Empty: made by hand.
+        cross_entropy_fusion_impl: `te` where it is exact (`modules/backend.py`), else `native`.
+        rope_scaling_low_freq_factor: of Llama 3's RoPE (`modules/rotary.py`), which `rope_scaling`
+            turns on.
+        rope_scaling_high_freq_factor: likewise.
+        rope_scaling_original_max_positions: likewise.
+        hf_config: the Hugging Face config that the provider was made from, for the fields that
+            Megatron-Core does not have (token ids); empty for a provider made without one.
     """
 
     backend: str = "auto"
@@ -83,13 +85,14 @@ class ExactGPTModelProvider(GPTModelProvider):
     hf_config: dict[str, Any] = field(default_factory=dict)
 
     def finalize(self) -> None:
-        """Check layout and per-layer lists, switch off what the backend cannot run, then Megatron-Core's own checks.
+        """Checks the fields, overrides those that the backend does not support, and completes them.
 
         Raises:
-            UnsupportedLayout: a layout that the model cannot be cut into.
-            UnsupportedConfig: per-layer lists whose length is not num_layers, or an unknown backend.
+            UnsupportedLayout: a layout that cannot shard the model.
+            UnsupportedConfig: a per-layer list whose length is not num_layers, or a backend that is
+                unknown.
         """
-        if not self._has_custom_pipeline():
+        if not self._has_uneven_pipeline():
             layout = Layout(
                 tp=self.tensor_model_parallel_size,
                 pp=self.pipeline_model_parallel_size,
@@ -107,8 +110,9 @@ class ExactGPTModelProvider(GPTModelProvider):
                 expert_ffn=self.moe_ffn_hidden_size or 0,
             )
         if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
-            # With two stages the next rank is the previous one too, and Megatron-Core's batched sends and receives mix
-            # up activations and gradients: on gloo the first gradients came out thousands of times too large.
+            # With two stages the next rank is also the previous one, and Megatron-Core's batched
+            # sends and receives (0.19.2) mix up activations and gradients: on gloo the first
+            # gradients were thousands of times too large.
             self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         for name in ("window_attn_skip_freq", "no_rope_freq", "moe_layer_freq"):
             values = getattr(self, name)
@@ -121,30 +125,30 @@ class ExactGPTModelProvider(GPTModelProvider):
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
         backend = resolve_backend(self.backend)
-        self._switch_off(**dict.fromkeys(unsupported_fusions(backend), False))
+        self._override(**dict.fromkeys(unsupported_fusions(backend), False))
         if self.cross_entropy_fusion_impl == "te":
-            self._switch_off(
+            self._override(
                 cross_entropy_fusion_impl=exact_cross_entropy_impl(backend, self.params_dtype)
             )
-        if backend.activation is not None and self._plain_swiglu():
-            self._switch_off(bias_activation_fusion=False, use_te_activation_func=True)
+        if backend.activation is not None and self._is_kernel_swiglu():
+            self._override(bias_activation_fusion=False, use_te_activation_func=True)
         elif backend.activation is None:
-            self._switch_off(use_te_activation_func=False)
+            self._override(use_te_activation_func=False)
         if self.context_parallel_size > 1:
-            self._switch_off(cp_comm_type=self._exchanges())
+            self._override(cp_comm_type=self._cp_comm_types())
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Transformer Engine cross entropy loss fusion has known stability issues"
             )
             super().finalize()
 
-    def _plain_swiglu(self) -> bool:
-        """Whether a fused SwiGLU is wished for that our kernel can be (`modules/kernels/swiglu.py`)."""
+    def _is_kernel_swiglu(self) -> bool:
+        """Whether the requested activation is one that our fused SwiGLU kernel computes."""
         other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
         return self.bias_activation_fusion and is_swiglu(self) and not other
 
-    def _exchanges(self) -> list[str]:
-        """Each layer's `cp_comm_type`; Megatron-Core's default suits no layer with a window."""
+    def _cp_comm_types(self) -> list[str]:
+        """Each layer's `cp_comm_type`; Megatron-Core's default supports no sliding window."""
         layers = range(1, self.num_layers + 1)
         tp = self.tensor_model_parallel_size
         return choose_cp_comm_types(
@@ -155,15 +159,15 @@ class ExactGPTModelProvider(GPTModelProvider):
             heads=self.num_attention_heads // tp,
             kv_heads=max(1, self.num_query_groups // tp),
             cp=self.context_parallel_size,
-            requested=self.__dict__.get("_switched_off", {}).get("cp_comm_type", self.cp_comm_type),
+            requested=self.__dict__.get("_requested", {}).get("cp_comm_type", self.cp_comm_type),
         )
 
-    def _switch_off(self, **instead: Any) -> None:
-        """Set these fields for this machine, and remember what was wished for."""
-        wished = self.__dict__.setdefault("_switched_off", {})
-        for name, value in instead.items():
+    def _override(self, **fields: Any) -> None:
+        """Overrides fields that this machine does not support, and keeps the requested values."""
+        requested = self.__dict__.setdefault("_requested", {})
+        for name, value in fields.items():
             if getattr(self, name) != value:
-                wished.setdefault(name, getattr(self, name))
+                requested.setdefault(name, getattr(self, name))
                 setattr(self, name, value)
 
     def provide(
@@ -172,7 +176,10 @@ class ExactGPTModelProvider(GPTModelProvider):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
-        """The GPTModel of this rank (of its chunk `vp_stage`), with exact RoPE and padding that does not count."""
+        """Returns this rank's model (of its chunk `vp_stage`).
+
+        It has Llama 3's exact RoPE, and the logits of padded vocabulary rows are masked.
+        """
         model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -194,15 +201,15 @@ class ExactGPTModelProvider(GPTModelProvider):
         return model
 
     def to_cfg_dict(self) -> dict[str, Any]:
-        """What `run_config.yaml` holds: the wishes, not what the backend of this machine could not run."""
+        """Returns the fields for `run_config.yaml`: as requested, without overrides."""
         result = {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"}
-        wished = self.__dict__.get("_switched_off", {})
+        requested = self.__dict__.get("_requested", {})
         for name in self.__dataclass_fields__:
             if not name.startswith("_"):
                 result[name] = _ConfigContainerBase._convert_value_to_dict(
-                    wished.get(name, getattr(self, name))
+                    requested.get(name, getattr(self, name))
                 )
         return result
 
-    def _has_custom_pipeline(self) -> bool:
+    def _has_uneven_pipeline(self) -> bool:
         return any(getattr(self, name) for name in UNEVEN_PIPELINE_FIELDS)

@@ -1,7 +1,7 @@
 """Readers of a Hugging Face config, and its writer. No torch.
 
-The readers take an object of config.json and a key. A value that Transformers cannot read or run, or
-that is not supported here, raises UnsupportedConfig.
+The readers take an object of config.json and a key. They raise UnsupportedConfig for a value that
+Transformers cannot read or run, or that is not supported here.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class HFField:
     """The other names of a model config's field.
 
     Attributes:
-        key: in the object of config.json that the class describes; None: the family writes the field.
-        read: (that object, key) -> value; raises UnsupportedConfig. None: the family reads the field.
+        key: in the object of config.json that the class describes; None: the family writes it.
+        read: (that object, key) -> value; raises UnsupportedConfig. None: the family reads it.
         provider: the model provider's field with the same value.
         axis: the axis letter whose size the value is (see `schema/param_mapping.py`).
         training: a training run may change the value without changing the model, so an export keeps
@@ -101,8 +101,8 @@ class ConfigPart:
         """Returns key -> value of the fields that have a key in config.json.
 
         Args:
-            before: what config.json describes now: only fields that differ from it are returned, and
-                none that a training run may change by itself. None: all fields are returned.
+            before: what config.json describes now: only fields that differ from it are returned,
+                and none that a training run may change by itself. None: all are returned.
         """
         changed = self.changed_from(before)
         return {

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face model folder beside weights and config; folders of a Megatron checkpoint. No torch."""
+"""Files beside weights and config in a Hugging Face folder; folders of a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["COMPANION_FILES", "copy_companion_files", "has_tokenizer", "iteration_folder"]
 
-# What travels byte for byte with a conversion; none of it has to be there.
+# Files that a conversion copies byte for byte. A folder may lack any of them.
 COMPANION_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -21,7 +21,7 @@ COMPANION_FILES = (
 
 
 def copy_companion_files(source: Path, target: Path) -> list[str]:
-    """Copy them from one folder to another, byte for byte; names of the copied files."""
+    """Copies the companion files of a folder into another, and returns their names."""
     found = sorted(
         {path for pattern in COMPANION_FILES for path in source.glob(pattern) if path.is_file()}
     )
@@ -31,13 +31,13 @@ def copy_companion_files(source: Path, target: Path) -> list[str]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether any file of a tokenizer is there."""
+    """Returns whether the folder has any file of a tokenizer."""
     return any(
         next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt")
     )
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of a Megatron checkpoint's newest iteration, or the path itself if it is one."""
+    """Returns the folder of a Megatron checkpoint's newest iteration, or the path if it is one."""
     folders = [folder for folder in path.glob("iter_*") if folder.name[5:].isdigit()]
     return max(folders, key=lambda folder: int(folder.name[5:])) if folders else path

@@ -1,7 +1,8 @@
-"""The layer schedule: what each layer attends to, in Hugging Face's words, ours and Megatron-Core's.
+"""The layer schedule: which layers have a sliding window, RoPE, or experts. No torch.
 
-Everything here counts layers from 0, globally (over all pipeline stages); so do Megatron-Core's per-layer
-lists, which it reads at `layer_number - 1`.
+It is converted between Transformers' names, the model config's, and Megatron-Core's. All count
+layers from 0 over all pipeline stages; Megatron-Core reads its per-layer lists at
+`layer_number - 1`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Sequence
 __all__ = [
     "FULL",
     "SLIDING",
+    "attention_pattern",
     "layer_types_of",
     "megatron_rope",
     "megatron_window",
     "mlp_pattern",
-    "pattern",
     "windows_of",
 ]
 
@@ -23,21 +24,27 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def windows_of(layer_types: Sequence[str], window: int | None) -> tuple[int | None, ...]:
-    """Per layer the number of keys that a query sees, its own included; None = all before it."""
+    """Returns for each layer the keys that a query attends to, with its own; None: all before it.
+
+    Args:
+        layer_types: Transformers' `layer_types`.
+        window: Transformers' `sliding_window`.
+    """
     return tuple(window if kind == SLIDING else None for kind in layer_types)
 
 
 def layer_types_of(windows: Sequence[int | None]) -> list[str]:
-    """Hugging Face's `layer_types` for these windows."""
+    """Returns Transformers' `layer_types` for these windows."""
     return [FULL if window is None else SLIDING for window in windows]
 
 
 def megatron_window(
     windows: Sequence[int | None],
 ) -> tuple[tuple[int, int] | None, list[int] | None]:
-    """Megatron-Core's `window_size` (keys to the left, keys to the right) and `window_attn_skip_freq` (1 = window).
+    """Returns Megatron-Core's `window_size` and `window_attn_skip_freq` for these windows.
 
-    A window of W keys includes the query's own, so W - 1 lie to its left.
+    `window_size` counts the keys to the left and to the right of the query. A window of W keys
+    includes the query's own, so W - 1 are to its left. In `window_attn_skip_freq` 1 means a window.
     """
     sizes = {window for window in windows if window is not None}
     if not sizes:
@@ -47,15 +54,15 @@ def megatron_window(
 
 
 def megatron_rope(rope: Sequence[bool]) -> list[int] | None:
-    """Megatron-Core's `no_rope_freq` (1 = no RoPE), or None where every layer has RoPE."""
-    return None if all(rope) else [int(not has) for has in rope]
+    """Returns Megatron-Core's `no_rope_freq` (1: no RoPE); None where RoPE is on every layer."""
+    return None if all(rope) else [int(not applied) for applied in rope]
 
 
-def pattern(windows: Sequence[int | None]) -> str:
-    """`LLLG`: one letter a layer, L local (windowed), G global."""
+def attention_pattern(windows: Sequence[int | None]) -> str:
+    """Returns one letter for each layer (`LLLG`): L sliding-window attention, G full attention."""
     return "".join("G" if window is None else "L" for window in windows)
 
 
-def mlp_pattern(moe: Sequence[bool]) -> str:
-    """`DEEE`: one letter a layer, D a dense feed-forward, E experts."""
-    return "".join("E" if here else "D" for here in moe)
+def mlp_pattern(moe_layer_mask: Sequence[bool]) -> str:
+    """Returns one letter for each layer (`DEEE`): D a dense MLP, E a mixture of experts."""
+    return "".join("E" if is_moe else "D" for is_moe in moe_layer_mask)

@@ -132,8 +132,8 @@ def shared_expert_mappings(layers: tuple[int, ...], *, bias: bool = False) -> Ma
 def expert_mappings(layers: tuple[int, ...], count: int) -> Mappings:
     """Returns the projections of the routed experts, one tensor for each expert, without biases.
 
-    Transformer Engine's grouped GEMM numbers the weights of one module; the sequential layout has one
-    module for each expert, and its names are the aliases.
+    Transformer Engine's grouped GEMM numbers the weights of one module; the sequential layout has
+    one module for each expert, and its names are the aliases.
     """
     if not layers:
         return ()

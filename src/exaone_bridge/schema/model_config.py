@@ -161,7 +161,7 @@ class ModelConfig(ConfigPart):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """For each layer the keys that a query attends to, its own included; None: all before it."""
+        """For each layer the keys that a query attends to, with its own; None: all before it."""
         return (None,) * self.num_layers
 
     @property

@@ -1,4 +1,4 @@
-"""A model family and the frozen description of one model, which the other packages use. No torch."""
+"""A model family, and the frozen description of one model. No torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TinyFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassthroughTensors:
-    """Tensors that a checkpoint may hold beside the model, and that go from source to export untouched.
+    """Tensors that a checkpoint may hold beside the model: an export copies them untouched.
 
     Attributes:
         pattern: regular expression that the full name matches.
@@ -60,11 +60,11 @@ class PassthroughTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSupport:
-    """What a family of models that take images adds. Both functions import torch when they are called.
+    """What a family of models that take images adds. Both functions import torch when called.
 
     Attributes:
-        prompts: (model config, number of prompts, seed, least length) -> tokens [N, S], and for each
-            prompt the arguments of `forward` with its images.
+        prompts: (model config, number of prompts, seed, least length) -> tokens [N, S], and for
+            each prompt the arguments of `forward` with its images.
         collators: () -> Transformers' processor class -> the function that makes a batch of
             conversations with images.
     """
@@ -79,7 +79,7 @@ class ModelFamily:
 
     Attributes:
         name: of its folder in `models/`.
-        architectures: the names in config.json's `architectures` that the family supports.
+        architectures: the names in config.json's `architectures` that it supports.
         read_hf_config: config.json -> model config; raises UnsupportedConfig.
         write_hf_config: (model config, the config.json that the model came from) -> config.json.
         mappings: model config -> parameter mappings.
@@ -87,8 +87,8 @@ class ModelFamily:
         tiny_files: the tokenizer and processor files of the tiny models.
         images: for models that take images.
         passthrough: for checkpoints that may hold more than the model.
-        with_mtp: the same models with multi-token prediction built into the Megatron-Core model, so
-            that its tensors have mappings; None: it is not built.
+        with_mtp: the same models with multi-token prediction built into the Megatron-Core model,
+            so that its tensors have mappings; None: it is not built.
     """
 
     name: str
@@ -111,12 +111,12 @@ class ModelFamily:
         return ModelDescription.of(self, self.read_hf_config(hf_config))
 
     def variant_for(self, provider: object) -> ModelFamily:
-        """Returns `with_mtp` if this provider (or Megatron-Core config) builds multi-token prediction."""
+        """Returns `with_mtp` if this provider or Megatron-Core config builds it."""
         builds_mtp = getattr(provider, "mtp_num_layers", None)
         return self.with_mtp if builds_mtp and self.with_mtp is not None else self
 
     def variant_with(self, parameters: Iterable[str]) -> ModelFamily:
-        """Returns `with_mtp` if a Megatron checkpoint's parameter names include multi-token prediction."""
+        """Returns `with_mtp` if a Megatron checkpoint has parameters of it."""
         if self.with_mtp is None or not any(name.startswith("mtp.") for name in parameters):
             return self
         return self.with_mtp

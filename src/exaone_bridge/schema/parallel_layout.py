@@ -1,4 +1,4 @@
-"""Parallel layouts, and which of them a model can be cut into. No torch."""
+"""Parallel layouts, and which of them can shard a model. No torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ UNEVEN_PIPELINE_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ranks cut each axis of the model.
+    """Megatron-Core's parallel sizes.
 
     Attributes:
-        vpp: model chunks that a pipeline rank holds.
-        sp: sequence parallelism: activations between the cut layers are cut along the sequence.
-        ep: ranks that experts are dealt to.
-        etp: ranks that cut each expert; None: as many as tp.
-        cp: ranks that share each sequence.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        vpp: model chunks (virtual pipeline stages) of each pipeline rank.
+        sp: sequence parallelism: activations outside the sharded linears are sharded along the
+            sequence.
+        ep: expert-parallel size.
+        etp: expert tensor-parallel size; None: tp.
+        cp: context-parallel size.
     """
 
     tp: int = 1
@@ -58,17 +61,17 @@ class Layout:
                 "sp",
                 got="on",
                 wanted="off where tp is 1",
-                remedy="sequence parallelism cuts along tp: raise --tp",
+                remedy="sequence parallelism shards over the TP ranks: raise --tp",
             )
 
     @property
     def ranks(self) -> int:
-        """Processes the layout needs at least: a pipeline stage is cut by tp x cp, and by ep x etp for experts."""
+        """The least number of processes: a stage has tp x cp ranks, and ep x etp for experts."""
         return self.pp * math.lcm(self.tp * self.cp, self.ep * self.expert_tp)
 
     @property
     def expert_tp(self) -> int:
-        """Ranks that cut each expert."""
+        """Expert tensor-parallel size."""
         return self.tp if self.etp is None else self.etp
 
     def stage_layers(self, num_layers: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -96,15 +99,15 @@ class Layout:
         experts: int = 0,
         expert_ffn: int = 0,
     ) -> None:
-        """Refuse a model that this layout cannot cut evenly.
+        """Checks that this layout divides a model evenly.
 
         Args:
             layers, heads, kv_heads, ffn: the model's counts.
-            experts, expert_ffn: routed experts and the feed-forward width of one; 0: the model has none.
+            experts, expert_ffn: routed experts and the feed-forward size of one; 0: there are none.
 
         Raises:
-            UnsupportedLayout: heads, key-value heads or feed-forward width over tp, layers over pp x vpp, experts over
-                ep, or an expert's width over etp.
+            UnsupportedLayout: tp does not divide heads, KV heads (nor they tp) or the feed-forward
+                size, pp x vpp the layers, ep the experts, or etp an expert's feed-forward size.
         """
         if self.ep > 1 and (not experts or experts % self.ep):
             wanted = (
@@ -115,21 +118,21 @@ class Layout:
             raise UnsupportedLayout(
                 "etp",
                 got=self.expert_tp,
-                wanted=f"a divisor of an expert's feed-forward width {expert_ffn}",
+                wanted=f"a divisor of an expert's feed-forward size {expert_ffn}",
                 remedy="choose another --etp",
             )
         if heads % self.tp or ffn % self.tp:
             raise UnsupportedLayout(
                 "tp",
                 got=self.tp,
-                wanted=f"a divisor of {heads} attention heads and of feed-forward width {ffn}",
+                wanted=f"a divisor of {heads} attention heads and of feed-forward size {ffn}",
                 remedy="choose another --tp",
             )
         if kv_heads % self.tp and self.tp % kv_heads:
             raise UnsupportedLayout(
                 "tp",
                 got=self.tp,
-                wanted=f"a divisor or a multiple of {kv_heads} key-value heads",
+                wanted=f"a divisor or a multiple of {kv_heads} KV heads",
                 remedy="choose another --tp",
             )
         if layers % (self.pp * self.vpp):
@@ -137,11 +140,12 @@ class Layout:
                 "pp x vpp",
                 got=f"{self.pp} x {self.vpp}",
                 wanted=f"a divisor of {layers} layers",
-                remedy="choose another --pp or --vpp, or set the provider's pipeline_model_parallel_layout yourself",
+                remedy="choose another --pp or --vpp, or set the provider's "
+                "pipeline_model_parallel_layout yourself",
             )
 
     def provider_overrides(self) -> dict[str, Any]:
-        """The fields of a Megatron-Core model provider for this layout."""
+        """Returns the model provider's fields of this layout."""
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,

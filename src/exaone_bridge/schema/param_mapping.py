@@ -100,7 +100,7 @@ class ParamMapping:
     def __post_init__(self) -> None:
         if self.is_per_layer and not self.layers:
             raise ValueError(
-                f"the mapping of {self.megatron} has no layers; leave out a mapping that no layer has"
+                f"the mapping of {self.megatron} has no layers; leave it out if no layer has it"
             )
 
     @property
@@ -110,7 +110,7 @@ class ParamMapping:
 
     @property
     def on_first_stage(self) -> bool:
-        """Whether a parameter outside the layers is on the first pipeline stage, and not the last."""
+        """Whether a parameter outside the layers is on the first pipeline stage, not the last."""
         return self.megatron.startswith(("embedding.", "visual."))
 
     def expand(self) -> Iterator[tuple[str, tuple[HFTensor, ...]]]:

@@ -569,7 +569,7 @@ def test_key_value_heads_over_tp(tiny: Any, refused: Callable[..., str]) -> None
     refused(
         ["inspect", folder, "--tp", 6],
         "tp is 6",
-        "a divisor or a multiple of 4 key-value heads",
+        "a divisor or a multiple of 4 KV heads",
         "another --tp",
     )
 

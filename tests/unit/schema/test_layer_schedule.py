@@ -12,10 +12,10 @@ from exaone_bridge.errors import BridgeError
 from exaone_bridge.schema.layer_schedule import (
     FULL,
     SLIDING,
+    attention_pattern,
     layer_types_of,
     megatron_rope,
     megatron_window,
-    pattern,
     windows_of,
 )
 
@@ -90,6 +90,6 @@ def test_megatron_rope(rope: tuple[bool, ...], listed: list[int] | None) -> None
 
 
 def test_pattern() -> None:
-    assert pattern((8, 8, 8, None)) == "LLLG"
-    assert pattern((None, 8)) == "GL"
-    assert pattern(()) == ""
+    assert attention_pattern((8, 8, 8, None)) == "LLLG"
+    assert attention_pattern((None, 8)) == "GL"
+    assert attention_pattern(()) == ""

@@ -70,14 +70,14 @@ def test_layout_that_divides_the_model_passes(layout: Layout) -> None:
 def test_tp_that_does_not_divide_heads_or_ffn_raises(tp: int, change: dict[str, int]) -> None:
     model = MODEL | change
     wanted = (
-        f"a divisor of {model['heads']} attention heads and of feed-forward width {model['ffn']}"
+        f"a divisor of {model['heads']} attention heads and of feed-forward size {model['ffn']}"
     )
     assert "--tp" in layout_error("tp", str(tp), wanted, lambda: Layout(tp=tp).check(**model))
 
 
 @pytest.mark.parametrize(("tp", "heads", "kv_heads"), [(4, 12, 6), (6, 12, 4), (2, 6, 3)])
 def test_tp_that_does_not_fit_the_kv_heads_raises(tp: int, heads: int, kv_heads: int) -> None:
-    wanted = f"a divisor or a multiple of {kv_heads} key-value heads"
+    wanted = f"a divisor or a multiple of {kv_heads} KV heads"
     model = {"layers": 1, "heads": heads, "kv_heads": kv_heads, "ffn": 12}
     assert "--tp" in layout_error("tp", str(tp), wanted, lambda: Layout(tp=tp).check(**model))
 

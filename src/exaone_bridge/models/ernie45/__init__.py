@@ -1,4 +1,4 @@
-"""ERNIE 4.5: pre-norm, interleaved RoPE, dense or mixture of experts with a softmax router. No torch here."""
+"""ERNIE 4.5: pre-norm, interleaved RoPE, dense or a mixture of experts with a softmax router."""
 
 from __future__ import annotations
 

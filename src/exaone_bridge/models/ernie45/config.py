@@ -1,7 +1,7 @@
 """ERNIE 4.5's config.json <-> model config. No torch.
 
-It reads config.json of the dense and of the mixture-of-experts architecture, as Transformers 4 and 5
-write it, and `to_dict()`.
+It reads config.json of the dense and of the mixture-of-experts architecture, as Transformers 4 and
+5 write it, and `to_dict()`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DENSE, MOE = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"
 ARCHITECTURES = (MOE, DENSE, "Ernie4_5_ForCausalLM")
 MODEL_TYPES = {DENSE: "ernie4_5", MOE: "ernie4_5_moe"}
 
-# Lists [N] or [N, N] in some configs, with a value for each pool of experts; a text model has the first.
+# Lists [N] or [N, N] in some configs, a value for each pool of experts; text models have the first.
 LISTED = (
     "moe_num_experts",
     "moe_intermediate_size",
@@ -112,7 +112,7 @@ class Ernie45ModelConfig(ModelConfig):
     """An ERNIE 4.5 model.
 
     Attributes:
-        bias: biases on the projections of attention, MLP and shared experts; routed experts have none.
+        bias: biases on the projections of attention, MLP and shared experts, not of routed ones.
         head_bias: a bias on the output layer.
     """
 
@@ -122,7 +122,7 @@ class Ernie45ModelConfig(ModelConfig):
 
 
 def first_pool(hf_config: Mapping[str, Any], key: str) -> Any:
-    """Returns the value for the first pool of experts: N of [N] and of [N, M], else the value itself.
+    """Returns the value of the first pool of experts: N of [N] and of [N, M], else the value.
 
     Raises:
         UnsupportedConfig: a list of another length.
@@ -160,7 +160,8 @@ def read_hf_config(hf_config: Mapping[str, Any]) -> Ernie45ModelConfig:
         hf_config: config.json as a mapping, or the Transformers config's `to_dict()`.
 
     Raises:
-        UnsupportedConfig: a field that is malformed or not supported, or that Transformers cannot run.
+        UnsupportedConfig: a field that is malformed or not supported, or that Transformers cannot
+            run.
     """
     is_moe = hf_config.get("model_type") == MODEL_TYPES[MOE] or MOE in (
         hf_config.get("architectures") or ()
@@ -228,8 +229,8 @@ def write_hf_config(model_config: Ernie45ModelConfig, source: Mapping[str, Any])
         source: the config.json that the model came from; empty for a model made without one.
 
     Raises:
-        UnsupportedConfig: MoE layers that an ERNIE 4.5 config cannot express, or a bias on the output
-            layer alone.
+        UnsupportedConfig: MoE layers that an ERNIE 4.5 config cannot express, or a bias on the
+            output layer alone.
     """
     architecture = DENSE if model_config.moe is None else MOE
     hf_config, before = update_hf_config(
@@ -242,7 +243,7 @@ def write_hf_config(model_config: Ernie45ModelConfig, source: Mapping[str, Any])
     if changed & {
         "hidden_size",
         "num_heads",
-    }:  # a source may leave head_dim to be derived from them
+    }:  # a missing head_dim is derived from them
         hf_config.setdefault("head_dim", model_config.head_dim)
     if model_config.moe is not None:
         hf_config |= model_config.moe.hf_values(None if before is None else before.moe)

@@ -1,4 +1,4 @@
-"""The provider of models with mixture-of-experts layers whose softmax router has a selection bias."""
+"""The provider of MoE models whose softmax router has a selection bias."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ __all__ = ["MoEModelProvider"]
 
 @dataclass
 class MoEModelProvider(ExactGPTModelProvider):
-    """ExactGPTModelProvider with Megatron-Core's mixture of experts, balanced by nothing unless configured.
+    """ExactGPTModelProvider with Megatron-Core's mixture of experts.
 
-    Off unless a trainer sets it: an auxiliary loss (`moe_router_load_balancing_type` and `moe_aux_loss_coeff`), or the
-    update of the selection bias after each step (`moe_router_enable_expert_bias` and `moe_router_bias_update_rate`).
+    Load balancing is off unless a trainer sets it: an auxiliary loss
+    (`moe_router_load_balancing_type` and `moe_aux_loss_coeff`), or the update of the selection bias
+    after each step (`moe_router_enable_expert_bias` and `moe_router_bias_update_rate`).
     """
 
     add_bias_linear: bool = False
@@ -33,17 +34,17 @@ class MoEModelProvider(ExactGPTModelProvider):
     )
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether this layer (global, 0-based) is a mixture of experts."""
+        """Returns whether this layer (global, 0-based) is an MoE layer."""
         freq = self.moe_layer_freq
         return bool(self.num_moe_experts) and (
             layer % freq == 0 if isinstance(freq, int) else bool(freq[layer])
         )
 
     def finalize(self) -> None:
-        """Check the way of balancing, and choose what runs on this machine's backend.
+        """Checks the load balancing, and overrides what this machine's backend does not support.
 
         Raises:
-            UnsupportedConfig: two ways of balancing at once; or what the parent refuses.
+            UnsupportedConfig: two kinds of load balancing at once, or what the base class rejects.
         """
         update_bias = self.moe_router_enable_expert_bias
         if update_bias and self._has_aux_loss():
@@ -55,14 +56,16 @@ class MoEModelProvider(ExactGPTModelProvider):
                 remedy="balance the experts one way or the other",
             )
         if resolve_backend(self.backend).name == "torch":
-            # alltoall counts tokens on CUDA streams of its own; grouped GEMM and permutation are Transformer Engine's
-            self._switch_off(
+            # alltoall counts tokens on its own CUDA streams; grouped GEMM and permutation need
+            # Transformer Engine.
+            self._override(
                 moe_token_dispatcher_type="allgather",
                 moe_grouped_gemm=False,
                 moe_permute_fusion=False,
             )
-        # Megatron-Core refuses to update a selection bias with softmax, and linear biases where experts are cut; our
-        # router does not mind the first, our experts have none of the second (models/ernie45/router.py, models/ernie45/moe.py).
+        # Megatron-Core 0.19.2 rejects the update of a selection bias with softmax, and biases of
+        # linears where experts are sharded. Our router supports the first, and our experts have no
+        # biases (models/ernie45/router.py, models/ernie45/moe.py).
         linear_biases = self.add_bias_linear
         self.moe_router_enable_expert_bias = False
         self.add_bias_linear = linear_biases and not self.num_moe_experts

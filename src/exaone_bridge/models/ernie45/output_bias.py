@@ -11,7 +11,7 @@ __all__ = ["add_output_bias"]
 
 
 def add_output_bias(model: torch.nn.Module) -> None:
-    """Give a GPTModel's output layer a bias of zeros, [V / tp]; other pipeline stages are unchanged.
+    """Give a GPTModel's output layer a bias of zeros, [V / tp]; other stages are unchanged.
 
     `ColumnParallelLinear.forward` adds its attribute `bias`, with tied weights too.
     """

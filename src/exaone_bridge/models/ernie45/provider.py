@@ -1,4 +1,4 @@
-"""ERNIE 4.5's facts <-> model provider: only what differs from the stock one."""
+"""ERNIE 4.5's model config <-> model provider."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ __all__ = ["Ernie45ModelProvider", "ernie45_provider", "model_config_of"]
 
 @dataclass
 class Ernie45ModelProvider(MoEModelProvider):
-    """MoEModelProvider with what every ERNIE 4.5 has; sizes come from `ernie45_provider`.
+    """The provider of ERNIE 4.5: defaults of every model here, sizes from `ernie45_provider`.
 
     Attributes:
-        output_bias: whether the output layer has a bias, which Megatron-Core's has not.
-        mtp_layers_carried: next-token-prediction layers that the checkpoint ships beside the model.
+        moe_norm_min: the least sum that the weights of a token's experts are divided by.
+        output_bias: whether the output layer has a bias, for which Megatron-Core has no option.
+        mtp_layers_passthrough: layers of multi-token prediction on disk, which are not built.
     """
 
     transformer_layer_spec: ModuleSpec | Callable[..., Any] = ernie45_block_spec
@@ -37,9 +38,9 @@ class Ernie45ModelProvider(MoEModelProvider):
     position_embedding_type: str = "rope"
     rotary_interleaved: bool = True
     hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0  # Ernie4_5Attention.__init__; stock: 0.1
+    attention_dropout: float = 0.0  # Ernie4_5Attention.__init__; default: 0.1
     should_pad_vocab: bool = (
-        True  # stock: False, which fails where tp does not divide the vocabulary
+        True  # default: False, which fails where tp does not divide the vocabulary
     )
     bias_activation_fusion: bool = True
     bias_dropout_fusion: bool = (

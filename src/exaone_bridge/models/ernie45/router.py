@@ -143,7 +143,7 @@ class SelectionBiasRouter(TopKRouter):
         batch: int,
         padding: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attach TopKRouter's auxiliary losses, on probabilities without bias, as its `routing` does.
+        """Attach TopKRouter's auxiliary losses, on probabilities without bias, like its `routing`.
 
         Args:
             weights: [T, E].

@@ -1,6 +1,6 @@
-"""The published ERNIE 4.5 topologies in miniature: every branch of the model, small enough to run in a second.
+"""Tiny models of the published ERNIE 4.5 topologies, which run every branch within a second.
 
-Widths are small and odd on purpose: head_dim is not hidden / heads, the vocabulary is not divisible by two, epsilon and
+Sizes are uneven on purpose: head_dim is not hidden / heads, the vocabulary is odd, epsilon and
 theta are not the defaults.
 """
 
@@ -41,7 +41,8 @@ _EXPERTS: dict[str, Any] = {
 }
 
 TINY: dict[str, dict[str, Any]] = {
-    # ERNIE-4.5-21B-A3B: tied, a dense layer and then experts, two of them shared, lists, next-token prediction on disk
+    # ERNIE-4.5-21B-A3B: tied, a dense layer and then experts, two of them shared, config fields
+    # that are lists, multi-token prediction on disk
     "ernie45": _COMMON
     | _EXPERTS
     | {
@@ -55,7 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1,
         "tie_word_embeddings": True,
     },
-    # ERNIE-4.5-300B-A47B: untied, three dense layers and then experts, none shared; here on every second layer
+    # ERNIE-4.5-300B-A47B: untied, three dense layers and then experts, none shared; here on every
+    # second layer
     "ernie45-300b": _COMMON
     | _EXPERTS
     | {

@@ -1,4 +1,4 @@
-"""EXAONE 4.0: post-norm, QK norm, hybrid attention with NoPE on the global layers. No torch here."""
+"""EXAONE 4.0: post-norm, QK norm, hybrid attention without RoPE on full-attention layers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """EXAONE 4.0's config.json <-> model config. No torch.
 
-It reads config.json as Transformers 4 and 5 write it, and `Exaone4Config.to_dict()`. What Transformers
-cannot read or run is rejected with the remedy, because a model that Transformers cannot run has no
-logits to compare with.
+It reads config.json as Transformers 4 and 5 write it, and `Exaone4Config.to_dict()`. A config that
+Transformers cannot read or run is rejected with the remedy, because such a model has no logits to
+compare with.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def read_hf_config(hf_config: Mapping[str, Any]) -> Exaone4ModelConfig:
             Llama3Rope(**Llama3Rope.values_from_hf(rope.fields)) if rope.kind == "llama3" else None
         ),
         windows=windows,
-        # Whether full-attention layers are without RoPE depends on `sliding_window` alone, even if no
-        # layer uses the window (Exaone4Attention.forward, 5.12.1).
+        # Whether full-attention layers are without RoPE depends on `sliding_window` alone, even if
+        # no layer uses the window (Exaone4Attention.forward, 5.12.1).
         rope=tuple(_window(hf_config) is None or window is not None for window in windows),
     )
 
@@ -168,14 +168,15 @@ def _windows(hf_config: Mapping[str, Any], num_layers: int) -> tuple[int | None,
 
 
 def _kinds_from_pattern(pattern: object, window: int | None, num_layers: int) -> list[str]:
-    # Only layer_types is unambiguous where Transformers and vLLM read a pattern differently, or where
-    # Transformers divides by zero.
+    # Only layer_types is unambiguous where Transformers and vLLM read a pattern differently, or
+    # where Transformers divides by zero.
     if window is None:
         entries = ", ".join([f"{FULL!r}"] * min(num_layers, 2))
         raise UnsupportedConfig(
             "layer_types",
             got=None,
-            wanted="present where sliding_window is null, because Transformers divides by zero there",
+            wanted="present where sliding_window is null, because Transformers divides by zero "
+            "there",
             remedy=f'write "layer_types": [{entries}, ...], with one entry for each layer',
         )
     if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:

@@ -1,4 +1,4 @@
-"""EXAONE 4.0's facts <-> model provider: only what differs from the stock one."""
+"""EXAONE 4.0's model config <-> model provider."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass
 class Exaone4ModelProvider(ExactGPTModelProvider):
-    """GPTModelProvider with what every EXAONE 4.0 has; sizes come from `exaone4_provider`."""
+    """The provider of EXAONE 4.0: defaults of every model here, sizes from `exaone4_provider`."""
 
     transformer_layer_spec: ModuleSpec | Callable[..., Any] = exaone4_block_spec
     normalization: str = "RMSNorm"
@@ -41,7 +41,7 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
     position_embedding_type: str = "rope"
     hidden_dropout: float = 0.0
     should_pad_vocab: bool = (
-        True  # stock: False, which fails where tp does not divide the vocabulary
+        True  # default: False, which fails where tp does not divide the vocabulary
     )
     apply_rope_fusion: bool = True  # 8% of a 1.2B step at 8192 (docs/benchmarks.md)
     bias_activation_fusion: bool = True

@@ -1,7 +1,7 @@
-"""The published EXAONE 4.0 topologies in miniature: every branch of the model, small enough to run in a second.
+"""Tiny models of the published EXAONE 4.0 topologies, which run every branch within a second.
 
-Widths are small and odd on purpose: head_dim is not hidden / heads, the vocabulary is not divisible by two,
-epsilon and RoPE are not the defaults, and the window is shorter than a prompt.
+Sizes are uneven on purpose: head_dim is not hidden / heads, the vocabulary is odd, epsilon and RoPE
+are not the defaults, and the window is shorter than a prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _COMMON: dict[str, Any] = {
 }
 
 TINY: dict[str, dict[str, Any]] = {
-    # EXAONE-4.0-32B: untied, three windowed layers to a global one, no RoPE on the global ones
+    # EXAONE-4.0-32B: untied, three sliding-window layers to one full-attention layer without RoPE
     "exaone4": _COMMON
     | {
         "num_hidden_layers": 8,
@@ -57,7 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "layer_types": [FULL] * 6,
         "sliding_window": None,
-        "sliding_window_pattern": 0,  # what Transformers makes of null
+        "sliding_window_pattern": 0,  # Transformers' value for null
         "tie_word_embeddings": True,
     },
 }

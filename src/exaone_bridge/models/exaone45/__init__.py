@@ -1,4 +1,4 @@
-"""EXAONE 4.5: a vision tower before the EXAONE 4.0 language model, and multi-token prediction beside it. No torch."""
+"""EXAONE 4.5: an EXAONE 4.0 language model with a vision encoder and multi-token prediction."""
 
 from __future__ import annotations
 

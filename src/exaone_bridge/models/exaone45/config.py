@@ -1,8 +1,8 @@
 """EXAONE 4.5's config.json <-> model config. No torch.
 
 config.json holds two more configs: `text_config`, which is an EXAONE 4.0's and is read as such, and
-`vision_config`. Transformers builds no multi-token prediction; its fields are in `text_config`, as in
-the published config.
+`vision_config`. Transformers builds no multi-token prediction; its fields are in `text_config`, as
+in the published config.
 """
 
 from __future__ import annotations

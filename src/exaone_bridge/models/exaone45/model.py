@@ -104,7 +104,7 @@ class Exaone45Model(GPTModel):
         video_grid_thw: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Run GPTModel's forward pass, with images and videos as a Hugging Face processor returns them.
+        """Run the forward pass, with images and videos as Transformers' processor returns them.
 
         Args:
             input_ids: [B, S] tokens. With context parallelism, this rank's shard, or the full

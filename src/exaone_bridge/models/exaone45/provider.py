@@ -1,4 +1,4 @@
-"""EXAONE 4.5's facts <-> model provider: EXAONE 4.0's, and the tower."""
+"""EXAONE 4.5's model config <-> model provider."""
 
 from __future__ import annotations
 
@@ -28,16 +28,23 @@ __all__ = ["Exaone45ModelProvider", "exaone45_provider", "model_config_of"]
 
 @dataclass
 class Exaone45ModelProvider(Exaone4ModelProvider):
-    """Exaone4ModelProvider with a vision tower; sizes come from `exaone45_provider`.
+    """The provider of EXAONE 4.5: EXAONE 4.0's with a vision encoder.
+
+    Sizes come from `exaone45_provider`.
 
     Attributes:
         vision: the fields of `VisionConfig`.
-        image_token_id, video_token_id: the words that hold features' places.
-        mtp_depth: of the multi-token prediction on disk. It is built, and trained, where `mtp_num_layers` is set; else
-            it travels beside the model.
-        mtp_sliding, mtp_use_rope: whether its layer is sliding-window attention, and has RoPE.
-        freeze_language_model, freeze_vision_model, freeze_vision_projection, freeze_mtp_model: not to be trained; the
-            tower without its merger is the second, the merger the third (Megatron-Bridge's names).
+        image_token_id: the placeholder token of image features.
+        video_token_id: the placeholder token of video features.
+        mtp_depth: the depth of multi-token prediction (MTP) on disk. MTP is built and trained where
+            `mtp_num_layers` is set; else its tensors pass through.
+        mtp_sliding: whether the MTP layer has sliding-window attention.
+        mtp_use_rope: whether RoPE is applied in the MTP layer.
+        freeze_language_model: do not train the language model.
+        freeze_vision_model: do not train the vision encoder, its merger excepted.
+        freeze_vision_projection: do not train the vision encoder's merger (the names are
+            Megatron-Bridge's).
+        freeze_mtp_model: do not train MTP.
     """
 
     vision: dict[str, Any] = field(default_factory=dict)
@@ -52,19 +59,19 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
     freeze_mtp_model: bool = False
 
     def finalize(self) -> None:
-        """As the parent's.
+        """Checks the fields and completes them, as the base class does.
 
         Raises:
-            UnsupportedConfig: several layers of multi-token prediction to be built; or what the parent refuses.
+            UnsupportedConfig: several MTP layers are to be built, or what the base class rejects.
         """
         if (self.mtp_num_layers or 0) > 1 and not self.mtp_use_repeated_layer:
             raise UnsupportedConfig(
                 "mtp_share_layers",
                 got=False,
-                wanted="true where several words are predicted: what leads to the layer is one on disk, and "
-                "Megatron-Core has it once a layer",
+                wanted="true where several tokens are predicted: the projection into the MTP layer "
+                "is on disk once, and Megatron-Core has one for each layer",
                 where="provider",
-                remedy="leave provider.mtp_num_layers out, and all of it travels beside the model",
+                remedy="leave provider.mtp_num_layers out, and the MTP tensors pass through",
             )
         super().finalize()
 
@@ -81,7 +88,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> Exaone45Model:
-        """EXAONE 4.0's model of this rank (of its chunk `vp_stage`); on the first stage, with the tower."""
+        """Returns this rank's model (of its chunk `vp_stage`); stage 0 has the vision encoder."""
         language_model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -104,7 +111,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         return model
 
     def mtp_spec(self, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
-        """Multi-token prediction of this stage, around EXAONE 4.0's layer (`models/exaone45/mtp.py`)."""
+        """Returns the spec of MTP with EXAONE 4.0's layer; None where it is not built."""
         if not self.mtp_num_layers:
             return None
         backend = resolve_backend(self.backend)
@@ -118,7 +125,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         )
 
     def is_frozen(self, name: str) -> bool:
-        """Whether the parameter of this name is not to be trained."""
+        """Returns whether the parameter of this name is not trained."""
         if name.startswith("mtp."):
             return self.freeze_mtp_model
         if name.startswith("visual.merger."):

@@ -1,7 +1,7 @@
-"""The published EXAONE 4.5 topology in miniature: the 32B's language model, and a tower with both kinds of attention.
+"""A tiny model of the published EXAONE 4.5 topology.
 
-Widths are small and odd on purpose, like `exaone4/tiny.py`'s: the tower has fewer key-value heads than heads, a window
-of three words, and its hidden size is not the language model's.
+Its language model is the tiny 32B's; its vision encoder has both kinds of attention, fewer KV heads
+than query heads, a window of three tokens, and a hidden size other than the language model's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
     }
 }
 
-# The tokenizer's names of what holds an image's place, and of its borders (`processing_exaone4_5.py`).
+# The tokenizer's placeholder tokens, and the tokens around them (Transformers 5.12.1,
+# `processing_exaone4_5.py`).
 SPECIAL_TOKENS = TEXT_TOKENS | {
     "<|image_pad|>": 67,
     "<|video_pad|>": 68,
@@ -64,12 +65,15 @@ SPECIAL_TOKENS = TEXT_TOKENS | {
     "</vision>": 74,
 }
 
-# A turn is words, or a list of parts; each image and video leaves one word, which the processor multiplies.
+# The content of a message is text, or a list of parts. Each image and video becomes one placeholder
+# token, which the processor repeats.
 CHAT_TEMPLATE = TEXT_TEMPLATE.replace(
     "{{ message.content }}",
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
     "{% if part.type == 'image' %}<vision><|image_pad|></vision>"
-    "{% elif part.type == 'video' %}<vision><|video_pad|></vision>{% else %}{{ part.text }}{% endif %}"
+    "{% elif part.type == 'video' %}<vision><|video_pad|></vision>"
+    "{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}",
 )
 

@@ -47,7 +47,7 @@ def _in_language_model(name: str) -> str:
 
 
 def _vision_encoder(vision: VisionConfig) -> Iterator[HFTensor]:
-    """Yields the tensors block by block: a `*` in a name stands for a layer of the language model."""
+    """Yields the tensors block by block: `*` in a name is a layer of the language model."""
     patches = "model.visual.patch_embed.proj.weight"
     yield HFTensor(patches, "vctpp", std=vision.patch_elements**-0.5)
     for block in range(vision.depth):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
-from exaone_bridge.schema.layer_schedule import mlp_pattern, pattern
+from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
 
 __all__ = ["model_summary"]
 
@@ -21,7 +21,7 @@ def model_summary(source: HFCheckpoint) -> dict[str, Any]:
         "bytes": source.nbytes,
         "dtype": model_config.dtype,
         "num_layers": model_config.num_layers,
-        "layers": pattern(model_config.windows),
+        "layers": attention_pattern(model_config.windows),
         "rope": "".join("R" if has else "-" for has in model_config.rope),
         "window": next((window for window in model_config.windows if window), None),
         "hidden_size": model_config.hidden_size,
