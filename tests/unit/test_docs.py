@@ -13,14 +13,12 @@ from tests.helpers.paths import ROOT
 
 MAX_COLUMNS = 100
 FACE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-REWRITTEN_NEXT = {"verification.md"}
 PAGES = [
     *FACE,
     *(
         page
         for page in (ROOT / "docs").rglob("*.md")
-        if page.name not in REWRITTEN_NEXT
-        and not {"_build", "api"} & set(page.parts)
+        if not {"_build", "api"} & set(page.parts)
         and (page.parent.name != "cards" or page.name == "index.md")
     ),
 ]
