@@ -1,7 +1,9 @@
-"""The safetensors headers of a Hugging Face checkpoint, read with the standard library alone.
+"""The safetensors headers of a Hugging Face checkpoint: where each tensor lies. No torch.
 
-Where each tensor lies, and whether the files can be trusted, is known before torch is imported or a weight is read.
-What safetensors would refuse is refused here, in one sentence.
+A header that is as safetensors writes it is read by `_canonical`, which is twice as fast as the
+library and json (0.13 s against 0.26 s of CPU for 60,000 tensors). Every other header is validated
+by the safetensors library and then read as JSON. What the library does not check is checked here:
+duplicate keys, sizes beyond 63 bits, the index, links that leave the folder, pickles.
 The format: https://github.com/huggingface/safetensors#format.
 """
 
@@ -39,17 +41,16 @@ SINGLE_FILE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
-_MAX_JSON_BYTES: Final = (
-    100_000_000  # MAX_HEADER_SIZE of safetensors; no index or config comes near
-)
-_MAX_INT: Final = 2**63 - 1  # a header's numbers are 64-bit, and so are their products
-# A header as safetensors writes it: up to the first name, and of an entry the name and the text of type and shape.
+_MAX_JSON_BYTES: Final = 100_000_000  # MAX_HEADER_SIZE of safetensors; for index and config too
+_MAX_INT: Final = 2**63 - 1  # torch's sizes are signed
+# A header as safetensors writes it: what is before the first name, and then each tensor's name, and
+# the text of its dtype and shape.
 _HEAD: Final = re.compile(r'\{(?:"__metadata__":(\{[^{}\\]*\}),)?(?=")')
 _ENTRY: Final = re.compile(
     r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*\]),"data_offsets":'
 )
 
-# Names and values come from files that are not trusted: on one line, and never long.
+# Names and values come from files that are not trusted: messages have them on one line, shortened.
 _quote = reprlib.Repr(maxstring=200, maxdict=4, maxother=60).repr
 
 
@@ -97,151 +98,156 @@ class TensorInfo(NamedTuple):
     stamp: FileStamp
 
 
-_TENSOR: Final = functools.partial(
-    tuple.__new__, TensorInfo
-)  # as its own __new__, without a call in Python
+_make_info: Final = functools.partial(tuple.__new__, TensorInfo)  # __new__ without a Python call
+
+Header = tuple[dict[str, TensorInfo], dict[str, str]]
 
 
-def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of one safetensors file, in offset order, and its `__metadata__` (empty if it has none).
+def read_file_header(path: Path) -> Header:
+    """Read the header of one safetensors file; its tensors cover the rest of the file exactly.
 
-    Reads the header only. Whatever this accepts safetensors accepts too: the tensors cover the data buffer exactly.
+    Returns:
+        The tensors by name, in offset order, and the `__metadata__` (empty if there is none).
 
     Raises:
-        CheckpointError: the file is missing, unreadable or damaged, or has a dtype outside `DTYPE_BYTES`.
+        CheckpointError: The file is missing, unreadable or damaged, or has a dtype outside
+            `DTYPE_BYTES`.
     """
     with _open(path) as (stream, stamp):
-        file_bytes = stamp.nbytes
-        if file_bytes < 8:
-            raise _damaged(path, f"is {file_bytes} bytes long, too short for a safetensors file")
+        if stamp.nbytes < 8:
+            raise _damaged(path, f"is {stamp.nbytes} bytes long, too short for a safetensors file")
         header_bytes = int.from_bytes(stream.read(8), "little")
-        data_at = 8 + header_bytes
         if header_bytes > _MAX_JSON_BYTES:
             raise _damaged(
                 path, f"its header claims {header_bytes} bytes, and may have {_MAX_JSON_BYTES}"
             )
-        if data_at > file_bytes:
+        if 8 + header_bytes > stamp.nbytes:
             raise _damaged(
-                path, f"its header claims {header_bytes} bytes, and the whole file has {file_bytes}"
+                path, f"its header claims {header_bytes} bytes, and the file has {stamp.nbytes}"
             )
         data = stream.read(header_bytes)
-    return _as_safetensors_writes(path, data, data_at, stamp) or _in_any_order(
-        path, data, data_at, stamp
-    )
+    return _canonical(path, data, stamp) or _validated(path, data, stamp)
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint folder by name: files in name order, tensors in offset order within a file.
+    """Find every tensor of a checkpoint folder.
 
-    Of `model.safetensors` and `model.safetensors.index.json` the single file wins, as it does in Transformers. Links
-    may not lead out of the folder, except to the blobs of the Hugging Face hub cache that the folder is part of.
+    Of `model.safetensors` and `model.safetensors.index.json` the single file wins, as it does in
+    Transformers. Links must not lead out of the folder, except to the blobs of the Hugging Face hub
+    cache that the folder is part of.
+
+    Returns:
+        The tensors by name: files in name order, tensors in offset order within a file.
 
     Raises:
-        CheckpointError: the folder holds no safetensors weights, a file is damaged, missing or elsewhere, or the index
-            and the files disagree about which tensors there are and which file holds each.
+        CheckpointError: The folder has no safetensors weights, a file is damaged, missing or
+            elsewhere, or the index and the files disagree.
     """
     if not folder.is_dir():
         raise CheckpointError(
             folder, "is not a folder", remedy="give the folder of config.json and the weights"
         )
-    # The order of transformers.modeling_utils._get_resolved_checkpoint_files (5.12).
+    # The order of transformers.modeling_utils._get_resolved_checkpoint_files (5.12.1).
     single, index = folder / SINGLE_FILE, folder / INDEX
     if single.is_file():
-        return read_file_header(_at_home(single))[0]
+        return read_file_header(_inside_folder(single))[0]
     if index.is_file():
-        return _read_shards(_at_home(index))
+        return _read_shards(_inside_folder(index))
     if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        problem = f"its weights are pickles ({_quote(pickles[0])}), refused because loading them runs code"
-        remedy = "convert them to safetensors with Transformers' save_pretrained"
-        raise CheckpointError(folder, problem, remedy=remedy)
+        raise CheckpointError(
+            folder,
+            f"its weights are pickles ({_quote(pickles[0])}), "
+            "which are rejected because loading them runs code",
+            remedy="convert them to safetensors with Transformers' save_pretrained",
+        )
     raise CheckpointError(
-        folder, f"holds neither {SINGLE_FILE} nor {INDEX}", remedy="download the weights into it"
+        folder, f"has neither {SINGLE_FILE} nor {INDEX}", remedy="download the weights into it"
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, such as config.json or an index.
+    """Read the JSON object in a file such as config.json or an index.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, over 100 MB, not UTF-8, not JSON, nested too deep or not an
-            object, or an object in it has a key twice.
+        CheckpointError: The file is missing, unreadable, over 100 MB, not UTF-8, not JSON, nested
+            too deep or not an object, or an object in it has a key twice.
     """
     with _open(path) as (stream, stamp):
-        file_bytes = stamp.nbytes
-        if file_bytes > _MAX_JSON_BYTES:
+        if stamp.nbytes > _MAX_JSON_BYTES:
             raise _damaged(
-                path, f"is {file_bytes} bytes long, and a JSON file may have {_MAX_JSON_BYTES}"
+                path, f"is {stamp.nbytes} bytes long, and a JSON file may have {_MAX_JSON_BYTES}"
             )
-        return _parse(path, stream.read(file_bytes), "it")
+        return _parse(path, stream.read(stamp.nbytes), "it")
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
-    """The tensors of all the files that `index` lists, after checking that it and they agree."""
+    """Find the tensors of all files that an index lists, and check that it and they agree."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _damaged(index, "has no weight_map from tensors to files")
-    if not set(map(type, weight_map.values())) <= {str}:
-        name, shard = next(pair for pair in weight_map.items() if not isinstance(pair[1], str))
-        raise _damaged(
-            index, f"maps tensor {_quote(name)} to {_quote(shard)}, which is no file name"
-        )
-
-    whole = "download or copy the whole checkpoint again"
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise _damaged(
+                index, f"maps tensor {_quote(name)} to {_quote(shard)}, which is not a file name"
+            )
+    remedy = "download or copy the whole checkpoint again"
     tensors: dict[str, TensorInfo] = {}
-    found: dict[str, object] = {}  # the weight_map that the files themselves make
+    found: dict[str, object] = {}  # the weight_map of the files themselves
     for shard in sorted(set(weight_map.values())):
-        if (
-            not shard.endswith(".safetensors")
-            or not shard.isprintable()
-            or any(s in shard for s in ("/", "\\", ".."))
-        ):
-            problem = f"lists the file {_quote(shard)}, which is not the plain name of a .safetensors file beside it"
-            raise CheckpointError(index, problem, remedy="use a checkpoint that you trust")
-        path = index.with_name(shard)
-        if not os.path.isfile(
-            path
-        ):  # unlike Path.is_file, also False for a name that no file system takes
-            problem = f"lists the file {_quote(shard)}, which is missing"
-            raise CheckpointError(index, problem, remedy="download or copy that file again")
-        held, _ = read_file_header(_at_home(path))
-        if twice := sorted(held.keys() & tensors.keys()):
-            problem = f"holds tensor {_quote(twice[0])}, and so does {found[twice[0]]}"
-            raise CheckpointError(path, problem, remedy=whole)
-        tensors |= held
-        found |= dict.fromkeys(held, shard)
-
+        path = _shard_path(index, shard)
+        inside, _ = read_file_header(_inside_folder(path))
+        if repeated := sorted(inside.keys() & tensors.keys()):
+            problem = f"has tensor {_quote(repeated[0])}, and so has {found[repeated[0]]}"
+            raise CheckpointError(path, problem, remedy=remedy)
+        tensors |= inside
+        found |= dict.fromkeys(inside, shard)
     if found != weight_map:
-        name = min(
-            name
-            for name in found.keys() | weight_map.keys()
-            if found.get(name) != weight_map.get(name)
+        names = found.keys() | weight_map.keys()
+        name = min(name for name in names if found.get(name) != weight_map.get(name))
+        listed = f"in {_quote(weight_map[name])}" if name in weight_map else "missing"
+        actual = f"in {_quote(found[name])}" if name in found else "in none of the files"
+        raise CheckpointError(
+            index,
+            f"tensor {_quote(name)} is {listed} according to this index, and is {actual}",
+            remedy=remedy,
         )
-        says = (
-            f"is in {_quote(weight_map[name])} by this index"
-            if name in weight_map
-            else "is not in this index"
-        )
-        passed = (
-            f"is in {_quote(found[name])} in fact" if name in found else "is in none of its files"
-        )
-        raise CheckpointError(index, f"tensor {_quote(name)} {says}, and {passed}", remedy=whole)
     return tensors
 
 
-def _as_safetensors_writes(
-    path: Path, data: bytes, data_at: int, stamp: FileStamp
-) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
-    """What `_in_any_order` makes of a header, if it is to the letter as safetensors writes it and has nothing wrong.
+def _shard_path(index: Path, shard: str) -> Path:
+    if (
+        not shard.endswith(".safetensors")
+        or not shard.isprintable()
+        or any(part in shard for part in ("/", "\\", ".."))
+    ):
+        raise CheckpointError(
+            index,
+            f"lists the file {_quote(shard)}, which is not the plain name of a .safetensors file",
+            remedy="use a checkpoint that you trust",
+        )
+    path = index.with_name(shard)
+    # Unlike Path.is_file, this is also False for a name that no file system takes.
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            index,
+            f"lists the file {_quote(shard)}, which is missing",
+            remedy="download or copy that file again",
+        )
+    return path
 
-    A checkpoint may have 60,000 tensors, and few shapes. What was found is written out again and compared with the
-    text, so that nothing can have been misread; whatever differs is for the other function, which finds the words.
+
+def _canonical(path: Path, data: bytes, stamp: FileStamp) -> Header | None:
+    """Read a header that is exactly as safetensors writes it; None if it is not, or is invalid.
+
+    A checkpoint may have 60,000 tensors, and only a few shapes. The header is written again from
+    what was read, and compared: so nothing can have been misread.
     """
     try:
         text = data.decode().rstrip(" ")
         head = _HEAD.match(text)
         metadata = json.loads(head[1], object_pairs_hook=_unique) if head and head[1] else {}
         names, kinds = zip(*_ENTRY.findall(text, head.end()), strict=True) if head else ((), ())
-        known = {kind: _kind(*kind.split('","shape":', 1)) for kind in set(kinds)}
+        known = {kind: _dtype_and_shape(kind) for kind in set(kinds)}
     except (KeyError, ValueError, RecursionError):
         return None
     if not head or not set(map(type, metadata.values())) <= {str} or None in known.values():
@@ -252,123 +258,91 @@ def _as_safetensors_writes(
         f'"{name}":{{"dtype":"{kind},"data_offsets":[{begin},{end}]}}'
         for name, kind, begin, end in zip(names, kinds, ends[:-1], ends[1:], strict=True)
     ]
-    if text[head.end() :] != ",".join(entries) + "}" or data_at + ends[-1] != stamp.nbytes:
+    data_begin = 8 + len(data)
+    if text[head.end() :] != ",".join(entries) + "}" or data_begin + ends[-1] != stamp.nbytes:
         return None
-    offsets = map(data_at.__add__, ends)
+    offsets = map(data_begin.__add__, ends)
     paths, stamps = itertools.repeat(path), itertools.repeat(stamp)
-    tensors = map(_TENSOR, zip(names, dtypes, shapes, paths, offsets, sizes, stamps, strict=False))
-    found = dict(zip(names, tensors, strict=True))
+    infos = zip(names, dtypes, shapes, paths, offsets, sizes, stamps, strict=False)
+    found = dict(zip(names, map(_make_info, infos), strict=True))
     return None if len(found) < len(names) or "__metadata__" in found else (found, metadata)
 
 
-def _kind(dtype: str, shape: str) -> tuple[str, tuple[int, ...], int] | None:
-    """A type, a shape and its bytes; None: there is something wrong with it."""
+def _dtype_and_shape(kind: str) -> tuple[str, tuple[int, ...], int] | None:
+    """The dtype, shape and bytes of an entry's text; None if they are invalid."""
+    dtype, _, shape = kind.partition('","shape":')
     lengths = json.loads(shape)
     nbytes = _nbytes(dtype, lengths)
-    return (
-        None
-        if nbytes is None or max(lengths, default=0) > _MAX_INT
-        else (dtype, tuple(lengths), nbytes)
-    )
+    return None if nbytes is None else (dtype, tuple(lengths), nbytes)
 
 
-def _in_any_order(
-    path: Path, data: bytes, data_at: int, stamp: FileStamp
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a header, however it is written, and its metadata."""
+def _validated(path: Path, data: bytes, stamp: FileStamp) -> Header:
+    """Read any header, once the safetensors library has validated it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, f"its header is not valid ({_quote(str(error))})") from error
     header = _parse(path, data, "its header")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise _damaged(path, f"its __metadata__ is {_quote(metadata)}, and must map text to text")
-    tensors = [_tensor(path, name, entry, data_at, stamp) for name, entry in header.items()]
-    tensors.sort(key=operator.attrgetter("offset", "nbytes"))
-    at = data_at
-    for tensor in tensors:
-        if tensor.offset != at:
-            fault = (
-                "overlaps the tensor before it"
-                if tensor.offset < at
-                else "follows bytes that no tensor owns"
+    if not isinstance(metadata, dict):  # the library takes null
+        raise _damaged(path, f"its __metadata__ is {_quote(metadata)}, and must be an object")
+    tensors = []
+    for name, entry in header.items():
+        # The library takes a list of the three values too, and ignores other fields.
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+            raise _damaged(path, f"tensor {_quote(name)} is described by {_quote(entry)}")
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(
+                path,
+                f"tensor {_quote(name)} has dtype {_quote(dtype)}, and must have one of "
+                f"{', '.join(DTYPE_BYTES)}",
+                remedy="save it in one of these dtypes",
             )
-            raise _damaged(path, f"tensor {_quote(tensor.name)} {fault}")
-        at += tensor.nbytes
-    if at != stamp.nbytes:
-        raise _damaged(path, f"its last {stamp.nbytes - at} bytes belong to no tensor")
+        if _nbytes(dtype, shape) is None:
+            raise _damaged(path, f"tensor {_quote(name)} has shape {_quote(shape)}, over 63 bits")
+        offset = 8 + len(data) + begin
+        tensors.append(TensorInfo(name, dtype, tuple(shape), path, offset, end - begin, stamp))
+    tensors.sort(key=operator.attrgetter("offset", "nbytes"))
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def _tensor(path: Path, name: str, entry: object, data_at: int, stamp: FileStamp) -> TensorInfo:
-    """One entry of a header; its data_offsets count from `data_at`, in bytes."""
-    if not (isinstance(entry, dict) and entry.keys() == _FIELDS and _well_typed(**entry)):
-        wanted = "a dtype, a shape and two data_offsets in whole numbers from 0 up"
-        raise _damaged(
-            path, f"tensor {_quote(name)} is described by {_quote(entry)}, and must have {wanted}"
-        )
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        problem = f"tensor {_quote(name)} has dtype {_quote(dtype)}, and must have one of {', '.join(DTYPE_BYTES)}"
-        raise CheckpointError(path, problem, remedy="save it in one of these dtypes")
-    buffer_bytes = stamp.nbytes - data_at
-    if not begin <= end <= buffer_bytes:
-        raise _damaged(
-            path,
-            f"tensor {_quote(name)} lies at bytes {begin} to {end} of a buffer of {buffer_bytes}",
-        )
-    nbytes = _nbytes(dtype, shape)
-    if nbytes is None:
-        raise _damaged(
-            path,
-            f"tensor {_quote(name)} has shape {_quote(shape)}, which is larger than 64 bits count",
-        )
-    if nbytes != end - begin:
-        problem = f"has {end - begin} bytes, and {dtype} of shape {_quote(shape)} takes {nbytes}"
-        raise _damaged(path, f"tensor {_quote(name)} {problem}")
-    return TensorInfo(name, dtype, tuple(shape), path, data_at + begin, nbytes, stamp)
-
-
 def _nbytes(dtype: str, shape: list[int]) -> int | None:
-    """Bytes of a tensor; None: more than 64 bits count, on the way too."""
+    """Bytes of a tensor; None: a length, or a product on the way, has over 63 bits."""
     nbytes = DTYPE_BYTES[dtype]
+    if max(shape, default=0) > _MAX_INT:
+        return None
     for length in shape:
         nbytes *= length
-        if (
-            nbytes > _MAX_INT
-        ):  # stops here: the product of a million large lengths would take minutes
+        if nbytes > _MAX_INT:  # stops here: a million large lengths would take minutes
             return None
     return nbytes
 
 
-def _well_typed(dtype: Any, shape: Any, data_offsets: Any) -> bool:
-    """Whether the fields of an entry are text, a list and a pair of 63-bit integers; True and 1.0 are no integers."""
-    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(data_offsets, list)):
-        return False
-    for number in shape + data_offsets:  # a plain loop, the fastest way: it runs for every tensor
-        if type(number) is not int or not 0 <= number <= _MAX_INT:
-            return False
-    return len(data_offsets) == 2
-
-
-def _at_home(path: Path) -> Path:
-    """`path`, unless it is a link to a file that is not the checkpoint's own."""
+def _inside_folder(path: Path) -> Path:
+    """Return `path`, unless it is a link to a file that does not belong to the checkpoint."""
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    # The hub cache: snapshots/<revision>/<file> links to ../../blobs/<hash> (huggingface_hub.file_download).
+    # The hub cache: snapshots/<revision>/<file> links to ../../blobs/<hash>
+    # (huggingface_hub.file_download).
     in_hub_cache = (
         folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     )
     if not target.is_relative_to(folder) and not in_hub_cache:
-        problem = f"is a link to {_quote(str(target))}, which is outside the checkpoint's folder"
-        raise CheckpointError(path, problem, remedy="put the file itself there")
+        raise CheckpointError(
+            path,
+            f"is a link to {_quote(str(target))}, which is outside the checkpoint's folder",
+            remedy="put the file itself there",
+        )
     return path
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, FileStamp]]:
-    """Open a file for reading, and look at its size."""
-    if not os.path.isfile(
-        path
-    ):  # before open, which would wait for a writer where `path` is a named pipe
+    # Checked before open, which would wait for a writer where `path` is a named pipe.
+    if not os.path.isfile(path):
         raise _damaged(path, "is missing or is not a file")
     try:
         with open(path, "rb") as stream:
@@ -379,15 +353,11 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, FileStamp]]:
 
 
 def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
-    """`data`, which a message calls `what`, as a JSON object."""
+    """Parse a JSON object; a message calls it `what`."""
     try:
         text = data.decode()
-        # "-0" is a float to safetensors, and can be no length or offset; the hook is slow, and seldom needed.
-        parse_int = _integer if "-0" in text else None
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=parse_int)
-        if (
-            "\\u" in text
-        ):  # may spell half a surrogate pair, which is no text: encode raises a ValueError
+        value = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:  # half a surrogate pair is not text: encode raises a ValueError
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise _damaged(path, f"{what} is not UTF-8 text from byte {error.start} on") from error
@@ -401,17 +371,12 @@ def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which a key that comes again must not silently replace the first."""
+    """Make a JSON object, in which a repeated key must not silently replace the first."""
     value = dict(pairs)
     if len(value) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {_quote(key)} is there twice")
     return value
-
-
-def _integer(text: str) -> float:
-    """A JSON integer, except that -0 is a float."""
-    return -0.0 if text == "-0" else int(text)
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
