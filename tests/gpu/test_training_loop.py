@@ -133,10 +133,10 @@ def test_export_of_a_run_has_the_logits_of_the_trained_model(
     from megatron.bridge import AutoBridge
     from transformers import CONFIG_MAPPING
 
-    from exaone_bridge.runtime.model import load_megatron, provider_of
+    from exaone_bridge.runtime.model import load_megatron, read_provider
 
     folder = runs.folder("uninterrupted")
-    _, config = provider_of(folder / "checkpoints")
+    _, config = read_provider(folder / "checkpoints")
     bridge = AutoBridge.from_hf_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
     model = load_megatron(bridge, folder / "checkpoints", Layout())
     bridge.save_hf_pretrained(model, tmp_path / "exported", show_progress=False)

@@ -82,7 +82,7 @@ class DoRAExport(_ModelBridge):
         )
 
     def materialize_adapter_weights(self, adapter_tasks: Any) -> Any:
-        """Gather the adapters' matrices, and keep their magnitudes [O]; a collective over all ranks."""
+        """Gather the adapters' matrices, keep their magnitudes [O]; a collective of all ranks."""
         for adapter_task in adapter_tasks:
             prefix = adapter_task.global_base_prefix
             if (task := self._magnitude_tasks.get(prefix)) is not None:

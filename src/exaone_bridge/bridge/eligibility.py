@@ -52,7 +52,7 @@ def log_method(direction: str, why_not: str | None) -> None:
 
 
 def source_of(hf_pretrained: Any) -> StateSource | None:
-    """The tensors that Megatron-Bridge's wrapper of a Transformers model reads; None for a config."""
+    """The tensors that Megatron-Bridge's wrapper of a Transformers model reads, if any."""
     source: StateSource | None = getattr(getattr(hf_pretrained, "state", None), "source", None)
     return source
 

@@ -48,7 +48,7 @@ _OUTPUT_BIAS = "output_layer.bias"
 
 
 def hf_config_dict(hf_config: Any) -> dict[str, Any]:
-    """Return a Transformers config (or mapping) as `save_pretrained` writes it, without the version."""
+    """Return a Transformers config as `save_pretrained` writes it, without the version."""
     config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())
     return {key: value for key, value in config.items() if key != "transformers_version"}
 

@@ -25,7 +25,7 @@ __all__ = ["SqueezedMapping", "VocabularyMapping", "make_mapping_registry"]
 
 
 class VocabularyMapping(ColumnParallelMapping):
-    """Maps an embedding or output layer, with zeros as vocabulary padding, which the export removes.
+    """Maps an embedding or output layer; it has zeros as vocabulary padding, and exports none.
 
     `ColumnParallelMapping` (0.6.2) pads at tp > 1 only, and never removes the padding.
     """

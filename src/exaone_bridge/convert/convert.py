@@ -203,9 +203,9 @@ def export_checkpoint(
         )
 
     from exaone_bridge.runtime.fork import ForkLauncher
-    from exaone_bridge.runtime.model import provider_of
+    from exaone_bridge.runtime.model import read_provider
 
-    _, config = provider_of(megatron_folder)
+    _, config = read_provider(megatron_folder)
     source = MegatronSource(megatron_folder, config)
     assets, family = megatron_folder / ASSETS, source.family
     passthrough: dict[str, TensorInfo] = {}

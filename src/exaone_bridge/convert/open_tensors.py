@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.megatron.tensors import MegatronSource
-from exaone_bridge.runtime.model import provider_of
+from exaone_bridge.runtime.model import read_provider
 
 __all__ = ["open_tensors"]
 
@@ -20,5 +20,5 @@ def open_tensors(path: Path) -> HFCheckpoint | MegatronSource:
     if (path / "config.json").is_file():
         return HFCheckpoint.open(path)
 
-    _, config = provider_of(path)
+    _, config = read_provider(path)
     return MegatronSource(path, config)

@@ -1,4 +1,4 @@
-"""Dispatches AutoBridge's saving calls to the model bridge, if that implements `SavesHuggingFace`."""
+"""Dispatches AutoBridge's saving calls to model bridges that implement `SavesHuggingFace`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SavesHuggingFace(ABC):
 
     @abstractmethod
     def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
-        """Write config, tokenizer, further files and weights into `call.path`, which does not exist.
+        """Write config, tokenizer, other files and weights into `call.path`, a new folder.
 
         Args:
             source_path: the folder of custom modeling files; None: that of `call.hf_pretrained`.
@@ -57,8 +57,8 @@ class SavesHuggingFace(ABC):
 @patch(
     "megatron.bridge.models.conversion.auto_bridge:AutoBridge.save_hf_weights",
     version="Megatron-Bridge 0.6.2",
-    reason="It gathers every tensor on every rank, and writes files under their final names, so that "
-    "an interrupted export looks complete.",
+    reason="It gathers every tensor on every rank, and writes files under their final names, so "
+    "that an interrupted export looks complete.",
 )
 def save_hf_weights(
     original: Callable[..., None],
@@ -80,8 +80,8 @@ def save_hf_weights(
 @patch(
     "megatron.bridge.models.conversion.auto_bridge:AutoBridge.save_hf_pretrained",
     version="Megatron-Bridge 0.6.2",
-    reason="It writes config and tokenizer files on rank 0 under their final names before the weights; "
-    "where that fails, the other ranks wait for rank 0 in the gathering of weights.",
+    reason="It writes config and tokenizer files on rank 0 under their final names before the "
+    "weights; where that fails, the other ranks wait for rank 0 in the gathering of weights.",
 )
 def save_hf_pretrained(
     original: Callable[..., None],

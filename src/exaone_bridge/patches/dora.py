@@ -1,4 +1,4 @@
-"""DoRA under tensor parallelism, and the check that rejects what Megatron-Bridge's DoRA computes wrongly.
+"""DoRA under tensor parallelism, and the check that rejects inexact uses of it.
 
 `bridge/dora_export.py` exports DoRA's magnitudes.
 """
@@ -28,7 +28,7 @@ def reject_inexact_dora(wrapper: torch.nn.Module, linear: torch.nn.Module, adapt
     """Reject adapters for which Megatron-Bridge's DoRA is wrong in a way that no patch can repair.
 
     Raises:
-        UnsupportedConfig: DoRA on routed experts, or with dropout on a linear with a norm on its input.
+        UnsupportedConfig: DoRA on routed experts, or dropout on a linear with a norm on its input.
     """
     from megatron.bridge.peft.dora_layers import DoRALinear
     from megatron.bridge.peft.utils import is_expert_linear
@@ -59,7 +59,7 @@ def reject_inexact_dora(wrapper: torch.nn.Module, linear: torch.nn.Module, adapt
     "megatron.bridge.peft.dora_layers:DoRALinear._get_weight_norm",
     version="Megatron-Bridge 0.6.2",
     reason="The norm of a row-parallel weight is that of each tensor-parallel rank's shard, not of "
-    "whole rows.",
+    "unsharded rows.",
 )
 def get_weight_norm(original: Callable[..., torch.Tensor], self: Any) -> torch.Tensor:
     """Compute the norm of each row of W + s B A over all tensor-parallel ranks.

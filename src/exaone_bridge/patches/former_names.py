@@ -1,4 +1,4 @@
-"""Lets checkpoints that an earlier release wrote be loaded, although modules and fields were renamed.
+"""Lets checkpoints of earlier releases be loaded, although modules and fields were renamed.
 
 A checkpoint's `run_config.yaml` names the provider's class, its functions and its fields. Whoever
 renames one of them adds a line to these tables.
@@ -37,8 +37,8 @@ _FIELDS = {
 @patch(
     "megatron.bridge.training.utils.checkpoint_utils:apply_run_config_backward_compat",
     version="Megatron-Bridge 0.6.2",
-    reason="It prepares the run_config.yaml of older checkpoints, and cannot know which modules and "
-    "fields of exaone_bridge were renamed since.",
+    reason="It prepares the run_config.yaml of older checkpoints, and cannot know which modules "
+    "and fields of exaone_bridge were renamed since.",
 )
 def apply_run_config_backward_compat(
     original: Callable[[dict[str, Any]], dict[str, Any]], config_dict: dict[str, Any]

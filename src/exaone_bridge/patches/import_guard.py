@@ -13,7 +13,7 @@ __all__ = ["transformer_engine_placeholder"]
 
 
 class _Placeholder(ModuleType):
-    """A module whose every public attribute is a class of its own that nothing is an instance of."""
+    """A module whose every public attribute is a class of its own without instances."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -26,8 +26,9 @@ class _Placeholder(ModuleType):
 @patch_import(
     "megatron.bridge.peft.lora_layers",
     version="Megatron-Bridge 0.6.2",
-    reason="The module imports transformer_engine.pytorch unconditionally, though it needs the names "
-    "only for annotations and isinstance checks; a placeholder is importable while it executes.",
+    reason="The module imports transformer_engine.pytorch unconditionally, though it needs the "
+    "names only for annotations and isinstance checks; a placeholder is importable while it "
+    "executes.",
 )
 @contextlib.contextmanager
 def transformer_engine_placeholder() -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Lets Transformers read ERNIE 4.5 configs whose fields are lists with a value for each expert pool."""
+"""Lets Transformers read ERNIE 4.5 configs with fields that list a value for each expert pool."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["from_dict"]
 @patch(
     "transformers.models.ernie4_5_moe.configuration_ernie4_5_moe:Ernie4_5_MoeConfig.from_dict",
     version="Transformers 5.12.1",
-    reason='The config class requires integers, so AutoConfig rejects `"moe_num_experts": [64, 64]` '
-    "of multimodal checkpoints; the text model has one expert pool, the first.",
+    reason='The config class requires integers, so AutoConfig rejects `"moe_num_experts": [64, 64]`'
+    " of multimodal checkpoints; the text model has one expert pool, the first.",
 )
 def from_dict(
     original: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs: Any

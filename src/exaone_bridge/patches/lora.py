@@ -21,8 +21,8 @@ __all__ = ["have_te", "init_adapter_wrapper"]
 @patch_value(
     "megatron.bridge.peft.utils:HAVE_TE",
     version="Megatron-Bridge 0.6.2",
-    reason="It is true without Transformer Engine too, because Megatron-Core defines its Transformer "
-    "Engine classes as None; an isinstance check against None then raises.",
+    reason="It is true without Transformer Engine too, because Megatron-Core defines its "
+    "Transformer Engine classes as None; an isinstance check against None then raises.",
 )
 def have_te(_: bool) -> bool:
     """Whether Transformer Engine is installed."""
@@ -34,10 +34,10 @@ def have_te(_: bool) -> bool:
 @patch(
     "megatron.bridge.peft.adapter_wrapper:AdapterWrapper.__init__",
     version="Megatron-Bridge 0.6.2",
-    reason="Wrappers add the adapter's output to the linear's output. A post-norm linear's output is "
-    "already normalised, but an export merges the adapter into the weight, before the norm. And the "
-    "normalised input of a linear with a norm on its input is requested from Transformer Engine's "
-    "class only.",
+    reason="Wrappers add the adapter's output to the linear's output. A post-norm linear's output "
+    "is already normalised, but an export merges the adapter into the weight, before the norm. And "
+    "the normalised input of a linear with a norm on its input is requested from Transformer "
+    "Engine's class only.",
 )
 def init_adapter_wrapper(
     original: Callable[..., None],

@@ -34,8 +34,8 @@ def load_tokenizer(original: Callable[..., Any], self: Any) -> Any:
 @patch(
     "megatron.bridge.models.conversion.auto_bridge:AutoBridge.save_megatron_model",
     version="Megatron-Bridge 0.6.2",
-    reason="It builds the tokenizer of hf_tokenizer_path, and raises for a folder without tokenizer "
-    "files when a model is imported; with None it builds none.",
+    reason="It builds the tokenizer of hf_tokenizer_path, and raises for a folder without "
+    "tokenizer files when a model is imported; with None it builds none.",
 )
 def save_megatron_model(
     original: Callable[..., None],
@@ -46,7 +46,7 @@ def save_megatron_model(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Save a Megatron checkpoint, without a tokenizer if the folder of a supported model has none."""
+    """Save a Megatron checkpoint, without a tokenizer if a supported model's folder has none."""
     config = getattr(self.hf_pretrained, "config", self.hf_pretrained)
     if (
         hf_tokenizer_path is not None

@@ -15,9 +15,9 @@ __all__ = ["build_optimizer_group_ranges"]
 @patch(
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_optimizer_group_ranges",
     version="Megatron-Core 0.19.2",
-    reason="_build_model_and_main_param_groups puts a group's fp32 parameters first, but this method "
-    "numbers them in the order of the gradient buffers; in a group with both dtypes (ERNIE's router "
-    "is fp32) states are saved and loaded under the wrong parameter.",
+    reason="_build_model_and_main_param_groups puts a group's fp32 parameters first, but this "
+    "method numbers them in the order of the gradient buffers; in a group with both dtypes "
+    "(ERNIE's router is fp32) states are saved and loaded under the wrong parameter.",
 )
 def build_optimizer_group_ranges(
     original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any

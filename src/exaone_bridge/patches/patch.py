@@ -76,7 +76,7 @@ class ValuePatch(Patch):
 
 
 class ImportPatch(Patch):
-    """Enters the context manager that the replacement returns while the module `target` executes."""
+    """Enters the replacement's context manager while the module `target` executes."""
 
     def apply(self) -> None:
         """Install the import hook; it acts when the module is imported, and only then."""

@@ -25,11 +25,11 @@ _MEDIA = ("image", "path", "video")
     "Megatron-Bridge's own recipes for image conversations raise.",
 )
 def collators(specs: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the collators of our models; examples without images need them too, for the chat template."""
+    """Add our models' collators; examples without images need them too, for the chat template."""
     from megatron.bridge.data.collators import registry
 
     registry.resolve_model_collate.cache_clear()
-    ours = {
+    added = {
         processor: registry._ModelCollateSpec(
             collate.__module__, collate.__name__, required_for_all_examples=True
         )
@@ -37,14 +37,14 @@ def collators(specs: Mapping[str, Any]) -> dict[str, Any]:
         if family.images is not None
         for processor, collate in family.images.collators().items()
     }
-    return {**specs, **ours}
+    return {**specs, **added}
 
 
 @patch_value(
     "megatron.bridge.data.sources.hf_adapters:_ADAPTERS",
     version="Megatron-Bridge 0.6.2",
-    reason="No adapter of dataset rows knows the folder of the dataset, so that rows cannot name image "
-    "files relative to it.",
+    reason="No adapter has the folder of the dataset, so that examples cannot name image files "
+    "relative to it.",
 )
 def adapters(named: Mapping[str, Any]) -> dict[str, Any]:
     """Add the adapter `in_folder`."""

@@ -1,7 +1,7 @@
-"""Megatron-Core without CUDA: a context manager; nothing stays patched outside it.
+"""A context manager in which Megatron-Core runs without CUDA; nothing stays patched outside it.
 
-Megatron-Core 0.19 asks `torch.cuda` where to put tensors, for its random state and to wait, in places where the
-answer on a CPU is obvious. Inside the context it gets that answer; each entry of the table says who asks.
+Megatron-Core 0.19 calls `torch.cuda` for the current device, for random states and to synchronize.
+Inside the context these calls have the results that suit a CPU; the table names the callers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 class _Stream:
-    """A CPU does one thing after the other: there is nothing to wait for."""
+    """Operations on a CPU run in order, so there is nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -43,17 +43,18 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 
 _ANSWERS: dict[str, Any] = {
-    # rotary_pos_embedding.py, tensor_parallel/layers.py, p2p_communication.py, param_mapping.py: where tensors go
+    # rotary_pos_embedding.py, tensor_parallel/layers.py, p2p_communication.py, param_mapping.py:
+    # the device of new tensors
     "current_device": lambda: _CPU,
     # model_provider.py, initialize.py: before init_process_group
     "set_device": _nothing,
-    # p2p_communication.py, schedules.py, checkpointing.py: wait for the device
+    # p2p_communication.py, schedules.py, checkpointing.py
     "synchronize": _nothing,
-    # dist_utils.py: the data-parallel wrapper is built on a stream of its own
+    # dist_utils.py: the data-parallel wrapper is built on its own stream
     "Stream": _Stream,
     "current_stream": _Stream,
     "stream": contextlib.nullcontext,
-    # checkpointing.py: the state that a checkpoint remembers
+    # checkpointing.py: the random state in a checkpoint
     "get_rng_state": _get_rng_state,
     "set_rng_state": _set_rng_state,
     "manual_seed": torch.manual_seed,
@@ -63,8 +64,10 @@ _ANSWERS: dict[str, Any] = {
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Tensors that Megatron-Core makes on, or moves to, the device it spells "cuda" (schedules.py,
-    finalize_model_grads.py, clip_grads.py) are on the CPU."""
+    """Puts tensors on the CPU that Megatron-Core makes on the device "cuda" or moves to it.
+
+    The callers are schedules.py, finalize_model_grads.py and clip_grads.py.
+    """
 
     def __torch_function__(
         self,
@@ -82,9 +85,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         if _is_cuda(kwargs.get("device")):
             kwargs = kwargs | {"device": _CPU}
-        if kwargs.get(
-            "pin_memory"
-        ):  # rope_utils.py, get_pos_emb_on_this_cp_rank: pinned for a copy to the device
+        if kwargs.get("pin_memory"):  # rope_utils.py, get_pos_emb_on_this_cp_rank
             kwargs = kwargs | {"pin_memory": False}
         return func(*args, **kwargs)
 
@@ -101,10 +102,10 @@ def _is_cuda(device: Any) -> bool:
 
 @contextlib.contextmanager
 def cpu_runtime() -> Iterator[None]:
-    """Megatron-Core builds, runs, trains and saves on the CPU inside this context.
+    """Let Megatron-Core build, run, train and save models on the CPU inside this context.
 
-    Where CUDA is available nothing is changed. Contexts nest. Build models with `use_cpu_initialization=True`
-    and communicate through gloo.
+    Nothing is changed where CUDA is available. Contexts nest. Build models with
+    `use_cpu_initialization=True`, and use process groups on gloo.
     """
     if torch.cuda.is_available():
         yield
@@ -113,15 +114,16 @@ def cpu_runtime() -> Iterator[None]:
     from megatron.core.tensor_parallel import random
 
     with contextlib.ExitStack() as stack:
-        # Spawned, the queue's process imports torch anew on every rank; without CUDA a fork is as safe.
+        # A spawned queue process would import torch again on every rank; without CUDA it is safe to
+        # fork it.
         forked_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
         stack.enter_context(
             mock.patch.object(filesystem_async, "get_write_results_queue", forked_queue)
         )
-        # The tracker of dropout's random states, one for what tensor-parallel ranks share and one for what they do not.
+        # The tracker of dropout's random states: one equal on all tensor-parallel ranks, one not.
         stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", _get_rng_state))
         stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", _set_rng_state))
-        # model_provider.py asks for nccl where no process group is there yet
+        # model_provider.py initialises nccl where there is no process group yet
         start = functools.partial(_init_on_gloo, torch.distributed.init_process_group)
         stack.enter_context(mock.patch.object(torch.distributed, "init_process_group", start))
         for name, answer in _ANSWERS.items():

@@ -40,11 +40,11 @@ _SECONDS_BETWEEN_REPORTS = 0.1
 
 
 class RankFailure(BridgeError):
-    """A rank died, or raised an error that is not a BridgeError; the message ends with its last output."""
+    """A rank died or raised another error than a BridgeError; its last output ends the message."""
 
 
 class _RankProgress:
-    """Reports a rank's progress to the parent process: stages from rank 0, and bytes a few times a second."""
+    """Reports a rank's progress to the parent process: rank 0's stages, and bytes every 0.1 s."""
 
     def __init__(self, connection: Connection, rank: int) -> None:
         self._connection, self._rank = connection, rank
@@ -189,7 +189,7 @@ def _rank_main(
     sys.stderr.flush()
     connection.send_bytes(message)
     connection.close()
-    # Returning, not os._exit, lets multiprocessing end the processes that saving a checkpoint starts.
+    # Returning, not os._exit, lets multiprocessing end the child processes of a checkpoint's save.
 
 
 def _collect(

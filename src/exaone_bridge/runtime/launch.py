@@ -1,4 +1,4 @@
-"""The launcher interface: runs functions on the ranks of a layout, wherever these ranks come from."""
+"""The launcher interface: runs functions on the ranks of a layout, forked or torchrun's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Launcher", "choose_launcher", "is_rank_zero", "under_torchrun"]
 
 
 class Launcher(ABC):
-    """Runs functions on ranks: processes forked here (`ForkLauncher`), or torchrun's (`TorchrunLauncher`).
+    """Runs functions on ranks: forked ones (`ForkLauncher`) or torchrun's (`TorchrunLauncher`).
 
     A launcher is a context manager. Leaving it without an error ends what it has started.
 
@@ -64,7 +64,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def folder(self) -> AbstractContextManager[Path]:
-        """Make a temporary folder, the same for all ranks of this machine; it is removed at the end."""
+        """Make a temporary folder, the same for all ranks of this machine, removed at the end."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Megatron-Core models in a world that is up: built, loaded, run and saved through AutoBridge's own calls."""
+"""Builds, loads and runs Megatron-Core models on all ranks, through AutoBridge."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequence
 from exaone_bridge.modules.context_parallel import local_positions
+from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.schema.hf_files import iteration_folder
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["build", "forward_logits", "load_megatron", "over_context", "provider_of"]
+__all__ = ["build", "forward_logits", "load_megatron", "over_context", "read_provider"]
 
 
-Images = dict[
-    str, torch.Tensor
-]  # a prompt's pixels and grids, by the names of the model's arguments
+# A prompt's pixel values and grids, by the names of the model's arguments.
+Images = dict[str, torch.Tensor]
 
 
 def build(
@@ -44,15 +44,21 @@ def build(
     load_weights: bool = True,
     **overrides: Any,
 ) -> list[MegatronModule]:
-    """This rank's model chunks with the weights of the Hugging Face model, on the CPU where there is no GPU.
+    """Build a model from a Hugging Face model, on the CPU where there is no GPU.
 
     Args:
+        bridge: the Hugging Face model.
+        layout: the parallel layout.
         dtype: of parameters and arithmetic; None: the checkpoint's.
+        backend: `auto`, `transformer_engine` or `torch`.
         load_weights: False: the weights stay as they were initialised.
         overrides: further fields of the provider.
 
+    Returns:
+        This rank's chunks.
+
     Raises:
-        BridgeError: what `finalize` and the load refuse.
+        BridgeError: the layout, the config or the checkpoint is not supported or damaged.
     """
     provider = bridge.to_megatron_provider(load_weights=load_weights)
     dtype = dtype or provider.params_dtype
@@ -67,24 +73,27 @@ def build(
     )
 
 
-def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The provider in a Megatron checkpoint's run config, and the Hugging Face config it stands for.
+def read_provider(path: Path) -> tuple[ExactGPTModelProvider, dict[str, Any]]:
+    """Read the provider in the run config of a Megatron checkpoint.
+
+    Returns:
+        The provider, and config.json of the model that it builds.
 
     Raises:
-        CheckpointError: no such folder, or not a Megatron-Bridge checkpoint.
-        UnsupportedConfig: a model that none of our bridges made.
+        CheckpointError: the folder is missing, damaged or not a Megatron-Bridge checkpoint.
+        UnsupportedConfig: the provider is not one of exaone_bridge.
     """
     folder = iteration_folder(path)
     if not (folder / "run_config.yaml").is_file():
         raise CheckpointError(
             path,
-            "this is no Megatron-Bridge checkpoint (run_config.yaml is missing)",
+            "this is not a Megatron-Bridge checkpoint (run_config.yaml is missing)",
             remedy="name a folder that `import` wrote",
         )
-    read_run_config.cache_clear()  # by path: another checkpoint may stand there by now
+    read_run_config.cache_clear()  # the cache is by path, and the file may have been replaced
     try:
         provider, _ = load_model_config(str(folder))
-    except Exception as error:  # of YAML, of a missing key, of a class that is not allowed: all of them a damaged file
+    except Exception as error:  # bad YAML, a missing key, a class that is not allowed
         raise CheckpointError(
             folder / "run_config.yaml",
             f"cannot be read ({_first_line(error)})",
@@ -102,16 +111,20 @@ def provider_of(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def load_megatron(
     bridge: AutoBridge, path: Path, layout: Layout, *, backend: str = "auto"
 ) -> list[MegatronModule]:
-    """This rank's model chunks from a Megatron checkpoint, at this layout and backend whatever wrote it.
+    """Load a Megatron checkpoint at any layout and backend.
+
+    Returns:
+        This rank's chunks.
 
     Raises:
-        CheckpointError: files that are missing or damaged.
+        CheckpointError: files are missing or damaged.
     """
     try:
         return bridge.load_megatron_model(
@@ -124,14 +137,12 @@ def load_megatron(
         EOFError,
         pickle.UnpicklingError,
     ) as error:
-        causes = getattr(error, "failures", None) or {
-            0: (error, None)
-        }  # torch's has one for each rank
-        cause = next(iter(causes.values()))[0]
+        failures = getattr(error, "failures", None) or {0: (error, None)}  # torch's, by rank
+        cause = next(iter(failures.values()))[0]
         raise CheckpointError(
             path,
             f"the checkpoint cannot be loaded ({_first_line(cause)})",
-            remedy="restore the missing or cut files",
+            remedy="restore the missing or truncated files",
         ) from error
 
 
@@ -139,7 +150,7 @@ def load_megatron(
 def _hidden_states(
     model: list[MegatronModule], into: dict[int, list[torch.Tensor]]
 ) -> Iterator[None]:
-    """Collect each layer's output [S, B, H] (the whole sequence), keyed by global 0-based layer number."""
+    """Collect each layer's output [S, B, H], unsharded, by global 0-based layer number."""
 
     def keep(layer: torch.nn.Module, _: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -165,7 +176,7 @@ def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """The whole sequence, of which each rank of context parallelism holds its positions along `dim`."""
+    """Gather [..., S / cp, ...] from all context-parallel ranks to [..., S, ...], S along `dim`."""
     return all_gather_sequence(tensor, parallel_state.get_context_parallel_group(), dim)
 
 
@@ -174,8 +185,8 @@ def _run_stage(
 ) -> tuple[torch.Tensor, Any]:
     tokens, images = next(batches)
     group = parallel_state.get_context_parallel_group()
-    mine = local_positions(group.rank(), group.size(), tokens.shape[1], tokens.device)
-    output = model(tokens[:, mine], mine[None], None, **images)
+    positions = local_positions(group.rank(), group.size(), tokens.shape[1], tokens.device)
+    output = model(tokens[:, positions], positions[None], None, **images)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         return over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
@@ -187,32 +198,30 @@ def _run_stage(
 def forward_logits(
     model: list[MegatronModule], tokens: torch.Tensor, images: Sequence[Images] = ()
 ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
-    """Run Megatron-Core's own schedule over prompts of one length, one prompt a microbatch.
+    """Run Megatron-Core's schedule over prompts of equal length, one prompt in each microbatch.
 
     Args:
         model: this rank's chunks.
         tokens: [N, S] int64, the same on every rank.
-        images: of each prompt, for a model that takes them; empty: none has any.
+        images: the images of each prompt; empty: no prompt has any.
 
     Returns:
-        Logits [N, S, V] fp32 on ranks of the last pipeline stage, None elsewhere; and the output [N, S, H] of each
-        layer that this rank holds, by global 0-based layer number.
+        The logits [N, S, V] in fp32 on ranks of the last pipeline stage, None elsewhere; and the
+        output [N, S, H] of each of this rank's layers, by global 0-based layer number.
     """
     config = get_model_config(model[0])
     count, length = tokens.shape
-    # Interleaved stages want a multiple of pp microbatches; sequence parallelism, a multiple of tp positions; context
-    # parallelism, of two chunks a rank.
-    # Attention is causal: what is appended changes nothing before it.
-    rows = -count % config.pipeline_model_parallel_size
-    columns = -length % (2 * config.tensor_model_parallel_size * config.context_parallel_size)
-    padded = torch.nn.functional.pad(tokens, (0, columns, 0, rows)).to(
-        next(model[0].parameters()).device
-    )
-    device = padded.device
-    inputs = [{name: value.to(device) for name, value in each.items()} for each in images] or [
-        {}
-    ] * count
-    batches = list(zip(padded.split(1), inputs + [{}] * rows, strict=True))
+    # Interleaved stages require a multiple of pp microbatches, sequence parallelism a multiple of
+    # tp positions, context parallelism two chunks for each rank. Attention is causal, so padding at
+    # the end changes no earlier position.
+    extra_prompts = -count % config.pipeline_model_parallel_size
+    tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
+    extra_positions = -length % (2 * tp * cp)
+    device = next(model[0].parameters()).device
+    padded = torch.nn.functional.pad(tokens, (0, extra_positions, 0, extra_prompts)).to(device)
+    inputs = [{name: value.to(device) for name, value in each.items()} for each in images]
+    inputs += [{}] * (len(padded) - len(inputs))
+    batches = list(zip(padded.split(1), inputs, strict=True))
     for chunk in model:
         chunk.eval()
     hidden: dict[int, list[torch.Tensor]] = {}

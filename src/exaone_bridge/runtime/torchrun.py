@@ -100,7 +100,7 @@ class TorchrunLauncher(Launcher):
     def all[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> list[T]:
         """Run `fn` on every rank; see `Launcher`. An error that `fn` raises `is_local_to_rank`.
 
-        A rank cannot tell the others of its error: they may be waiting for it in another collective.
+        A rank cannot send its error to the others, which may wait for it in another collective.
         """
         import torch.distributed as dist
 
@@ -183,7 +183,8 @@ def _run_in_new_process(fn: Callable[..., Any], *args: Any) -> Any:
         )
         if ended.returncode:
             raise RankFailure(
-                f"the process of {fn.__name__} ended with {ended.returncode}: {ended.stderr[-2000:]}"
+                f"the process of {fn.__name__} ended with {ended.returncode}: "
+                f"{ended.stderr[-2000:]}"
             )
         succeeded, value = pickle.loads(file.read_bytes())
     if not succeeded:
@@ -192,7 +193,7 @@ def _run_in_new_process(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def _call_in_this_process(file: Path) -> None:
-    """Call the function that `file` names with its arguments, and replace the file by the outcome."""
+    """Call the function in `file` with the arguments there, and replace it by the outcome."""
     fn, args = pickle.loads(file.read_bytes())
     try:
         outcome = (True, fn(*args))

@@ -1,4 +1,4 @@
-"""Megatron checkpoints of release 0.1, whose run_config.yaml has former names of modules and fields."""
+"""Megatron checkpoints of release 0.1: their run_config.yaml names former modules and fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import hook on small packages written for the purpose, and the guard with and without a Transformer Engine."""
+"""The import hook on small packages, and the import guard with and without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAIN, SUB = "hooked_package_for_tests", "hooked_package_for_tests.sub"
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
-    """`package(**{"sub.py": body})` writes a package called MAIN; hooks and modules are as before afterwards."""
+    """`package(**{"sub.py": body})` writes a package called MAIN; hooks are restored afterwards."""
     hooks, finders = dict(import_hook._hooks), list(sys.meta_path)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -136,10 +136,10 @@ def test_an_exception_of_the_context_stops_the_import(
     @contextlib.contextmanager
     def proving() -> Iterator[None]:
         yield
-        raise LookupError("not ours")
+        raise LookupError("in the context")
 
     around_import(SUB, proving)
-    with pytest.raises(LookupError, match="not ours"):
+    with pytest.raises(LookupError, match="in the context"):
         importlib.import_module(SUB)
     assert events == ["sub"] and SUB not in sys.modules
 
@@ -277,10 +277,12 @@ LAYERS = """
 
     def branches(self) -> tuple[te.ops.Sequential, te.ops.Sequential]: ...
 
-    imported = {name: sys.modules.get(name) for name in ("transformer_engine", "transformer_engine.pytorch")}
+    names = ("transformer_engine", "transformer_engine.pytorch")
+    imported = {name: sys.modules.get(name) for name in names}
     classes = te.Linear, te.LayerNormLinear, te.ops.Sequential, te.ops.RMSNorm
     answers = [isinstance(thing, classes) for thing in (object(), 1, te, te.Linear)]
-    same = te.Linear is te.Linear and te.Linear is not te.LayerNormLinear and te is transformer_engine.pytorch
+    same = te.Linear is te.Linear and te.Linear is not te.LayerNormLinear
+    same = same and te is transformer_engine.pytorch
     private = hasattr(te, "__no_such_dunder__")
 """
 PROBE = """
@@ -297,14 +299,14 @@ PROGRAM = """
     import exaone_bridge
     from exaone_bridge.patches.import_hook import around_import
 
-    around_import("megatron.bridge", contextlib.nullcontext)  # no registration: this megatron.bridge is a fake
+    around_import("megatron.bridge", contextlib.nullcontext)  # this fake registers nothing
     NAMES = ("transformer_engine", "transformer_engine.pytorch")
 """
 
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Callable[..., str]:
-    """Run a program in a new process, in which megatron.bridge is a fake package with a lora_layers of ours."""
+    """Run a program in a new process where megatron.bridge is a fake with the given lora_layers."""
     peft = tmp_path / "megatron" / "bridge" / "peft"
     peft.mkdir(parents=True)
     for folder in (peft, peft.parent, peft.parent.parent):
@@ -358,8 +360,9 @@ def test_the_placeholder_is_there_during_the_guarded_module_only(
         assert all(module is not None for module in lora_layers.imported.values())
         assert lora_layers.answers == [False] * 4, lora_layers.answers
         assert lora_layers.same and not lora_layers.private
-        # The functions of the module look its classes up later, when the placeholder is gone from sys.modules.
-        assert not isinstance(1, (lora_layers.te.Linear, lora_layers.te.GroupedLinear, lora_layers.te.ops.Dropout))
+        # The module's functions use its classes after the placeholder has left sys.modules.
+        te = lora_layers.te
+        assert not isinstance(1, (te.Linear, te.GroupedLinear, te.ops.Dropout))
         print("done")
     """)
     assert out == "done"

@@ -27,7 +27,7 @@ def _adapted(
     output: Path,
     std: float = 0.3,
 ) -> dict[str, Any]:
-    """On a rank: logits without adapters, with random ones, and with them switched off; merged and adapter exports."""
+    """On a rank: compute logits without, with, and with disabled adapters; export both ways."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
     from megatron.bridge.peft.dora import DoRA
@@ -55,7 +55,7 @@ def _adapted(
     try:
         bridge.save_hf_adapter(model, output / "adapter", peft, str(folder), show_progress=False)
     except UnsupportedConfig as error:
-        found["refused"] = str(error)
+        found["error"] = str(error)
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, AdapterWrapper):
@@ -69,7 +69,7 @@ def _adapted(
 def test_lora_as_trained_is_lora_as_exported(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, target: str, layout: Layout
 ) -> None:
-    """Forward with adapters, the merged export in Transformers, and the adapter alone in PEFT agree."""
+    """Logits with adapters, of the merged export and of the adapter in PEFT are equal."""
     folder = tiny("exaone4")
     tokens = random_prompts(387, 2, 40)
     results = ForkLauncher(layout.ranks).all(
@@ -85,10 +85,10 @@ def test_lora_as_trained_is_lora_as_exported(
 
 
 @pytest.mark.parametrize("target", ["linear_proj", "linear_fc2"])
-def test_the_check_catches_the_hosts_order(
+def test_unpatched_order_of_norm_and_adapter_fails(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    """Norm first, adapter after, as Megatron-Bridge 0.6.2 does it: the merged export is another model."""
+    """Megatron-Bridge 0.6.2 adds the adapter after the norm: the merged export differs."""
     from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 
     monkeypatch.setattr(AdapterWrapper, "__init__", AdapterWrapper.__init__.__wrapped__)
@@ -117,7 +117,7 @@ def _again(folder: Path, tokens: torch.Tensor) -> torch.Tensor | None:
 def _assert_one_model(
     folder: Path, layout: Layout, kind: str, targets: list[str], work: Path, in_peft: bool = True
 ) -> None:
-    """With adapters, merged in Megatron-Core and in Transformers, and with PEFT: the same logits."""
+    """Assert equal logits with adapters, merged in Megatron-Core and Transformers, and in PEFT."""
     tokens = random_prompts(387, 2, 40)
     results = ForkLauncher(layout.ranks).all(
         _adapted, folder, layout, kind, targets, tokens, work, 0.1
@@ -133,7 +133,7 @@ def _assert_one_model(
     for result in (result for result in results if result["adapted"] is not None):
         assert (result["adapted"] - result["base"]).abs().max() > 0.1  # the adapters do something
         assert (result["disabled"] - result["base"]).abs().max() <= 1e-5
-        assert ("refused" in result) != in_peft
+        assert ("error" in result) != in_peft
         for name, logits in others.items():
             assert (result["adapted"] - logits).abs().max() <= TOLERANCE, name
 
@@ -154,7 +154,7 @@ def test_dora_as_trained_is_dora_as_exported(
 def test_pre_norm_linears(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, kind: str, layout: Layout
 ) -> None:
-    """ERNIE 4.5, dense: the adapter takes the normalised input, on the torch backend as with Transformer Engine."""
+    """The adapter of dense ERNIE 4.5 takes the normalised input, as with Transformer Engine."""
     _assert_one_model(tiny("ernie45-dense"), layout, kind, ALL, tmp_path)
 
 
@@ -173,10 +173,10 @@ def test_attention_of_a_mixture_of_experts(megatron_bridge: Any, tiny: Any, tmp_
     [(["linear_fc1", "linear_fc2"], Layout()), (EXPERTS, Layout(ep=2))],
     ids=["all", "routed-ep2"],
 )
-def test_feed_forward_of_a_mixture_of_experts(
+def test_mlp_of_a_mixture_of_experts(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, targets: list[str], layout: Layout
 ) -> None:
-    """Trained and exported merged; the adapter alone is refused, because PEFT takes it for the fused experts'."""
+    """The merged export works; that of the adapter raises, because PEFT would misread it."""
     _assert_one_model(
         tiny("ernie45", num_nextn_predict_layers=0),
         layout,
@@ -188,13 +188,13 @@ def test_feed_forward_of_a_mixture_of_experts(
 
 
 def _dora_faults(folder: Path) -> tuple[str, str, bool]:
-    """On a rank: what is said to DoRA on experts, and to dropout behind a norm; and whether a magnitude is marked."""
+    """On a rank: return the errors of inexact DoRA, and whether a magnitude is sharded."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.peft.dora import DoRA
 
     from exaone_bridge.runtime.model import build
 
-    said = []
+    messages = []
     bridge = AutoBridge.from_hf_pretrained(folder)
     for options in (
         {"target_modules": EXPERTS},
@@ -202,13 +202,13 @@ def _dora_faults(folder: Path) -> tuple[str, str, bool]:
     ):
         with pytest.raises(UnsupportedConfig) as caught:
             DoRA(**options)(build(bridge, Layout()))
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     model = DoRA(target_modules=["linear_qkv"])(build(bridge, Layout()))
     magnitude = model[0].decoder.layers[0].self_attention.linear_qkv.adapter.weight_magnitude
-    return said[0], said[1], magnitude.tensor_model_parallel
+    return messages[0], messages[1], magnitude.tensor_model_parallel
 
 
-def test_dora_that_would_be_wrong_is_refused(megatron_bridge: Any, tiny: Any) -> None:
+def test_inexact_dora_is_rejected(megatron_bridge: Any, tiny: Any) -> None:
     ((experts, dropout, marked),) = ForkLauncher(1).all(
         _dora_faults, tiny("ernie45", num_nextn_predict_layers=0)
     )
@@ -218,10 +218,10 @@ def test_dora_that_would_be_wrong_is_refused(megatron_bridge: Any, tiny: Any) ->
 
 
 @pytest.mark.parametrize("fault", ["norm", "merge"])
-def test_the_check_catches_the_hosts_dora(
+def test_unpatched_dora_fails(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """A norm over a rank's part of a row; an export without magnitudes: as Megatron-Bridge 0.6.2 has them."""
+    """Megatron-Bridge 0.6.2 takes the norm of a rank's shard, and exports no magnitudes."""
     from megatron.bridge.models.conversion.peft_bridge import MegatronPeftBridge
     from megatron.bridge.peft.dora_layers import DoRALinear
 
@@ -230,7 +230,7 @@ def test_the_check_catches_the_hosts_dora(
     if fault == "norm":
         monkeypatch.setattr(DoRALinear, "_get_weight_norm", DoRALinear._get_weight_norm.__wrapped__)
     else:
-        host_merge = MegatronPeftBridge._merge_lora_adapter_weights
-        monkeypatch.setattr(DoRAExport, "_merge_lora_adapter_weights", host_merge)
+        own_merge = MegatronPeftBridge._merge_lora_adapter_weights
+        monkeypatch.setattr(DoRAExport, "_merge_lora_adapter_weights", own_merge)
     with pytest.raises(AssertionError, match="merged, Transformers"):
         _assert_one_model(tiny("exaone4"), Layout(tp=2), "dora", ["linear_proj"], tmp_path)

@@ -1,4 +1,4 @@
-"""Megatron-Core's distributed optimizer with parameters of two types; FP8 parameters after a load."""
+"""Megatron-Core's distributed optimizer with two dtypes of parameters; FP8 parameters after a load."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 
 
-def _train_and_save(folder: Any, ours: bool) -> dict[str, list[bool]]:
-    """Parameter name -> whether the state saved for it has its size, after a step of a bf16 model."""
+def _train_and_save(folder: Any, patched: bool) -> dict[str, list[bool]]:
+    """Train a bf16 model for a step.
+
+    Returns:
+        Parameter name -> whether each saved state of it has its size, and its values.
+    """
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if not ours:
-        fixed = DistributedOptimizer._build_optimizer_group_ranges.__func__
-        DistributedOptimizer._build_optimizer_group_ranges = classmethod(fixed.__wrapped__)
+    if not patched:
+        replaced = DistributedOptimizer._build_optimizer_group_ranges.__func__
+        DistributedOptimizer._build_optimizer_group_ranges = classmethod(replaced.__wrapped__)
     provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
     provider.apply_overrides_and_finalize(torch.bfloat16, {})
     (model,) = provider.provide_distributed_model(
@@ -69,8 +73,13 @@ def test_megatron_cores_own_order_is_wrong(megatron_bridge: Any, tiny: Any) -> N
     assert [name for name, checks in found.items() if not all(checks)]
 
 
-def _remembered_after_load(folder: Any, layout: Layout) -> tuple[bool, bool, str]:
-    """Transformer Engine's contract on one parameter: is what it remembers the weight that was loaded?"""
+def _load_with_init_value(folder: Any, layout: Layout) -> tuple[bool, bool, str]:
+    """Load a model in which one parameter has an initial value, as FP8 parameters have.
+
+    Returns:
+        Whether the initial value is the loaded weight, whether the parameter is, and what the
+        bridge keeps of the unrounded weights.
+    """
     from megatron.bridge import AutoBridge
     from megatron.core.utils import unwrap_model
 
@@ -93,18 +102,18 @@ def _remembered_after_load(folder: Any, layout: Layout) -> tuple[bool, bool, str
     with torch.no_grad():
         parameter.zero_()
     bridge.load_hf_weights(model)
-    remembered = parameter.get_high_precision_init_val()
+    init_value = parameter.get_high_precision_init_val()
     kept_state = getattr(bridge._model_bridge, "unquantized_state_dict", None)
-    return torch.equal(remembered, right.bfloat16()), torch.equal(parameter, right), str(kept_state)
+    return torch.equal(init_value, right.bfloat16()), torch.equal(parameter, right), str(kept_state)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2, vpp=2)], ids=str)
-def test_fp8_parameters_remember_what_was_loaded(
+def test_initial_values_of_fp8_parameters_are_the_loaded_ones(
     megatron_bridge: Any, tiny: Any, layout: Layout
 ) -> None:
-    for remembered, loaded, kept in ForkLauncher(layout.ranks).all(
-        _remembered_after_load, tiny("exaone4"), layout
+    for init_value_is_loaded, loaded, kept in ForkLauncher(layout.ranks).all(
+        _load_with_init_value, tiny("exaone4"), layout
     ):
         assert loaded
-        assert remembered
+        assert init_value_is_loaded
         assert kept == "None"

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def attributes() -> dict[str, Any]:
-    """Every attribute of the modules that the context patches: not only those that we know it to patch."""
+    """Every attribute of the modules that the context patches, not only of its table."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
 
@@ -214,14 +214,14 @@ def test_streams_are_nothing_to_wait_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [{}, {"backend": None}, {"backend": "nccl"}, {"backend": "gloo"}], ids=repr
+    "options", [{}, {"backend": None}, {"backend": "nccl"}, {"backend": "gloo"}], ids=repr
 )
-def test_a_world_is_on_gloo(tmp_path: Path, asked: dict[str, Any]) -> None:
+def test_process_group_is_on_gloo(tmp_path: Path, options: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     with cpu_runtime():
         dist.init_process_group(
-            **asked, init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+            **options, init_method=f"file://{tmp_path}/store", rank=0, world_size=1
         )
         try:
             assert dist.get_backend() == "gloo"
@@ -247,7 +247,7 @@ def test_a_backend_is_also_taken_by_position(tmp_path: Path) -> None:
 
 
 def test_patched_inside_and_only_inside(restored: dict[str, Any]) -> None:
-    """The other tests here compare attributes afterwards: what is known to be patched must be among them."""
+    """The other tests compare attributes afterwards; those that are patched must be among them."""
     with cpu_runtime():
         inside = attributes()
     changed = {name for name in restored if restored[name] is not inside[name]}
@@ -365,7 +365,7 @@ def test_it_is_the_packages_public_name() -> None:
 
 
 def test_other_threads_get_the_answers_of_torch_cuda() -> None:
-    """The table is of the process; that "cuda" means the CPU is of the thread (TorchFunctionMode)."""
+    """The table acts on the process, but "cuda" is the CPU in one thread (TorchFunctionMode)."""
     found: list[Any] = []
     with cpu_runtime():
         thread = threading.Thread(target=lambda: found.append(torch.cuda.current_device()))

@@ -25,23 +25,24 @@ from exaone_bridge.runtime.torchrun import TorchrunLauncher, is_local_to_rank
 def _as_rank(patch: pytest.MonkeyPatch, rank: int, ranks: int = 2) -> None:
     patch.setenv("RANK", str(rank))
     patch.setenv("WORLD_SIZE", str(ranks))
-    patch.setattr(cli, "_GRACE", 0)
+    patch.setattr(cli, "_GRACE_SECONDS", 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_rank_says_what_all_have_met(
+def test_rank_zero_reports_an_error_of_all_ranks(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     _as_rank(monkeypatch, rank)
     monkeypatch.setattr(sys, "argv", ["exaone-bridge", "verify", "/nowhere", "--tp", "2"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert end.value.code == 2
-    assert ("/nowhere" in said.err) == (rank == 0) and (rank == 0 or said.out + said.err == "")
+    assert ("/nowhere" in printed.err) == (rank == 0)
+    assert rank == 0 or printed.out + printed.err == ""
 
 
-def test_another_number_of_ranks_is_refused_before_anything_is_computed(
+def test_another_number_of_ranks_is_rejected_before_anything_is_computed(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     _as_rank(monkeypatch, 0)
@@ -67,7 +68,7 @@ def tf32() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("set_before", [None, "1"])
-def test_fp32_is_full_inside_and_as_it_was_outside(
+def test_full_fp32_restores_the_settings(
     tf32: None, monkeypatch: pytest.MonkeyPatch, set_before: str | None
 ) -> None:
     if set_before is None:
@@ -82,54 +83,63 @@ def test_fp32_is_full_inside_and_as_it_was_outside(
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
 
 
-def _write_last(report: Path) -> tuple[bool, bool]:
-    """On a rank: the first takes its time to write; what any finds when it may end, and whether the world is up."""
+def _write_late(report: Path) -> tuple[bool, bool]:
+    """On a rank: let rank 0 write a report after a second.
+
+    Returns:
+        Whether the report exists when the launcher lets the rank go on, and whether the process
+        group is still initialised.
+    """
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     with choose_launcher():
         if is_rank_zero():
             time.sleep(1)
-            report.write_text("whole")
+            report.write_text("complete")
     return report.is_file(), dist.is_initialized()
 
 
 def test_no_rank_ends_before_the_report_is_written(megatron_bridge: Any, tmp_path: Path) -> None:
-    """And a world that was there before is left up."""
-    assert ForkLauncher(2).all(_write_last, tmp_path / "report") == [(True, True)] * 2
+    """A process group that was initialised before stays."""
+    assert ForkLauncher(2).all(_write_late, tmp_path / "report") == [(True, True)] * 2
 
 
-def _fails_everywhere() -> None:
+def _fail_everywhere() -> None:
     raise ValueError("everywhere")
 
 
-def _fails() -> None:
+def _fail_on_rank_one() -> None:
     import torch.distributed as dist
 
-    print("what Megatron prints")
+    print("output of Megatron")
     if dist.get_rank() == 1:
         raise ValueError("only here")
 
 
 def _fail_alone() -> tuple[list[bool], str]:
-    """On a rank: which of two errors are local to it, and what the command line prints of the second."""
+    """On a rank: raise an error of all ranks, and on rank 1 another.
+
+    Returns:
+        Of each error whether it is local to the rank, and what the command line prints.
+    """
     import torch.distributed as dist
 
     rank = dist.get_rank()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
     launcher, errors = choose_launcher(2), []
     with pytest.raises(ValueError, match="everywhere") as raised:
-        launcher.first(_fails_everywhere)
+        launcher.first(_fail_everywhere)
     errors.append(raised.value)
     if rank == 1:  # rank 0 would wait for the other's result
         with pytest.raises(ValueError, match="only here") as raised:
-            launcher.all(_fails)
+            launcher.all(_fail_on_rank_one)
         errors.append(raised.value)
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_GRACE", 0)
+        patch.setattr(cli, "_GRACE_SECONDS", 0)
         for error in errors:
-            cli._say(str(error), error)
+            cli._print_error(str(error), error)
     return [is_local_to_rank(error) for error in errors], printed.getvalue()
 
 
