@@ -1,8 +1,10 @@
-"""Writes the cards in this folder: random weights of each shape, then `exaone-bridge verify --card` on them.
+"""Writes the cards in this folder: random weights in each shape, then `exaone-bridge verify --card`.
 
-    python docs/cards/write.py WORK [NAME ...]    # WORK: an empty folder with room for 15 GB; NAME: some cards only
+    python docs/cards/write.py WORK [NAME ...]
 
-Memory: 12 GiB for the widths of the 32B and the 33B, 8 for the 21B's, 4 for the rest. Forty minutes on two cores.
+WORK is an empty folder with room for 15 GB, NAME a card; all are written if none is named. It takes
+12 GiB of memory for the widths of the 32B and the 33B, 8 for those of the 21B, 4 for the others, and
+forty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -81,59 +83,59 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 TINY_CONFIGS = EXAONE | EXAONE45 | ERNIE
 
-WHOLE = "Random weights of the whole published shape."
-WIDE = "Random weights of the published widths, fewer layers."
-SMALL = "The published topology in miniature: every branch of the model, widths of no resemblance."
-# card -> (shape or miniature, options, what it stands for)
+FULL = "Random weights in the full published shape."
+WIDE = "Random weights in the published widths, with fewer layers."
+TINY = "A tiny model of the published topology: it has every branch of the model, and other widths."
+# card -> (shape or tiny model, options, note)
 RUNS: dict[str, list[tuple[str, str, str]]] = {
     "EXAONE-4.0-1.2B": [
-        ("EXAONE-4.0-1.2B", "", WHOLE),
-        ("EXAONE-4.0-1.2B", "--dtype bfloat16", WHOLE),
-        ("EXAONE-4.0-1.2B", "--tp 2", WHOLE),
-        ("exaone4-1.2b", "--gradients", SMALL),
-        ("exaone4-1.2b", "--tp 2 --pp 2 --sp --gradients", SMALL),
+        ("EXAONE-4.0-1.2B", "", FULL),
+        ("EXAONE-4.0-1.2B", "--dtype bfloat16", FULL),
+        ("EXAONE-4.0-1.2B", "--tp 2", FULL),
+        ("exaone4-1.2b", "--gradients", TINY),
+        ("exaone4-1.2b", "--tp 2 --pp 2 --sp --gradients", TINY),
     ],
     "EXAONE-4.0-32B": [
         ("EXAONE-4.0-32B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG); prompts do not reach the window of 4096."),
-        ("exaone4", "--gradients", f"{SMALL} Prompts are eight windows long."),
-        ("exaone4", "--tp 2 --pp 2 --vpp 2 --sp --gradients", SMALL),
-        ("exaone4", "--tp 4 --pp 2", SMALL),
-        ("exaone4", "--dtype bfloat16", SMALL),
+        ("exaone4", "--gradients", f"{TINY} Prompts are eight windows long."),
+        ("exaone4", "--tp 2 --pp 2 --vpp 2 --sp --gradients", TINY),
+        ("exaone4", "--tp 4 --pp 2", TINY),
+        ("exaone4", "--dtype bfloat16", TINY),
     ],
     "EXAONE-4.5-33B": [
         ("EXAONE-4.5-33B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG), 7 of 28 blocks of the tower (the last of them "
          "sees whole images), one layer of multi-token prediction; prompts do not reach the window of 4096."),
-        ("exaone45", "--gradients", f"{SMALL} Prompts are eight windows long; images larger than the tower's window."),
-        ("exaone45", "--tp 2 --pp 2 --vpp 2 --sp --gradients", SMALL),
-        ("exaone45", "--tp 2 --cp 2 --sp --gradients", SMALL),
-        ("exaone45", "--tp 2 --pp 2 --mtp", f"{SMALL} Multi-token prediction is built, not carried."),
-        ("exaone45", "--dtype bfloat16", SMALL),
+        ("exaone45", "--gradients", f"{TINY} Prompts are eight windows long; images are larger than the vision encoder's window."),
+        ("exaone45", "--tp 2 --pp 2 --vpp 2 --sp --gradients", TINY),
+        ("exaone45", "--tp 2 --cp 2 --sp --gradients", TINY),
+        ("exaone45", "--tp 2 --pp 2 --mtp", f"{TINY} Multi-token prediction is built into the model."),
+        ("exaone45", "--dtype bfloat16", TINY),
     ],
     "ERNIE-4.5-0.3B": [
-        ("ERNIE-4.5-0.3B", "", WHOLE),
-        ("ERNIE-4.5-0.3B", "--dtype bfloat16 --quick", WHOLE),
-        ("ERNIE-4.5-0.3B", "--tp 2 --quick", WHOLE),
-        ("ernie45-dense", "--tp 2 --pp 2 --gradients", SMALL),
+        ("ERNIE-4.5-0.3B", "", FULL),
+        ("ERNIE-4.5-0.3B", "--dtype bfloat16 --quick", FULL),
+        ("ERNIE-4.5-0.3B", "--tp 2 --quick", FULL),
+        ("ernie45-dense", "--tp 2 --pp 2 --gradients", TINY),
     ],
     "ERNIE-4.5-21B-A3B": [
-        ("ERNIE-4.5-21B-A3B-3-layers", "", f"{WIDE} One dense layer, and two of 27 with all 64 experts."),
-        ("ernie45", "--gradients", SMALL),
-        ("ernie45", "--tp 2 --ep 2 --sp", SMALL),
-        ("ernie45", "--pp 2 --ep 2 --gradients", SMALL),
-        ("ernie45", "--dtype bfloat16", SMALL),
+        ("ERNIE-4.5-21B-A3B-3-layers", "", f"{WIDE} One dense layer, and 2 of 27 MoE layers with all 64 experts."),
+        ("ernie45", "--gradients", TINY),
+        ("ernie45", "--tp 2 --ep 2 --sp", TINY),
+        ("ernie45", "--pp 2 --ep 2 --gradients", TINY),
+        ("ernie45", "--dtype bfloat16", TINY),
     ],
     "ERNIE-4.5-300B-A47B": [
-        ("ernie45-300b", "--gradients", f"{SMALL} The published widths (5.7e9 parameters a layer) were not run."),
-        ("ernie45-300b", "--tp 2 --pp 2 --vpp 2", SMALL),
-        ("ernie45-300b", "--ep 4", SMALL),
-        ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --sp --gradients", SMALL),
-        ("ernie45-300b", "--dtype bfloat16", SMALL),
+        ("ernie45-300b", "--gradients", f"{TINY} The published widths (5.7e9 parameters per layer) were not run."),
+        ("ernie45-300b", "--tp 2 --pp 2 --vpp 2", TINY),
+        ("ernie45-300b", "--ep 4", TINY),
+        ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --sp --gradients", TINY),
+        ("ernie45-300b", "--dtype bfloat16", TINY),
     ],
 }  # fmt: skip
 
 
 def write(work: Path, card: str) -> bool:
-    """Run everything of one card; whether all of it holds."""
+    """Run the verifications of one card, and return whether all passed."""
     path, passed = Path(__file__).with_name(f"{card}.md"), True
     path.unlink(missing_ok=True)
     for name, options, note in RUNS[card]:

@@ -44,13 +44,11 @@ def test_every_place_is_far_from_its_bound(megatron_bridge: Any, tiny: Any, repo
 def test_the_card_tells_of_tower_images_and_prediction(report: Report, tmp_path: Path) -> None:
     write_card(report, tmp_path / "card.md", name="M")
     text = (tmp_path / "card.md").read_text()
+    assert "3 of 65 tokens, 2 of 7 tokens, 3 of 65 tokens with 5 images and 1 video." in text
+    assert "vision encoder of 4 blocks, hidden 48, heads 4/2 x 12, MLP 56" in text
     assert (
-        "3 of 65 positions, 2 of 7 positions, 3 of 65 positions with 5 images and 1 video." in text
-    )
-    assert "vision tower of 4 blocks, hidden 48, heads 4/2 x 12, feed-forward 56" in text
-    assert (
-        "windows of 24, full attention at 1, 3; multi-token prediction 1 further, 1 layer on disk."
-        in text
+        "windows of 24 pixels, full attention in blocks 1, 3; multi-token prediction of depth 1, "
+        "1 layer on disk." in text
     )
 
 

@@ -1,138 +1,144 @@
-"""Model cards: what was verified, at which layouts and precisions, with which figures. Written from reports alone."""
+"""Writes model cards (Markdown): what was verified, in which settings, with which results."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.verification.report.report import Report
 
-__all__ = ["card_section", "write_card"]
+__all__ = ["card_section", "displayed_command", "write_card"]
 
 _HEAD = (
     "<!-- Written by `exaone-bridge verify --card`. Do not edit: run the commands below again. -->"
 )
+_OUTPUT_OPTIONS = ("--card", "--name", "--note", "--json", "--report")
+_MEDIA = ("images", "videos")
 
 
 def write_card(report: Report, path: Path, *, name: str, note: str = "") -> None:
-    """Write a card, or add this report to one; a run of the same command takes the place of its last.
+    """Write a card, or add the report to one; a report of the same settings is replaced.
 
     Args:
-        name: what the card is about.
-        note: what was verified in place of what, where it was not the published weights themselves.
+        name: the model that the card is about.
+        note: a sentence for the section, where something stands in for the published weights.
     """
     sections = _sections(path)
-    key, text = card_section(report, note)
-    sections[key] = text
-    body = "\n".join(sections[title] for title in sections)
-    path.write_text(f"{_HEAD}\n\n# {name}\n\n{_summary(sections)}\n{body}")
+    title, text = card_section(report, note)
+    sections[title] = text
+    path.write_text(f"{_HEAD}\n\n# {name}\n\n{_summary(sections)}\n" + "\n".join(sections.values()))
 
 
-def _summary(sections: dict[str, str]) -> str:
-    failed = [title for title, text in sections.items() if "| failed |" in text]
+def _summary(sections: Mapping[str, str]) -> str:
+    failed = sum("| failed |" in text for text in sections.values())
     if failed:
-        return f"**{len(failed)} of {len(sections)} verifications failed.**\n"
+        return f"**{failed} of {len(sections)} verifications failed.**\n"
     return (
-        f"{len(sections)} verifications, and every check that ran holds. None of them is of the published weights\n"
-        + (
-            "themselves unless its section says so: weights are random, of the shape that the section gives.\n"
-        )
+        f"{len(sections)} verifications; every check that was run passed. The weights are random, "
+        "and\nof the shape that each section gives, unless the section says otherwise.\n"
     )
 
 
 def _sections(path: Path) -> dict[str, str]:
-    """Title -> text of what is there already."""
+    """Read the sections of an existing card, by title."""
     if not path.is_file():
         return {}
-    found: dict[str, str] = {}
-    for part in path.read_text().split("\n## ")[1:]:
-        found[part.partition("\n")[0]] = f"## {part.rstrip()}\n"
-    return found
+    parts = path.read_text().split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 def card_section(report: Report, note: str = "") -> tuple[str, str]:
-    """Title and Markdown of one report."""
-    subject = report.source if report.other is None else f"{report.source} against {report.other}"
-    title = f"{subject}, {report.layout}, {report.dtype}, backend {report.backend}"
-    if report.setup.get("built"):
+    """Return title and Markdown of one report."""
+    title = f"{report.title}, {report.layout}, {report.dtype}, backend {report.backend}"
+    if "mtp_num_layers" in report.setup:
         title += ", with multi-token prediction"
-    model = report.model
-    shape = (
-        f"{model.get('parameters', 0):,} parameters in {model.get('dtype')}, {model.get('num_layers')} layers "
-        f"`{model.get('layers')}`, hidden {model.get('hidden_size')}, heads {model.get('num_heads')}/"
-        f"{model.get('num_kv_heads')} x {model.get('head_dim')}, feed-forward {model.get('ffn_size')}, vocabulary "
-        f"{model.get('vocab_size')}, {'tied' if model.get('tied') else 'untied'}"
-    )
-    if "experts" in model:
-        shape += (
-            f"; experts {model['experts']}, {model['experts_per_token']} a token, {model['shared_experts']} shared, "
-            f"each {model['expert_ffn_size']} wide, on `{model['feed_forward']}`"
-        )
-    shape += "".join(f"; {_WORDS[name](model[name])}" for name in _WORDS if name in model)
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines = [f"## {title}", ""]
     if note:
         lines += [note, ""]
     lines += [
-        f"- Shape: {shape}.",
+        f"- Shape: {_shape(report.model)}.",
         f"- Prompts: {_prompts(report)}.",
-        f"- Versions: {_versions(report)}.",
+        f"- Versions: {versions}.",
     ]
-    lines += [f"- {report.seconds:.0f} s: `{report.command}`", ""] if report.command else [""]
-    lines += ["| check | summary | threshold | status |", "|---|---|---|---|"]
+    if report.command:
+        lines.append(f"- {report.seconds:.0f} s: `{displayed_command(report.command)}`")
+    lines += ["", "| check | summary | threshold | status |", "|---|---|---|---|"]
     for check in report.checks:
-        figure = check.summary if check.ran else check.details
-        figure += f"; {check.details}" if not check.passed else ""
-        lines.append(
-            f"| {check.name} | {_cell(figure)} | {_cell(check.threshold)} | {check.status.value} |"
-        )
+        summary = check.summary if check.ran else check.details
+        summary += f"; {check.details}" if not check.passed else ""
+        cells = (check.name, summary, check.threshold, check.status.value)
+        lines.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
     return title, "\n".join(lines) + "\n"
 
 
-def _vision_encoder(vision: Mapping[str, Any]) -> str:
+def displayed_command(command: str) -> str:
+    """Return a command as a reader would type it: without output options and without local paths."""
+    words: list[str] = []
+    arguments = iter(shlex.split(command))
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option in _OUTPUT_OPTIONS:
+            if option == argument:
+                next(arguments, None)
+            continue
+        if "/" in argument and not argument.startswith("-"):
+            argument = f"./{Path(argument).name}"
+        words.append(argument)
+    return shlex.join(words)
+
+
+def _shape(model: Mapping[str, Any]) -> str:
+    text = (
+        f"{model.get('parameters', 0):,} parameters in {model.get('dtype')}, "
+        f"{model.get('num_layers')} layers `{model.get('layers')}`, "
+        f"hidden {model.get('hidden_size')}, heads {model.get('num_heads')}/"
+        f"{model.get('num_kv_heads')} x {model.get('head_dim')}, MLP {model.get('ffn_size')}, "
+        f"vocabulary {model.get('vocab_size')}, {'tied' if model.get('tied') else 'untied'}"
+    )
+    if "experts" in model:
+        text += (
+            f"; {model['experts']} experts, {model['experts_per_token']} per token, "
+            f"{model['shared_experts']} shared, MLP {model['expert_ffn_size']}, "
+            f"on `{model['mlp_layers']}`"
+        )
+    if "vision" in model:
+        text += f"; {_vision(model['vision'])}"
+    if "mtp" in model:
+        layers = model["mtp"]["layers"]
+        text += (
+            f"; multi-token prediction of depth {model['mtp']['depth']}, "
+            f"{layers} layer{'s' * (layers > 1)} on disk"
+        )
+    return text
+
+
+def _vision(vision: Mapping[str, Any]) -> str:
     return (
-        f"vision tower of {vision['depth']} blocks, hidden {vision['hidden_size']}, heads {vision['num_heads']}/"
-        f"{vision['num_kv_heads']} x {vision['head_dim']}, feed-forward {vision['ffn_size']}, patches of "
-        f"{vision['patch_size']} pixels, windows of {vision['window_size']}, full attention at "
+        f"vision encoder of {vision['depth']} blocks, hidden {vision['hidden_size']}, "
+        f"heads {vision['num_heads']}/{vision['num_kv_heads']} x {vision['head_dim']}, "
+        f"MLP {vision['ffn_size']}, patches of {vision['patch_size']} pixels, "
+        f"windows of {vision['window_size']} pixels, full attention in blocks "
         f"{', '.join(map(str, vision['full_attention']))}"
     )
 
 
-def _mtp(mtp: Mapping[str, Any]) -> str:
-    return f"multi-token prediction {mtp['depth']} further, {mtp['layers']} layer{'s' * (mtp['layers'] > 1)} on disk"
-
-
-_WORDS = {"vision": _vision_encoder, "mtp": _mtp}
-
-
 def _prompts(report: Report) -> str:
     shapes = report.setup.get("prompts", [])
-    counts = [
-        [report.setup.get(kind, [0] * len(shapes))[number] for kind in _KINDS]
-        for number in range(len(shapes))
-    ]
+    media = [report.setup.get(kind, [0] * len(shapes)) for kind in _MEDIA]
     text = ", ".join(
-        f"{count} of {length} positions{_with(pictures)}"
-        for (count, length), pictures in zip(shapes, counts, strict=True)
+        f"{count} of {length} tokens{_with([counts[batch] for counts in media])}"
+        for batch, (count, length) in enumerate(shapes)
     )
-    return text + (", a layer at a time on both sides" if report.setup.get("streaming") else "")
-
-
-_KINDS = ("images", "videos")
+    return text + (", layer by layer" if report.setup.get("layer_by_layer") else "")
 
 
 def _with(counts: Sequence[int]) -> str:
-    said = [
-        f"{count} {kind[: None if count > 1 else -1]}"
-        for count, kind in zip(counts, _KINDS, strict=True)
+    named = [
+        f"{count} {kind if count > 1 else kind.removesuffix('s')}"
+        for count, kind in zip(counts, _MEDIA, strict=True)
         if count
     ]
-    return f" with {' and '.join(said)}" if said else ""
-
-
-def _versions(report: Report) -> str:
-    return ", ".join(f"{name} {number}" for name, number in report.versions.items())
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return f" with {' and '.join(named)}" if named else ""

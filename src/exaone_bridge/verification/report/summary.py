@@ -1,4 +1,4 @@
-"""A model in a few words, for reports and cards. No torch."""
+"""Summarises a model for reports and cards. No torch is imported."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
 __all__ = ["model_summary"]
 
 
-def model_summary(source: HFCheckpoint) -> dict[str, Any]:
-    """Family, size and shape."""
-    model_config = source.model_config
+def model_summary(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    """Return family, size (elements, bytes) and shape of a checkpoint's model."""
+    config = checkpoint.model.config
     summary: dict[str, Any] = {
-        "family": source.family.name,
-        "architecture": source.config["architectures"][0],
-        "parameters": source.num_elements,
-        "bytes": source.nbytes,
-        "dtype": model_config.dtype,
-        "num_layers": model_config.num_layers,
-        "layers": attention_pattern(model_config.windows),
-        "rope": "".join("R" if has else "-" for has in model_config.rope),
-        "window": next((window for window in model_config.windows if window), None),
-        "hidden_size": model_config.hidden_size,
-        "ffn_size": model_config.ffn_size,
-        "num_heads": model_config.num_heads,
-        "num_kv_heads": model_config.num_kv_heads,
-        "head_dim": model_config.head_dim,
-        "vocab_size": model_config.vocab_size,
-        "tied": model_config.tied,
+        "family": checkpoint.family.name,
+        "architecture": checkpoint.config["architectures"][0],
+        "parameters": checkpoint.num_elements,
+        "bytes": checkpoint.nbytes,
+        "dtype": config.dtype,
+        "num_layers": config.num_layers,
+        "layers": attention_pattern(config.windows),
+        "rope": "".join("R" if applied else "-" for applied in config.rope),
+        "window": next((window for window in config.windows if window), None),
+        "hidden_size": config.hidden_size,
+        "ffn_size": config.ffn_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tied": config.tied,
     }
-    if (vision := model_config.vision) is not None:
+    if (vision := config.vision) is not None:
         summary["vision"] = dataclasses.asdict(vision) | {"head_dim": vision.head_dim}
-    if (mtp := model_config.mtp) is not None:
+    if (mtp := config.mtp) is not None:
         summary["mtp"] = {"depth": mtp.depth, "layers": mtp.num_layers}
-    if (moe := model_config.moe) is not None:
+    if (moe := config.moe) is not None:
         summary |= {
-            "feed_forward": mlp_pattern(moe.layer_mask),
+            "mlp_layers": mlp_pattern(moe.layer_mask),
             "experts": moe.num_experts,
             "experts_per_token": moe.topk,
             "shared_experts": moe.num_shared_experts,
