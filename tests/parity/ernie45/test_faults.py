@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -27,17 +28,21 @@ def test_model_without_a_fault_passes(inject: Injections) -> None:
     assert_clean(inject.findings(MODEL))
 
 
-@pytest.mark.parametrize("field", ["moe_layer_end_index", "moe_layer_interval"])
-def test_ignored_schedule_field_stops_the_load(megatron_bridge: Any, tiny: Any, field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "default"), [("moe_layer_end_index", -1), ("moe_layer_interval", 1)]
+)
+def test_ignored_schedule_field_stops_the_load(
+    megatron_bridge: Any, tiny: Any, field: str, default: int
+) -> None:
     """The tensors on disk show it before anything runs."""
     folder = tiny("ernie45-300b", moe_layer_end_index=5)
-    original = config._schedule
+    original = config._layer_mask
 
-    def schedule(fields: dict[str, Any], layers: int) -> Any:
-        return original({name: fields[name] for name in fields if name != field}, layers)
+    def layer_mask(hf_config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+        return original({**hf_config, field: default}, num_layers)
 
     with (
-        mock.patch.object(config, "_schedule", schedule),
+        mock.patch.object(config, "_layer_mask", layer_mask),
         pytest.raises(UnmappedTensors, match="missing keys"),
     ):
         export(folder, Layout())

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.module import MegatronModule
 
+    from exaone_bridge.modules.provider import ExactGPTModelProvider
+
 __all__ = [
     "Chunks",
     "CodeFault",
@@ -29,12 +31,14 @@ __all__ = [
     "FaultSite",
     "FolderFault",
     "MappingChange",
+    "MegatronFault",
     "ModelChange",
     "Patch",
     "ProviderFault",
     "WeightFault",
     "changed_mappings",
     "changed_model",
+    "changed_provider",
     "swap",
 ]
 
@@ -85,6 +89,7 @@ class Fault:
     """
 
     kind: ClassVar[str]
+    """How the fault is injected: weights, provider, code or folder."""
 
     name: str
     model: str
@@ -93,19 +98,32 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightFault(Fault):
+class MegatronFault(Fault):
+    """A fault on the Megatron-Core side."""
+
+    def injected(self) -> contextlib.AbstractContextManager[object]:
+        """Make the context in which models are built, loaded, exported and run with the fault."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFault(MegatronFault):
     """A fault in the weights of a loaded Megatron-Core model.
 
     Attributes:
-        change: changes parameters and buffers in place, and nothing else.
+        change: changes parameters and buffers in place.
     """
 
     kind: ClassVar[str] = "weights"
     change: ModelChange
 
+    def injected(self) -> contextlib.AbstractContextManager[object]:
+        """Make a context in which every loaded model is changed."""
+        return changed_model(self.change)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProviderFault(Fault):
+class ProviderFault(MegatronFault):
     """A fault in the fields of the Megatron-Bridge provider.
 
     Attributes:
@@ -115,17 +133,25 @@ class ProviderFault(Fault):
     kind: ClassVar[str] = "provider"
     fields: Mapping[str, object]
 
+    def injected(self) -> contextlib.AbstractContextManager[object]:
+        """Make a context in which every provider has these fields."""
+        return changed_provider(self.fields)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CodeFault(Fault):
+class CodeFault(MegatronFault):
     """A fault in code: in the parameter mappings, or in a module's arithmetic.
 
     Attributes:
-        patch: makes the context in which a model is built, loaded, exported and run.
+        patch: makes the context in which the code is changed.
     """
 
     kind: ClassVar[str] = "code"
     patch: Patch
+
+    def injected(self) -> contextlib.AbstractContextManager[object]:
+        """Make the context in which the code is changed."""
+        return self.patch()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,4 +210,21 @@ def changed_model(change: ModelChange) -> Iterator[None]:
         return model
 
     with mock.patch.object(ExactBridge, "load_weights_hf_to_megatron", load_and_change):
+        yield
+
+
+@contextlib.contextmanager
+def changed_provider(fields: Mapping[str, object]) -> Iterator[None]:
+    """Override fields of every provider that a bridge makes of a Hugging Face config."""
+    from exaone_bridge.bridge.exact_bridge import ExactBridge
+
+    provider_bridge = ExactBridge.provider_bridge
+
+    def provider_with_fields(self: ExactBridge, hf_pretrained: Any) -> ExactGPTModelProvider:
+        provider = provider_bridge(self, hf_pretrained)
+        for name, value in fields.items():
+            setattr(provider, name, value)
+        return provider
+
+    with mock.patch.object(ExactBridge, "provider_bridge", provider_with_fields):
         yield
