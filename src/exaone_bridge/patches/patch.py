@@ -7,7 +7,6 @@ A patch is a function under one of the three decorators, and a line in `table.PA
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -43,6 +42,8 @@ class Patch:
         after_import(self.target.partition(":")[0], self._replace)
 
     def _replace(self) -> None:
+        import inspect  # imported late: it takes longer than `import exaone_bridge`
+
         owner, name = self._find()
         original = inspect.getattr_static(owner, name)
         is_classmethod = isinstance(original, classmethod)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
-from exaone_bridge.schema.parallel_layout import Layout
 
 if TYPE_CHECKING:
     from exaone_bridge.runtime.launch import Launcher
+    from exaone_bridge.schema.parallel_layout import Layout
     from exaone_bridge.verification.report.report import Report
 
 __all__ = ["verify"]
@@ -75,6 +75,7 @@ def verify(
         >>> report = exaone_bridge.verify("/models/EXAONE-4.0-1.2B")
         >>> assert report.passed, report.failures()
     """
+    from exaone_bridge.schema.parallel_layout import Layout
     from exaone_bridge.verification.workflow.options import VerifyOptions
     from exaone_bridge.verification.workflow.run import Session, run
 

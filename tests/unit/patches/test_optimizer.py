@@ -1,4 +1,4 @@
-"""Megatron-Core's distributed optimizer with two dtypes of parameters; FP8 parameters after a load."""
+"""Megatron-Core's distributed optimizer with parameters of two dtypes, and FP8 initial values."""
 
 from __future__ import annotations
 
