@@ -48,7 +48,8 @@ def test_named_files_exist(page: Path) -> None:
     for name in re.findall(
         r"`((?:src|tests|docs|examples|benchmarks)/[\w./-]+)`", page.read_text()
     ):
-        assert (ROOT / name).exists(), name
+        if not name.startswith("examples/conversion/"):  # of Megatron-Bridge
+            assert (ROOT / name).exists(), name
 
 
 @page
