@@ -1,11 +1,12 @@
-"""What the conversion engine costs, as ratios within one run; run by hand and recorded in docs/benchmarks.md.
+"""Measures the cost of loading, saving and converting. docs/benchmarks.md has the results.
 
-    python benchmarks/convert.py --work /scratch                 # everything; 40 GB of disk, some twenty minutes
-    python benchmarks/convert.py --work /scratch --only load     # one measure
-    python benchmarks/convert.py --work /scratch --small         # the same code on miniatures, in a minute
+    python benchmarks/convert.py --work DIR                 # everything: 40 GB of disk, 20 minutes
+    python benchmarks/convert.py --work DIR --only load     # one measure
+    python benchmarks/convert.py --work DIR --small         # the same code on tiny models, 1 minute
 
-Measures that are compared run in turns, and the least of their times counts: other work on the machine adds to any of
-them. Page caches are warm. Every measure runs in a process of its own, forked after Megatron's import.
+Variants that are compared are interleaved, and the minimum of each counts, because other work on the
+machine adds to all of them. Page caches are warm. Each measure runs in a process of its own, forked
+after Megatron-Core has been imported.
 """
 
 from __future__ import annotations
@@ -65,12 +66,14 @@ SMALL = EXAONE["exaone4-1.2b"] | {
 }
 # EXAONE-4.0-1.2B: 2.6 GB; and the width of EXAONE-4.0-32B with few layers: 16 GB
 B1 = EXAONE["exaone4-1.2b"] | PUBLISHED | {
-    "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_attention_heads": 32,
+    "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30,
+    "num_attention_heads": 32,
     "head_dim": 64, "layer_types": [FULL] * 30,
 }  # fmt: skip
 B32 = EXAONE["exaone4"] | PUBLISHED | {
-    "hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 14, "num_attention_heads": 40,
-    "head_dim": 128, "layer_types": ([SLIDING] * 3 + [FULL]) * 3 + [SLIDING, FULL], "sliding_window": 4096,
+    "hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 14,
+    "num_attention_heads": 40, "head_dim": 128,
+    "layer_types": ([SLIDING] * 3 + [FULL]) * 3 + [SLIDING, FULL], "sliding_window": 4096,
 }  # fmt: skip
 
 
@@ -84,16 +87,17 @@ class Run:
 
 
 def many(layers: int, experts: int) -> dict[str, Any]:
-    """A configuration with 3 x layers x experts tensors and some, each of them tiny."""
+    """Return a config with some more than 3 x layers x experts tensors, all of them tiny."""
     return ERNIE["ernie45-300b"] | {
         "num_hidden_layers": layers, "moe_num_experts": experts, "moe_layer_start_index": 0,
-        "moe_layer_end_index": layers - 1, "moe_layer_interval": 1, "hidden_size": 16, "intermediate_size": 32,
+        "moe_layer_end_index": layers - 1, "moe_layer_interval": 1, "hidden_size": 16,
+        "intermediate_size": 32,
         "moe_intermediate_size": 8, "head_dim": 8, "vocab_size": 64, "dtype": "bfloat16",
     }  # fmt: skip
 
 
 def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
-    """A Hugging Face folder of this configuration with random bits; they need not be good weights."""
+    """Write a Hugging Face folder with random bits as weights, unless it exists."""
     if folder.exists():
         return folder
     family = family_of(config["architectures"], where="benchmark")
@@ -135,14 +139,14 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> Path:
 
 
 class Least(NamedTuple):
-    """Seconds by the clock and of all threads' CPU; work beside it adds to the first more than to the second."""
+    """Seconds of wall time and of CPU time of all threads; other work adds less to the second."""
 
     wall: float
     cpu: float
 
 
 def least(repeats: int, ways: dict[str, Callable[[], object]]) -> dict[str, Least]:
-    """The least seconds of each way, children's included; they run in turns."""
+    """Return the minimum seconds of each variant, children included; they are interleaved."""
     found = {name: Least(math.inf, math.inf) for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
@@ -154,18 +158,18 @@ def least(repeats: int, ways: dict[str, Callable[[], object]]) -> dict[str, Leas
 
 
 def cpu_seconds() -> float:
-    """Of all threads and of children that ended; in microseconds, where `os.times` counts hundredths of a second."""
+    """Return CPU seconds of all threads and ended children (`os.times` has 10 ms resolution)."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def ratio(a: float, b: float) -> str:
-    """`a` / `b`, or a dash where `b` is less than the machine's clock can tell from nothing."""
+    """Return `a / b` as text, or a dash if `b` is below the resolution of the clock."""
     return f"{a / b:.2f}" if b > 0 else "-"
 
 
 def unfilled(bridge: Any, layout: Layout) -> list[Any]:
-    """A model whose weights have been touched, and are not the checkpoint's."""
+    """Build a model whose weights are in memory and differ from the checkpoint's."""
 
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
@@ -201,19 +205,25 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
     torch.set_num_threads(1)
     return least(
         repeats,
-        {"plain copy": plain, "planned": lambda: bridge.load_hf_weights(model), "host": upstream},
+        {
+            "plain copy": plain,
+            "planned": lambda: bridge.load_hf_weights(model),
+            "Megatron-Bridge": upstream,
+        },
     )
 
 
 def measure_load(run: Run) -> None:
-    """Import into a model at TP1, against a plain copy and the host's loader."""
+    """Measure a load at TP1, a plain copy, and Megatron-Bridge's loader."""
     folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
     (found,) = ForkLauncher(1).all(_load_rank, folder, run.repeats)
-    plain, ours, upstream = found["plain copy"], found["planned"], found["host"]
-    for what, a, b, c in zip(("seconds", "of CPU"), plain, ours, upstream, strict=True):
-        print(f"| import at TP1, {what}: plain copy, planned, host | {a:.3f}, {b:.3f}, {c:.3f} |")
+    plain, planned, upstream = found["plain copy"], found["planned"], found["Megatron-Bridge"]
+    for what, a, b, c in zip(("seconds", "of CPU"), plain, planned, upstream, strict=True):
+        print(
+            f"| import at TP1, {what}: plain copy, planned, Megatron-Bridge | {a:.3f}, {b:.3f}, {c:.3f} |"
+        )
         print(f"| planned / plain copy (at most 1.5), {what} | {ratio(b, a)} |")
-        print(f"| host / planned (at least 5), {what} | {ratio(c, b)} |", flush=True)
+        print(f"| Megatron-Bridge / planned (at least 5), {what} | {ratio(c, b)} |", flush=True)
 
 
 def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
@@ -229,7 +239,7 @@ def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
 
 
 def measure_bytes(run: Run) -> None:
-    """Bytes that each rank reads, counted as they are copied."""
+    """Count the bytes that each rank reads."""
     folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
     whole = 0
     for tp in (1, 2, 4, 8):
@@ -247,7 +257,7 @@ def measure_bytes(run: Run) -> None:
         shares = sorted({nbytes for _, nbytes in moved})
         text = ", ".join(f"{share * tp / whole:.6f}" for share in shares)
         print(
-            f"| TP{tp}: bytes a rank reads of tensors that are cut, x {tp} / all of them | {text} |",
+            f"| TP{tp}: bytes a rank reads of sharded tensors, x {tp} / total | {text} |",
             flush=True,
         )
 
@@ -303,22 +313,22 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
 
 
 def measure_export(run: Run) -> None:
-    """Export of a model at one rank, against safetensors' own writer on the same disk."""
+    """Measure the export of a model at one rank, and safetensors' own writer."""
     folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
     work = run.work / "exports"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (found,) = ForkLauncher(1).all(_export_rank, folder, work, run.repeats)
     for flushed in ("", " + fsync"):
-        plain, ours = found["save_file" + flushed], found["planned" + flushed]
-        print(f"| export{flushed}, seconds: save_file, planned | {plain:.2f}, {ours:.2f} |")
-        print(f"| planned{flushed} / save_file{flushed} (at most 1.3) | {ratio(ours, plain)} |")
+        plain, planned = found["save_file" + flushed], found["planned" + flushed]
+        print(f"| export{flushed}, seconds: save_file, planned | {plain:.2f}, {planned:.2f} |")
+        print(f"| planned{flushed} / save_file{flushed} (at most 1.3) | {ratio(planned, plain)} |")
     shutil.rmtree(work)
     sys.stdout.flush()
 
 
 def measure_stream(run: Run) -> None:
-    """Streaming both ways: memory above what the process held before, and the largest tensor."""
+    """Measure the memory of `import` and `export` above that of the process before."""
     shapes = {"2.6 GB": ("b1", B1), "16 GB": ("b32", B32)}
     if run.small:
         shapes = {"small": ("b1", SMALL)}
@@ -349,17 +359,18 @@ def measure_stream(run: Run) -> None:
 
 
 def prove_plan(source: HFCheckpoint) -> None:
-    """ReshardPlan and validate a load at TP2 x PP2 from headers alone."""
+    """Plan a load at TP2 x PP2 from the headers alone, and validate the plan."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     validate_plan(reshard_plan(source.model, Layout(tp=2, pp=2)), shapes)
 
 
 def measure_linear(run: Run) -> None:
-    """Seconds as the number of tensors grows."""
+    """Measure seconds as a function of the number of tensors."""
 
     sizes = [(4, 8), (8, 16)] if run.small else [(10, 31), (20, 165), (40, 248), (60, 331)]
     print(
-        "| tensors | plan and proof, TP2 x PP2 | inspect, with --json | import | export | microseconds each, both |"
+        "| tensors | plan and validation, TP2 x PP2 | inspect, with --json | import | export "
+        "| microseconds per tensor, both |"
     )
     print("|---|---|---|---|---|---|")
     for layers, experts in sizes:
@@ -418,7 +429,7 @@ def main() -> None:
     parser.add_argument("--only", choices=MEASURES, action="append")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--small", action="store_true", help="miniatures instead of published shapes"
+        "--small", action="store_true", help="tiny models instead of published shapes"
     )
     options = parser.parse_args()
     import exaone_bridge

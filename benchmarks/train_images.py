@@ -1,11 +1,13 @@
-"""`train_step.py` for EXAONE 4.5: words and images, a few layers of each tower, published widths, beside Transformers.
+"""Measures a training step of EXAONE 4.5 with images, and the same in Transformers.
 
     python benchmarks/train_images.py --model exaone45-33b-4-layers --seq 8192 --images 2 --side 64
 
-Every parameter is trained, the vision tower's too; multi-token prediction, which Transformers does not build, is off on
-both sides. Tokens a second count all words of a sequence, those that hold images' places included. Floating-point
-operations count the tower: 2 a parameter and patch in its linears, and for its attention the keys of a patch's window,
-or of its image in blocks that see all; three times that, but twice for patches' embedding: pixels have no gradient.
+The model has published widths and a few layers and vision blocks. All parameters are trained, those of
+the vision encoder included. Multi-token prediction, which Transformers does not build, is off on both
+sides. Tokens per second include the placeholder tokens of images. Floating-point operations include
+the vision encoder: 2 per parameter and patch in its linear layers, and for its attention the keys of
+the window of a patch, or of the image in blocks with full attention; three times that for forward and
+backward, but twice for the patch embedding, because pixels have no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
 from train_step import alone, arguments, config_of, measure_asked
-from train_step import operations as operations_of_words
+from train_step import operations as text_operations
 
 from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.recipes.published import CONFIGS
@@ -24,7 +26,7 @@ from exaone_bridge.schema.model_config import VisionConfig
 
 
 def _cut(layers: int, blocks: int) -> dict[str, Any]:
-    """The first layers of the published language model, and the first blocks of its tower."""
+    """Return the published config with the first layers and the first vision blocks only."""
     config = CONFIGS["exaone45_33b"]
     language, vision = config["text_config"], config["vision_config"]
     return config | {
@@ -38,7 +40,8 @@ def _cut(layers: int, blocks: int) -> dict[str, Any]:
     }
 
 
-# As many blocks as have one that sees the whole image; 33B has four times as many, for sixteen times the layers.
+# The first blocks up to one with full attention; the 33B has four times as many blocks, and sixteen
+# times as many layers.
 MODELS: dict[str, dict[str, Any]] = {
     "exaone45-33b-4-layers": _cut(4, 7),
     "exaone45-33b-8-layers": _cut(8, 7),
@@ -62,16 +65,17 @@ class Batch:
 def batch_of(
     config: Any, seq: int, mbs: int, images: int, side: int, device: str = "cuda"
 ) -> Batch:
-    """Random words, and in each sequence square images of noise, as many patches a side, evenly spread over it.
+    """Return random tokens with square images of noise, evenly spread over each sequence.
 
     Raises:
-        SystemExit: images that leave no room for words.
+        SystemExit: the images leave no room for text.
     """
     model_config = read_hf_config(config.to_dict())
     places = side * side // model_config.vision.merge_size**2
     if side % model_config.vision.merge_size or images * places > seq:
         raise SystemExit(
-            f"{images} images of {side} x {side} patches are {images * places} words; a sequence has {seq}, and a side "
+            f"{images} images of {side} x {side} patches are {images * places} tokens; a sequence "
+            f"has {seq}, and a side "
             f"is a multiple of {model_config.vision.merge_size}"
         )
     tokens = torch.randint(model_config.vocab_size, (mbs, seq + 1), device=device)
@@ -91,7 +95,7 @@ def batch_of(
 
 
 def operations_of_image(vision: VisionConfig, side: int) -> float:
-    """Floating-point operations of the tower, forward and backward, for one square image."""
+    """Return the operations of the vision encoder, forward and backward, for one square image."""
     patches = side * side
     across = vision.window_size // vision.patch_size  # patches along a window's side
     cuts = [min(across, side - start) for start in range(0, side, across)]
@@ -112,14 +116,14 @@ def operations_of_image(vision: VisionConfig, side: int) -> float:
 
 
 def operations(config: Any, seq: int, images: int, side: int) -> float:
-    """Of one forward and backward of one sequence with its images."""
+    """Return the operations of forward and backward of one sequence with its images."""
     model_config = read_hf_config(config.to_dict())
-    return operations_of_words(config.get_text_config(), seq) + images * operations_of_image(
+    return text_operations(config.get_text_config(), seq) + images * operations_of_image(
         model_config.vision, side
     )
 
 
-def ours(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], None]:
+def megatron(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], None]:
     from megatron.bridge import AutoBridge
 
     provider = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
@@ -127,14 +131,14 @@ def ours(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callable[[], N
     cpu = batch.tokens.device.type == "cpu"
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=cpu)
     model.train()
-    words, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
-    positions = torch.arange(words.shape[1], device=words.device)[None]
+    tokens, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     parameters = list(model.parameters())
 
     def step() -> None:
         for parameter in parameters:
             parameter.grad = None
-        model(words, positions, None, labels=labels, **batch.arguments).float().mean().backward()
+        model(tokens, positions, None, labels=labels, **batch.arguments).float().mean().backward()
 
     return step
 
@@ -146,22 +150,22 @@ def transformers(config: Any, batch: Batch, overrides: dict[str, Any]) -> Callab
         model = AutoModelForImageTextToText.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).train()
-    words, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
+    tokens, labels = batch.tokens[:, :-1].contiguous(), batch.tokens[:, 1:].contiguous()
     parameters = list(model.parameters())
 
     def step() -> None:
         for parameter in parameters:
             parameter.grad = None
         model(
-            words, labels=words, shift_labels=labels, use_cache=False, **batch.arguments
+            tokens, labels=tokens, shift_labels=labels, use_cache=False, **batch.arguments
         ).loss.backward()
 
     return step
 
 
 VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = {
-    "ours": (ours, {}),
-    "ours-frozen-tower": (ours, {"freeze_vision_model": True}),
+    "megatron": (megatron, {}),
+    "megatron-frozen-vision": (megatron, {"freeze_vision_model": True}),
     "transformers": (transformers, {}),
 }
 
@@ -170,7 +174,7 @@ def main() -> None:
     parser = arguments(__doc__, MODELS, "exaone45-33b-4-layers")
     parser.add_argument("--images", type=int, default=2, help="of each sequence")
     parser.add_argument(
-        "--side", type=int, default=64, help="of an image, in patches; four patches are a word"
+        "--side", type=int, default=64, help="of an image, in patches; four patches are a token"
     )
     options = parser.parse_args()
 
@@ -181,13 +185,14 @@ def main() -> None:
         def needs(config: Any, seq: int) -> float:
             return operations(config, seq, options.images, options.side)
 
-        share = 1 - operations_of_words(config.get_text_config(), options.seq) / needs(
+        share = 1 - text_operations(config.get_text_config(), options.seq) / needs(
             config, options.seq
         )
         places = int((batch.tokens == config.image_token_id).sum())
         print(
-            f"{options.model}, {options.mbs} x {options.seq} tokens, {places} of them for {len(batch.grids)} images; "
-            f"the tower has {share:.0%} of the operations"
+            f"{options.model}, {options.mbs} x {options.seq} tokens, {places} of them for "
+            f"{len(batch.grids)} images; "
+            f"the vision encoder has {share:.0%} of the operations"
         )
         measure_asked(options, config, variants=VARIANTS, batch=batch, needs=needs)
 

@@ -1,11 +1,12 @@
-"""One training step's forward and backward on one GPU: ours beside Transformers' sdpa and beside a plain matmul.
+"""Measures forward and backward of one training step on one GPU, and the same in Transformers.
 
-    python benchmarks/train_step.py --model exaone4-1.2b --seq 8192 --variants ours,transformers
+    python benchmarks/train_step.py --model exaone4-1.2b --seq 8192 --variants megatron,transformers
 
-Prints, for each variant: milliseconds, tokens a second, the fraction of the bf16 8192^3 matmul rate that was measured
-in the same run, and peak memory; then our ratios to Transformers. Floating-point operations are those that the model
-needs: 2 a parameter and token in every linear, and for attention only the keys that causality and the window leave;
-three times that for forward and backward. Variants take turns.
+Prints for each variant milliseconds, tokens per second, the fraction of the bf16 8192^3 matmul rate
+measured in the same run, and peak memory; then the ratios to Transformers with SDPA attention.
+Floating-point operations are those that the model needs: 2 per parameter and token in every linear
+layer, and for attention only the keys that are visible under causality and the window; three times
+that for forward and backward. Variants are interleaved.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WARM_UP, ROUNDS = 3, 8
 
 
 def _cut(name: str, layers: int) -> dict[str, Any]:
-    """The first layers of a published configuration."""
+    """Return a published config with its first layers only."""
     config = CONFIGS[name] | {"num_hidden_layers": layers}
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:layers]
@@ -48,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def config_of(fields: Mapping[str, Any]) -> Any:
-    """Transformers' configuration of these fields."""
+    """Return Transformers' config of these fields."""
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
@@ -57,7 +58,7 @@ def config_of(fields: Mapping[str, Any]) -> Any:
 
 
 def operations(config: Any, seq: int) -> float:
-    """Floating-point operations of one forward and backward of one sequence."""
+    """Return the floating-point operations of one forward and backward of one sequence."""
     fields = config.to_dict()
     heads, kv = fields["num_attention_heads"], fields["num_key_value_heads"]
     hidden, dim, layers = fields["hidden_size"], fields["head_dim"], fields["num_hidden_layers"]
@@ -93,7 +94,7 @@ def median_ms(step: Callable[[], None], warmup: int = 3, repeats: int = 10) -> f
     return statistics.median(milliseconds(step) for _ in range(repeats))
 
 
-def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
+def megatron(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
     from megatron.bridge import AutoBridge
 
     provider = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
@@ -117,8 +118,8 @@ def ours(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callab
 
 
 def graphed(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
-    """The same step as one CUDA graph: what would be left if launching kernels cost nothing."""
-    step = ours(config, tokens, overrides)
+    """Return the same step as one CUDA graph, without the cost of launching kernels."""
+    step = megatron(config, tokens, overrides)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -131,11 +132,11 @@ def graphed(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Cal
     return graph.replay
 
 
-def everywhere_global(
+def full_attention_everywhere(
     config: Any, tokens: torch.Tensor, overrides: dict[str, Any]
 ) -> Callable[[], None]:
-    """The same model with every layer attending to everything."""
-    return ours(config_with_global_layers(config), tokens, overrides)
+    """Return the step of the same model with full attention in every layer."""
+    return megatron(config_with_full_attention(config), tokens, overrides)
 
 
 def transformers(
@@ -169,13 +170,13 @@ def transformers(
 
 
 VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = {
-    "ours": (ours, {}),
-    "ours-graphed": (graphed, {}),
-    "ours-all-global": (everywhere_global, {}),
-    "ours-compiled-add": (ours, {"bias_dropout_fusion": True}),
-    "ours-no-permute-fusion": (ours, {"moe_permute_fusion": False}),
-    "ours-allgather": (ours, {"moe_token_dispatcher_type": "allgather"}),
-    "ours-te-cross-entropy": (ours, {"cross_entropy_fusion_impl": "te"}),
+    "megatron": (megatron, {}),
+    "megatron-graphed": (graphed, {}),
+    "megatron-full-attention": (full_attention_everywhere, {}),
+    "megatron-compiled-add": (megatron, {"bias_dropout_fusion": True}),
+    "megatron-no-permute-fusion": (megatron, {"moe_permute_fusion": False}),
+    "megatron-allgather": (megatron, {"moe_token_dispatcher_type": "allgather"}),
+    "megatron-te-cross-entropy": (megatron, {"cross_entropy_fusion_impl": "te"}),
     "transformers": (transformers, {}),
 }
 
@@ -191,7 +192,7 @@ def measure(
     batch: Any = None,
     needs: Callable[[Any, int], float] = operations,
 ) -> list[dict[str, Any]]:
-    """Each variant's step, in turns: what the machine does meanwhile meets all of them alike.
+    """Measure the steps of all variants, interleaved, so that other work affects all alike.
 
     Args:
         variants: name -> (what makes a step of configuration, batch and overrides; the overrides).
@@ -236,7 +237,9 @@ def measure(
             continue
         taken = statistics.median(times[row["variant"]])
         measured = (
-            config_with_global_layers(config) if row["variant"] == "ours-all-global" else config
+            config_with_full_attention(config)
+            if row["variant"] == "megatron-full-attention"
+            else config
         )
         needed = mbs * needs(measured, seq)
         row |= {
@@ -259,21 +262,22 @@ def measure(
     return rows
 
 
-def config_with_global_layers(config: Any) -> Any:
+def config_with_full_attention(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
     return config
 
 
 def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Print the ratios to Transformers; variant -> its row, of those that ran."""
+    """Print the ratios to Transformers; return variant -> its results, of those that ran."""
     by_name = {row["variant"]: row for row in rows if row["ms"]}
-    theirs = by_name.get("transformers")
+    reference = by_name.get("transformers")
     for row in by_name.values():
-        if theirs and row is not theirs:
-            ratio = theirs["ms"] / row["ms"]
+        if reference and row is not reference:
+            ratio = reference["ms"] / row["ms"]
             print(
-                f"{row['variant']}: {ratio:.2f} x tokens/s, {row['peak_gib'] / theirs['peak_gib']:.2f} x memory"
+                f"{row['variant']}: {ratio:.2f} x tokens/s, "
+                f"{row['peak_gib'] / reference['peak_gib']:.2f} x memory"
             )
     return by_name
 
@@ -281,14 +285,14 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def arguments(
     description: str | None, models: Iterable[str], model: str
 ) -> argparse.ArgumentParser:
-    """What is asked of every benchmark of a training step."""
+    """Return the parser of the arguments that all benchmarks of a training step take."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=models, default=model)
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--mbs", type=int, default=1, help="sequences in the batch")
-    parser.add_argument("--variants", default="ours,transformers")
+    parser.add_argument("--variants", default="megatron,transformers")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--apart", action="store_true", help="one variant after the other: no room for two"
@@ -298,7 +302,7 @@ def arguments(
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A world of one rank on the first GPU, with our bridges registered."""
+    """Initialise one rank on the first GPU, with our bridges registered."""
     exaone_bridge.supported()
     torch.cuda.set_device(0)
     os.environ.setdefault("RANK", "0")
@@ -313,11 +317,11 @@ def alone() -> Iterator[None]:
 def measure_asked(
     options: argparse.Namespace, config: Any, **settings: Any
 ) -> dict[str, dict[str, Any]]:
-    """`measure` of the variants that the arguments name, in turns or one by one, and what `compared` makes of them."""
+    """Measure the variants that the arguments name, interleaved or one by one, and compare them."""
     names = options.variants.split(",")
-    turns = [[name] for name in names] if options.apart else [names]
+    groups = [[name] for name in names] if options.apart else [names]
     sizes = options.seq, options.mbs, options.profile
-    return compared([row for turn in turns for row in measure(turn, config, *sizes, **settings)])
+    return compared([row for group in groups for row in measure(group, config, *sizes, **settings)])
 
 
 def main() -> None:
@@ -326,13 +330,14 @@ def main() -> None:
         print(f"{options.model}, {options.mbs} x {options.seq} tokens")
         config = config_of(MODELS[options.model])
         by_name = measure_asked(options, config)
-        if "ours" in by_name and "ours-all-global" in by_name:
+        if "megatron" in by_name and "megatron-full-attention" in by_name:
             share = operations(config, options.seq) / operations(
-                config_with_global_layers(config), options.seq
+                config_with_full_attention(config), options.seq
             )
-            taken = by_name["ours"]["ms"] / by_name["ours-all-global"]["ms"]
+            taken = by_name["megatron"]["ms"] / by_name["megatron-full-attention"]["ms"]
             print(
-                f"hybrid: {taken:.3f} of the time of all global layers, {share:.3f} of the operations"
+                f"hybrid: {taken:.3f} of the time with full attention only, "
+                f"{share:.3f} of the operations"
             )
 
 

@@ -28,7 +28,7 @@ def test_the_small_benchmark_prints_its_ratios(megatron_bridge: Any, tmp_path: P
     printed = fork_script(tmp_path, SCRIPT, *options)
     for line in (
         "| planned / plain copy",
-        "| host / planned",
+        "| Megatron-Bridge / planned",
         "| import, small:",
         "files that differ after the round trip | 0",
     ):
