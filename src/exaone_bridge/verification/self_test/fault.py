@@ -42,7 +42,7 @@ __all__ = [
     "swap",
 ]
 
-type Chunks = list[MegatronModule]
+type Chunks = "list[MegatronModule]"
 """The loaded Megatron-Core model chunks of one rank."""
 type ModelChange = Callable[[Chunks], object]
 """Changes a loaded model in place."""
