@@ -39,7 +39,8 @@ from exaone_bridge.checkpoint.hf.shards import ShardWriter, assign_files, shard_
 from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.reshard.plan import reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import validate_plan
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.models import family_of
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
 from exaone_bridge.models.exaone4.tiny import TINY as EXAONE

@@ -13,7 +13,8 @@ import argparse
 import os
 from pathlib import Path
 
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
 

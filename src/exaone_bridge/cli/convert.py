@@ -6,7 +6,8 @@ from pathlib import Path
 
 from exaone_bridge.cli.progress import conversion, say_summary
 from exaone_bridge.cli.read_size import read_size
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["export", "import_"]

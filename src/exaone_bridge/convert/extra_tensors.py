@@ -1,57 +1,56 @@
-"""Tensors that a checkpoint ships beside its model: no part of the model, and never lost.
+"""Passthrough tensors of an import: tensors beside the model that go from source to export untouched.
 
-A Megatron checkpoint that we write keeps them in its folder `hf`, bit for bit, so that it can be exported where the
-source is out of reach.
+A Megatron checkpoint has them in its folder `hf`, so that it can be exported without the source.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from exaone_bridge.checkpoint.dtypes import byte_view
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
-from exaone_bridge.checkpoint.hf.headers import read_file_header
+from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_file_header
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, shard_layout
 from exaone_bridge.errors import CheckpointError
-from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.model_family import ModelDescription
 
-__all__ = ["PASSTHROUGH", "keep_passthrough", "passthrough_sizes"]
+__all__ = ["ASSETS", "PASSTHROUGH_FILE", "read_passthrough", "write_passthrough"]
 
-PASSTHROUGH = "carried.safetensors"
+ASSETS = "hf"  # the folder in a Megatron checkpoint for what Megatron does not store
+PASSTHROUGH_FILE = "carried.safetensors"  # the name that checkpoints of the first release have
 
 logger = logging.getLogger(__name__)
 
 
-def keep_passthrough(source: HFCheckpoint, folder: Path) -> None:
-    """Copy a source's carried tensors to `folder`; nothing happens where source and configuration have none."""
-    if not source.passthrough and not source.family.passthrough_tensors(source.model_config):
+def write_passthrough(source: HFCheckpoint, folder: Path) -> None:
+    """Copy the passthrough tensors of a source to a folder, if it or its config has any."""
+    if not source.passthrough and not source.model.passthrough_tensors:
         return
-    layout = shard_layout(source.passthrough.values(), PASSTHROUGH)
+    layout = shard_layout(source.passthrough.values(), PASSTHROUGH_FILE)
     with ShardWriter.create(folder, layout) as writer:
         for name in source.passthrough:
             writer.put(name, [byte_view(source.read(name))])
     logger.info(
-        "carried past the model unchanged: %d tensors, in %s",
-        len(source.passthrough),
-        folder / PASSTHROUGH,
+        "passthrough tensors copied: %d, to %s", len(source.passthrough), folder / PASSTHROUGH_FILE
     )
 
 
-def passthrough_sizes(folder: Path, family: ModelFamily, model_config: Any) -> dict[str, int]:
-    """Name -> bytes of what `keep_passthrough` left in `folder`.
+def read_passthrough(folder: Path, model: ModelDescription) -> dict[str, TensorInfo]:
+    """Find the tensors that `write_passthrough` wrote to a folder.
 
     Raises:
-        CheckpointError: the configuration says there is something, and it is not there.
+        CheckpointError: The config says that there are some, and the file is missing.
     """
-    path = folder / PASSTHROUGH
+    path = folder / PASSTHROUGH_FILE
     if path.is_file():
-        return {name: tensor.nbytes for name, tensor in read_file_header(path)[0].items()}
-    if names := [tensor.name for tensor in family.passthrough_tensors(model_config)]:
+        return read_file_header(path)[0]
+    if model.passthrough_tensors:
         raise CheckpointError(
             path,
-            f"this file is missing, and with it {names[0]} and others that travel beside the model",
-            remedy="restore it from the Hugging Face source by another `import`, or leave them out with --drop-passthrough",
+            f"this file with the passthrough tensors ({model.passthrough_tensors[0].name}, ...) "
+            "is missing",
+            remedy="restore it from the Hugging Face source by another `import`, "
+            "or leave them out with --drop-passthrough",
         )
     return {}

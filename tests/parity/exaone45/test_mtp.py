@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.convert.convert import export_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
@@ -139,7 +139,7 @@ def test_mtp_tensors_that_were_not_built_are_passthrough(
 ) -> None:
     source = tiny("exaone45")
     ForkLauncher(1).all(_train_and_save, source, tmp_path / "megatron", Layout(), None)
-    with pytest.raises(CheckpointError, match="travel beside the model"):
+    with pytest.raises(CheckpointError, match="file with the passthrough tensors"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     export_checkpoint(tmp_path / "megatron", tmp_path / "dropped", drop_passthrough=True)
     assert not any(

@@ -14,7 +14,8 @@ import torch
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_headers
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import VisionInputError
 from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.models.exaone45.prompts import image_prompts, make_prompt

@@ -25,10 +25,11 @@ from safetensors import safe_open
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import INDEX
-from exaone_bridge.checkpoint.megatron.tensors import MegatronSource
+from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
 from exaone_bridge.checkpoint.reshard.plan import reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import validate_plan
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import BridgeError, CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -332,11 +333,11 @@ def test_a_hostile_megatron_checkpoint_is_refused_or_read_whole(
                 cut[noise.randrange(len(cut))] ^= 1 << noise.randrange(8)
             data_file.write_bytes(cut[: noise.choice([len(cut), noise.randrange(len(cut))])])
         try:
-            source = MegatronSource(folder, config)
+            source = MegatronCheckpoint(folder, config)
             for name, spec in source.tensors.items():
                 assert source.read(name).shape == spec.shape
             read += 1  # a flipped bit of a weight is a weight
-        except CheckpointError as error:
+        except BridgeError as error:
             assert len(str(error).splitlines()) == 1
             refused += 1
         data_file.write_bytes(bits)
@@ -382,4 +383,4 @@ def test_chunks_that_overlap_or_leave_gaps_are_refused(
         change(metadata.state_dict_metadata["embedding.word_embeddings.weight"].chunks)
         path.write_bytes(pickle.dumps(metadata))
         with pytest.raises(CheckpointError, match=says):
-            MegatronSource(folder, config).read("model.embed_tokens.weight")
+            MegatronCheckpoint(folder, config).read("model.embed_tokens.weight")

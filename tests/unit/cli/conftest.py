@@ -63,7 +63,7 @@ def megatron_folder(
     megatron_bridge: Any, sharded: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Return the Megatron checkpoint imported from `sharded`; copy it before changing it."""
-    from exaone_bridge.convert.convert import import_checkpoint
+    from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.schema.parallel_layout import Layout
 
     folder = tmp_path_factory.mktemp("megatron") / "exaone4"

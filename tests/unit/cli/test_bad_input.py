@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exaone_bridge.convert import convert
+from exaone_bridge.convert import to_hf, to_megatron
 from exaone_bridge.errors import CheckpointError
 from tests.helpers.damage import INDEX, WEIGHTS, Damage, set_config
 
@@ -663,7 +663,7 @@ def test_a_fault_in_the_middle_leaves_no_output(
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(
-            convert, f"_{command}_rank", rank
+            to_hf if command == "export" else to_megatron, f"_{command}_rank", rank
         )  # ranks are forked: they have the fault too
         run = cli(command, source, tmp_path / "output", "--workers", 2)
     assert run.code == code and says in run.err and run.err.startswith("exaone-bridge: ")
@@ -687,7 +687,12 @@ def full(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["staging.tempfile.mkdtemp", "convert.write_config", "convert.copy_travelling_files"]
+    "where",
+    [
+        "checkpoint.staging.tempfile.mkdtemp",
+        "convert.to_megatron.write_config_json",
+        "convert.to_megatron.copy_companion_files",
+    ],
 )
 def test_a_fault_outside_the_ranks_ends_with_three(
     where: str,
@@ -697,7 +702,7 @@ def test_a_fault_outside_the_ranks_ends_with_three(
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(f"exaone_bridge.checkpoint.{where}", full)
+    monkeypatch.setattr(f"exaone_bridge.{where}", full)
     run = cli("import", tiny("exaone4"), tmp_path / "output")
     assert run.code == 3 and "No space left on device" in run.err
 
@@ -710,7 +715,7 @@ def test_a_fault_outside_the_ranks_leaves_nothing(
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, "copy_companion_files", full)
+    monkeypatch.setattr(to_megatron, "copy_companion_files", full)
     before = snapshot(tmp_path)
     with contextlib.suppress(
         OSError
@@ -730,7 +735,7 @@ def test_an_interrupt_leaves_nothing_and_is_no_difference(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "copy_companion_files", interrupt)
+    monkeypatch.setattr(to_megatron, "copy_companion_files", interrupt)
     before = snapshot(tmp_path)
     run = cli("import", tiny("exaone4"), tmp_path / "output")
     assert run.code not in (0, 1, 2)

@@ -10,7 +10,8 @@ import pytest
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_headers, read_json
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import CheckpointError, UnmappedTensors
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
@@ -71,7 +72,7 @@ def test_export_without_passthrough_tensors_stops_unless_they_are_dropped(
     path = imported / "hf" / "carried.safetensors"
     hidden = path.rename(imported / "hidden")
     try:
-        with pytest.raises(CheckpointError, match="travel beside the model"):
+        with pytest.raises(CheckpointError, match="file with the passthrough tensors"):
             export_checkpoint(imported, tmp_path / "stopped")
         assert not (tmp_path / "stopped").exists()
         export_checkpoint(imported, tmp_path / "dropped", drop_passthrough=True)

@@ -24,8 +24,9 @@ import torch
 from exaone_bridge.checkpoint import staging
 from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.reshard import save
-from exaone_bridge.convert import convert
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert import to_hf
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import CheckpointError, OutputError
 from exaone_bridge.runtime.fork import ForkLauncher, RankFailure
 from exaone_bridge.schema.parallel_layout import Layout
@@ -216,7 +217,7 @@ def test_a_disk_that_fills_up(
     """As if another program had taken the space meanwhile; with room again, the next run goes on."""
     target = small_disk / "output"
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "check_space", lambda *_: None)
+        patch.setattr(to_hf, "check_space", lambda *_: None)
         with pytest.raises(
             OutputError,
             match=r"the disk takes no more data \(No space left on device\); free some space",
@@ -290,7 +291,7 @@ def test_one_rank_dies(source: Path, tmp_path: Path) -> None:
 
 
 def test_one_worker_dies(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = convert._export_rank
+    right = to_hf._export_rank
 
     def one_dies(*args: Any) -> Any:
         if torch.distributed.get_rank() == 1:
@@ -298,7 +299,7 @@ def test_one_worker_dies(megatron: Path, tmp_path: Path, monkeypatch: pytest.Mon
         return right(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_export_rank", one_dies)
+        patch.setattr(to_hf, "_export_rank", one_dies)
         with pytest.raises(RankFailure):
             export_checkpoint(megatron, tmp_path / "output", workers=2)
     assert not (tmp_path / "output").exists()

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.tiny import write_random
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
-from exaone_bridge.convert.open_tensors import open_tensors
+from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
@@ -308,16 +309,15 @@ def test_a_checkpoint_with_optimizer_states_is_read_without_them(
     _assert_same(source, tmp_path / "exported")
 
 
-def test_a_source_reads_one_tensor_at_a_time_from_either_side(
+def test_both_checkpoints_read_the_same_tensors(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
     import_checkpoint(folder, tmp_path / "megatron", Layout())
-    left, right = open_tensors(folder), open_tensors(tmp_path / "megatron")
-    assert left.family is right.family and left.model_config == right.model_config
-    assert {name for name in left.tensors if name not in right.tensors} == set(
-        HFCheckpoint.open(folder).passthrough
-    )
+    left = HFCheckpoint.open(folder)
+    right = MegatronCheckpoint(tmp_path / "megatron", left.config)
+    assert left.family is right.model.family and left.model_config == right.model.config
+    assert {name for name in left.tensors if name not in right.tensors} == set(left.passthrough)
     for name, spec in right.tensors.items():
         other = left.tensors[name]
         assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == (

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import exaone_bridge
-from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.patches.former_names import with_present_names
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout

@@ -44,7 +44,7 @@ def test_a_megatron_checkpoint_in_torchruns_world(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     """Ranks can fork none of their own: a process that does exports it, and both ranks see what it wrote."""
-    from exaone_bridge.convert.convert import import_checkpoint
+    from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.runtime.fork import ForkLauncher
 
     import_checkpoint(tiny("exaone4"), tmp_path / "megatron", Layout())
@@ -60,7 +60,7 @@ def _apart(folder: Path) -> list[str]:
     """On a rank: what a process of its own raises, and what its end looks like."""
     import torch.distributed as dist
 
-    from exaone_bridge.convert.convert import export_checkpoint
+    from exaone_bridge.convert.to_hf import export_checkpoint
     from exaone_bridge.runtime.launch import choose_launcher
 
     os.environ |= {

@@ -11,108 +11,121 @@ from typing import Any, NamedTuple
 
 import torch
 
-from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
+from exaone_bridge.checkpoint.coverage import check_coverage
+from exaone_bridge.checkpoint.dtypes import TORCH_DTYPES
 from exaone_bridge.checkpoint.hf.headers import TensorSpec
 from exaone_bridge.checkpoint.megatron.torch_dist import StoredTensor, TorchDist, key_of
 from exaone_bridge.checkpoint.reshard.plan import ParamPlan, reshard_plan
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.models import family_of
+from exaone_bridge.schema.dtypes import SAFETENSORS_DTYPES
 from exaone_bridge.schema.hf_files import iteration_folder
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["MegatronSource"]
+__all__ = ["MegatronCheckpoint"]
 
 
 class _Place(NamedTuple):
-    part: ParamPlan
-    numbers: tuple[int, ...]
+    """Where a Hugging Face tensor is: in which parameter, and where that is stored.
+
+    Attributes:
+        tensor: Its index in the parameter's mapping.
+        key: The stored tensor.
+        lead: The parameter's indices along the leading axes of `key`.
+    """
+
+    param: ParamPlan
     tensor: int
     key: str
     lead: tuple[int, ...]
 
 
-class MegatronSource:
-    """A Megatron checkpoint's model tensors as Hugging Face has them, whatever layout wrote it; no model is built.
+class MegatronCheckpoint:
+    """The model tensors of a Megatron checkpoint as Hugging Face has them, at any layout.
 
-    Optimizer states and extra states are not looked at. Tensors that travel beside the model are not among them:
-    `convert/extra_tensors.py` has those.
+    No model is built. Optimizer states and extra states are not read. Passthrough tensors are not
+    among the tensors: `convert/extra_tensors.py` has them.
 
-    Args:
-        path: the checkpoint's folder, or that of one iteration.
-        config: the Hugging Face configuration it stands for.
-
-    Raises:
-        CheckpointError: no checkpoint, a damaged one, or one that lacks a parameter or has it in another shape.
+    Attributes:
+        model: The description of the model.
+        tensors: Name -> name, dtype and shape of every Hugging Face tensor.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Read the metadata of a checkpoint.
+
+        Args:
+            path: The checkpoint's folder, or that of one iteration.
+            config: The Hugging Face config of the model.
+
+        Raises:
+            CheckpointError: There is no checkpoint, it is damaged, or a parameter has another
+                shape than the config gives it.
+            UnmappedTensors: Keys are missing.
+        """
         self.folder = iteration_folder(path)
-        self.config = config
-        self.stored = TorchDist(self.folder)
-        self.family = family_of(config["architectures"], where=str(path)).variant_with(
-            self.stored.tensors
-        )
-        self.model = self.family.describe(config)
-        self.model_config = self.model.config
-        dtype = getattr(torch, self.model_config.dtype)
-        plan = reshard_plan(self.model, Layout())
+        self._stored = TorchDist(self.folder)
+        family = family_of(config["architectures"], where=str(path))
+        self.model = family.variant_with(self._stored.tensors).describe(config)
         self.tensors: dict[str, TensorSpec] = {}
         self._places: dict[str, _Place] = {}
-        for part in plan.params:
-            for held, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
-                key, lead = self._locate(part, held)
-                for index, (name, tensor) in enumerate(zip(names, part.mapping.hf, strict=True)):
-                    kind = torch.float32 if tensor.fp32 else dtype
-                    self.tensors[name] = TensorSpec(
-                        name, SAFETENSORS_NAMES[kind], part.shapes[index]
-                    )
-                    self._places[name] = _Place(part, held, index, key, lead)
+        missing: list[str] = []
+        for param in reshard_plan(self.model, Layout()).params:
+            mapping = param.mapping
+            for indices, (_, *names) in zip(mapping.numbers(), mapping.names(), strict=True):
+                if (found := self._locate(param, indices)) is None:
+                    missing.append(key_of(mapping, indices, stacked=False)[0])
+                    continue
+                for index, (name, tensor) in enumerate(zip(names, mapping.hf, strict=True)):
+                    dtype = SAFETENSORS_DTYPES[tensor.dtype(self.model.config.dtype)]
+                    self.tensors[name] = TensorSpec(name, dtype, param.shapes[index])
+                    self._places[name] = _Place(param, index, *found)
+        check_coverage(missing, (), where=self.folder, remedy="restore the checkpoint")
 
     def groups(self) -> list[list[str]]:
-        """Names of tensors that lie in one parameter, which is read once for all of them if they come in order."""
+        """Return the names by parameter; one that is read in order is read from disk once."""
         found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for name, place in self._places.items():
             found.setdefault((place.key, place.lead), []).append(name)
         return list(found.values())
 
-    def _locate(self, part: ParamPlan, numbers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        shape = part.shards[0].shape
-        key, lead = key_of(part.mapping, numbers, stacked=False)
-        if key not in self.stored.tensors:
-            key, lead = key_of(part.mapping, numbers, stacked=True)
-        stored = self.stored.tensors.get(key)
-        if stored is None:
+    def _locate(
+        self, param: ParamPlan, indices: tuple[int, ...]
+    ) -> tuple[str, tuple[int, ...]] | None:
+        """Find the stored tensor of a parameter, and its indices along the leading axes there."""
+        key, lead = key_of(param.mapping, indices, stacked=False)
+        if key not in self._stored.tensors:
+            key, lead = key_of(param.mapping, indices, stacked=True)
+        if (stored := self._stored.tensors.get(key)) is None:
+            return None
+        shape = param.shards[0].shape
+        if not _fits(stored, lead, shape, may_be_padded=param.mapping.kind == "vocab"):
+            expected = f"{list(shape)} at {list(lead)}" if lead else str(list(shape))
             raise CheckpointError(
                 self.folder,
-                f"{key_of(part.mapping, numbers, stacked=False)[0]} is not in it",
-                remedy="restore the checkpoint",
-            )
-        if not _fits(stored, lead, shape, may_be_padded=part.mapping.kind == "vocab"):
-            wanted = f"{list(shape)} at {list(lead)}" if lead else str(list(shape))
-            problem = (
-                f"{key} has shape {list(stored.shape)}, and the configuration makes it {wanted}"
-            )
-            raise CheckpointError(
-                self.folder, problem, remedy="check that run_config.yaml belongs to these weights"
+                f"{key} has shape {list(stored.shape)}, and the config makes it {expected}",
+                remedy="check that run_config.yaml belongs to these weights",
             )
         return key, lead
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, in the type that the configuration says, in memory of its own.
+        """Read a tensor into memory of its own, in the dtype that the config gives it.
+
+        Returns:
+            A contiguous CPU tensor of the shape in `tensors`.
 
         Raises:
-            CheckpointError: files that are missing or damaged.
+            CheckpointError: A file is missing or damaged.
         """
         place, spec = self._places[name], self.tensors[name]
         tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
-        before = tuple((number, number + 1) for number in place.lead)
-        for copy in place.part.shards[0].copies:
+        leading = tuple((index, index + 1) for index in place.lead)
+        for copy in place.param.shards[0].copies:
             if copy.tensor == place.tensor:
                 target = tensor[tuple(slice(begin, end) for begin, end in copy.hf)]
-                shaped = target.view(
-                    (1,) * len(before) + tuple(end - begin for begin, end in copy.megatron)
-                )
-                self.stored.read_into(shaped, place.key, place.lead, (*before, *copy.megatron))
+                lengths = tuple(end - begin for begin, end in copy.megatron)
+                target = target.view((1,) * len(leading) + lengths)
+                self._stored.read_into(target, place.key, place.lead, (*leading, *copy.megatron))
         return tensor
 
 

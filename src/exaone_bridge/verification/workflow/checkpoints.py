@@ -53,7 +53,7 @@ def as_hf_folder(path: Path, launcher: Launcher, progress: Progress) -> Iterator
     if not is_megatron_checkpoint(path):
         yield Checkpoint(path.name, path)
         return
-    from exaone_bridge.convert.convert import export_checkpoint
+    from exaone_bridge.convert.to_hf import export_checkpoint
 
     with launcher.folder() as work:
         progress.stage("exporting the Megatron checkpoint")

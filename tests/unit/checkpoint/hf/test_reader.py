@@ -20,7 +20,7 @@ from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.checkpoint.megatron.torch_dist_write import parameters_of, write_parameters
 from exaone_bridge.checkpoint.reshard import load
 from exaone_bridge.checkpoint.reshard.plan import Rank, reshard_plan
-from exaone_bridge.convert.extra_tensors import keep_passthrough
+from exaone_bridge.convert.extra_tensors import write_passthrough
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.digests import digest_tensors
@@ -151,7 +151,7 @@ def write_torch_dist(checkpoint: HFCheckpoint, tmp_path: Path) -> None:
 
 def keep_as_passthrough(checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     checkpoint.passthrough.update(checkpoint.tensors)  # type: ignore[attr-defined]
-    keep_passthrough(checkpoint, tmp_path)
+    write_passthrough(checkpoint, tmp_path)
 
 
 READERS: dict[str, Callable[[HFCheckpoint, Path], object]] = {

@@ -1,0 +1,163 @@
+"""Converts a Megatron checkpoint to a Hugging Face folder, one tensor at a time, without a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from exaone_bridge.checkpoint.dtypes import byte_view
+from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, TensorSpec, read_json
+from exaone_bridge.checkpoint.hf.reader import TensorReader
+from exaone_bridge.checkpoint.hf.shards import (
+    MAX_SHARD_BYTES,
+    ShardWriter,
+    assign_files,
+    shard_layout,
+    write_index,
+)
+from exaone_bridge.checkpoint.hf.writer import write_config_json
+from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
+from exaone_bridge.checkpoint.staging import (
+    check_new_output,
+    check_space,
+    full_disk_as_output_error,
+    resumable,
+)
+from exaone_bridge.convert.extra_tensors import ASSETS, read_passthrough
+from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
+from exaone_bridge.errors import CheckpointError
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.schema.hf_files import copy_companion_files
+
+__all__ = ["export_checkpoint"]
+
+
+def export_checkpoint(
+    megatron_folder: Path,
+    hf_folder: Path,
+    *,
+    max_shard_bytes: int | None = None,
+    drop_passthrough: bool = False,
+    workers: int = 1,
+    dry_run: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> Summary:
+    """Convert a Megatron checkpoint to a Hugging Face folder with weights, config and tokenizer.
+
+    An interrupted export is continued: what it has written is compared, and kept where it is right.
+
+    Args:
+        megatron_folder: The source.
+        hf_folder: The output, which must not exist.
+        max_shard_bytes: Of a file; None: the files of the Hugging Face source that the checkpoint
+            was imported from, or 5 GB.
+        drop_passthrough: Leave out passthrough tensors, and change config.json accordingly.
+        workers: Processes that write; each has one parameter and one tensor in memory.
+        dry_run: Check everything, and write nothing.
+        progress: Is told of the stages and the bytes.
+
+    Raises:
+        CheckpointError: The source is damaged or lacks passthrough tensors, or the output exists.
+        UnsupportedConfig: The model is not one of exaone_bridge's.
+        OutputError: The disk is full.
+    """
+    started = time.perf_counter()
+    check_new_output(hf_folder)
+    if not megatron_folder.is_dir():
+        raise CheckpointError(
+            megatron_folder,
+            "this folder does not exist",
+            remedy="name a Megatron checkpoint folder",
+        )
+    from exaone_bridge.runtime.fork import ForkLauncher
+    from exaone_bridge.runtime.model import read_provider
+
+    _, config = read_provider(megatron_folder)
+    source = MegatronCheckpoint(megatron_folder, config)
+    assets = megatron_folder / ASSETS
+    passthrough: dict[str, TensorInfo] = {}
+    if drop_passthrough:
+        family = source.model.family
+        config = family.write_hf_config(family.without_passthrough(source.model.config), config)
+    else:
+        # A model that was built with multi-token prediction has its tensors since the import.
+        passthrough = {
+            name: info
+            for name, info in read_passthrough(assets, source.model).items()
+            if name not in source.tensors
+        }
+    specs: list[TensorSpec | TensorInfo] = [*source.tensors.values(), *passthrough.values()]
+    sizes = {spec.name: spec.nbytes for spec in specs}
+    files = _source_files(assets / INDEX, sizes) if max_shard_bytes is None else None
+    layout = shard_layout(specs, files or assign_files(sizes, max_shard_bytes or MAX_SHARD_BYTES))
+    check_space(hf_folder, layout.nbytes)
+    if dry_run:
+        return Summary(len(specs), layout.nbytes, 0.0)
+    progress.stage("writing the Hugging Face folder")
+    progress.total(layout.nbytes)
+    groups = [*source.groups(), *([name] for name in passthrough)]
+    bins = balanced([sum(sizes[name] for name in group) for group in groups], workers)
+    shares = [[name for index in indices for name in groups[index]] for indices in bins]
+    with resumable(hf_folder) as folder, full_disk_as_output_error(hf_folder):
+        writer = ShardWriter.create(folder, layout)
+        results = ForkLauncher(workers).all(
+            _export_rank, source, hf_folder, writer, shares, passthrough, progress=progress
+        )
+        write_index(folder, layout)
+        write_config_json(folder, config)
+        if assets.is_dir():
+            copy_companion_files(assets, folder)
+    base, peak = largest_growth([(base, peak) for _, base, peak in results])
+    return Summary(
+        len(specs),
+        layout.nbytes,
+        time.perf_counter() - started,
+        peak_bytes=peak,
+        base_bytes=base,
+        kept_bytes=sum(kept for kept, _, _ in results),
+    )
+
+
+def _export_rank(
+    source: MegatronCheckpoint,
+    target: Path,
+    writer: ShardWriter,
+    shares: list[list[str]],
+    passthrough: Mapping[str, TensorInfo],
+    progress: Progress,
+) -> tuple[int, int, int]:
+    """Write this rank's tensors.
+
+    Returns:
+        The bytes that an earlier run has written, and the bytes of memory before and at most.
+    """
+    base, reader = memory_used(), TensorReader()
+    with full_disk_as_output_error(target), writer:
+        for name in shares[dist.get_rank()]:
+            in_source = name not in passthrough
+            tensor = source.read(name) if in_source else reader.read(passthrough[name])
+            writer.put(name, [byte_view(tensor)])
+            progress.advance(tensor.nbytes)
+            del tensor
+    return writer.kept_bytes, base, memory_used(peak=True)
+
+
+def _source_files(index: Path, sizes: Mapping[str, int]) -> dict[str, str] | None:
+    """The files of the Hugging Face source, if the checkpoint has them and for these tensors."""
+    if not index.is_file():
+        return None
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(_is_file_name(file) for file in files.values()):
+        raise CheckpointError(
+            index,
+            "its weight_map has other values than plain file names",
+            remedy="remove this file",
+        )
+    return files if files.keys() == sizes.keys() else None
+
+
+def _is_file_name(file: object) -> bool:
+    return isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")

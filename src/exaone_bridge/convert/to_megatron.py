@@ -1,0 +1,127 @@
+"""Converts a Hugging Face folder to a Megatron checkpoint, one parameter at a time, without a model.
+
+The Megatron checkpoint also gets a folder `hf` with the source's config, tokenizer files,
+passthrough tensors and file names, so that it can be exported without the source.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.checkpoint.hf.headers import INDEX
+from exaone_bridge.checkpoint.hf.writer import write_config_json
+from exaone_bridge.checkpoint.megatron.torch_dist_write import (
+    Parameter,
+    WrittenParam,
+    parameters_of,
+    write_metadata,
+    write_parameters,
+)
+from exaone_bridge.checkpoint.reshard.plan import check_layout, reshard_plan
+from exaone_bridge.checkpoint.reshard.validate import validate_plan
+from exaone_bridge.checkpoint.staging import (
+    check_new_output,
+    check_space,
+    full_disk_as_output_error,
+    staged,
+)
+from exaone_bridge.convert.extra_tensors import ASSETS, write_passthrough
+from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.schema.hf_files import copy_companion_files
+from exaone_bridge.schema.parallel_layout import Layout
+
+__all__ = ["import_checkpoint"]
+
+
+def import_checkpoint(
+    hf_folder: Path,
+    megatron_folder: Path,
+    layout: Layout,
+    *,
+    backend: str = "auto",
+    workers: int = 1,
+    dry_run: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> Summary:
+    """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist) that loads at any layout.
+
+    Args:
+        hf_folder: The source.
+        megatron_folder: The output, which must not exist.
+        layout: Written to run_config.yaml; the weights are the same for all layouts.
+        backend: Written to run_config.yaml too.
+        workers: Processes that write; each has one parameter in memory.
+        dry_run: Check everything, and write nothing.
+        progress: Is told of the stages and the bytes.
+
+    Raises:
+        CheckpointError: The source is damaged, or the output exists.
+        UnsupportedConfig: The config is not supported.
+        UnmappedTensors: Keys are missing, or there are unexpected keys.
+        UnsupportedLayout: The layout does not fit the model.
+        OutputError: The disk is full.
+    """
+    started = time.perf_counter()
+    check_new_output(megatron_folder)
+    source = HFCheckpoint.open(hf_folder)
+    check_layout(source.model_config, layout)
+    plan = reshard_plan(source.model, Layout())
+    validate_plan(plan, source.shapes)
+    check_space(megatron_folder, source.nbytes)
+    if dry_run:
+        return Summary(len(source.tensors), source.nbytes, 0.0)
+    from exaone_bridge.bridge.registration import supported
+    from exaone_bridge.convert.run_config import layers_are_stacked, provider_for, write_beside
+    from exaone_bridge.runtime.fork import ForkLauncher
+
+    supported()
+    provider = provider_for(hf_folder, layout, backend)
+    parameters = parameters_of(
+        plan, source.model_config.num_layers, stacked=layers_are_stacked(provider)
+    )
+    shares = balanced([parameter.nbytes for parameter in parameters], workers)
+    progress.stage("writing the Megatron checkpoint")
+    progress.total(sum(tensor.nbytes for tensor in source.model_tensors.values()))
+    with staged(megatron_folder) as folder:
+        iteration = write_beside(folder, provider, megatron_folder.absolute())
+        results = ForkLauncher(workers).all(
+            _import_rank, source, iteration, parameters, shares, progress=progress
+        )
+        written = [param for params, _, _ in results for param in params]
+        write_metadata(iteration, parameters, source.tensors, written)
+        assets = folder / ASSETS
+        assets.mkdir()
+        write_config_json(assets, source.config)
+        copy_companion_files(hf_folder, assets)
+        write_passthrough(source, assets)
+        (assets / INDEX).write_text(json.dumps({"weight_map": source.files}))
+    base, peak = largest_growth([(base, peak) for _, base, peak in results])
+    seconds = time.perf_counter() - started
+    return Summary(len(source.tensors), source.nbytes, seconds, peak_bytes=peak, base_bytes=base)
+
+
+def _import_rank(
+    source: HFCheckpoint,
+    target: Path,
+    parameters: list[Parameter],
+    shares: list[list[int]],
+    progress: Progress,
+) -> tuple[list[WrittenParam], int, int]:
+    """Write this rank's parameters to a file of its own.
+
+    Returns:
+        Where each parameter is, and the bytes of memory before and at most.
+    """
+    base, written = memory_used(), []
+    with full_disk_as_output_error(target):
+        path = target / f"__{dist.get_rank()}_0.distcp"
+        for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], source, path):
+            written.append(where)
+            progress.advance(nbytes)
+    return written, base, memory_used(peak=True)
