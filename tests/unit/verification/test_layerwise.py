@@ -90,14 +90,14 @@ def test_layer_by_layer_sees_one_bit(
 ) -> None:
     from exaone_bridge.verification.workflow import megatron_layerwise
 
-    export = megatron_layerwise.hf_pieces
+    export = megatron_layerwise.gather_hf_tensors
 
     def flip(parameter: Any, tensor: torch.Tensor, *args: Any) -> Any:
-        if "linear_fc2.weight" in parameter.name and parameter.numbers == (6,):
+        if "linear_fc2.weight" in parameter.name and parameter.indices == (6,):
             tensor = (tensor.view(torch.int32) ^ 1).view(torch.float32)
         return export(parameter, tensor, *args)
 
-    monkeypatch.setattr(megatron_layerwise, "hf_pieces", flip)
+    monkeypatch.setattr(megatron_layerwise, "gather_hf_tensors", flip)
     report = verify(tiny("exaone4"), stream=True, quick=True)
     assert statuses(report) == PASSED | {"tensors": "failed"}
     assert report.check("tensors").details == "model.layers.6.mlp.down_proj.weight differs"
