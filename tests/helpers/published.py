@@ -91,7 +91,7 @@ def main() -> None:
         passed={check.name: bool(check.passed) for check in report.checks},
         difference=report.max_logit_difference,
         failures=report.failures(),
-        layerwise=bool(report.setup["streaming"]),
+        layerwise=bool(report.setup["layer_by_layer"]),
     )
     print(json.dumps(asdict(measured)))
 

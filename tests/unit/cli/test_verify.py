@@ -1,15 +1,34 @@
-"""`exaone-bridge verify` passes on exact conversions, and names the check that a fault fails."""
+"""`exaone-bridge verify`: exact conversions pass, faults fail their check, and reports are written."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
+import subprocess
+import sys
+import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
-from tests.helpers.cli import Cli, Snapshot, read_config, read_tensors, table_rows
+from tests.helpers.cli import Cli, Run, Snapshot, names_in, read_config, read_tensors, table_rows
+
+CHECKS = ("tensors", "config", "files", "logits")
+
+
+def printed_statuses(run: Run) -> dict[str, str]:
+    """Return check -> status of the printed table."""
+    return {row[0]: row[3] for row in table_rows(run.out)[1:]}
+
+
+def statuses(report: Path) -> dict[str, str]:
+    """Return check -> status of a JSON report."""
+    return {check["name"]: check["status"] for check in json.loads(report.read_text())["checks"]}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +41,7 @@ from tests.helpers.cli import Cli, Snapshot, read_config, read_tensors, table_ro
     ],
     ids=str,
 )
-def test_verify_holds(
+def test_verify_of_an_exact_conversion_passes(
     name: str,
     layout: list[object],
     megatron_bridge: Any,
@@ -34,24 +53,19 @@ def test_verify_holds(
     before = snapshot(tiny(name))
     run = cli("verify", tiny(name), "--quick", *layout)
     assert (run.code, run.err) == (0, "")
-    assert [(row[0], row[3]) for row in table_rows(run.out)[1:]] == [
-        ("tensors", "passed"),
-        ("config", "passed"),
-        ("files", "passed"),
-        ("logits", "passed"),
-    ]
-    figures = {row[0]: row[1] for row in table_rows(run.out)}
-    assert figures["tensors"] == f"{len(read_tensors(tiny(name)))} tensors bitwise equal"
-    assert figures["files"] == "4 files equal" and "top-1 agreement 100.0%" in figures["logits"]
-    assert 0 < float(figures["logits"].split()[2].rstrip(",")) < 2e-5
-    assert snapshot(tiny(name)) == before and list((tmp_path / "tmp").iterdir()) == []
+    assert printed_statuses(run) == dict.fromkeys(CHECKS, "passed")
+    metrics = {row[0]: row[1] for row in table_rows(run.out)}
+    assert metrics["tensors"] == f"{len(read_tensors(tiny(name)))} tensors bitwise equal"
+    assert metrics["files"] == "4 files equal" and "top-1 agreement 100.0%" in metrics["logits"]
+    assert 0 < float(metrics["logits"].split()[2].rstrip(",")) < 2e-5
+    assert snapshot(tiny(name)) == before and names_in(tmp_path / "tmp") == []
 
 
-def test_verify_of_shards(megatron_bridge: Any, sharded: Path, cli: Cli) -> None:
+def test_verify_of_a_sharded_checkpoint_passes(megatron_bridge: Any, sharded: Path, cli: Cli) -> None:
     assert cli("verify", sharded, "--quick").code == 0
 
 
-def test_verify_of_the_working_folder(
+def test_verify_of_the_working_directory_passes(
     megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny("exaone4"), tmp_path / "model")
@@ -59,48 +73,44 @@ def test_verify_of_the_working_folder(
     assert cli("verify", ".", "--quick").code == 0
 
 
-def test_verify_sees_a_window_off_by_one(
+def test_verify_fails_on_a_window_off_by_one(
     megatron_bridge: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from exaone_bridge.models.exaone4 import provider
 
-    right = provider.megatron_window
+    original = provider.megatron_window
 
     def one_more(windows: Any) -> Any:
-        size, layers = right(windows)
+        size, layers = original(windows)
         return (size[0] + 1, 0), layers
 
     monkeypatch.setattr(provider, "megatron_window", one_more)
     run = cli("verify", tiny("exaone4"), "--quick")
     assert run.code == 1
-    statuses = {row[0]: row[3] for row in table_rows(run.out)[1:]}
+    statuses = printed_statuses(run)
     assert statuses["tensors"] == statuses["files"] == "passed" and statuses["logits"] == "FAILED"
-    assert (
-        "exaone4: logits: max |difference| " in run.err
-        and "hidden states diverge at layer 0" in run.err
-    )
+    assert "exaone4: logits: max |difference| " in run.err
+    assert "hidden states diverge at layer 0" in run.err
 
 
 @pytest.mark.parametrize("layout", [[], ["--tp", 2, "--pp", 4]], ids=str)
 @pytest.mark.usefixtures("layer_2_without_window")
-def test_verify_names_the_layer_that_differs_first(
+def test_verify_names_the_first_layer_that_diverges(
     layout: list[object], megatron_bridge: Any, tiny: Any, cli: Cli
 ) -> None:
     run = cli("verify", tiny("exaone4"), *layout, "--quick", "--backend", "torch")
     assert run.code == 1
-    assert [row[3] for row in table_rows(run.out)[1:]] == ["passed", "passed", "passed", "FAILED"]
-    assert (
-        run.err.startswith("exaone4: logits: ")
-        and "hidden states diverge at layer 2, attention" in run.err
-    )
+    assert printed_statuses(run) == dict.fromkeys(CHECKS, "passed") | {"logits": "FAILED"}
+    assert run.err.startswith("exaone4: logits: ")
+    assert "hidden states diverge at layer 2, attention" in run.err
     assert len(run.err.splitlines()) == 2 and "usual causes: RoPE" in run.err
 
 
 @pytest.mark.usefixtures("layer_2_without_window")
-def test_verify_meets_the_edge_of_the_window_only_past_it(
+def test_verify_finds_a_window_fault_only_in_longer_prompts(
     megatron_bridge: Any, tiny: Any, cli: Cli
 ) -> None:
-    """Up to the window's own length the fault cannot be seen: the default length is what finds it."""
+    """The window has 8 tokens; the default length is longer."""
     assert cli("verify", tiny("exaone4"), "--quick", "--backend", "torch", "--length", 8).code == 0
     assert cli("verify", tiny("exaone4"), "--quick", "--backend", "torch", "--length", 9).code == 1
 
@@ -116,7 +126,7 @@ def change_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(read_config(folder) | {"rms_norm_eps": 1e-5}))
 
 
-ROUND_TRIP_FAULTS = {
+EXPORT_FAULTS = {
     "tensors": (flip_a_bit, "1 of 91 tensors differ"),
     "config": (change_config, "rms_norm_eps: 0.0003, then 1e-05"),
     "files": (
@@ -126,20 +136,113 @@ ROUND_TRIP_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("check", ROUND_TRIP_FAULTS)
-def test_verify_sees_a_fault_of_the_round_trip(
+@pytest.mark.parametrize("check", EXPORT_FAULTS)
+def test_verify_fails_the_check_of_a_damaged_export(
     check: str, megatron_bridge: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.bridge import AutoBridge
 
-    fault, says = ROUND_TRIP_FAULTS[check]
+    damage, message = EXPORT_FAULTS[check]
     save = AutoBridge.save_hf_pretrained
 
     def save_and_damage(bridge: Any, model: Any, path: Path, **options: Any) -> None:
         save(bridge, model, path, **options)
-        fault(path)
+        damage(path)
 
     monkeypatch.setattr(AutoBridge, "save_hf_pretrained", save_and_damage)
     run = cli("verify", tiny("exaone4"), "--quick")
-    assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and says in run.err
-    assert {row[0] for row in table_rows(run.out)[1:] if row[3] == "FAILED"} == {check}
+    assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and message in run.err
+    failed = [name for name, status in printed_statuses(run).items() if status == "FAILED"]
+    assert failed == [check]
+
+
+def test_verify_of_two_models_writes_all_reports(
+    megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny("exaone4"), other)
+    (other / "config.json").write_text(json.dumps(read_config(other) | {"sliding_window": 9}))
+    outputs = ["--json", "r.json", "--report", "r.html", "--card", "r.md"]
+    outputs += ["--name", "Model-X", "--note", "A copy."]
+    run = cli("verify", tiny("exaone4"), "other", "--quick", *outputs)
+    assert run.code == 1 and "hidden states diverge at layer 0, attention" in run.err
+    data = json.loads((tmp_path / "r.json").read_text())
+    schema = files("exaone_bridge.verification.report") / "report.schema.json"
+    jsonschema.validate(data, json.loads(schema.read_text()))
+    assert data["divergence"]["sublayer"] == "attention" and data["divergence"]["layer"] == 0
+    assert data["command"].startswith("exaone-bridge verify ")
+    assert data["command"].endswith("--note 'A copy.'")
+    failed = {"config": "failed", "logits": "failed"}
+    assert statuses(tmp_path / "r.json") == dict.fromkeys(CHECKS, "passed") | failed
+    page = (tmp_path / "r.html").read_text()
+    assert "sliding_window: 8, then 9" in page and "data:image/png;base64," in page
+    card = (tmp_path / "r.md").read_text()
+    assert "# Model-X" in card and "A copy." in card and "| config | 1 of 24 keys differ" in card
+
+
+def test_verify_of_a_megatron_checkpoint_passes_at_another_layout(
+    megatron_bridge: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = cli("verify", megatron_folder, "--tp", 2, "--quick", "--json", "r.json")
+    assert (run.code, run.err) == (0, "")
+    assert statuses(tmp_path / "r.json") == dict.fromkeys(CHECKS, "passed")
+
+
+def test_verify_of_a_megatron_checkpoint_and_its_source_passes(
+    megatron_bridge: Any, sharded: Path, megatron_folder: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = cli("verify", sharded, megatron_folder, "--json", "r.json")
+    assert (run.code, run.err) == (0, "")
+    assert set(statuses(tmp_path / "r.json").values()) == {"passed"}
+    activations = json.loads((tmp_path / "r.json").read_text())["activations"]
+    assert 0 < max(activation["difference"] for activation in activations) < 1e-5
+
+
+def test_verify_of_a_megatron_checkpoint_and_another_model_fails(
+    megatron_bridge: Any, tiny: Any, megatron_folder: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = cli("verify", tiny("exaone4", seed=1), megatron_folder, "--quick", "--json", "r.json")
+    assert run.code == 1
+    failed = {"tensors": "failed", "logits": "failed"}
+    assert statuses(tmp_path / "r.json") == dict.fromkeys(CHECKS, "passed") | failed
+    assert json.loads((tmp_path / "r.json").read_text())["divergence"]["sublayer"] == "embedding"
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_self_test_prints_a_line_for_each_fault(
+    passed: bool,
+    megatron_bridge: Any,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from exaone_bridge.verification.self_test import run as module
+
+    names = ("one bit on disk flipped", "eos_token_id changed in config.json")
+    faults = [fault for fault in module.FAULTS if fault.name in names]
+    if not passed:
+        faults[1] = dataclasses.replace(faults[0], name="no change", change=lambda folder: None)
+    arguments = {"faults": faults, "seeds": 1, "models": ["exaone4"]}
+    monkeypatch.setattr(module, "self_test", functools.partial(module.self_test, **arguments))
+    result = cli("verify", "--self-test", "--json", "result.json")
+    assert result.code == (0 if passed else 1)
+    assert names[0] in result.out and ("NOT CAUGHT" in result.out) == (not passed)
+    caught = 2 if passed else 1
+    assert f"{caught} of 2 injected faults caught and located" in result.out
+    assert "0 false reports on 1 clean models" in result.out
+    data = json.loads((tmp_path / "result.json").read_text())
+    assert data["passed"] == passed and data["clean_models"] == 1
+    assert [outcome["status"] == "caught" for outcome in data["outcomes"]] == [True, passed]
+
+
+@pytest.mark.slow
+def test_quick_verify_takes_less_than_a_minute_with_imports(tiny: Any) -> None:
+    started = time.perf_counter()
+    program = Path(sys.executable).with_name("exaone-bridge")
+    done = subprocess.run(
+        [program, "verify", tiny("exaone4"), "--quick"], capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - started
+    print(f"{seconds:.1f} s")
+    assert done.returncode == 0, done.stderr
+    assert seconds < 60
