@@ -1,4 +1,4 @@
-"""`exaone-bridge verify`: exact conversions pass, faults fail their check, and reports are written."""
+"""`exaone-bridge verify`: exact conversions pass, faults fail their check, reports are written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_verify_of_an_exact_conversion_passes(
     assert snapshot(tiny(name)) == before and names_in(tmp_path / "tmp") == []
 
 
-def test_verify_of_a_sharded_checkpoint_passes(megatron_bridge: Any, sharded: Path, cli: Cli) -> None:
+def test_verify_of_a_sharded_checkpoint_passes(
+    megatron_bridge: Any, sharded: Path, cli: Cli
+) -> None:
     assert cli("verify", sharded, "--quick").code == 0
 
 
