@@ -177,7 +177,7 @@ def test_verify_of_two_models_writes_all_reports(
     failed = {"config": "failed", "logits": "failed"}
     assert statuses(tmp_path / "r.json") == dict.fromkeys(CHECKS, "passed") | failed
     page = (tmp_path / "r.html").read_text()
-    assert "sliding_window: 8, then 9" in page and "data:image/png;base64," in page
+    assert "sliding_window: 8, then 9" in page and "<svg " in page
     card = (tmp_path / "r.md").read_text()
     assert "# Model-X" in card and "A copy." in card and "| config | 1 of 24 keys differ" in card
 
