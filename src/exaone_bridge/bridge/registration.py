@@ -3,7 +3,7 @@
 Megatron-Bridge has bridges of its own for some of the same architectures, some registered under
 the architecture's name and some under Transformers' class, and looks up by whichever it has
 (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`, 0.6.2). The last
-registration under a key counts; so ours come after its own, under both keys.
+registration under a key counts; so our bridges are registered after its own, under both keys.
 
 Imports no torch until it registers.
 """

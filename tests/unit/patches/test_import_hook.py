@@ -117,10 +117,10 @@ def test_an_exception_leaves_the_context_and_the_next_import_tries_again(
     package: Callable[..., Path], events: Events
 ) -> None:
     package(
-        **{"sub.py": BODY + "if len(sys.events_for_tests) < 3:\n    raise KeyError('planted')\n"}
+        **{"sub.py": BODY + "if len(sys.events_for_tests) < 3:\n    raise KeyError('injected')\n"}
     )
     around_import(SUB, noting(events))
-    with pytest.raises(KeyError, match="planted"):
+    with pytest.raises(KeyError, match="injected"):
         importlib.import_module(SUB)
     assert events == ["enter", "sub", "exit"]
     assert SUB not in sys.modules
@@ -148,7 +148,8 @@ def test_the_module_is_as_python_would_have_made_it(
     package: Callable[..., Path], events: Events
 ) -> None:
     body = (
-        BODY + "def spoken():\n    return 'here'\n\n\ndef fails():\n    raise KeyError('planted')\n"
+        BODY
+        + "def spoken():\n    return 'here'\n\n\ndef fails():\n    raise KeyError('injected')\n"
     )
     folder = package(**{"sub.py": body, "data.txt": "some text"})
     around_import(SUB, noting(events))
@@ -167,7 +168,7 @@ def test_the_module_is_as_python_would_have_made_it(
     linecache.clearcache()
     with pytest.raises(KeyError) as caught:
         module.fails()
-    assert "raise KeyError('planted')" in "".join(traceback.format_exception(caught.value))
+    assert "raise KeyError('injected')" in "".join(traceback.format_exception(caught.value))
     with pytest.raises(AttributeError):
         _ = module.__loader__.no_such_thing
 
@@ -379,7 +380,7 @@ def test_the_placeholder_goes_with_a_guarded_module_that_fails(guarded: Callable
             assert "megatron.bridge.peft.lora_layers" not in sys.modules
             print("done")
         """,
-        layers="import transformer_engine.pytorch\nraise KeyError('planted')\n",
+        layers="import transformer_engine.pytorch\nraise KeyError('injected')\n",
     )
     assert out == "done"
 

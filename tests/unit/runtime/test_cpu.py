@@ -316,7 +316,7 @@ def test_contexts_nest(restored: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("planted"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()], ids=repr
+    "error", [ValueError("injected"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()], ids=repr
 )
 def test_an_exception_inside_goes_out_and_restores(
     restored: dict[str, Any], error: BaseException
