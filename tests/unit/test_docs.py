@@ -15,12 +15,7 @@ MAX_COLUMNS = 100
 FACE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [
     *FACE,
-    *(
-        page
-        for page in (ROOT / "docs").rglob("*.md")
-        if not {"_build", "api"} & set(page.parts)
-        and (page.parent.name != "cards" or page.name == "index.md")
-    ),
+    *(page for page in (ROOT / "docs").rglob("*.md") if not {"_build", "api"} & set(page.parts)),
 ]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 

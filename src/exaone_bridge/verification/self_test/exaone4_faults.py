@@ -1,7 +1,7 @@
 """Faults of EXAONE 4.0.
 
 The tiny model has eight layers: three with sliding-window attention (8 tokens) and one with full
-attention, twice. Word embeddings and output layer are not tied.
+attention, twice. Token embeddings and output layer are not tied.
 """
 
 from __future__ import annotations
