@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.bridge.registration import register, register_when_imported, supported
 from exaone_bridge.patches.import_guard import transformer_engine_placeholder
+from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification import verify
 
 if TYPE_CHECKING:
     from exaone_bridge.bridge.ernie45 import Ernie45Bridge
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
+    from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
     from exaone_bridge.runtime.cpu import cpu_runtime
 
 __version__ = "0.1.0"
@@ -29,8 +31,11 @@ __all__ = [
     "Ernie45Bridge",
     "Exaone4Bridge",
     "Exaone45Bridge",
+    "Layout",
     "__version__",
     "cpu_runtime",
+    "export_checkpoint",
+    "import_checkpoint",
     "register",
     "supported",
     "verify",
@@ -43,6 +48,14 @@ def __getattr__(name: str) -> Any:
         from exaone_bridge.runtime.cpu import cpu_runtime
 
         return cpu_runtime
+    if name == "import_checkpoint":
+        from exaone_bridge.convert.convert import import_checkpoint
+
+        return import_checkpoint
+    if name == "export_checkpoint":
+        from exaone_bridge.convert.convert import export_checkpoint
+
+        return export_checkpoint
     if name == "Exaone4Bridge":
         from exaone_bridge.bridge.exaone4 import Exaone4Bridge
 

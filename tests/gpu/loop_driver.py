@@ -35,6 +35,8 @@ def main() -> None:
     example, logits_file, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
     module = importlib.import_module(example)
 
+    from common import OnTrainEnd
+
     def save_logits(model: list[Any]) -> None:
         from exaone_bridge.runtime.model import forward_logits
         from exaone_bridge.verification.workflow.workload import random_prompts
@@ -42,8 +44,10 @@ def main() -> None:
         logits, _ = forward_logits(model, random_prompts(2048, 4, 200))
         torch.save(logits, logits_file)
 
-    extra = {} if logits_file == "-" else {"at_end": save_logits}
-    module.main(arguments, adjust=_make_deterministic, **extra)
+    options, config = module.configure(arguments)
+    _make_deterministic(config)
+    callbacks = [] if logits_file == "-" else [OnTrainEnd(save_logits)]
+    module.main(options, config, *callbacks)
 
 
 if __name__ == "__main__":

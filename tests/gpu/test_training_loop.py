@@ -21,7 +21,7 @@ from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.gpu import assert_bf16_close, hf_logits
 from tests.helpers.paths import ROOT
 
-TRAINING = ("pretrain", "--iters", 10, "--rate", 1e-3, "--global-batch-size", 16)
+TRAINING = ("pretrain", "--iters", 10, "--lr", 1e-3, "--global-batch-size", 16)
 
 
 def _start(work: Path, name: str, example: object, *arguments: object) -> subprocess.Popen[bytes]:
@@ -43,7 +43,7 @@ def _start(work: Path, name: str, example: object, *arguments: object) -> subpro
 
 
 RUNS: dict[str, tuple[object, ...]] = {
-    "uninterrupted": (*TRAINING, "--save-every", 5),
+    "uninterrupted": (*TRAINING, "--save-interval", 5),
     "published": (
         *(
             "pretrain",
@@ -54,14 +54,14 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--micro-batch-size",
             1,
         ),
-        *("--global-batch-size", 2, "--rate", 1e-4, "--save-every", -1),
+        *("--global-batch-size", 2, "--lr", 1e-4, "--save-interval", -1),
     ),
-    "sft": ("sft", "--iters", 8, "--rate", 1e-3),
-    "packed": ("sft", "--iters", 4, "--rate", 1e-3, "--packed", "--micro-batch-size", 1),
-    "lora": ("lora", "--iters", 8, "--rate", 1e-2),
-    "dora": ("lora", "--scheme", "dora", "--iters", 8, "--rate", 1e-2),
-    "images": ("sft_images", "--iters", 12, "--rate", 1e-3),
-    "ernie": ("pretrain", "--recipe", "ernie45_tiny_pretrain_config", "--iters", 8, "--rate", 1e-3),
+    "sft": ("sft", "--iters", 8, "--lr", 1e-3),
+    "packed": ("sft", "--iters", 4, "--lr", 1e-3, "--packed", "--micro-batch-size", 1),
+    "lora": ("lora", "--iters", 8, "--lr", 1e-2),
+    "dora": ("lora", "--scheme", "dora", "--iters", 8, "--lr", 1e-2),
+    "images": ("sft_images", "--iters", 12, "--lr", 1e-3),
+    "ernie": ("pretrain", "--recipe", "ernie45_tiny_pretrain_config", "--iters", 8, "--lr", 1e-3),
 }
 
 
@@ -78,7 +78,7 @@ class Runs:
             return
         arguments = RUNS.get(name, ())
         if name == "resumed":
-            arguments = (*TRAINING, "--load", self.folder("uninterrupted"), "--load-step", 5)
+            arguments = (*TRAINING, "--load", self.folder("uninterrupted"), "--ckpt-step", 5)
         self.running[name] = _start(self.work, name, *arguments)
 
     def folder(self, name: str) -> Path:

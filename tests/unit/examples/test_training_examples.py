@@ -1,7 +1,8 @@
-"""What of the training examples runs without a GPU: data, tokenizer, configuration, adapters and exports."""
+"""The examples with recipes, as far as they run without a GPU: data, model, config and exports."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from exaone_bridge.models import family_of
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_config import language_config
 from exaone_bridge.schema.parallel_layout import Layout
@@ -22,187 +24,145 @@ EXAMPLES = str(ROOT / "examples")
 
 
 @pytest.fixture(scope="module")
-def examples(megatron_bridge: Any) -> Iterator[Any]:
-    """The examples' folder on the import path, as for a script in it."""
+def data(megatron_bridge: Any) -> Iterator[Any]:
+    """The module `data` of the examples, whose directory is on the import path as for a script."""
     sys.path.insert(0, EXAMPLES)
-    import common
-
-    yield common
+    yield importlib.import_module("data")
     sys.path.remove(EXAMPLES)
-    for name in ("common", "pretrain", "sft", "lora", "sft_images"):
+    for name in ("common", "data", "pretrain", "sft", "lora", "sft_images"):
         sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
-def made(examples: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` and `model`, as sft.py and lora.py make them."""
-    folder = tmp_path_factory.mktemp("made")
-    examples.once(folder / "data", examples.write_dataset)
-    examples.once(
-        folder / "model", lambda target: examples.write_model(target, "exaone4_tiny_sft_config")
-    )
-    return folder
+def save(data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `data` and `model`, as sft.py and lora.py make them."""
+    save = tmp_path_factory.mktemp("save")
+    data.make_once(save / "data", data.write_text)
+    name = "exaone4_tiny_sft_config"
+    data.make_once(save / "model", lambda path: data.write_random_model(path, name))
+    return save
 
 
-def test_data_is_text(made: Path) -> None:
-    parts = {
-        name: [
-            json.loads(line) for line in (made / "data" / f"{name}.jsonl").read_text().splitlines()
-        ]
+def test_text_dataset_has_questions_and_answers(save: Path) -> None:
+    splits = {
+        name: [json.loads(line) for line in (save / "data" / f"{name}.jsonl").open()]
         for name in ("training", "validation")
     }
-    assert len(parts["training"]) > 2000 and 100 < len(parts["validation"]) < 400
-    questions = [{example["input"] for example in part} for part in parts.values()]
+    assert len(splits["training"]) > 2000 and 100 < len(splits["validation"]) < 400
+    questions = [{example["input"] for example in split} for split in splits.values()]
     assert not questions[0] & questions[1]
-    (known,) = [
-        e
-        for e in parts["training"] + parts["validation"]
-        if "function dedent of Python's module textwrap" in e["input"]
+    (dedent,) = [
+        example
+        for example in splits["training"] + splits["validation"]
+        if "function dedent of Python's module textwrap" in example["input"]
     ]
-    assert known["output"].startswith("Remove any common leading whitespace")
+    assert dedent["output"].startswith("Remove any common leading whitespace")
 
 
 @pytest.mark.parametrize(
     "name", ["exaone4_tiny_sft_config", "ernie45_tiny_sft_config", "exaone45_vl_tiny_sft_config"]
 )
-def test_tokenizer_is_trained_on_it(examples: Any, made: Path, tmp_path: Path, name: str) -> None:
-    """Every text comes back; words are longer than bytes; special tokens have the family's ids; no id is too high."""
+def test_random_model_has_a_tokenizer_for_its_config(data: Any, tmp_path: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
-    folder = made / "model"
-    if not name.startswith("exaone4_"):
-        folder = tmp_path / "model"
-        examples.write_model(folder, name)
-    whole = json.loads((folder / "config.json").read_text())
-    config = language_config(whole)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf_path = tmp_path / "model"
+    data.write_random_model(hf_path, name)
+    hf_config = json.loads((hf_path / "config.json").read_text())
+    config = language_config(hf_config)
+    tokenizer = AutoTokenizer.from_pretrained(hf_path)
     text = "What does the function dedent of Python's module textwrap do? \u00e9\u4e2d \t\n x"
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert len(ids) < 0.6 * len(text.encode())
-    family = examples.family_of(whole["architectures"], where=name)
-    assert all(
-        json.loads((folder / file).read_text()) == content
-        for file, content in family.tiny_files.processor_files.items()
-    )
-    assert {
-        word: tokenizer.convert_tokens_to_ids(word) for word in family.tiny_files.special_tokens
-    } == family.tiny_files.special_tokens
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (
-        config["bos_token_id"],
-        config["eos_token_id"],
-    )
-    assert 1000 < len(tokenizer) <= config["vocab_size"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    files = family_of(hf_config["architectures"], where=name).tiny_files
+    for file, content in files.processor_files.items():
+        assert json.loads((hf_path / file).read_text()) == content
+    for token, token_id in files.special_tokens.items():
+        assert tokenizer.convert_tokens_to_ids(token) == token_id
+    assert tokenizer.bos_token_id == config["bos_token_id"]
+    assert tokenizer.eos_token_id == config["eos_token_id"]
+    assert 256 < len(tokenizer) <= config["vocab_size"]
     assert max(tokenizer.get_vocab().values()) < config["vocab_size"]
 
 
-def _first_sample(config: Any) -> tuple[dict[str, Any], Any]:
+def test_text_dataset_is_read_by_megatron_bridge(data: Any, save: Path) -> None:
+    """A sample is a question and its answer, and only the answer is in the loss."""
     from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetBuilder
     from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 
+    _, config = importlib.import_module("sft").configure(["--save", str(save)])
     tokenizer = build_tokenizer(config.tokenizer)
-    datasets = GPTSFTDatasetBuilder(config.dataset, tokenizer).build()
-    return datasets[0][0], tokenizer
-
-
-def test_host_reads_the_data(examples: Any, made: Path) -> None:
-    """The host's dataset: a question and its answer, of which the answer alone is learned."""
-    parser = examples.arguments("", "exaone4_tiny_sft_config")
-    options = parser.parse_args(["--save", str(made), "--hf-path", str(made / "model")])
-    config = examples.configured(options, dataset_root=made / "data", packed=False)
-    sample, tokenizer = _first_sample(config)
-    text = tokenizer.detokenize(sample["input_ids"])
-    assert text.startswith("What does the ")
-    assert (
-        tokenizer.detokenize(sample["input_ids"][: sample["answer_start_idx"]])
-        .rstrip()
-        .endswith("do?")
-    )
-    assert sample["input_ids"][-1] == tokenizer.eod == 361 or len(sample["input_ids"]) == 256
+    sample = GPTSFTDatasetBuilder(config.dataset, tokenizer).build()[0][0]
+    input_ids, answer_start = sample["input_ids"], sample["answer_start_idx"]
+    assert tokenizer.detokenize(input_ids).startswith("What does the ")
+    assert tokenizer.detokenize(input_ids[:answer_start]).rstrip().endswith("do?")
+    assert input_ids[-1] == tokenizer.eod == 361 or len(input_ids) == 256
 
 
 @pytest.mark.parametrize("script", ["pretrain", "sft", "lora", "sft_images"])
-def test_configured(
-    examples: Any,
-    made: Path,
+def test_arguments_reach_a_valid_config(
+    data: Any,
+    save: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     script: str,
 ) -> None:
-    """Arguments reach the configuration, which the host finds valid for the ranks that torchrun has started."""
-    import importlib
-
     from megatron.bridge.training.config import runtime_config_update
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
-    made = (
-        tmp_path if script == "sft_images" else made
-    )  # its data and its model are others: it makes them
-    found: list[Any] = []
-    sizes = {
-        "tp": 2,
-        "pp": 2,
-        "iters": 20,
-        "rate": 1e-3,
-        "micro-batch-size": 1,
-        "global-batch-size": 8,
-        "save-every": 5,
-    }
-    arguments = [f"--{name}={value}" for name, value in sizes.items()]
-    importlib.import_module(script).main(
-        [*arguments, "--save", str(made), "--dry-run"], adjust=found.append
-    )
+    save = tmp_path if script == "sft_images" else save  # it makes another dataset and model
+    arguments = "--tp=2 --pp=2 --iters=20 --lr=1e-3 --micro-batch-size=1 --global-batch-size=8"
+    arguments += f" --save-interval=5 --save={save} --dry-run"
+    module = importlib.import_module(script)
+    options, config = module.configure(arguments.split())
+    module.main(options, config)
     assert (
-        "8 layers, hidden 256, vocabulary 2048; TP2 PP2 EP1 CP1, sequence 256, batch 1 / 8, 20 steps"
-        in (capsys.readouterr().out)
+        "8 layers, hidden 256, vocabulary 2048; TP2 PP2 EP1 CP1, sequence 256, batch 1 / 8, "
+        "20 steps" in capsys.readouterr().out
     )
-    (config,) = found
     for name, value in config.env_vars.items():
         monkeypatch.setenv(name, str(value))
     runtime_config_update(config)
     assert config.data_parallel_size == 1 and config.model.sequence_parallel
     assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-3, 1e-4)
-    assert (config.checkpoint.save_interval, config.checkpoint.save) == (
-        5,
-        str(made / "checkpoints"),
-    )
+    assert config.checkpoint.save_interval == 5
+    assert config.checkpoint.save == str(save / "checkpoints")
     assert config.scheduler.lr_warmup_iters == 2 and config.scheduler.lr_decay_iters == 20
+    if script != "pretrain":
+        assert config.checkpoint.pretrained_checkpoint == str(save / "model")
+    if script in ("sft", "lora"):
+        assert config.dataset.dataset_root == str(save / "data")
     if script == "sft_images":
-        assert (
-            config.dataset.hf_processor_path
-            == config.checkpoint.pretrained_checkpoint
-            == str(made / "model")
-        )
-        assert config.dataset.source.adapter_kwargs == {"root": str(made / "data")}
-        assert config.dataset.pad_to_max_length  # stages of a pipeline exchange what has one size
-    elif script != "pretrain":
-        assert config.checkpoint.pretrained_checkpoint == str(made / "model")
-        assert config.dataset.dataset_root == str(made / "data")
+        assert config.dataset.hf_processor_path == str(save / "model")
+        assert config.dataset.source.adapter_kwargs == {"root": str(save / "data")}
+        assert config.dataset.pad_to_max_length  # pipeline stages exchange tensors of one shape
 
 
-def _adapted(model_folder: Path, output: Path, tokens: torch.Tensor) -> torch.Tensor | None:
-    """On a rank: what lora.py does in the end, on adapters that are away from zero; the logits with them."""
+def _train_and_export_adapter(
+    hf_path: Path, output: Path, tokens: torch.Tensor
+) -> torch.Tensor | None:
+    """On a rank: the export of lora.py, with adapters that are not zero; returns their logits."""
     import lora
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.recipes import recipe
+    from exaone_bridge.recipes import exaone4_tiny_peft_config
     from exaone_bridge.runtime.model import build, forward_logits
 
-    bridge = AutoBridge.from_hf_pretrained(model_folder)
-    peft = recipe("exaone4_tiny_peft_config")("lora", hf_path=model_folder).peft
+    bridge = AutoBridge.from_hf_pretrained(hf_path)
+    peft = exaone4_tiny_peft_config("lora", hf_path=hf_path).peft
     model = peft(build(bridge, Layout(), dtype=torch.float32), training=True)
-    trained = [name for name, parameter in model[0].named_parameters() if parameter.requires_grad]
+    parameters = dict(model[0].named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     assert len(trained) == 8 * 4 * 2 and all(".adapter." in name for name in trained)
     with torch.no_grad():
-        for name, parameter in model[0].named_parameters():
+        for name, parameter in parameters.items():
             if ".adapter.linear_out" in name:
                 parameter.normal_(std=0.02)
-    lora.export(bridge, model, peft, model_folder, output)
+    lora.export(bridge, model, peft, hf_path, output)
     return forward_logits(model, tokens)[0]
 
 
+<<<<<<< HEAD
 def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
     """The adapter in PEFT's format has the logits of the model in training; merged, they are rounded to bf16."""
     tokens = random_prompts(2048, 2, 100)
@@ -210,21 +170,46 @@ def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
     (base,) = ForkLauncher(1).all(hf_logits, made / "model", tokens, None)
     (in_peft,) = ForkLauncher(1).all(hf_logits, made / "model", tokens, tmp_path / "adapter")
     (merged,) = ForkLauncher(1).all(hf_logits, tmp_path / "merged", tokens, None)
+=======
+def _transformers_logits(hf_path: Path, tokens: torch.Tensor, adapter: Path | None) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def test_lora_exports_have_the_logits_of_the_trained_model(
+    data: Any, save: Path, tmp_path: Path
+) -> None:
+    """In PEFT the adapter is exact; merged into the weights it is rounded to bf16."""
+    tokens, launcher = random_prompts(2048, 2, 100), ForkLauncher(1)
+    adapted = launcher.first(_train_and_export_adapter, save / "model", tmp_path, tokens)
+    base = launcher.first(_transformers_logits, save / "model", tokens, None)
+    in_peft = launcher.first(_transformers_logits, save / "model", tokens, tmp_path / "adapter")
+    merged = launcher.first(_transformers_logits, tmp_path / "merged", tokens, None)
+>>>>>>> e766608 (Examples are short scripts over the public API: configure and main, Megatron's names of arguments, a byte-level tokenizer instead of a trained one)
     assert (adapted - base).abs().max() > 0.1
     assert (adapted - in_peft).abs().max() <= 1e-3
     assert (adapted - merged).abs().mean() <= 0.1 * (adapted - base).abs().mean()
 
 
-def test_once_is_whole_or_not_there(
-    examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_make_once_leaves_a_complete_directory_or_none(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(folder: Path) -> None:
-        folder.mkdir()
+    def fail(path: Path) -> None:
+        path.mkdir()
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        examples.once(tmp_path / "data", fails)
+        data.make_once(tmp_path / "data", fail)
     assert not (tmp_path / "data").exists()
-    examples.once(tmp_path / "data", Path.mkdir)
+    data.make_once(tmp_path / "data", Path.mkdir)
     monkeypatch.setenv("RANK", "1")
-    assert examples.once(tmp_path / "data", fails) == tmp_path / "data"
+    assert data.make_once(tmp_path / "data", fail) == tmp_path / "data"
