@@ -60,7 +60,7 @@ def write_text(path: Path, validation: int = 200) -> None:
 
 
 def docstrings() -> Iterator[dict[str, str]]:
-    """Yield questions and answers about Python's standard library, from its docstrings."""
+    """Yield questions about Python's standard library; answers are the docstrings' first lines."""
     questions: set[str] = set()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
@@ -68,9 +68,11 @@ def docstrings() -> Iterator[dict[str, str]]:
         except (SyntaxError, UnicodeDecodeError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (
+                docstring := ast.get_docstring(node)
+            ):
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 question = f"What does the {kind} {node.name} of Python's module {path.stem} do?"
                 if question not in questions:  # methods may share a name
                     questions.add(question)
-                    yield {"input": question, "output": ast.get_docstring(node) or ""}
+                    yield {"input": question, "output": docstring.splitlines()[0]}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from exaone_bridge.bridge.ernie45 import Ernie45Bridge
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
-    from exaone_bridge.convert.convert import export_checkpoint, import_checkpoint
+    from exaone_bridge.convert.to_hf import export_checkpoint
+    from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.runtime.cpu import cpu_runtime
 
 __version__ = "0.1.0"
@@ -49,11 +50,11 @@ def __getattr__(name: str) -> Any:
 
         return cpu_runtime
     if name == "import_checkpoint":
-        from exaone_bridge.convert.convert import import_checkpoint
+        from exaone_bridge.convert.to_megatron import import_checkpoint
 
         return import_checkpoint
     if name == "export_checkpoint":
-        from exaone_bridge.convert.convert import export_checkpoint
+        from exaone_bridge.convert.to_hf import export_checkpoint
 
         return export_checkpoint
     if name == "Exaone4Bridge":
