@@ -162,39 +162,15 @@ def _train_and_export_adapter(
     return forward_logits(model, tokens)[0]
 
 
-<<<<<<< HEAD
-def test_lora_exports(examples: Any, made: Path, tmp_path: Path) -> None:
-    """The adapter in PEFT's format has the logits of the model in training; merged, they are rounded to bf16."""
-    tokens = random_prompts(2048, 2, 100)
-    (adapted,) = ForkLauncher(1).all(_adapted, made / "model", tmp_path, tokens)
-    (base,) = ForkLauncher(1).all(hf_logits, made / "model", tokens, None)
-    (in_peft,) = ForkLauncher(1).all(hf_logits, made / "model", tokens, tmp_path / "adapter")
-    (merged,) = ForkLauncher(1).all(hf_logits, tmp_path / "merged", tokens, None)
-=======
-def _transformers_logits(hf_path: Path, tokens: torch.Tensor, adapter: Path | None) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        hf_path, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
-
-
 def test_lora_exports_have_the_logits_of_the_trained_model(
     data: Any, save: Path, tmp_path: Path
 ) -> None:
     """In PEFT the adapter is exact; merged into the weights it is rounded to bf16."""
     tokens, launcher = random_prompts(2048, 2, 100), ForkLauncher(1)
     adapted = launcher.first(_train_and_export_adapter, save / "model", tmp_path, tokens)
-    base = launcher.first(_transformers_logits, save / "model", tokens, None)
-    in_peft = launcher.first(_transformers_logits, save / "model", tokens, tmp_path / "adapter")
-    merged = launcher.first(_transformers_logits, tmp_path / "merged", tokens, None)
->>>>>>> e766608 (Examples are short scripts over the public API: configure and main, Megatron's names of arguments, a byte-level tokenizer instead of a trained one)
+    base = launcher.first(hf_logits, save / "model", tokens, None)
+    in_peft = launcher.first(hf_logits, save / "model", tokens, tmp_path / "adapter")
+    merged = launcher.first(hf_logits, tmp_path / "merged", tokens, None)
     assert (adapted - base).abs().max() > 0.1
     assert (adapted - in_peft).abs().max() <= 1e-3
     assert (adapted - merged).abs().mean() <= 0.1 * (adapted - base).abs().mean()
