@@ -1,4 +1,4 @@
-"""Passthrough tensors of an import: tensors beside the model that go from source to export untouched.
+"""Passthrough tensors of an import, which go from source to export untouched.
 
 A Megatron checkpoint has them in its folder `hf`, so that it can be exported without the source.
 """

@@ -1,6 +1,7 @@
-"""What stands beside the weights in a Megatron-Bridge checkpoint: which model they are, and how far training has come.
+"""Writes the files beside the weights of a Megatron-Bridge checkpoint: run config and train state.
 
-The same files as `megatron.bridge.training.model_load_save.save_megatron_model` leaves (0.6.2), made without a model.
+They are those of `megatron.bridge.training.model_load_save.save_megatron_model` (0.6.2), made
+without a model.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ __all__ = ["layers_are_stacked", "provider_for", "write_beside"]
 
 
 def provider_for(hf_folder: Path, layout: Layout, backend: str) -> Any:
-    """The finalized provider of a Hugging Face folder's model; no weights are read.
+    """Make the finalized provider of a Hugging Face folder's model; no weights are read.
 
     Raises:
-        BridgeError: what `finalize` refuses.
+        BridgeError: `finalize` rejects the config, the layout or the backend.
     """
     from megatron.bridge import AutoBridge
 
@@ -39,7 +40,10 @@ def provider_for(hf_folder: Path, layout: Layout, backend: str) -> Any:
 
 
 def layers_are_stacked(provider: Any) -> bool:
-    """Whether Megatron-Core keeps all layers of a parameter in one tensor (`TransformerBlock.sharded_state_dict`)."""
+    """Whether Megatron-Core stores all layers of a parameter as one tensor.
+
+    The conditions are those of `TransformerBlock.sharded_state_dict` (0.19.2).
+    """
     frequencies = (provider.moe_layer_freq, provider.linear_attention_freq)
     uneven = any(isinstance(frequency, list) or (frequency or 0) > 1 for frequency in frequencies)
     return not (
@@ -48,10 +52,15 @@ def layers_are_stacked(provider: Any) -> bool:
 
 
 def write_beside(folder: Path, provider: Any, target: Path) -> Path:
-    """Write everything but the weights into a checkpoint's folder; the folder of its iteration 0, for the weights.
+    """Write everything but the weights into a checkpoint's folder.
 
     Args:
-        target: where the folder will be in the end.
+        folder: The folder, which is empty.
+        provider: The provider of the model.
+        target: Where the folder will be in the end.
+
+    Returns:
+        The folder of iteration 0, for the weights.
     """
     from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
     from megatron.bridge.training.state import TrainState

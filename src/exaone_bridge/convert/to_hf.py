@@ -1,4 +1,4 @@
-"""Converts a Megatron checkpoint to a Hugging Face folder, one tensor at a time, without a model."""
+"""Converts a Megatron checkpoint to a Hugging Face folder, tensor by tensor, without a model."""
 
 from __future__ import annotations
 

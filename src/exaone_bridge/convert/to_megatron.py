@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder to a Megatron checkpoint, one parameter at a time, without a model.
+"""Converts a Hugging Face folder to a Megatron checkpoint, by parameter, without a model.
 
 The Megatron checkpoint also gets a folder `hf` with the source's config, tokenizer files,
 passthrough tensors and file names, so that it can be exported without the source.

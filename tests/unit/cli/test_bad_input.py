@@ -1,4 +1,4 @@
-"""Bad input gets one sentence and exit code 2, before anything heavy is imported, and leaves nothing behind."""
+"""Invalid input: one sentence and exit code 2, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Snapshot = Callable[[Path], dict[str, object]]
 
 @pytest.fixture
 def refused(cli: Cli, snapshot: Snapshot, tmp_path: Path) -> Callable[..., str]:
-    """`refused(arguments, *fragments)`: the command refuses in one line that says these, and changes nothing."""
+    """`refused(arguments, *fragments)`: the command rejects in one line, and changes nothing."""
 
     def check(arguments: list[object], *says: str) -> str:
         before = snapshot(tmp_path)
@@ -45,7 +45,7 @@ def refused(cli: Cli, snapshot: Snapshot, tmp_path: Path) -> Callable[..., str]:
     return check
 
 
-# --- Hugging Face folders -------------------------------------------------------------------------------------------
+# --- Hugging Face folders ---------------------------------------------------------------------
 
 
 def arguments_of(command: str, folder: Path) -> list[object]:
@@ -125,7 +125,7 @@ def test_remote_code_beside_a_known_architecture_is_refused(
     refused(arguments_of(command, folder), "auto_map", "remote.M", "trust_remote_code")
 
 
-# --- layouts --------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "heads over tp": (["--tp", "3"], ("tp is 3", "a divisor of 4 attention heads", "another --tp")),
@@ -200,11 +200,11 @@ def test_a_layout_that_is_no_layout(
     assert snapshot(tmp_path) == before
 
 
-# --- outputs --------------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------
 
 
 def sources_of(tiny: Any) -> dict[str, list[object]]:
-    """The arguments before the output; a Hugging Face folder does for `export`, which looks at its output first."""
+    """The arguments before the output; `export` checks its output before its source."""
     return {
         "tiny": ["tiny", "exaone4"],
         "import": ["import", tiny("exaone4")],
@@ -240,7 +240,7 @@ def test_an_output_in_no_folder(
     refused([*sources_of(tiny)[command], tmp_path / "no" / "output"], *says)
 
 
-# --- Megatron checkpoints and backends ------------------------------------------------------------------------------
+# --- Megatron checkpoints and backends --------------------------------------------------------
 
 
 def test_exporting_an_empty_folder(
@@ -346,7 +346,7 @@ def stale_index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def hostile_index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Other weights outside the folder, and an index of them beside the single file that Transformers reads."""
+    """An index of weights outside the folder, beside the file that Transformers reads."""
     save_file(tensors, folder.parent / "evil.safetensors")
     (folder / INDEX).write_text(
         json.dumps({"weight_map": dict.fromkeys(tensors, "../evil.safetensors")})
@@ -452,7 +452,7 @@ def test_what_cannot_be_verified(name: str, tiny: Any, refused: Callable[..., st
     refused(["verify", *(option.format(source=tiny("exaone4")) for option in options)], *says)
 
 
-# --- tiny -----------------------------------------------------------------------------------------------------------
+# --- tiny -------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no equals": (["num_hidden_layers"], ("--set is 'num_hidden_layers'", "field=value")),
@@ -533,7 +533,7 @@ def test_a_miniature_that_cannot_be_written(
     refused(["tiny", "exaone4", tmp_path / "output", *options], says)
 
 
-# --- when, and from where -------------------------------------------------------------------------------------------
+# --- when, and from where ---------------------------------------------------------------------
 
 BEFORE_MEGATRON = """
 import json, sys
@@ -613,7 +613,7 @@ def test_the_installed_command_ends_with_two(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
 
 
-# --- in the middle --------------------------------------------------------------------------------------------------
+# --- in the middle ----------------------------------------------------------------------------
 
 
 def write_something(target: Path) -> None:

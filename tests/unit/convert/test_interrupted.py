@@ -1,4 +1,4 @@
-"""Exports that are killed, whose rank dies, or whose disk is full: no output under the name, and the next goes on.
+"""Exports that are killed, whose rank dies, or whose disk is full: the next one continues.
 
 `KILLS=50 pytest tests/unit/convert/test_interrupted.py` kills as often as docs/benchmarks.md says.
 """
@@ -88,7 +88,7 @@ def _alone(run: Callable[..., None], *args: Any) -> None:
 
 
 def killed(run: Callable[..., None], began: Path, args: tuple[Any, ...], after: float) -> bool:
-    """Run it in a process, and kill that so many seconds after it began; whether it was still running."""
+    """Run it in a process and kill that after a while; whether it was still running."""
     began.unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_alone, args=(run, began, *args))
     process.start()
@@ -139,7 +139,7 @@ def test_killed_at_any_moment(
 def test_what_is_there_is_kept_and_what_is_wrong_is_written(
     megatron: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Complete files stay as they are, down to the time they were written; a file of another kind, or cut, does not."""
+    """Complete files are kept, with their modification time; truncated and other files are not."""
     export_checkpoint(megatron, tmp_path / "whole", max_shard_bytes=PARTS)
     wanted = digests(tmp_path / "whole")
     target = tmp_path / "output"
@@ -177,7 +177,7 @@ def test_two_at_once(megatron: Path, tmp_path: Path, monkeypatch: Any) -> None:
     assert (tmp_path / "output").is_dir()  # the first one's
 
 
-# --- disk full ------------------------------------------------------------------------------------------------------
+# --- disk full --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything(
 def test_a_disk_that_fills_up(
     workers: int, megatron: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another program had taken the space meanwhile; with room again, the next run goes on."""
+    """As if another program had taken the space; with space again, the next run continues."""
     target = small_disk / "output"
     with monkeypatch.context() as patch:
         patch.setattr(to_hf, "check_space", lambda *_: None)
@@ -266,7 +266,7 @@ def test_one_rank_that_cannot_write_ends_all_of_them(
     assert digests(tmp_path / "output") == digests(tmp_path / "other")
 
 
-# --- one rank dying -------------------------------------------------------------------------------------------------
+# --- one rank dying ---------------------------------------------------------------------------
 
 
 def _die(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Megatron checkpoints on disk through AutoBridge's own calls, on the CPU: saved at one layout, loaded at another."""
+"""Megatron checkpoints through AutoBridge on the CPU: saved at one layout, loaded at another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from exaone_bridge.verification.checks.folders import (
 
 
 def _alone(target: Callable[..., None], *args: Any) -> None:
-    """In a forked process without a world of ours: AutoBridge starts its own, as in a user's script."""
+    """In a forked process without a world: AutoBridge starts its own, as in a user's script."""
     process = multiprocessing.get_context("fork").Process(target=_main, args=(target, args))
     process.start()
     process.join()
@@ -103,7 +103,7 @@ def _assert_same(source: Path, exported: Path) -> None:
 def test_import_ckpt_and_export_ckpt(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
 ) -> None:
-    """The documented calls, unchanged; the configuration also from the Megatron checkpoint alone."""
+    """The documented calls; the config also from the Megatron checkpoint alone."""
     source = tiny(name)
     _alone(_import_ckpt, source, tmp_path / "megatron")
     _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
@@ -182,7 +182,7 @@ def test_experts_saved_at_one_layout_loaded_at_another(
 def test_run_config_is_plain_and_keeps_the_wishes(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """What the torch backend switched off on this machine is on again where Transformer Engine loads the checkpoint."""
+    """Fields that the torch backend overrides on this machine keep their requested values."""
     import yaml
 
     source = tiny("exaone4")
@@ -209,7 +209,7 @@ def test_run_config_is_plain_and_keeps_the_wishes(
 
 @pytest.mark.slow
 def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path: Path) -> None:
-    """Four times its bound's size goes through either way; benchmarks/convert.py shows the same at 2.6 and 16 GB."""
+    """The checkpoint has four times the bound; benchmarks/convert.py shows it at 16 GB."""
     layers = 24
     config = {
         **EXAONE4.tiny["exaone4-1.2b"],
@@ -238,7 +238,7 @@ def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path:
 def test_streamed_keys_are_the_hosts(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
 ) -> None:
-    """Names, shapes, types and objects of what is written without a model, against what the host writes of one."""
+    """What is written without a model, against what Megatron-Bridge writes of a model."""
     source = tiny(
         name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {})
     )

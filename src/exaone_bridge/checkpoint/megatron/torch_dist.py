@@ -1,8 +1,9 @@
-"""Megatron-Core's distributed checkpoints (`torch_dist`) without Megatron-Core: their tensors, and the bytes of each.
+"""Reads Megatron-Core's distributed checkpoints (`torch_dist`) without Megatron-Core.
 
-The format is torch.distributed.checkpoint's: `.metadata` says which file holds which chunk of which tensor, and each
-chunk is what `torch.save` wrote. `megatron/core/dist_checkpointing/strategies/torch.py` (0.19.2) names the tensors: a
-layer's by its number, or all layers' together along a first axis; an expert's along a further one.
+The format is that of torch.distributed.checkpoint: `.metadata` says which file has which chunk of
+which tensor, and each chunk is what `torch.save` wrote. Tensors are named by Megatron-Core
+(`megatron/core/dist_checkpointing/strategies/torch.py`, 0.19.2): a layer's by its number, or all
+layers are one tensor with a leading axis; experts are along a further leading axis.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from exaone_bridge.schema.param_mapping import ParamMapping
 
 __all__ = ["StoredTensor", "TorchDist", "key_of"]
 
-_RESTORE = "restore the missing or cut files"
-# What a `.metadata` is made of; anything else could run code while it is read.
+_RESTORE = "restore the missing or truncated files"
+# The classes of a `.metadata` pickle; any other could run code while it is read.
 _SAFE = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -50,16 +51,18 @@ _SAFE = {
 def key_of(
     mapping: ParamMapping, numbers: tuple[int, ...], *, stacked: bool
 ) -> tuple[str, tuple[int, ...]]:
-    """What a checkpoint calls a parameter, and where along the leading axes it lies.
+    """Return the key of a parameter in a checkpoint, and its indices along the leading axes.
 
     Args:
-        numbers: the layer, and the expert where the row has experts.
-        stacked: whether all layers lie in one tensor.
+        mapping: The parameter mapping.
+        numbers: (), (layer,) or (layer, expert).
+        stacked: Whether all layers are in one tensor.
     """
     name, where = mapping.megatron, numbers
-    if mapping.experts:  # one tensor for all experts of a layer, whichever class holds them
+    if mapping.experts:  # all experts of a layer are one tensor, for every class of experts
         name = name.removesuffix("*").replace(".mlp.experts.", ".mlp.experts.experts.")
-    if not numbers:  # multi-token prediction keeps an older name there (`MultiTokenPredictionLayer.sharded_state_dict`)
+    # Multi-token prediction has an older name (`MultiTokenPredictionLayer.sharded_state_dict`).
+    if not numbers:
         return name.replace(".mtp_model_layer.", ".transformer_layer."), ()
     if stacked:
         return name.replace(".*", "", 1), where
@@ -72,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
             return found
         if name in _SAFE.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +88,14 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint: its type, its shape, and its chunks."""
+    """The dtype, shape and chunks of a tensor in a checkpoint."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: tuple[_Chunk, ...]
 
 
-class _Slice(io.RawIOBase):
+class _FilePart(io.RawIOBase):
     """A part of a file as a file of its own, for torch.load."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
@@ -120,12 +123,12 @@ class _Slice(io.RawIOBase):
 
 
 class TorchDist:
-    """A checkpoint's tensors, read a chunk at a time; what else is in it (optimizer, extra states) is left alone.
+    """The tensors of a checkpoint, read chunk by chunk, without optimizer and extra states.
 
-    The chunks of the parameter read last stay in memory, because queries, keys and values lie in one.
+    The chunks of the last parameter stay in memory, because Q, K and V are read one by one from it.
 
     Raises:
-        CheckpointError: no checkpoint there, or one whose metadata cannot be read.
+        CheckpointError: There is no checkpoint, or its metadata cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -141,30 +144,30 @@ class TorchDist:
                 "the checkpoint's metadata is missing",
                 remedy="name a folder that `import` wrote",
             ) from error
-        except (
-            Exception
-        ) as error:  # of pickle, or of objects that are not what their class says: a damaged file
+        except Exception as error:  # pickle raises anything for a damaged file
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(
                 path, f"cannot be read ({text})", remedy="restore the checkpoint"
             ) from error
-        self._held: tuple[object, dict[_Chunk, torch.Tensor]] = (None, {})
-        # of those whose chunks are known to cover them, each element once: the chunks of each parameter
+        self._cached: tuple[object, dict[_Chunk, torch.Tensor]] = (None, {})
+        # Chunks by parameter, of the tensors whose chunks cover each element once.
         self._by_lead: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
 
     def read_into(self, target: torch.Tensor, key: str, lead: tuple[int, ...], box: Slice) -> None:
-        """Copy a rectangle of a parameter, converted to the target's type.
+        """Copy a slice of a parameter, converted to the target's dtype.
 
         Args:
-            lead: where the parameter lies along the leading axes of `key`, which may hold those of all layers.
-            box: in all axes of `key`.
+            target: A tensor of the slice's lengths.
+            key: The stored tensor, which may have the parameters of all layers and experts.
+            lead: The parameter's indices along the leading axes of `key`.
+            box: The slice along all axes of `key`.
 
         Raises:
-            CheckpointError: a chunk that is missing or damaged, or a rectangle that the chunks do not cover.
+            CheckpointError: A chunk is missing or damaged, or the chunks do not cover the tensor.
         """
         stored = self.tensors[key]
-        if self._held[0] != (key, lead):
-            self._held = ((key, lead), {})  # first let go of the last one
+        if self._cached[0] != (key, lead):
+            self._cached = ((key, lead), {})
         if key not in self._by_lead:
             validate_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
             self._by_lead[key] = {}
@@ -186,7 +189,7 @@ class TorchDist:
             here.copy_(there)
 
     def _near(self, key: str, lead: tuple[int, ...]) -> list[_Chunk]:
-        """The chunks that a parameter lies in: of hundreds, where a tensor holds all experts."""
+        """The chunks of a parameter, of the hundreds that a tensor of all experts may have."""
         found = self._by_lead[key]
         if not found:
             for chunk in self.tensors[key].chunks:
@@ -202,14 +205,14 @@ class TorchDist:
         )
 
     def _chunk(self, key: str, chunk: _Chunk) -> torch.Tensor:
-        held = self._held[1]
-        if chunk not in held:
+        cached = self._cached[1]
+        if chunk not in cached:
             shape = tuple(end - begin for begin, end in chunk.box)
             path = self.folder / chunk.file
             try:
                 with path.open("rb", buffering=0) as file:
                     tensor = torch.load(
-                        _Slice(file, chunk.offset, chunk.length),
+                        _FilePart(file, chunk.offset, chunk.length),
                         map_location="cpu",
                         weights_only=True,
                     )
@@ -223,11 +226,9 @@ class TorchDist:
                 or tensor.shape != shape
                 or tensor.dtype != self.tensors[key].dtype
             ):
-                raise CheckpointError(
-                    path, f"holds something else than {key} should be", remedy=_RESTORE
-                )
-            held[chunk] = tensor
-        return held[chunk]
+                raise CheckpointError(path, f"has another tensor than {key}", remedy=_RESTORE)
+            cached[chunk] = tensor
+        return cached[chunk]
 
 
 def _tensors(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
@@ -244,7 +245,7 @@ def _tensors(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
                 ".",
             ):
                 raise ValueError(
-                    f"a chunk lies in {info.relative_path!r}, which is no plain file name"
+                    f"a chunk lies in {info.relative_path!r}, which is not a plain file name"
                 )
             box = tuple(
                 (int(o), int(o + s)) for o, s in zip(chunk.offsets, chunk.sizes, strict=True)
@@ -252,6 +253,6 @@ def _tensors(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
             if len(box) != len(shape) or any(
                 not 0 <= b <= e <= n for (b, e), n in zip(box, shape, strict=True)
             ):
-                raise ValueError(f"a chunk of {key} leaves it")
+                raise ValueError(f"a chunk of {key} is outside it")
             chunks.append(_Chunk(box, info.relative_path, int(info.offset), int(info.length)))
         yield key, StoredTensor(entry.properties.dtype, shape, tuple(chunks))

@@ -1,7 +1,8 @@
-"""Writes what Megatron-Core's `torch_dist` strategy writes, a parameter at a time, without a model.
+"""Writes a checkpoint as Megatron-Core's `torch_dist` strategy does, but without a model.
 
-Each parameter is one chunk, as one rank without any parallelism would write it; Megatron-Core cuts it for whichever
-layout loads it. Names and shapes are those of a checkpoint that the host wrote (`torch_dist.py`).
+Each parameter is one chunk, as one rank without any parallelism would write it; Megatron-Core
+shards it for the layout that loads it. Keys and shapes are those of Megatron-Bridge's own
+checkpoints (`torch_dist.py`).
 """
 
 from __future__ import annotations
@@ -34,29 +35,36 @@ from exaone_bridge.checkpoint.reshard.plan import ParamPlan, ReshardPlan
 __all__ = ["Parameter", "WrittenParam", "parameters_of", "write_metadata", "write_parameters"]
 
 _COMMON = "common_state"
-# Their classes keep nothing of their own (vocabulary), or are no linear and no norm (router); nor does Transformers'
-# tower.
+# Modules without an extra state: those of the vocabulary, the router (neither a linear nor a norm)
+# and Transformers' vision encoder.
 _NO_EXTRA_STATE = ("embedding.word_embeddings.", "output_layer.", ".mlp.router.")
 
 
 class Parameter(NamedTuple):
-    """One parameter: its key, where it lies along the leading axes, and their lengths."""
+    """A parameter, and where it is stored.
 
-    part: ParamPlan
-    names: tuple[str, ...]  # of its tensors
+    Attributes:
+        names: Of its Hugging Face tensors.
+        key: The stored tensor.
+        lead: The parameter's indices along the leading axes of `key`.
+        outer: The lengths of those axes.
+    """
+
+    param: ParamPlan
+    names: tuple[str, ...]
     key: str
     lead: tuple[int, ...]
     outer: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
-        shape = self.part.shards[0].shape
-        return torch.Size(shape).numel() * self.part.itemsizes[0]
+        """Bytes of the parameter."""
+        shape = self.param.shards[0].shape
+        return torch.Size(shape).numel() * self.param.itemsizes[0]
 
     @property
     def extra_state(self) -> str | None:
-        """The key of its module's extra state, which both backends' linears and norms look for."""
+        """The key of the module's extra state, which both backends' linears and norms expect."""
         if self.key.startswith("visual.") or any(name in self.key for name in _NO_EXTRA_STATE):
             return None
         at, of = (self.lead, self.outer) if self.lead else ((0,), (1,))
@@ -65,38 +73,55 @@ class Parameter(NamedTuple):
 
 
 class WrittenParam(NamedTuple):
-    """Where a parameter was written to."""
+    """Where a parameter was written.
 
-    number: int  # in `parameters_of`
+    Attributes:
+        number: Its index in the result of `parameters_of`.
+        offset: First byte in the file.
+        length: Bytes.
+    """
+
+    number: int
     file: str
     offset: int
     length: int
 
 
 def parameters_of(plan: ReshardPlan, layers: int, *, stacked: bool) -> list[Parameter]:
-    """Every parameter of a model that nobody cuts.
+    """List every parameter of an unsharded model.
 
     Args:
-        plan: at `Layout()`.
-        layers: how many the model has.
-        stacked: whether all layers of a parameter lie in one tensor.
+        plan: At `Layout()`.
+        layers: Number of layers of the model.
+        stacked: Whether all layers of a parameter are one stored tensor.
     """
     found = []
-    for part in plan.params:
-        for numbers, (_, *names) in zip(part.mapping.numbers(), part.mapping.names(), strict=True):
-            key, lead = key_of(part.mapping, numbers, stacked=stacked)
-            sizes = (layers, part.mapping.experts) if stacked else (part.mapping.experts,)
-            found.append(Parameter(part, tuple(names), key, lead, sizes[: len(lead)]))
+    for param in plan.params:
+        for numbers, (_, *names) in zip(
+            param.mapping.numbers(), param.mapping.names(), strict=True
+        ):
+            key, lead = key_of(param.mapping, numbers, stacked=stacked)
+            sizes = (layers, param.mapping.experts) if stacked else (param.mapping.experts,)
+            found.append(Parameter(param, tuple(names), key, lead, sizes[: len(lead)]))
     return found
 
 
 def write_parameters(
     parameters: list[Parameter], mine: Iterable[int], source: HFCheckpoint, path: Path
 ) -> Iterator[tuple[WrittenParam, int]]:
-    """Write these parameters to one file, each read straight from the source's files; what was written, and its bytes.
+    """Write parameters to one file, each read straight from the source's files.
+
+    Args:
+        parameters: All parameters.
+        mine: Indices of those to write.
+        source: Has their tensors.
+        path: The file.
+
+    Yields:
+        Where each parameter was written, and its bytes.
 
     Raises:
-        CheckpointError: a file of the source has become shorter since its header was read.
+        CheckpointError: A file of the source has changed since its header was read.
     """
     with path.open("wb") as file:
         for number in mine:
@@ -111,12 +136,12 @@ def write_parameters(
 
 def _read(parameter: Parameter, source: HFCheckpoint) -> torch.Tensor:
     """Read a parameter, with leading axes of one: rows of its tensors go from file to place."""
-    cut = parameter.part.shards[0]
+    shard = parameter.param.shards[0]
     dtype = TORCH_DTYPES[source.tensors[parameter.names[0]].dtype]
-    result = torch.empty((1,) * len(parameter.lead) + cut.shape, dtype=dtype)
-    rows = result.view(cut.shape)
-    row_bytes = result.nbytes // cut.shape[0]
-    for copy in cut.copies:  # whole rows, because the parameter is not sharded
+    result = torch.empty((1,) * len(parameter.lead) + shard.shape, dtype=dtype)
+    rows = result.view(shard.shape)
+    row_bytes = result.nbytes // shard.shape[0]
+    for copy in shard.copies:  # whole rows, because the parameter is not sharded
         first_hf = copy.hf[len(copy.hf) - len(copy.megatron)][0]
         begin, end = copy.megatron[0]
         source.read_into(parameter.names[copy.tensor], rows[begin:end], first_hf * row_bytes)
@@ -129,7 +154,14 @@ def write_metadata(
     tensors: Mapping[str, TensorInfo],
     written: Iterable[WrittenParam],
 ) -> None:
-    """Write `.metadata`, and the file with what is no tensor: the common state, and one empty extra state for all."""
+    """Write `.metadata`, and a file with the common state and one empty extra state for all.
+
+    Args:
+        folder: Of the iteration.
+        parameters: All parameters.
+        tensors: The Hugging Face tensors, whose dtypes the parameters have.
+        written: Where each parameter is.
+    """
     state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for where in sorted(written):
@@ -138,12 +170,12 @@ def write_metadata(
         entry = state.get(parameter.key)
         if entry is None:
             properties = TensorProperties(dtype=TORCH_DTYPES[tensors[name].dtype])
-            shape = torch.Size(parameter.outer + parameter.part.shards[0].shape)
+            shape = torch.Size(parameter.outer + parameter.param.shards[0].shape)
             entry = state[parameter.key] = TensorStorageMetadata(
                 properties=properties, size=shape, chunks=[]
             )
         assert isinstance(entry, TensorStorageMetadata)
-        shape = parameter.part.shards[0].shape
+        shape = parameter.param.shards[0].shape
         offsets = torch.Size(parameter.lead + (0,) * len(shape))
         entry.chunks.append(
             ChunkStorageMetadata(offsets, torch.Size((1,) * len(parameter.lead) + shape))

@@ -406,7 +406,7 @@ def _vocab_shard(shape: tuple[int, ...], rank: int, size: int) -> ShardSpec:
 
 
 def _qkv_pieces(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tuple[int, int, int]]:
-    """(tensor, first row, rows) in Megatron-Core's order: by KV group; its queries, its K, its V."""
+    """(tensor, first row, rows) in Megatron-Core's order: by KV group, its Q, its K, its V."""
     groups = shapes[1][0] // head_dim
     return [
         (tensor, group * rows, rows)

@@ -1,4 +1,4 @@
-"""The header reader against safetensors itself, against every kind of damage, and against random damage."""
+"""The header reader against safetensors, every kind of damage, and random damage."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def file_bytes(header: bytes | dict[str, object], data_bytes: int = 8) -> bytes:
 
 
 def refusal(path: Path, fragment: str, read: Callable[[], object]) -> str:
-    """The message of the CheckpointError that `read` must raise: one line about `path`, which says `fragment`."""
+    """The message of the CheckpointError of `read`: one line about `path` with `fragment`."""
     with pytest.raises(CheckpointError) as caught:
         read()
     message = str(caught.value)
@@ -81,7 +81,7 @@ def by_us(tensors: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A single file and a sharded folder, as safetensors writes them: every dtype, a scalar, an empty tensor."""
+    """A file and a sharded folder by safetensors: every dtype, a scalar, an empty tensor."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
@@ -681,7 +681,7 @@ def changed_text(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def changed_bytes(draw: st.DrawFn) -> bytes:
-    """The file of SOUND with bytes overwritten, put in or left out anywhere, the header's size among them."""
+    """The file of SOUND with bytes overwritten, inserted or removed anywhere."""
     content = bytearray(draw(st.sampled_from([file_bytes(SOUND, 32), AS_WRITTEN])))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.one_of(st.integers(0, 9), st.integers(0, len(content))))
