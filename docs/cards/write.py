@@ -1,10 +1,10 @@
-"""Writes the cards in this folder: random weights in each shape, then `exaone-bridge verify --card`.
+"""Writes the cards in this folder: random weights in each shape, then `verify --card`.
 
     python docs/cards/write.py WORK [NAME ...]
 
 WORK is an empty folder with room for 15 GB, NAME a card; all are written if none is named. It takes
-12 GiB of memory for the widths of the 32B and the 33B, 8 for those of the 21B, 4 for the others, and
-forty minutes on two cores.
+12 GiB of memory for the widths of the 32B and the 33B, 8 for those of the 21B, 4 for the others,
+and forty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -96,19 +96,24 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("exaone4-1.2b", "--tp 2 --pp 2 --sp --gradients", TINY),
     ],
     "EXAONE-4.0-32B": [
-        ("EXAONE-4.0-32B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG); prompts do not reach the window of 4096."),
+        ("EXAONE-4.0-32B-4-layers", "",
+         f"{WIDE} 4 of 64 layers (LLLG); prompts do not reach the window of 4096."),
         ("exaone4", "--gradients", f"{TINY} Prompts are eight windows long."),
         ("exaone4", "--tp 2 --pp 2 --vpp 2 --sp --gradients", TINY),
         ("exaone4", "--tp 4 --pp 2", TINY),
         ("exaone4", "--dtype bfloat16", TINY),
     ],
     "EXAONE-4.5-33B": [
-        ("EXAONE-4.5-33B-4-layers", "", f"{WIDE} 4 of 64 layers (LLLG), 7 of 28 blocks of the tower (the last of them "
-         "sees whole images), one layer of multi-token prediction; prompts do not reach the window of 4096."),
-        ("exaone45", "--gradients", f"{TINY} Prompts are eight windows long; images are larger than the vision encoder's window."),
+        ("EXAONE-4.5-33B-4-layers", "",
+         f"{WIDE} 4 of 64 layers (LLLG), 7 of 28 blocks of the vision encoder (the last of them "
+         "with full attention), one layer of multi-token prediction; prompts do not reach the "
+         "window of 4096."),
+        ("exaone45", "--gradients", f"{TINY} Prompts are eight windows long; "
+         "images are larger than the vision encoder's window."),
         ("exaone45", "--tp 2 --pp 2 --vpp 2 --sp --gradients", TINY),
         ("exaone45", "--tp 2 --cp 2 --sp --gradients", TINY),
-        ("exaone45", "--tp 2 --pp 2 --mtp", f"{TINY} Multi-token prediction is built into the model."),
+        ("exaone45", "--tp 2 --pp 2 --mtp",
+         f"{TINY} Multi-token prediction is built into the model."),
         ("exaone45", "--dtype bfloat16", TINY),
     ],
     "ERNIE-4.5-0.3B": [
@@ -118,14 +123,16 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("ernie45-dense", "--tp 2 --pp 2 --gradients", TINY),
     ],
     "ERNIE-4.5-21B-A3B": [
-        ("ERNIE-4.5-21B-A3B-3-layers", "", f"{WIDE} One dense layer, and 2 of 27 MoE layers with all 64 experts."),
+        ("ERNIE-4.5-21B-A3B-3-layers", "",
+         f"{WIDE} One dense layer, and 2 of 27 MoE layers with all 64 experts."),
         ("ernie45", "--gradients", TINY),
         ("ernie45", "--tp 2 --ep 2 --sp", TINY),
         ("ernie45", "--pp 2 --ep 2 --gradients", TINY),
         ("ernie45", "--dtype bfloat16", TINY),
     ],
     "ERNIE-4.5-300B-A47B": [
-        ("ernie45-300b", "--gradients", f"{TINY} The published widths (5.7e9 parameters per layer) were not run."),
+        ("ernie45-300b", "--gradients",
+         f"{TINY} The published widths (5.7e9 parameters per layer) were not run."),
         ("ernie45-300b", "--tp 2 --pp 2 --vpp 2", TINY),
         ("ernie45-300b", "--ep 4", TINY),
         ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --sp --gradients", TINY),

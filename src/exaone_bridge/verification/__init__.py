@@ -58,8 +58,8 @@ def verify(
         gradients: compare the gradients of one training step too, in fp32.
         mtp: build multi-token prediction into the model; its tensors then go through Megatron-Core,
             and are not passthrough tensors.
-        stream: verify layer by layer, with one layer's weights in memory at a time; None: for models
-            of more than 2 GiB in fp32.
+        stream: verify layer by layer, with one layer's weights in memory at a time; None: if the
+            model has more than 2 GiB in fp32.
         command: the command line, for the report.
         launcher: runs the work of both models; None: torchrun's ranks, or forked ranks.
         progress: receives the name of each stage.

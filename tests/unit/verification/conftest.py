@@ -18,7 +18,7 @@ from tests.helpers.reference import Reference
 
 @pytest.fixture(scope="package")
 def reference(tiny: Any) -> Reference:
-    """The tiny model with sliding windows, for two prompts of 21 tokens; tests must not change it."""
+    """The tiny model with sliding windows, and two prompts of 21 tokens; not to be changed."""
     checkpoint = HFCheckpoint.open(tiny("exaone4"))
     points, tokens = probe_points(checkpoint.mappings), random_prompts(387, 2, 21)
     model = load(checkpoint.folder, torch.float32)

@@ -36,8 +36,8 @@ class Activations:
             side; of a vision encoder [1, patches, features], images before videos.
         amplification: name -> relative change of the activation for a relative change of one in the
             embeddings; of the reference only.
-        stable: bool [N, S]; False from the first token of a prompt on where a rounding error decides
-            which expert is chosen. None: every token is stable.
+        stable: bool [N, S]; False from the first token of a prompt on where rounding decides which
+            expert is chosen. None: every token is stable.
     """
 
     logits: torch.Tensor
@@ -50,10 +50,12 @@ def routing_weights(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tor
     """Expand the output of a Transformers router over all experts.
 
     Args:
-        output: logits [T, E] first, expert indices [T, k] and the chosen experts' weights [T, k] last.
+        output: logits [T, E] first, then expert indices [T, k], and the chosen experts' weights
+            [T, k] last.
 
     Returns:
-        Weights [T, E], zero where an expert is not chosen, and a bool mask [T, E] of the chosen ones.
+        Weights [T, E], zero where an expert is not chosen, and a bool mask [T, E] of the chosen
+        ones.
     """
     indices = next(item for item in output if not item.is_floating_point())
     floats = [item for item in output if item.is_floating_point()]
@@ -74,9 +76,10 @@ def _main_output(output: Any) -> torch.Tensor:
 def merge_heads(value: torch.Tensor, norm_input: torch.Tensor, length: int) -> torch.Tensor:
     """Merge the heads of a per-head norm's output, whichever of heads and tokens comes first.
 
-    EXAONE 4.0 normalises after the transposition, [N, heads, S, D]; Qwen3 before it, [N, S, heads, D].
-    The token axis has `length` entries. If there are as many heads, the strides of the input tell:
-    it is a view of the projection's output, in which the heads of a token are adjacent.
+    EXAONE 4.0 normalises after the transposition, [N, heads, S, D], and Qwen3 before it,
+    [N, S, heads, D]. The token axis has `length` entries. If there are as many heads, the strides
+    of the input tell: it is a view of the projection's output, in which the heads of a token are
+    adjacent.
 
     Args:
         value: the norm's output [N, heads, S, D] or [N, S, heads, D].

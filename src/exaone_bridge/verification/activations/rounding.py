@@ -23,7 +23,7 @@ _VISION_THETA = 1e4  # transformers 5.12.1, Exaone4_5_VisionRotaryEmbedding
 class RoundingModel:
     """Counts the terms of the sums on the way to each activation of a model.
 
-    `terms` is the sum of the lengths of all sums, one after the other, between the embeddings and an
+    `terms` adds up the lengths of all sums, one after the other, between the embeddings and an
     activation; `threshold` turns it into the largest difference that rounding explains.
     """
 
@@ -73,7 +73,7 @@ class RoundingModel:
         return min(MAX_THRESHOLD, rounding * max(1.0, amplification))
 
     def _attention(self, layer: int) -> float:
-        """Count norms, projections, scores, softmax, weighted values, output projection and RoPE."""
+        """Count norms, projections, scores, softmax, values, output projection and RoPE."""
         window = self._config.windows[layer]
         keys = self._length if window is None else min(window, self._length)
         # An angle is position x frequency, rounded once, which is an error of u x angle; its mean

@@ -129,8 +129,9 @@ def compare_half_precision(
     )
     return Check(
         "logits",
-        f"mean distance from fp32 {found:.2e}, {metrics.relative:.2f} of Transformers' own {dtype}; "
-        f"max {metrics.max:.1e}, KL {metrics.kl_mean:.1e}, "
+        f"mean distance from fp32 {found:.2e}, "
+        f"{metrics.relative:.2f} of Transformers' own {dtype}; max {metrics.max:.1e}, "
+        f"KL {metrics.kl_mean:.1e}, "
         f"top-1 agreement {metrics.top1:.1%}, {metrics.tokens} tokens",
         found <= threshold,
         threshold=f"{threshold:.2e} ({HALF_PRECISION_RATIO} x Transformers')",

@@ -75,8 +75,8 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
 
 
 def displayed_command(command: str) -> str:
-    """Return a command as a reader would type it: without output options and without local paths."""
-    words: list[str] = []
+    """Return a command as a reader types it, without output options and local paths."""
+    shown: list[str] = []
     arguments = iter(shlex.split(command))
     for argument in arguments:
         option = argument.partition("=")[0]
@@ -86,8 +86,8 @@ def displayed_command(command: str) -> str:
             continue
         if "/" in argument and not argument.startswith("-"):
             argument = f"./{Path(argument).name}"
-        words.append(argument)
-    return shlex.join(words)
+        shown.append(argument)
+    return shlex.join(shown)
 
 
 def _shape(model: Mapping[str, Any]) -> str:

@@ -16,10 +16,10 @@ _WITHIN, _ABOVE, _THRESHOLD, _TEXT = "#1769aa", "#c62828", "#8a949e", "#59636e"
 
 
 def activation_plot(activations: Sequence[ActivationDiff]) -> str:
-    """Draw one dot for each activation, from the embeddings to the logits, and the threshold as a line.
+    """Draw one dot for each activation, from embeddings to logits, and the threshold as a line.
 
-    The vertical axis is logarithmic: zero is at the bottom, NaN and infinity are at the top. A dot's
-    tooltip names its activation.
+    The vertical axis is logarithmic: zero is at the bottom, NaN and infinity are at the top. The
+    tooltip of a dot names its activation.
 
     Args:
         activations: in execution order; at least one.

@@ -1,4 +1,4 @@
-"""The report of a verification: a list of checks, and the first activation where two models diverge.
+"""The report of a verification: its checks, and the first activation where two models diverge.
 
 No torch is imported here. `report.schema.json` beside this file describes the JSON form.
 """
@@ -99,8 +99,9 @@ class ActivationDiff:
     Attributes:
         name: the Hugging Face module whose output it is.
         layer: global, 0-based; None outside the decoder layers.
-        sublayer: embedding, norm, attention, router, mlp, layer or output layer; in a vision encoder
-            vision embedding, norm, attention, mlp, layer, merger or features, without a layer.
+        sublayer: embedding, norm, attention, router, mlp, layer or output layer; in a vision
+            encoder vision embedding, norm, attention, mlp, layer, merger or features, without a
+            layer.
         difference: the largest difference at any token, relative to the largest entry of that token
             (in half precision: at the median token).
         threshold: the largest difference that rounding explains.

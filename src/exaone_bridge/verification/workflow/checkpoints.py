@@ -1,4 +1,4 @@
-"""Finds out what a path is, and makes a Hugging Face folder of it if it is a Megatron checkpoint."""
+"""Exports a Megatron checkpoint to a temporary Hugging Face folder; leaves other paths alone."""
 
 from __future__ import annotations
 

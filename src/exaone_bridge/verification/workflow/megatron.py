@@ -70,7 +70,8 @@ def run_megatron(
 
     Args:
         checkpoint: the model as a Hugging Face folder.
-        megatron: a Megatron checkpoint of the same model, to load the weights from; None: `checkpoint`.
+        megatron: a Megatron checkpoint of the same model, to load the weights from; None: they are
+            loaded from `checkpoint`.
         target: the folder to export to, which does not exist; None: no export.
     """
     from megatron.bridge import AutoBridge
@@ -170,14 +171,14 @@ def merge_ranks(results: Sequence[MegatronResult]) -> MegatronResult:
 def capture_megatron(
     model: list[MegatronModule], points: Sequence[ProbePoint], batch: PromptBatch
 ) -> Activations:
-    """Run prompts of one length with Megatron-Core's own schedule, and capture this rank's activations.
+    """Run prompts of one length with Megatron-Core's schedule, and capture this rank's activations.
 
     Args:
         model: this rank's model chunks.
 
     Returns:
-        Logits [N, S, V] on ranks of the last pipeline stage, empty elsewhere; the activations of this
-        rank's layers.
+        Logits [N, S, V] on ranks of the last pipeline stage, empty elsewhere; the activations of
+        this rank's layers.
     """
     from exaone_bridge.runtime.model import forward_logits
 
@@ -198,8 +199,8 @@ def capture_megatron(
 def _images_before_videos(calls: Sequence[torch.Tensor], images: Sequence[Images]) -> torch.Tensor:
     """Concatenate a vision encoder's outputs in Transformers' order.
 
-    Transformers calls it once for the images of all prompts, and once for their videos; Megatron-Core
-    for each prompt's images, then for its videos.
+    Transformers calls it once for the images of all prompts, and once for their videos;
+    Megatron-Core for each prompt's images, then for its videos.
 
     Args:
         calls: [patches, features] of each call.
@@ -235,7 +236,7 @@ def megatron_gradients(
 
     config = get_model_config(model[0])
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    # As _ddp_wrap of megatron/bridge/models/model_provider.py (0.6.2): buckets in the first chunk only.
+    # As megatron/bridge/models/model_provider.py (0.6.2), _ddp_wrap: buckets in one chunk.
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(model)

@@ -1,4 +1,4 @@
-"""Megatron-Core's model layer by layer: a layer's weights are loaded before it runs, and freed after."""
+"""Megatron-Core's model layer by layer: weights are loaded before a layer runs, and freed after."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Parameters = list[tuple[LocalParam, torch.Tensor]]
 
 
 class LayerwiseMegatron:
-    """A Megatron-Core model that is loaded and exported layer by layer, with the plan of AutoBridge's calls.
+    """A Megatron-Core model, loaded and exported layer by layer with the plan AutoBridge uses.
 
-    The operating system gives memory to a parameter when it is first written; a freed parameter gets
-    new memory.
+    The operating system gives memory to a parameter when it is first written; a freed parameter
+    gets new memory.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The workflow of a verification: two models, what they have on disk, and what they compute.
 
-The reference is always Transformers with the source. The other model is the source after a round trip
-through Megatron-Core, or another checkpoint: with Transformers if it is a Hugging Face folder, with
-Megatron-Core if it is a Megatron checkpoint.
+The reference is always Transformers with the source. The other model is the source after a round
+trip through Megatron-Core, or another checkpoint: with Transformers if it is a Hugging Face folder,
+with Megatron-Core if it is a Megatron checkpoint.
 """
 
 from __future__ import annotations
@@ -195,11 +195,11 @@ def _options(session: Session, source: Checkpoint, other: Checkpoint | None) -> 
 
 
 def _not_run(options: VerifyOptions, workload: Workload) -> list[Check]:
-    """List the checks that were asked for, and that need the whole model in memory."""
+    """List the requested checks that need the whole model in memory."""
     if not workload.layerwise:
         return []
-    asked = {"generation": options.generation, "gradients": options.gradients}
-    return [Check.not_run(name, _NEEDS_WHOLE_MODEL) for name, wanted in asked.items() if wanted]
+    requested = {"generation": options.generation, "gradients": options.gradients}
+    return [Check.not_run(name, _NEEDS_WHOLE_MODEL) for name, wanted in requested.items() if wanted]
 
 
 def _why_not_comparable(checkpoint: HFCheckpoint, folder: Path) -> str:

@@ -64,7 +64,7 @@ class ReferenceResult:
 def run_transformers(
     checkpoint: HFCheckpoint, workload: Workload, progress: Progress
 ) -> ReferenceResult:
-    """Run a workload with Transformers, in fp32 and, if that is another, in the workload's dtype."""
+    """Run a workload with Transformers, in fp32 and in the workload's dtype."""
     progress.stage("Transformers' logits")
     model = _load(checkpoint, torch.float32, workload.layerwise)
     result = ReferenceResult(_capture_all(model, workload, perturb=True))
@@ -85,7 +85,7 @@ def run_transformers(
 def run_other_transformers(
     checkpoint: HFCheckpoint, workload: Workload, progress: Progress
 ) -> list[Activations]:
-    """Run the prompts with another Hugging Face model in fp32, to be compared with the reference."""
+    """Run the prompts with another Hugging Face model in fp32, to compare its activations."""
     progress.stage("Transformers' logits of the other model")
     model = load(checkpoint.folder, torch.float32)
     return _capture_all(model, workload, perturb=False)

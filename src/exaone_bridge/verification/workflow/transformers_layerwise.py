@@ -1,4 +1,4 @@
-"""Transformers' own model layer by layer: a layer's weights are read before it runs, and freed after."""
+"""Transformers' model layer by layer: weights are loaded before a layer runs, and freed after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["load_layerwise", "model_class"]
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:
-    """Choose Transformers' auto class for a folder: for models with images, or for language models."""
+    """Choose Transformers' auto class for a folder: with images, or for language models."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
@@ -58,7 +58,7 @@ def load_layerwise(checkpoint: HFCheckpoint, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _with_frequencies(rope: torch.nn.Module, config: PretrainedConfig) -> torch.nn.Module:
-    """Make a RoPE module again off the meta device, since its frequencies are not in the checkpoint.
+    """Make a RoPE module again, off the meta device: the checkpoint does not have its frequencies.
 
     A language model's takes the config, a vision encoder's the width.
     """

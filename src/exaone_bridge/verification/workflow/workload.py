@@ -36,7 +36,7 @@ Images = dict[str, torch.Tensor]  # the arguments of `forward` with a prompt's p
 _MAX_LENGTH = 512  # tokens of a prompt that a laptop computes within a minute
 _LARGE_MODEL = 2e8  # parameters from which on it computes 64 tokens
 _PLAIN_PROMPT = 24  # tokens of the prompt for generation that needs no tokenizer
-_MAX_WHOLE = 2**31  # bytes of fp32 weights that are held in memory as a whole
+_MAX_WHOLE = 2**31  # bytes of fp32 weights up to which the whole model is in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Workload:
         backend: of the Megatron-Core model.
         dtype: of the arithmetic; if it is not fp32, Transformers runs both.
         generate: whether greedy generation is compared.
-        gradient_batch: the prompts [N, S + 1] of the training step; None: no gradients are compared.
+        gradient_batch: the prompts [N, S + 1] of the training step; None: there is none.
         layerwise: whether both models hold the weights of one layer at a time.
         seed: of the prompts.
         overrides: further fields of the provider.
@@ -131,7 +131,7 @@ def random_prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> t
 def prompt_length(
     windows: Sequence[int | None], original: int | None = None, longest: int = _MAX_LENGTH
 ) -> int:
-    """Choose a length at which many tokens are outside the sliding window and past RoPE's original length.
+    """Choose a prompt length past the sliding window and past RoPE's original length.
 
     Args:
         windows: the sliding window of each layer; None: full attention.
@@ -153,8 +153,8 @@ def make_workload(checkpoint: HFCheckpoint, layout: Layout, options: VerifyOptio
     one prompt of each length.
 
     Raises:
-        UnsupportedConfig: an unknown dtype or backend, or multi-token prediction that the model does
-            not have.
+        UnsupportedConfig: an unknown dtype or backend, or multi-token prediction that the model
+            does not have.
         UnsupportedLayout: the model cannot be sharded by the layout.
     """
     model_config = checkpoint.model_config

@@ -1,4 +1,4 @@
-"""Each comparison holds on equals and catches every difference that is planted."""
+"""The checks of tensors, config and files: equal folders pass, and every difference fails."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ def into_shards(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
-def test_equal_tensors_hold(pair: tuple[Path, Path]) -> None:
+def test_equal_tensors_pass(pair: tuple[Path, Path]) -> None:
     left, right = pair
     assert compare_tensors(left, right) == Check("tensors", "91 tensors bitwise equal", True)
     assert compare_tensors(left, left).passed
 
 
-def test_how_they_are_cut_into_files_does_not_matter(pair: tuple[Path, Path]) -> None:
+def test_the_shards_of_the_files_do_not_matter(pair: tuple[Path, Path]) -> None:
     left, right = pair
     into_shards(right)
     assert compare_tensors(left, right).passed and compare_tensors(right, left).passed
@@ -76,7 +76,7 @@ def test_how_they_are_cut_into_files_does_not_matter(pair: tuple[Path, Path]) ->
     assert compare_tensors(left, right).passed
 
 
-def test_not_a_number_equals_itself_bit_by_bit(pair: tuple[Path, Path]) -> None:
+def test_nan_equals_itself_bit_by_bit(pair: tuple[Path, Path]) -> None:
     for folder in pair:
         change(folder, lambda tensors: tensors[DOWN].fill_(float("nan")))
     assert compare_tensors(*pair).passed
@@ -94,15 +94,15 @@ def test_minus_zero_is_not_zero(pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("where", ["first bit", "middle", "last bit"])
-def test_one_flipped_bit_differs(where: str, sharded: bool, pair: tuple[Path, Path]) -> None:
+def test_one_flipped_bit_fails(where: str, sharded: bool, pair: tuple[Path, Path]) -> None:
     def flip(tensors: Tensors) -> None:
         data = tensors[DOWN].view(torch.uint8).flatten()
-        place, bit = {
+        index, bit = {
             "first bit": (0, 1),
             "middle": (len(data) // 2, 16),
             "last bit": (len(data) - 1, 128),
         }[where]
-        data[place] ^= bit
+        data[index] ^= bit
 
     change(pair[1], flip)
     if sharded:
@@ -122,9 +122,9 @@ def test_a_bit_is_seen_wherever_the_pieces_end(
     for name in ("left", "right"):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / SINGLE)
-    for place in (0, 6, 7, 99, 100, 4095, 4096, 7999):
+    for index in (0, 6, 7, 99, 100, 4095, 4096, 7999):
         data = tensors["a"].clone()
-        data.view(torch.uint8)[place] ^= 1
+        data.view(torch.uint8)[index] ^= 1
         save_file(tensors | {"a": data}, tmp_path / "right" / SINGLE)
         left, right = (digest_folder(tmp_path / name) for name in ("left", "right"))
         assert {name: left[name] == right[name] for name in tensors} == {
@@ -134,7 +134,7 @@ def test_a_bit_is_seen_wherever_the_pieces_end(
         }
 
 
-def test_a_digest_is_that_of_the_bytes_whether_read_or_streamed(tiny: Any) -> None:
+def test_a_digest_is_that_of_the_bytes(tiny: Any) -> None:
     folder = tiny("ernie45", dtype="bfloat16")
     tensors = load_file(folder / SINGLE)
     read = digest_folder(folder)
@@ -183,7 +183,8 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], object], int, str]] = {
             }
         ),
         2,
-        "model.layers.0.self_attn.k_proj.weight differs; model.layers.0.self_attn.v_proj.weight differs",
+        "model.layers.0.self_attn.k_proj.weight differs; "
+        "model.layers.0.self_attn.v_proj.weight differs",
     ),
 }
 
@@ -196,19 +197,19 @@ def test_a_tensor_that_differs_is_named(name: str, pair: tuple[Path, Path]) -> N
     assert not compare_tensors(*reversed(pair)).passed
 
 
-def test_many_faults_are_counted_and_a_few_named(pair: tuple[Path, Path]) -> None:
+def test_many_differences_are_counted_and_a_few_named(pair: tuple[Path, Path]) -> None:
     change(pair[1], lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
     check = compare_tensors(*pair)
     assert check.summary == "91 of 91 tensors differ" and len(check.details.split("; ")) == 5
 
 
-def test_tensors_that_cannot_be_read_are_bad_input(pair: tuple[Path, Path]) -> None:
+def test_tensors_that_cannot_be_read_raise(pair: tuple[Path, Path]) -> None:
     (pair[1] / SINGLE).write_bytes((pair[1] / SINGLE).read_bytes()[:-1])
     with pytest.raises(CheckpointError):
         compare_tensors(*pair)
 
 
-# --- configurations -------------------------------------------------------------------------------------------------
+# --- configurations -------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none()
@@ -225,7 +226,7 @@ JSON = st.recursive(
 
 @settings(max_examples=50)
 @given(config=st.dictionaries(st.text(max_size=4), JSON, max_size=6))
-def test_equal_configs_hold_in_any_order(config: dict[str, Any]) -> None:
+def test_equal_configs_pass_in_any_order(config: dict[str, Any]) -> None:
     shuffled = json.loads(json.dumps(dict(reversed(config.items()))))
     check = compare_configs(config, shuffled)
     assert (
@@ -234,7 +235,7 @@ def test_equal_configs_hold_in_any_order(config: dict[str, Any]) -> None:
     )
 
 
-def test_the_version_stamp_does_not_count() -> None:
+def test_the_transformers_version_does_not_count() -> None:
     assert compare_configs(
         {"a": 1, "transformers_version": "5.0"}, {"a": 1, "transformers_version": "5.1"}
     ).passed
@@ -270,14 +271,14 @@ def test_a_key_that_differs_is_named(
 @pytest.mark.parametrize(
     ("left", "right"), [(1, True), (0, False), (24, 24.0), ([1], [1.0]), ({"a": 1}, {"a": True})]
 )
-def test_a_value_of_another_type_differs(left: object, right: object) -> None:
+def test_a_value_of_another_type_fails(left: object, right: object) -> None:
     assert not compare_configs({"a": left}, {"a": right}).passed
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
-def test_equal_files_hold(pair: tuple[Path, Path]) -> None:
+def test_equal_files_pass(pair: tuple[Path, Path]) -> None:
     assert compare_files(*pair) == Check("files", "4 files equal", True)
 
 
@@ -317,6 +318,6 @@ def test_weights_and_config_are_not_among_the_files(pair: tuple[Path, Path]) -> 
     assert compare_files(*pair).passed
 
 
-def test_a_folder_is_no_file(pair: tuple[Path, Path]) -> None:
+def test_folders_do_not_count(pair: tuple[Path, Path]) -> None:
     (pair[0] / "tokenizer_old").mkdir()
     assert compare_files(*pair).passed

@@ -75,7 +75,7 @@ def test_half_precision(name: str, megatron_bridge: Any, tiny: Any) -> None:
 def test_gradients_that_are_not_summed_fail(
     megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A TP rank sees some heads only: without the last step the gradients of QK norms are partial."""
+    """A TP rank has some heads only: else the gradients of QK norms are partial."""
     import megatron.core.distributed as distributed
 
     monkeypatch.setattr(distributed, "finalize_model_grads", lambda *_, **__: None)

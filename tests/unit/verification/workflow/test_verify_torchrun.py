@@ -43,7 +43,7 @@ def test_ranks_that_are_there_already_are_used(
 def test_a_megatron_checkpoint_in_torchruns_world(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """Ranks can fork none of their own: a process that does exports it, and both ranks see what it wrote."""
+    """Ranks cannot fork: a process that can exports it, and both ranks read what it wrote."""
     from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.runtime.fork import ForkLauncher
 
@@ -73,9 +73,9 @@ def _apart(folder: Path) -> list[str]:
         (export_checkpoint, (folder / "nowhere", folder / "out")),
         (os._exit, (3,)),
     ):
-        with pytest.raises(BridgeError) as refused:
+        with pytest.raises(BridgeError) as raised:
             launcher.subprocess(target, *arguments)
-        said.append(f"{type(refused.value).__name__}: {refused.value}")
+        said.append(f"{type(raised.value).__name__}: {raised.value}")
     assert (
         launcher.subprocess(os.getenv, "MASTER_PORT")
         is launcher.subprocess(os.getenv, "RANK")

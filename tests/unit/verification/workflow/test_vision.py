@@ -1,4 +1,4 @@
-"""Verification of a model that takes images: prompts, gradients and bounds that know of its tower; its card."""
+"""Verification of a model that takes images: prompts, gradients, thresholds and its card."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ def report(megatron_bridge: Any, tiny: Any) -> Report:
     )
 
 
-def test_gradients_are_of_the_tower_too(report: Report) -> None:
+def test_gradients_include_the_vision_encoder(report: Report) -> None:
     assert report.passed, report.failures()
     names = {name for name in report.tensors if not name.startswith("mtp.")}
     assert sum(".visual." in name for name in names) == 54
     assert report.check("gradients").metrics["gradients"] == len(names) == 145
 
 
-def test_every_place_is_far_from_its_bound(megatron_bridge: Any, tiny: Any, report: Report) -> None:
-    """Within a quarter, as documented: the tower's own rounding is in the bound."""
+def test_every_activation_is_far_from_its_threshold(
+    megatron_bridge: Any, tiny: Any, report: Report
+) -> None:
+    """Within a quarter, as documented: the threshold counts the vision encoder's rounding."""
     more = exaone_bridge.verify(tiny("exaone45"), generation=False, seed=1)
     for each in (report, more):
-        assert max(place.difference / place.threshold for place in each.activations) < 0.25
+        assert max(diff.difference / diff.threshold for diff in each.activations) < 0.25
 
 
-def test_the_card_tells_of_tower_images_and_prediction(report: Report, tmp_path: Path) -> None:
+def test_the_card_describes_vision_encoder_images_and_mtp(report: Report, tmp_path: Path) -> None:
     write_card(report, tmp_path / "card.md", name="M")
     text = (tmp_path / "card.md").read_text()
     assert "3 of 65 tokens, 2 of 7 tokens, 3 of 65 tokens with 5 images and 1 video." in text
@@ -62,10 +64,10 @@ def _trained(folder: Path, target: Path, name: str) -> Path:
     return target
 
 
-def test_two_folders_are_asked_about_their_images(
+def test_two_folders_are_compared_on_prompts_with_images(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """A copy computes the same; another tower is seen in the logits, which only images reach."""
+    """A copy passes; another vision encoder changes the logits of prompts with images."""
     folder = tiny("exaone45")
     shutil.copytree(folder, tmp_path / "copy")
     same = exaone_bridge.verify(folder, tmp_path / "copy", generation=False)
@@ -75,8 +77,8 @@ def test_two_folders_are_asked_about_their_images(
     assert not found.check("tensors").passed and not found.check("logits").passed
 
 
-def test_prediction_that_is_built_goes_through_the_model(megatron_bridge: Any, tiny: Any) -> None:
-    """Its tensors are the model's own then: what is changed there is seen."""
+def test_multi_token_prediction_goes_through_the_model(megatron_bridge: Any, tiny: Any) -> None:
+    """Its tensors are not passthrough tensors then: a change of one is exported."""
     found = exaone_bridge.verify(
         tiny("exaone45"), layout=Layout(tp=2, pp=2), generation=False, mtp=True
     )
@@ -85,13 +87,13 @@ def test_prediction_that_is_built_goes_through_the_model(megatron_bridge: Any, t
     with pytest.raises(UnsupportedConfig, match="multi-token prediction that can be built"):
         exaone_bridge.verify(tiny("exaone4"), mtp=True)
 
-    def spoil(model: list[Any]) -> None:
+    def change(model: list[Any]) -> None:
         for chunk in model:
             for name, parameter in chunk.named_parameters():
                 if name.endswith("eh_proj.weight"):
                     parameter[0, 0] += 1
 
-    with changed_model(spoil):
+    with changed_model(change):
         found = exaone_bridge.verify(tiny("exaone45"), generation=False, mtp=True)
     assert (
         found.check("tensors").metrics["names"] == ["mtp.fc.weight"]
@@ -99,8 +101,8 @@ def test_prediction_that_is_built_goes_through_the_model(megatron_bridge: Any, t
     )
 
 
-def test_prompts_with_images_are_as_long_as_is_affordable() -> None:
-    """The published window would make prompts of 8201 positions, and attention's scores of 10 GB a layer."""
+def test_prompts_with_images_have_an_affordable_length() -> None:
+    """The published window would make prompts of 8201 tokens, and 10 GB of scores per layer."""
     model_config = read_hf_config(CONFIGS["exaone45_33b"])
     tokens, images = image_prompts(model_config, 4, 0, 64)
     assert tokens.shape == (4, 64) and [len(each.get("image_grid_thw", ())) for each in images] == [
