@@ -1,13 +1,13 @@
-"""Measures a training step of EXAONE 4.5 with images, and the same in Transformers.
+"""Measure a training step of EXAONE 4.5 with images, and the same in Transformers.
 
     python benchmarks/train_images.py --model exaone45-33b-4-layers --seq 8192 --images 2 --side 64
 
-The model has published widths and a few layers and vision blocks. All parameters are trained, those of
-the vision encoder included. Multi-token prediction, which Transformers does not build, is off on both
-sides. Tokens per second include the placeholder tokens of images. Floating-point operations include
-the vision encoder: 2 per parameter and patch in its linear layers, and for its attention the keys of
-the window of a patch, or of the image in blocks with full attention; three times that for forward and
-backward, but twice for the patch embedding, because pixels have no gradient.
+The model has published widths and a few layers and vision blocks. All parameters are trained, those
+of the vision encoder included. Multi-token prediction, which Transformers does not build, is off on
+both sides. Tokens per second include the placeholder tokens of images. Floating-point operations
+include the vision encoder: 2 per parameter and patch in its linear layers, and for its attention
+the keys of a patch's window, or of the image in blocks with full attention; three times that for
+forward and backward, but twice for the patch embedding, because pixels have no gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
-from train_step import alone, arguments, config_of, measure_asked
+from train_step import arguments, config_of, measure_options, single_rank
 from train_step import operations as text_operations
 
 from exaone_bridge.models.exaone45.config import read_hf_config
@@ -25,7 +25,7 @@ from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.model_config import VisionConfig
 
 
-def _cut(layers: int, blocks: int) -> dict[str, Any]:
+def _truncate(layers: int, blocks: int) -> dict[str, Any]:
     """Return the published config with the first layers and the first vision blocks only."""
     config = CONFIGS["exaone45_33b"]
     language, vision = config["text_config"], config["vision_config"]
@@ -43,8 +43,8 @@ def _cut(layers: int, blocks: int) -> dict[str, Any]:
 # The first blocks up to one with full attention; the 33B has four times as many blocks, and sixteen
 # times as many layers.
 MODELS: dict[str, dict[str, Any]] = {
-    "exaone45-33b-4-layers": _cut(4, 7),
-    "exaone45-33b-8-layers": _cut(8, 7),
+    "exaone45-33b-4-layers": _truncate(4, 7),
+    "exaone45-33b-8-layers": _truncate(8, 7),
 }
 
 
@@ -71,19 +71,18 @@ def batch_of(
         SystemExit: the images leave no room for text.
     """
     model_config = read_hf_config(config.to_dict())
-    places = side * side // model_config.vision.merge_size**2
-    if side % model_config.vision.merge_size or images * places > seq:
+    placeholders = side * side // model_config.vision.merge_size**2
+    if side % model_config.vision.merge_size or images * placeholders > seq:
         raise SystemExit(
-            f"{images} images of {side} x {side} patches are {images * places} tokens; a sequence "
-            f"has {seq}, and a side "
-            f"is a multiple of {model_config.vision.merge_size}"
+            f"{images} images of {side} x {side} patches are {images * placeholders} tokens; a "
+            f"sequence has {seq}, and a side is a multiple of {model_config.vision.merge_size}"
         )
     tokens = torch.randint(model_config.vocab_size, (mbs, seq + 1), device=device)
     for taken in (model_config.image_token_id, model_config.video_token_id):
         tokens[tokens == taken] = model_config.video_token_id + 1
     for number in range(images):
         start = number * (seq // images)
-        tokens[:, start : start + places] = model_config.image_token_id
+        tokens[:, start : start + placeholders] = model_config.image_token_id
     pixels = torch.randn(
         mbs * images * side * side,
         model_config.vision.patch_elements,
@@ -178,7 +177,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    with alone():
+    with single_rank():
         config = config_of(MODELS[options.model])
         batch = batch_of(config, options.seq, options.mbs, options.images, options.side)
 
@@ -188,13 +187,13 @@ def main() -> None:
         share = 1 - text_operations(config.get_text_config(), options.seq) / needs(
             config, options.seq
         )
-        places = int((batch.tokens == config.image_token_id).sum())
+        placeholders = int((batch.tokens == config.image_token_id).sum())
         print(
-            f"{options.model}, {options.mbs} x {options.seq} tokens, {places} of them for "
+            f"{options.model}, {options.mbs} x {options.seq} tokens, {placeholders} of them for "
             f"{len(batch.grids)} images; "
             f"the vision encoder has {share:.0%} of the operations"
         )
-        measure_asked(options, config, variants=VARIANTS, batch=batch, needs=needs)
+        measure_options(options, config, variants=VARIANTS, batch=batch, needs=needs)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from exaone_bridge.recipes.published import CONFIGS
 WARM_UP, ROUNDS = 3, 8
 
 
-def _cut(name: str, layers: int) -> dict[str, Any]:
+def _truncate(name: str, layers: int) -> dict[str, Any]:
     """Return a published config with its first layers only."""
     config = CONFIGS[name] | {"num_hidden_layers": layers}
     if "layer_types" in config:
@@ -42,9 +42,9 @@ def _cut(name: str, layers: int) -> dict[str, Any]:
 
 MODELS: dict[str, dict[str, Any]] = {
     "exaone4-1.2b": CONFIGS["exaone4_1p2b"],
-    "exaone4-32b-8-layers": _cut("exaone4_32b", 8),
+    "exaone4-32b-8-layers": _truncate("exaone4_32b", 8),
     "ernie45-0.3b": CONFIGS["ernie45_0p3b"],
-    "ernie45-21b-6-layers": _cut("ernie45_21b_a3b", 6),
+    "ernie45-21b-6-layers": _truncate("ernie45_21b_a3b", 6),
 }
 
 
@@ -117,7 +117,9 @@ def megatron(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Ca
     return step
 
 
-def graphed(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
+def megatron_cuda_graph(
+    config: Any, tokens: torch.Tensor, overrides: dict[str, Any]
+) -> Callable[[], None]:
     """Return the same step as one CUDA graph, without the cost of launching kernels."""
     step = megatron(config, tokens, overrides)
     aside = torch.cuda.Stream()
@@ -171,7 +173,7 @@ def transformers(
 
 VARIANTS: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = {
     "megatron": (megatron, {}),
-    "megatron-graphed": (graphed, {}),
+    "megatron-graphed": (megatron_cuda_graph, {}),
     "megatron-full-attention": (full_attention_everywhere, {}),
     "megatron-compiled-add": (megatron, {"bias_dropout_fusion": True}),
     "megatron-no-permute-fusion": (megatron, {"moe_permute_fusion": False}),
@@ -268,7 +270,7 @@ def config_with_full_attention(config: Any) -> Any:
     return config
 
 
-def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def compare(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Print the ratios to Transformers; return variant -> its results, of those that ran."""
     by_name = {row["variant"]: row for row in rows if row["ms"]}
     reference = by_name.get("transformers")
@@ -301,7 +303,7 @@ def arguments(
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     """Initialise one rank on the first GPU, with our bridges registered."""
     exaone_bridge.supported()
     torch.cuda.set_device(0)
@@ -314,22 +316,22 @@ def alone() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def measure_asked(
+def measure_options(
     options: argparse.Namespace, config: Any, **settings: Any
 ) -> dict[str, dict[str, Any]]:
     """Measure the variants that the arguments name, interleaved or one by one, and compare them."""
     names = options.variants.split(",")
     groups = [[name] for name in names] if options.apart else [names]
     sizes = options.seq, options.mbs, options.profile
-    return compared([row for group in groups for row in measure(group, config, *sizes, **settings)])
+    return compare([row for group in groups for row in measure(group, config, *sizes, **settings)])
 
 
 def main() -> None:
     options = arguments(__doc__, MODELS, "exaone4-1.2b").parse_args()
-    with alone():
+    with single_rank():
         print(f"{options.model}, {options.mbs} x {options.seq} tokens")
         config = config_of(MODELS[options.model])
-        by_name = measure_asked(options, config)
+        by_name = measure_options(options, config)
         if "megatron" in by_name and "megatron-full-attention" in by_name:
             share = operations(config, options.seq) / operations(
                 config_with_full_attention(config), options.seq

@@ -56,7 +56,7 @@ def draw(side: str) -> Image.Image:
 
 
 def make_batch(processor: Any, tokenizer: Any, side: str) -> dict[str, torch.Tensor]:
-    """Make tokens [1, S], labels [1, S] (-100 for the question), and the image's pixels and grid."""
+    """Make tokens [1, S], labels [1, S] (-100 for the question), and the image's inputs."""
     images = processor(images=[draw(side)], return_tensors="pt")
     count = int(images["image_grid_thw"].prod()) // processor.merge_size**2
     placeholders = "<|image_pad|>" * count

@@ -5,8 +5,8 @@
         --gpu-memory 141 --hf-path HF_PATH --data DATA --save /tmp/images
 
 The trained model is saved to --save/exported. Without --data, the script draws images and asks
-about them; docs/recipes.md describes the files. Without --hf-path, it starts from the recipe's model
-with random weights. Transformers' video processor needs torchvision.
+about them; docs/recipes.md describes the files. Without --hf-path, it starts from the recipe's
+model with random weights. Transformers' video processor needs torchvision.
 """
 
 from __future__ import annotations

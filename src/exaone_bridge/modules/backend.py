@@ -130,7 +130,7 @@ _CUDA_FUSIONS = (
 
 
 def unsupported_fusions(backend: Backend) -> tuple[str, ...]:
-    """List the fusion switches of TransformerConfig that this backend cannot use on this machine."""
+    """List TransformerConfig's fusion switches that this backend cannot use on this machine."""
     if backend is TORCH:
         return _CUDA_FUSIONS
     # The output layer is Megatron-Core's own linear, which fuses gradient accumulation with apex

@@ -138,7 +138,7 @@ class _GroupedMMLinear:
 
     @property
     def supports_grouped_mm(self) -> bool:
-        """Whether this linear has plain bf16 weights on Hopper or later, no bias, no delayed wgrad."""
+        """Whether it has plain bf16 weights on Hopper or later, no bias and no delayed wgrad."""
         if self.use_bias or self.delay_wgrad_compute:  # type: ignore[attr-defined]
             return False
         if getattr(self, "single_grouped_weight", False):
@@ -256,7 +256,7 @@ class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     @staticmethod
     def can_replace(dispatcher: MoETokenDispatcher) -> bool:
-        """Whether `dispatcher` is an all-to-all dispatcher that drops no tokens, without CUDA graphs."""
+        """Whether `dispatcher` is all-to-all, drops no tokens and uses no CUDA graphs."""
         return (
             type(dispatcher) is MoEAlltoAllTokenDispatcher
             and not dispatcher.drop_and_pad

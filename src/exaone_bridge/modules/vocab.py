@@ -15,7 +15,9 @@ __all__ = ["mask_padded_vocabulary"]
 
 
 def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
-    """Set the padded logits of a GPTModel, [S, B, V / tp] or gathered [S, B, V], to the dtype's minimum.
+    """Set the padded logits of a GPTModel to the dtype's minimum.
+
+    Logits are [S, B, V / tp], or [S, B, V] if the output layer gathers them.
 
     Args:
         model: a Megatron-Core GPTModel, unchanged if its output layer has no padding on this rank.

@@ -21,7 +21,7 @@ from tests.helpers.scripts import fork_script, free_port
 
 
 def _run(script: object, *arguments: object) -> str:
-    """What `python script arguments` prints."""
+    """Run `python script arguments`, and return its output."""
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         capture_output=True,
@@ -35,7 +35,7 @@ def _run(script: object, *arguments: object) -> str:
 
 
 def _imports(script: str) -> list[str]:
-    """The modules that a script imports, functions included, in the order of its lines."""
+    """List the modules that a script imports, also inside functions, in the order of lines."""
     found = [
         (node.lineno, alias.name if isinstance(node, ast.Import) else str(node.module))
         for node in ast.walk(ast.parse(script))
@@ -48,19 +48,21 @@ def _imports(script: str) -> list[str]:
 @pytest.mark.parametrize(
     "script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name
 )
-def test_order_of_imports(script: Path) -> None:
-    """Ours before Megatron-Bridge, which else does not import where Transformer Engine is missing."""
+def test_example_imports_exaone_bridge_first(script: Path) -> None:
+    """Megatron-Bridge cannot be imported without Transformer Engine before exaone_bridge is."""
     modules = _imports(script.read_text())
-    ours = [
+    plugin = [
         number
         for number, name in enumerate(modules)
         if name.partition(".")[0] in ("exaone_bridge", "common")
     ]
-    hosts = [number for number, name in enumerate(modules) if name.startswith("megatron.bridge")]
-    assert ours and ours[0] < min(hosts, default=len(modules))
+    bridge = [number for number, name in enumerate(modules) if name.startswith("megatron.bridge")]
+    assert plugin and plugin[0] < min(bridge, default=len(modules))
 
 
-def test_round_trip(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+def test_round_trip_example_is_bitwise_equal(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
     folder = tiny("exaone4")
     printed = fork_script(
         tmp_path, ROOT / "examples/round_trip.py", folder, tmp_path / "out", "--tp", 2, "--pp", 2
@@ -70,8 +72,8 @@ def test_round_trip(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train(tiny: Any, tmp_path: Path) -> None:
-    """Two steps lower the loss, and the exported folder has the same tensors with other values."""
+def test_train_example_lowers_the_loss(tiny: Any, tmp_path: Path) -> None:
+    """The exported directory has the same tensors with other values."""
     folder = tiny("exaone4-1.2b")
     printed = _run("examples/train.py", folder, tmp_path / "out", "--steps", 2)
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
@@ -82,17 +84,16 @@ def test_train(tiny: Any, tmp_path: Path) -> None:
     assert check.summary == "68 of 68 tensors differ"
 
 
-def test_images(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
-    """It looks: the loss falls below that of knowing all but which side; the frozen tower stays, its merger learns."""
+def test_images_example_learns_from_images(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+    """The loss falls below that of a guess of the side; only the vision encoder is unchanged."""
     folder = tiny("exaone45")
     printed = fork_script(
         tmp_path, ROOT / "examples/images.py", folder, tmp_path / "out", "--steps", 20
     )
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) == 20
-    assert (
-        losses[-1] < 0.8 * math.log(4) / 5
-    )  # four sides, of which the first of five letters tells
+    # A guess of one of four sides costs log 4 on the first of five letters.
+    assert losses[-1] < 0.8 * math.log(4) / 5
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     same = {name for name, value in before.items() if torch.equal(after[name], value)}
@@ -100,8 +101,8 @@ def test_images(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
     assert same == vision_encoder | {name for name in before if name.startswith("mtp.")}
 
 
-def test_readme_python(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
-    """The five lines for a training script, with the model's name replaced by a folder."""
+def test_readme_python_runs_as_written(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+    """The model's name is replaced by a directory on disk."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
     script = tmp_path / "script.py"

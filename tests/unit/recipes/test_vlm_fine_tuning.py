@@ -224,7 +224,7 @@ def test_loss_and_gradients_equal_transformers(
     layout: Layout,
     packed: bool,
 ) -> None:
-    """The vision encoder is frozen; its merger and the language model have Transformers' gradients."""
+    """The vision encoder is frozen; its merger and the language model are trained."""
     config = _build_config(hf_path, dataset_root, packed=packed)
     batches = _load_batches(config)
     expected_loss, expected = reference

@@ -80,7 +80,7 @@ def test_collate_is_used_by_mock_data_and_energon(
 def test_collate_takes_images_in_order_and_masks_all_but_answers(
     processor: Any, collate: Any
 ) -> None:
-    """`images` fill parts in order; the loss covers every answer, without an empty thinking block."""
+    """`images` fill parts in order; the loss covers all answers, not the empty thinking block."""
     wide, high = Image.new("RGB", (48, 16), (9, 9, 9)), Image.new("RGB", (16, 32), (250, 9, 9))
     text = {"type": "text", "text": "Which?", "image": None}  # Arrow fills absent fields with None
     example = _example({"type": "image"}, text, {"type": "image", "image": high}, images=[wide])
