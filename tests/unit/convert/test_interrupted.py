@@ -128,7 +128,8 @@ def test_killed_at_any_moment(
             whole += 1
             target.rename(tmp_path / f"whole{whole}")
     print(
-        f"{way}, {ranks} ranks: {kills} kills in {lasted:.2f} s, {running} while it ran, {whole} whole before"
+        f"{way}, {ranks} ranks: {kills} kills in {lasted:.2f} s, {running} while it ran, "
+        f"{whole} complete before"
     )
     assert running
     assert not killed(run, began, (origin, target, ranks), 300)

@@ -8,6 +8,7 @@ checkpoints (`torch_dist.py`).
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +61,7 @@ class Parameter(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the parameter."""
         shape = self.param.shards[0].shape
-        return torch.Size(shape).numel() * self.param.itemsizes[0]
+        return math.prod(shape) * self.param.itemsizes[0]
 
     @property
     def extra_state(self) -> str | None:

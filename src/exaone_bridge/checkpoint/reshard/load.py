@@ -177,7 +177,8 @@ def load_weights(folder: Path, model: ModelDescription, local: LocalModel) -> Lo
         check_shape(tensors[name], shape)
     if local.even_pipeline:
         validate_plan(plan, {name: info.shape for name, info in tensors.items()})
-    return fill_params(params, tensors)
+    stats: LoadStats = fill_params(params, tensors)
+    return stats
 
 
 @torch.no_grad()
@@ -249,12 +250,8 @@ def _fill_one(
 
 
 def _is_bitwise_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
-    return (
-        target.device.type == "cpu"
-        and target.dtype == source.dtype
-        and target.numel() > 0
-        and target.dim() > 0
-    )
+    same_dtype: bool = target.device.type == "cpu" and target.dtype == source.dtype
+    return same_dtype and target.numel() > 0 and target.dim() > 0
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
