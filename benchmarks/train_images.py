@@ -96,10 +96,10 @@ def batch_of(
 def operations_of_image(vision: VisionConfig, side: int) -> float:
     """Return the operations of the vision encoder, forward and backward, for one square image."""
     patches = side * side
-    across = vision.window_size // vision.patch_size  # patches along a window's side
-    cuts = [min(across, side - start) for start in range(0, side, across)]
+    per_window = vision.window_size // vision.patch_size  # patches along a window's side
+    windows = [min(per_window, side - start) for start in range(0, side, per_window)]
     in_window = sum(
-        (rows * columns) ** 2 for rows in cuts for columns in cuts
+        (rows * columns) ** 2 for rows in windows for columns in windows
     )  # queries x keys, of all windows
     per_patch = (
         vision.depth

@@ -259,7 +259,7 @@ def measure(
                     sort_by="cuda_time_total", row_limit=60, max_name_column_width=60
                 )
             )
-    for row in rows:  # now, not with the ratios: of a run that is cut off, what was measured stays
+    for row in rows:  # printed before the ratios, so that an interrupted run keeps them
         print(json.dumps(row), flush=True)
     return rows
 
