@@ -32,7 +32,6 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
-from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorSpec
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, assign_files, shard_layout, write_index
@@ -298,7 +297,6 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
         with contextlib.ExitStack() as stack:
             if not flush:
                 stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
-                stack.enter_context(mock.patch.object(shards, "_sync_file_range", None))
             started = time.perf_counter()
             bridge.save_hf_weights(model, path, show_progress=False)
             seconds["planned + fsync" if flush else "planned"].append(time.perf_counter() - started)
