@@ -1,4 +1,4 @@
-"""EXAONE 4.0 configurations for the tests: the published ones in both spellings, and random valid ones. No torch."""
+"""EXAONE 4.0 configs: the published ones of both Transformers versions, and random valid ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,31 @@ from hypothesis import strategies as st
 from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope
 
 L, G = "sliding_attention", "full_attention"
-SPELLINGS = ("transformers-4", "transformers-5")
+VERSIONS = ("transformers-4", "transformers-5")  # each names some keys of config.json otherwise
+
+# Field of the model config -> its key in config.json, and a value that no published model has.
+PLAIN_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 153600),
+    "hidden_size": ("hidden_size", 640),
+    "ffn_size": ("intermediate_size", 96),
+    "num_heads": ("num_attention_heads", 80),
+    "num_kv_heads": ("num_key_value_heads", 2),
+    "head_dim": ("head_dim", 6),
+    "norm_eps": ("rms_norm_eps", 3e-4),
+    "tied": ("tie_word_embeddings", ...),  # the other of the two values
+}
+# A training run may change these: an export keeps the source's values.
+TRAINING_FIELDS: dict[str, tuple[str, Any]] = {
+    "max_positions": ("max_position_embeddings", 77),
+    "init_std": ("initializer_range", 0.5),
+    "attention_dropout": ("attention_dropout", 0.25),
+}
+LLAMA3_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -102,10 +126,10 @@ PUBLISHED_MODEL_CONFIGS = {
 }
 
 
-def published(name: str, spelling: str) -> dict[str, Any]:
-    """config.json of a published model as either major version of Transformers spells it, and one key of nobody's."""
+def published(name: str, version: str) -> dict[str, Any]:
+    """Returns a published config.json as this version writes it, with one unknown key."""
     config = copy.deepcopy(PUBLISHED[name]) | {"x_note": {"kept": [1, None]}}
-    if spelling == "transformers-4":
+    if version == "transformers-4":
         return config | {
             "rope_scaling": dict(_LLAMA3),
             "rope_theta": 1000000,
@@ -115,7 +139,7 @@ def published(name: str, spelling: str) -> dict[str, Any]:
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    """A small valid hybrid configuration with these fields changed; the value `...` takes a field away."""
+    """Returns a small valid hybrid config with these keys changed; `...` removes a key."""
     config: dict[str, Any] = {
         "architectures": ["Exaone4ForCausalLM"],
         "model_type": "exaone4",
@@ -141,7 +165,7 @@ _frequencies = st.floats(1.0, 64.0)
 
 @st.composite
 def _ropes(draw: st.DrawFn) -> dict[str, Any]:
-    """The RoPE fields of a config, in one spelling or the other, or none of them."""
+    """Draws the RoPE keys of either version of Transformers, or none of them."""
     theta = draw(st.one_of(st.floats(1.0, 1e7), st.integers(1, 10**7)))
     scaled = {
         draw(st.sampled_from(["rope_type", "type"])): "llama3",
@@ -152,17 +176,17 @@ def _ropes(draw: st.DrawFn) -> dict[str, Any]:
     }
     unscaled = draw(st.sampled_from([{}, {"rope_type": "default"}, {"type": "default"}]))
     body = draw(st.sampled_from([scaled, unscaled]))
-    whole = draw(st.sampled_from([{}, {"partial_rotary_factor": 1.0}]))
+    partial = draw(st.sampled_from([{}, {"partial_rotary_factor": 1.0}]))
     return draw(
         st.sampled_from(
             [
                 {},
                 {"rope_theta": theta},
                 {"rope_theta": theta, "rope_scaling": None},
-                {"rope_theta": theta, "rope_scaling": body | whole},
+                {"rope_theta": theta, "rope_scaling": body | partial},
                 {"rope_scaling": body},
                 {"rope_theta": theta, "rope_parameters": body},
-                {"rope_parameters": body | whole | {"rope_theta": theta}},
+                {"rope_parameters": body | partial | {"rope_theta": theta}},
                 {"rope_parameters": body | {"rope_theta": theta}, "rope_theta": 77.0},
                 {"rope_parameters": None},
             ]
@@ -172,7 +196,7 @@ def _ropes(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
-    """config.json files that Transformers reads and runs: every field present or absent, defaults consistent."""
+    """Draws configs that Transformers reads and runs, with each key present or absent."""
     config: dict[str, Any] = {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4"}
 
     def maybe(field: str, values: st.SearchStrategy[Any]) -> None:
@@ -217,12 +241,12 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def model_config(draw: st.DrawFn) -> Exaone4ModelConfig:
-    """Facts of any model that EXAONE 4.0's configuration has words for."""
+    """Draws the config of any model that an EXAONE 4.0 config can express."""
     layers, kv_heads = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     window = draw(st.none() | _positive)
-    slides = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
-    windows = tuple(window if slide else None for slide in slides)
-    nope_on_global = window is not None  # with a window, also where no layer slides
+    sliding = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+    windows = tuple(window if is_sliding else None for is_sliding in sliding)
+    nope_on_full = window is not None  # with a window, even if no layer uses it
     llama3 = st.builds(
         Llama3Rope,
         factor=_frequencies,
@@ -246,6 +270,6 @@ def model_config(draw: st.DrawFn) -> Exaone4ModelConfig:
         rope_theta=draw(st.floats(1.0, 1e7)),
         llama3=draw(st.none() | llama3),
         windows=windows,
-        rope=tuple(here is not None or not nope_on_global for here in windows),
+        rope=tuple(here is not None or not nope_on_full for here in windows),
         dtype=draw(_dtypes),
     )

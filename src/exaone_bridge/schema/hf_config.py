@@ -30,6 +30,7 @@ __all__ = [
     "read_int",
     "read_rope",
     "update_hf_config",
+    "write_rope",
 ]
 
 
@@ -217,6 +218,22 @@ def read_rope(hf_config: Mapping[str, Any], *, known: tuple[str, ...]) -> Rope:
         raise UnsupportedConfig("partial_rotary_factor", got=partial, known=(1.0,))
     theta = non_negative_float({"rope_theta": hf_config.get("rope_theta"), **fields}, "rope_theta")
     return Rope(kind, theta, fields)
+
+
+def write_rope(
+    hf_config: dict[str, Any], *, kind: str, theta: float, fields: Mapping[str, Any] | None = None
+) -> None:
+    """Writes `rope_parameters` as Transformers 5 does, in place of any keys of Transformers 4.
+
+    Args:
+        hf_config: changed in place.
+        kind: Transformers' `rope_type`.
+        theta: the base.
+        fields: the other parameters of this kind.
+    """
+    for key in ("rope_theta", "rope_scaling"):
+        hf_config.pop(key, None)
+    hf_config["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **(fields or {})}
 
 
 def update_hf_config[C: ModelConfig](

@@ -1,4 +1,4 @@
-"""Parameter mappings: EXAONE 4.0's against a real Exaone4ForCausalLM, and the mappings' own rules."""
+"""Parameter mappings: EXAONE 4.0's against a real Exaone4ForCausalLM, and their own rules."""
 
 from __future__ import annotations
 

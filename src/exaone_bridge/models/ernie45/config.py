@@ -20,6 +20,7 @@ from exaone_bridge.schema.hf_config import (
     read_int,
     read_rope,
     update_hf_config,
+    write_rope,
 )
 from exaone_bridge.schema.hf_field import hf_field
 from exaone_bridge.schema.model_config import ModelConfig, MoEConfig, MTPConfig
@@ -258,12 +259,7 @@ def write_hf_config(model_config: Ernie45ModelConfig, source: Mapping[str, Any])
         if "mlp_layer_types" in hf_config:
             hf_config["mlp_layer_types"] = ["sparse" if is_moe else "dense" for is_moe in mask]
     if "rope_theta" in changed:
-        for key in ("rope_theta", "rope_scaling"):
-            hf_config.pop(key, None)
-        hf_config["rope_parameters"] = {
-            "rope_type": "default",
-            "rope_theta": model_config.rope_theta,
-        }
+        write_rope(hf_config, kind="default", theta=model_config.rope_theta)
     if source and read_hf_config(hf_config).head_bias != model_config.head_bias:
         raise UnsupportedConfig(
             "head_bias", got=model_config.head_bias, wanted="as use_bias says", where="provider"

@@ -20,6 +20,7 @@ from exaone_bridge.schema.hf_config import (
     read_head_dim,
     read_rope,
     update_hf_config,
+    write_rope,
 )
 from exaone_bridge.schema.hf_field import ConfigPart, hf_field
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING, layer_types_of, windows_of
@@ -213,14 +214,13 @@ def write_hf_config(model_config: Exaone4ModelConfig, source: Mapping[str, Any])
     if changed & {"windows", "rope", "num_layers"}:
         hf_config |= _write_schedule(model_config, hf_config.get("sliding_window") or 4096)
     if changed & {"rope_theta", "llama3"}:
-        for key in ("rope_theta", "rope_scaling"):
-            hf_config.pop(key, None)
         llama3 = model_config.llama3
-        hf_config["rope_parameters"] = {
-            "rope_type": "default" if llama3 is None else "llama3",
-            "rope_theta": model_config.rope_theta,
-            **({} if llama3 is None else llama3.hf_values()),
-        }
+        write_rope(
+            hf_config,
+            kind="default" if llama3 is None else "llama3",
+            theta=model_config.rope_theta,
+            fields=None if llama3 is None else llama3.hf_values(),
+        )
     return hf_config
 
 

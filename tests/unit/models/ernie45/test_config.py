@@ -1,4 +1,4 @@
-"""ERNIE 4.5's configuration: what is read, what is refused, what is written. No torch."""
+"""ERNIE 4.5's config: reading, rejecting, writing. No torch."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def test_published() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_rows_count_the_published_parameters(name: str) -> None:
-    """The names say how large: 0.36, 21.8 and 300 billion."""
+def test_parameter_count_of_the_published_models(name: str) -> None:
+    """0.36, 21.8 and 300 billion, as their names say."""
     model_config = read_hf_config(PUBLISHED[name])
     shapes = expected_hf(ernie45_mappings(model_config), model_config.dims)
     total = 0
@@ -118,23 +118,23 @@ def test_rows_count_the_published_parameters(name: str) -> None:
     assert low < total < high
 
 
-def test_both_expert_layouts_name_the_same_tensors() -> None:
+def test_aliases_of_the_sequential_expert_layout() -> None:
     model_config = read_hf_config(TINY["ernie45"])
-    rows = ernie45_mappings(model_config)
-    others = aliases(rows)
-    assert others["decoder.layers.2.mlp.experts.local_experts.5.linear_fc1.weight"] == (
+    mappings = ernie45_mappings(model_config)
+    found = aliases(mappings)
+    assert found["decoder.layers.2.mlp.experts.local_experts.5.linear_fc1.weight"] == (
         "decoder.layers.2.mlp.experts.linear_fc1.weight5"
     )
-    assert set(others.values()) == {
-        name for name in expected_megatron(rows) if ".mlp.experts." in name
+    assert set(found.values()) == {
+        name for name in expected_megatron(mappings) if ".mlp.experts." in name
     }
-    assert len(others) == 3 * 8 * 2
-    kept = {
+    assert len(found) == 3 * 8 * 2
+    fp32 = {
         name
-        for name in expected_hf(rows, model_config.dims)
+        for name in expected_hf(mappings, model_config.dims)
         if "mlp.gate.weight" in name or "moe_statics" in name
     }
-    assert fp32_names(rows) == kept and len(kept) == 6
+    assert fp32_names(mappings) == fp32 and len(fp32) == 6
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_schedule(fields: dict[str, Any], layers: tuple[int, ...]) -> None:
     assert bool(model_config.num_experts) == bool(layers)
 
 
-def test_null_in_a_dense_configuration_is_derived() -> None:
+def test_null_in_a_dense_config() -> None:
     derived = read_hf_config({**PUBLISHED["0.3B"], "head_dim": None, "num_key_value_heads": None})
     assert (derived.head_dim, derived.num_kv_heads) == (64, 16)
     absent = {
@@ -206,14 +206,14 @@ def test_first_pool() -> None:
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
     ],
 )
-def test_refused(fields: dict[str, Any], named: str) -> None:
+def test_rejected(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedConfig) as caught:
         read_hf_config(_small(**fields))
     assert caught.value.field == named
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
-def test_written_unchanged_where_nothing_changed(name: str) -> None:
+def test_unchanged_config(name: str) -> None:
     config = PUBLISHED.get(name) or TINY[name]
     assert write_hf_config(read_hf_config(config), config) == config
 
@@ -242,7 +242,7 @@ def test_written_unchanged_where_nothing_changed(name: str) -> None:
     ],
     ids=str,
 )
-def test_written_changes_are_read_back(source: str | None, changes: dict[str, Any]) -> None:
+def test_changes_round_trip(source: str | None, changes: dict[str, Any]) -> None:
     config = PUBLISHED[source or "21B"]
     before = read_hf_config(config)
     if "moe" in changes:
@@ -257,7 +257,7 @@ def test_written_changes_are_read_back(source: str | None, changes: dict[str, An
     assert read_hf_config(write_hf_config(model_config, config if source else {})) == model_config
 
 
-def test_unsayable_schedule_is_refused() -> None:
+def test_schedule_that_the_config_cannot_express() -> None:
     model_config = read_hf_config(PUBLISHED["21B"])
     assert model_config.moe is not None
     moe = dataclasses.replace(model_config.moe, layer_mask=(True, True, False, True))
@@ -266,7 +266,7 @@ def test_unsayable_schedule_is_refused() -> None:
         write_hf_config(gaps, PUBLISHED["21B"])
 
 
-def test_defaults_are_transformers() -> None:
+def test_defaults_match_transformers() -> None:
     from transformers import Ernie4_5_MoeConfig, Ernie4_5Config
 
     for config_class, architecture in (
@@ -277,7 +277,7 @@ def test_defaults_are_transformers() -> None:
         assert read_hf_config(bare) == read_hf_config(bare | config_class().to_dict())
 
 
-def test_family_claims_every_spelling() -> None:
+def test_family_supports_every_architecture_name() -> None:
     for architecture in ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5_MoeForCausalLM"):
         assert family_of([architecture], where="test").name == "ernie45"
     assert Ernie45ModelConfig.__dataclass_params__.frozen  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""EXAONE 4.5's configuration: facts and back, key by key, nested ones too; what is refused. No torch."""
+"""EXAONE 4.5's config: reading and writing, nested keys too, and rejecting. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _with(path: str, value: Any) -> dict[str, Any]:
     return config
 
 
-def test_the_language_model_is_exaone4s() -> None:
+def test_language_model_is_exaone4() -> None:
     model_config = read_hf_config(CONFIG)
     assert model_config.text == read_text(CONFIG["text_config"])
     assert (model_config.vision.qkv_size, model_config.vision.head_dim) == (96, 12)
@@ -58,10 +58,10 @@ def test_the_language_model_is_exaone4s() -> None:
         ("vision_config", None),
     ],
 )
-def test_nothing_changes_where_no_fact_has(path: str, value: Any) -> None:
+def test_unchanged_config(path: str, value: Any) -> None:
     config = _with(path, value)
     if value is None:
-        config["text_config"]["hidden_size"] = 3584  # the tower's default
+        config["text_config"]["hidden_size"] = 3584  # the vision encoder's default
     assert write_hf_config(read_hf_config(config), config) == config
 
 
@@ -82,37 +82,37 @@ def test_nothing_changes_where_no_fact_has(path: str, value: Any) -> None:
         ("text_config.mtp_loss_scaling_factor", 0.3),
     ],
 )
-def test_a_changed_fact_changes_its_own_field(path: str, value: Any) -> None:
+def test_changed_field(path: str, value: Any) -> None:
     wanted = _with(path, value)
     assert write_hf_config(read_hf_config(wanted), CONFIG) == wanted
 
 
-def test_one_type_for_the_whole_model() -> None:
+def test_one_dtype_for_the_full_model() -> None:
     half = json.loads(json.dumps(CONFIG).replace("float32", "bfloat16"))
     assert write_hf_config(read_hf_config(half), CONFIG) == half
     with pytest.raises(UnsupportedConfig, match="one dtype for the full model"):
         read_hf_config(_with("vision_config.dtype", "bfloat16"))
 
 
-def test_made_by_hand() -> None:
-    """Without a source every field is written, and read again as the same facts."""
+def test_config_without_a_source() -> None:
+    """Every field is written, and read as the same model config."""
     model_config = read_hf_config(CONFIG)
     assert read_hf_config(write_hf_config(model_config, {})) == model_config
 
 
-def test_defaults_are_transformers() -> None:
+def test_defaults_match_transformers() -> None:
     from transformers import Exaone4_5_VisionConfig
 
-    theirs = Exaone4_5_VisionConfig().to_dict()
+    reference = Exaone4_5_VisionConfig().to_dict()
     config = _with("vision_config", {})
-    config["text_config"]["hidden_size"] = theirs["out_hidden_size"]
+    config["text_config"]["hidden_size"] = reference["out_hidden_size"]
     assert read_hf_config(config) == read_hf_config(
-        config | {"vision_config": theirs | {"dtype": "float32"}}
+        config | {"vision_config": reference | {"dtype": "float32"}}
     )
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("vision_config.out_hidden_size", 63, "take the place of token embeddings"),
         ("vision_config.num_key_value_heads", 3, "divisor"),
@@ -132,12 +132,12 @@ def test_defaults_are_transformers() -> None:
         ("image_token_id", 68, "another token"),
     ],
 )
-def test_refused(path: str, value: Any, said: str) -> None:
-    with pytest.raises(UnsupportedConfig, match=said):
+def test_rejected(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UnsupportedConfig, match=message):
         read_hf_config(_with(path, value))
 
 
-def test_what_multi_token_prediction_ships() -> None:
+def test_passthrough_tensors_of_mtp() -> None:
     model_config = read_hf_config(CONFIG)
     shapes = {
         tensor.name: tensor.shape(model_config.dims) for tensor in passthrough_tensors(model_config)
@@ -151,6 +151,6 @@ def test_what_multi_token_prediction_ships() -> None:
     assert passthrough_tensors(without_passthrough(model_config)) == ()
     two = read_hf_config(_with("text_config.num_nextn_predict_layers", 2))
     assert len(passthrough_tensors(two)) == 15  # shared
-    apart = write_hf_config(two, CONFIG)
-    apart["text_config"]["mtp_share_layers"] = False
-    assert len(passthrough_tensors(read_hf_config(apart))) == 15 + 11
+    separate = write_hf_config(two, CONFIG)
+    separate["text_config"]["mtp_share_layers"] = False
+    assert len(passthrough_tensors(read_hf_config(separate))) == 15 + 11
