@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from exaone_bridge.bridge.ernie45 import Ernie45Bridge
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
+    from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
     from exaone_bridge.convert.to_hf import export_checkpoint
     from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.runtime.cpu import cpu_runtime
@@ -32,6 +33,7 @@ __all__ = [
     "Ernie45Bridge",
     "Exaone4Bridge",
     "Exaone45Bridge",
+    "ExaoneMoeBridge",
     "Layout",
     "__version__",
     "cpu_runtime",
@@ -65,6 +67,10 @@ def __getattr__(name: str) -> Any:
         from exaone_bridge.bridge.exaone45 import Exaone45Bridge
 
         return Exaone45Bridge
+    if name == "ExaoneMoeBridge":
+        from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
+
+        return ExaoneMoeBridge
     if name == "Ernie45Bridge":
         from exaone_bridge.bridge.ernie45 import Ernie45Bridge
 

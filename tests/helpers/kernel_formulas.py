@@ -14,8 +14,10 @@ from exaone_bridge.modules.kernels.qk_norm_rope import qk_norm_rope
 from exaone_bridge.modules.kernels.swiglu import swiglu
 
 
-def check_swiglu(rows: int, width: int, dtype: torch.dtype, weighted: bool) -> None:
-    """Check `swiglu` on x [rows, 2 * width], with or without a weight per row.
+def check_swiglu(
+    rows: int, width: int, dtype: torch.dtype, weighted: bool, limit: float | None
+) -> None:
+    """Check `swiglu` on x [rows, 2 * width], with or without a weight per row and a clamp.
 
     Raises:
         AssertionError: output or gradients differ.
@@ -23,17 +25,19 @@ def check_swiglu(rows: int, width: int, dtype: torch.dtype, weighted: bool) -> N
     x = torch.randn(rows, 2 * width, dtype=dtype).requires_grad_()
     weights = torch.rand(rows).requires_grad_() if weighted else None
     grad_y = torch.randn(rows, width).to(dtype)
-    swiglu(x, weights).backward(grad_y)
+    swiglu(x, weights, limit).backward(grad_y)
 
     x_fp64 = x.detach().double().requires_grad_()
     expected_weights = torch.ones(rows)
     if weights is not None:
         expected_weights = weights.detach().clone().requires_grad_()
     gate, up = x_fp64.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     expected = torch.nn.functional.silu(gate) * up * expected_weights[:, None]
     expected.backward(grad_y.double())
     tolerance = dict.fromkeys(("rtol", "atol"), 1e-2 if dtype is torch.bfloat16 else 1e-5)
-    torch.testing.assert_close(swiglu(x, weights).double(), expected, **tolerance)
+    torch.testing.assert_close(swiglu(x, weights, limit).double(), expected, **tolerance)
     torch.testing.assert_close(x.grad.double(), x_fp64.grad, **tolerance)
     if weights is not None:
         torch.testing.assert_close(weights.grad, expected_weights.grad, rtol=1e-4, atol=1e-4)
@@ -99,10 +103,10 @@ def check_qk_norm_rope(
 def check_all() -> None:
     """Check both kernels in all their variants."""
     torch.manual_seed(0)
-    for rows, width, dtype, weighted in itertools.product(
-        (3, 0), (40, 1500), (torch.float32, torch.bfloat16), (True, False)
+    for rows, width, dtype, weighted, limit in itertools.product(
+        (3, 0), (40, 1500), (torch.float32, torch.bfloat16), (True, False), (None, 0.5)
     ):
-        check_swiglu(rows, width, dtype, weighted)
+        check_swiglu(rows, width, dtype, weighted, limit)
     for shape in ((21, 2, 2, 3, 32), (16, 1, 1, 1, 64), (5, 3, 2, 5, 128)):
         check_qk_norm_rope(shape, rope=True)
         check_qk_norm_rope(shape, rope=False)

@@ -28,8 +28,9 @@ def _bridge_classes() -> dict[str, type[ExactBridge]]:
     from exaone_bridge.bridge.ernie45 import Ernie45Bridge
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
+    from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
 
-    bridges = (Exaone4Bridge, Exaone45Bridge, Ernie45Bridge)
+    bridges = (Exaone4Bridge, Exaone45Bridge, ExaoneMoeBridge, Ernie45Bridge)
     return {name: bridge for bridge in bridges for name in bridge.FAMILY.architectures}
 
 

@@ -6,11 +6,12 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.ernie45 import ERNIE45
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.models.exaone45 import EXAONE45
+from exaone_bridge.models.exaone_moe import EXAONE_MOE
 from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["FAMILIES", "family_of", "is_supported"]
 
-FAMILIES: tuple[ModelFamily, ...] = (EXAONE4, ERNIE45, EXAONE45)
+FAMILIES: tuple[ModelFamily, ...] = (EXAONE4, ERNIE45, EXAONE45, EXAONE_MOE)
 
 
 def family_of(architectures: object, *, where: str) -> ModelFamily:

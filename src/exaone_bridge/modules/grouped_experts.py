@@ -42,9 +42,9 @@ __all__ = [
 
 
 def is_swiglu(config: TransformerConfig) -> bool:
-    """Whether the MLP's activation is plain SwiGLU: without a clamp and without an offset."""
+    """Whether the MLP's activation is SwiGLU, clamped or not, without an offset."""
     is_glu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
-    return bool(is_glu and not (config.activation_func_clamp_value or config.glu_linear_offset))
+    return bool(is_glu and not config.glu_linear_offset)
 
 
 def stack_weights(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -193,7 +193,9 @@ class GroupedExperts(TEGroupedMLP):
             # The activation function module does not multiply by the routing probabilities; the
             # parent's fused bias and activation does.
             config = copy.copy(config)
-            config.bias_activation_fusion, config.use_te_activation_func = True, False
+            config.use_te_activation_func = False
+            # Its fused SwiGLU drops a clamp (experts.py, 0.19.2); its plain torch code does not.
+            config.bias_activation_fusion = not config.activation_func_clamp_value
         super().__init__(num_local_experts, config, *args, **kwargs)
 
     def forward(
@@ -224,7 +226,8 @@ class GroupedExperts(TEGroupedMLP):
             result = super().forward(hidden, splits, permuted_probs, **buffers)
             return result
         hidden, _ = self.linear_fc1(hidden, splits)
-        hidden, _ = self.linear_fc2(swiglu(hidden, permuted_probs), splits)
+        limit = self.config.activation_func_clamp_value
+        hidden, _ = self.linear_fc2(swiglu(hidden, permuted_probs, limit), splits)
         return hidden, None
 
     def _supports_grouped_mm(self, hidden: torch.Tensor) -> bool:

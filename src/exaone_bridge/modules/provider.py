@@ -130,10 +130,21 @@ class ExactGPTModelProvider(GPTModelProvider):
             self._override(
                 cross_entropy_fusion_impl=exact_cross_entropy_impl(backend, self.params_dtype)
             )
-        if backend.activation is not None and self._is_kernel_swiglu():
+        has_kernel = backend.activation is not None and self._is_kernel_swiglu()
+        if has_kernel:
             self._override(bias_activation_fusion=False, use_te_activation_func=True)
         elif backend.activation is None:
             self._override(use_te_activation_func=False)
+        if self.clamps_swiglu:
+            # Megatron-Core's fused SwiGLU and its overlapped shared experts drop the clamp without a
+            # word (mlp.py, experts.py, shared_experts.py, 0.19.2).
+            self._override(use_transformer_engine_op_fuser=False)
+            if not has_kernel:
+                self._override(
+                    bias_activation_fusion=False,
+                    use_te_activation_func=False,
+                    moe_shared_expert_overlap=False,
+                )
         if self.context_parallel_size > 1:
             self._override(cp_comm_type=self._cp_comm_types())
         with warnings.catch_warnings():
@@ -141,6 +152,11 @@ class ExactGPTModelProvider(GPTModelProvider):
                 "ignore", "Transformer Engine cross entropy loss fusion has known stability issues"
             )
             super().finalize()
+
+    @property
+    def clamps_swiglu(self) -> bool:
+        """Whether any layer clamps gate and up before SiLU."""
+        return bool(self.activation_func_clamp_value)
 
     def _is_kernel_swiglu(self) -> bool:
         """Whether the requested activation is one that our fused SwiGLU kernel computes."""

@@ -49,6 +49,15 @@ from exaone_bridge.recipes.exaone45 import (
     exaone45_vl_tiny_peft_config,
     exaone45_vl_tiny_sft_config,
 )
+from exaone_bridge.recipes.exaone_moe import (
+    k_exaone_2_750b_a37b_peft_config,
+    k_exaone_236b_a23b_peft_config,
+    k_exaone_236b_a23b_pretrain_config,
+    k_exaone_236b_a23b_sft_config,
+    k_exaone_tiny_peft_config,
+    k_exaone_tiny_pretrain_config,
+    k_exaone_tiny_sft_config,
+)
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -84,6 +93,13 @@ __all__ = [
     "exaone45_vl_33b_sft_config",
     "exaone45_vl_tiny_peft_config",
     "exaone45_vl_tiny_sft_config",
+    "k_exaone_2_750b_a37b_peft_config",
+    "k_exaone_236b_a23b_peft_config",
+    "k_exaone_236b_a23b_pretrain_config",
+    "k_exaone_236b_a23b_sft_config",
+    "k_exaone_tiny_peft_config",
+    "k_exaone_tiny_pretrain_config",
+    "k_exaone_tiny_sft_config",
     "recipe",
 ]
 
@@ -119,6 +135,13 @@ RECIPES: dict[str, Callable[..., ConfigContainer]] = {
         ernie45_tiny_pretrain_config,
         ernie45_tiny_sft_config,
         ernie45_tiny_peft_config,
+        k_exaone_236b_a23b_pretrain_config,
+        k_exaone_236b_a23b_sft_config,
+        k_exaone_236b_a23b_peft_config,
+        k_exaone_2_750b_a37b_peft_config,
+        k_exaone_tiny_pretrain_config,
+        k_exaone_tiny_sft_config,
+        k_exaone_tiny_peft_config,
     )
 }
 

@@ -41,7 +41,6 @@ __all__ = ["peft_config", "pretrain_config", "sft_config"]
 # The processor that a run downloads where the recipe is given no directory.
 _PROCESSORS = {"exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_BIAS_UPDATE_RATE = 1e-3  # of the expert selection bias: DeepSeek-V3 (2024), section 4.2
 _TARGET_MODULES = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 _PEFT_SCHEMES = ("lora", "dora")
 
@@ -71,10 +70,7 @@ def pretrain_config(
     plan = _checked_plan(model, stage, gpu_memory_gb, provider, overrides)
     _apply_plan(provider, plan)
     if provider.num_moe_experts:
-        # ERNIE 4.5 balances experts by the selection bias. Its provider rejects an auxiliary loss
-        # together with it.
-        provider.moe_router_enable_expert_bias = True
-        provider.moe_router_bias_update_rate = _BIAS_UPDATE_RATE
+        provider.set_published_balancing()
     dataset = common.mock_text(plan)
     config = common.container(
         provider, plan, dataset, train_iters=300_000, lr=3e-4, lr_warmup_iters=500

@@ -10,6 +10,7 @@ from typing import Any
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE45_TINY
 from exaone_bridge.models.exaone4.tiny import TINY as EXAONE4_TINY
 from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45_TINY
+from exaone_bridge.models.exaone_moe.tiny import TINY as EXAONE_MOE_TINY
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 
 __all__ = ["CONFIGS"]
@@ -72,6 +73,36 @@ _ERNIE45_EXPERTS: dict[str, Any] = {
     "moe_norm_min": 1e-12,
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
+}
+_K_EXAONE: dict[str, Any] = {
+    "architectures": ["ExaoneMoeForCausalLM"],
+    "model_type": "exaone_moe",
+    "vocab_size": 153600,
+    "hidden_size": 6144,
+    "intermediate_size": 18432,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 53,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "scoring_func": "sigmoid",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
 }
 # Sizes that Transformer Engine's kernels support (head_dim 64, multiples of 16), and a vocabulary
 # that is large enough for real text.
@@ -175,6 +206,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": 53,
         "tie_word_embeddings": False,
     },
+    # Without the multi-token prediction of the published checkpoint, as above.
+    "k_exaone_236b_a23b": _K_EXAONE
+    | {
+        "num_hidden_layers": 48,
+        "num_experts": 128,
+        "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 12,
+        "sliding_window": 128,
+        "sliding_window_pattern": "LLLG",
+        "sliding_windows": [128, 128, 128, 0] * 12,
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 47,
+        "is_moe_layer": [False] + [True] * 47,
+    },
+    # K-EXAONE 2.0: the sizes follow from the published number of tensors and bytes. The order of
+    # full and sliding-window layers, and the clamp's limits, are not published in text: a run starts
+    # from a checkpoint's own config.json (`hf_path`).
+    "k_exaone_2_750b_a37b": _K_EXAONE
+    | {
+        "num_hidden_layers": 78,
+        "num_experts": 256,
+        "layer_types": [FULL, SLIDING] + [SLIDING, SLIDING, SLIDING, FULL] * 19,
+        "sliding_windows": [0, 4096] + [128, 128, 128, 0] * 19,
+        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 76,
+        "swiglu_limits": [0.0] * 62 + [7.0] * 16,
+        "topk_method": "noaux_tc",
+    },
     # The vision encoder's patch sizes are the tiny model's, which those of its processor match.
     "exaone45_vl_tiny": EXAONE45_TINY["exaone45"]
     | {
@@ -189,6 +246,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ernie45_tiny": ERNIE45_TINY["ernie45"]
     | _TINY
     | {"moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
+    "k_exaone_tiny": EXAONE_MOE_TINY["exaone-moe"]
+    | _TINY
+    | {
+        "moe_intermediate_size": 128,
+        "sliding_window": 64,
+        "sliding_windows": [64, 64, 64, 0],
+        "num_nextn_predict_layers": 0,
+    },
 }
 # The same model; its recipes train on conversations with images.
 CONFIGS["exaone45_vl_33b"] = CONFIGS["exaone45_33b"]

@@ -137,6 +137,76 @@ TRAINING_PLANS: dict[tuple[str, str], dict[int, TrainingPlan]] = {
             gpus=8, tp=8, ep=8, etp=1, seq_length=4096, global_batch_size=32, recompute=True
         ),
     },
+    ("k_exaone_236b_a23b", "pretrain"): {
+        80: _plan(
+            gpus=192, tp=4, pp=6, vpp=2, ep=32, etp=1, seq_length=4096, global_batch_size=1536
+        ),
+        141: _plan(
+            gpus=96, tp=4, pp=6, vpp=2, ep=16, etp=1, seq_length=4096, global_batch_size=1536
+        ),
+    },
+    ("k_exaone_236b_a23b", "sft"): {
+        80: _plan(
+            gpus=96,
+            tp=4,
+            pp=6,
+            ep=16,
+            etp=1,
+            seq_length=4096,
+            global_batch_size=128,
+            recompute=True,
+        ),
+        141: _plan(
+            gpus=48,
+            tp=4,
+            pp=6,
+            ep=8,
+            etp=1,
+            seq_length=4096,
+            global_batch_size=128,
+            recompute=True,
+        ),
+    },
+    ("k_exaone_236b_a23b", "peft"): {
+        80: _plan(
+            gpus=16,
+            tp=4,
+            pp=4,
+            ep=4,
+            etp=1,
+            seq_length=4096,
+            global_batch_size=32,
+            recompute=True,
+        ),
+        141: _plan(
+            gpus=8, tp=4, ep=8, etp=1, seq_length=4096, global_batch_size=32, recompute=True
+        ),
+    },
+    ("k_exaone_2_750b_a37b", "peft"): {
+        80: _plan(
+            gpus=48,
+            tp=4,
+            pp=3,
+            ep=16,
+            etp=1,
+            seq_length=4096,
+            global_batch_size=32,
+            recompute=True,
+        ),
+        141: _plan(
+            gpus=24,
+            tp=8,
+            pp=3,
+            ep=8,
+            etp=1,
+            seq_length=4096,
+            global_batch_size=32,
+            recompute=True,
+        ),
+    },
+    ("k_exaone_tiny", "pretrain"): _TINY,
+    ("k_exaone_tiny", "sft"): _TINY,
+    ("k_exaone_tiny", "peft"): _TINY,
     ("exaone4_tiny", "pretrain"): _TINY,
     ("exaone4_tiny", "sft"): _TINY,
     ("exaone4_tiny", "peft"): _TINY,

@@ -155,20 +155,31 @@ def expert_mappings(layers: tuple[int, ...], count: int) -> Mappings:
     )
 
 
-def router_mappings(layers: tuple[int, ...], *, weight: str, selection_bias: str) -> Mappings:
-    """Returns a router's weight, and the bias that is added to select experts only; both fp32.
+def router_mappings(
+    layers: tuple[int, ...],
+    *,
+    weight: str,
+    selection_bias: str,
+    squeezed: bool = False,
+    fp32_weight: bool = True,
+) -> Mappings:
+    """Returns a router's weight, and the bias that is added to select experts only, which is fp32.
 
     Args:
         weight, selection_bias: the Hugging Face names in a layer's `mlp`.
+        squeezed: the bias has a leading axis of size one on disk.
+        fp32_weight: the weight is fp32 on disk whatever the model's dtype.
     """
     if not layers:
         return ()
     megatron, hf = "decoder.layers.*.mlp.router", "model.layers.*.mlp"
-    bias = HFTensor(f"{hf}.{selection_bias}", "1E", fp32=True, std=0.02)
-    gate = HFTensor(f"{hf}.{weight}", "EH", fp32=True)
+    axes = "1E" if squeezed else "E"
+    bias = HFTensor(f"{hf}.{selection_bias}", axes, fp32=True, std=0.02)
+    gate = HFTensor(f"{hf}.{weight}", "EH", fp32=fp32_weight)
+    kind = MappingKind.SQUEEZED if squeezed else MappingKind.REPLICATED
     return (
         ParamMapping(MappingKind.REPLICATED, f"{megatron}.weight", (gate,), layers),
-        ParamMapping(MappingKind.SQUEEZED, f"{megatron}.expert_bias", (bias,), layers),
+        ParamMapping(kind, f"{megatron}.expert_bias", (bias,), layers),
     )
 
 

@@ -23,6 +23,7 @@ EXAONE4_BRIDGE = "exaone_bridge.bridge.exaone4.Exaone4Bridge"
 _BRIDGES = {
     "exaone4": EXAONE4_BRIDGE,
     "exaone45": "exaone_bridge.bridge.exaone45.Exaone45Bridge",
+    "exaone_moe": "exaone_bridge.bridge.exaone_moe.ExaoneMoeBridge",
     "ernie45": "exaone_bridge.bridge.ernie45.Ernie45Bridge",
 }
 BRIDGE_BY_ARCHITECTURE = {

@@ -76,7 +76,7 @@ def test_a_checkpoint_of_release_0_1_loads_exports_and_verifies(
 def test_modules_that_moved_elsewhere() -> None:
     former = {
         "exaone_bridge.families.exaone45.tower.build_tower": "models.exaone45.vision_encoder",
-        "exaone_bridge.parts.moe_provider.MoEModelProvider": "models.ernie45.moe_provider",
+        "exaone_bridge.parts.moe_provider.MoEModelProvider": "modules.moe_provider",
         "exaone_bridge.parts.post_norm.PostNorm": "modules.post_norm",
         "exaone_bridge.parts.swiglu.swiglu": "modules.kernels.swiglu",
     }

@@ -20,10 +20,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from exaone_bridge.models.ernie45.moe import moe_layer_builder
-from exaone_bridge.models.ernie45.moe_provider import MoEModelProvider
-from exaone_bridge.models.ernie45.router import SelectionBiasRouter
+from exaone_bridge.models.ernie45.router import Ernie45Router
 from exaone_bridge.modules.backend import Backend, resolve_backend
+from exaone_bridge.modules.moe import moe_layer_builder
+from exaone_bridge.modules.moe_provider import MoEModelProvider
 from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
 
 __all__ = ["ernie45_block_spec", "ernie45_layer_spec"]
@@ -41,7 +41,7 @@ def ernie45_layer_spec(backend: Backend, *, is_moe: bool, bias: bool) -> ModuleS
         bias: whether shared experts have biases.
     """
     if is_moe:
-        mlp = moe_layer_builder(backend, SelectionBiasRouter, shared_bias=bias)
+        mlp = moe_layer_builder(backend, Ernie45Router, shared_bias=bias)
     else:
         linears = MLPSubmodules(
             backend.column_linear_pre_norm, backend.row_linear, backend.activation

@@ -13,8 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from exaone_bridge.models.ernie45.config import Ernie45ModelConfig, Ernie45MoEConfig
 from exaone_bridge.models.ernie45.layer_spec import ernie45_block_spec
-from exaone_bridge.models.ernie45.moe_provider import MoEModelProvider
 from exaone_bridge.models.ernie45.output_bias import add_output_bias
+from exaone_bridge.modules.moe_provider import MoEModelProvider
 from exaone_bridge.modules.provider import model_config_fields, provider_fields
 from exaone_bridge.schema.model_config import MTPConfig
 

@@ -41,6 +41,7 @@ def ernie45_mappings(model_config: Ernie45ModelConfig) -> tuple[ParamMapping, ..
             moe_layers,
             weight="gate.weight",
             selection_bias="moe_statics.e_score_correction_bias",
+            squeezed=True,
         ),
         *expert_mappings(moe_layers, moe.num_experts),
         *(shared_expert_mappings(moe_layers, bias=bias) if moe.num_shared_experts else ()),

@@ -18,9 +18,9 @@ from exaone_bridge.models.exaone4.provider import (
 )
 from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
 from exaone_bridge.models.exaone45.model import Exaone45Model
-from exaone_bridge.models.exaone45.mtp import mtp_block_spec
 from exaone_bridge.models.exaone45.vision_encoder import build_vision_encoder
 from exaone_bridge.modules.backend import resolve_backend
+from exaone_bridge.modules.mtp import mtp_block_spec
 from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
 __all__ = ["Exaone45ModelProvider", "exaone45_provider", "model_config_of"]

@@ -10,11 +10,12 @@ names, and its fused QKV projection stays fused. Axes of the vision encoder::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from exaone_bridge.models.exaone4.weights import exaone4_mappings
 from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
 from exaone_bridge.schema.model_config import VisionConfig
+from exaone_bridge.schema.mtp_mappings import mtp_mappings
 from exaone_bridge.schema.param_mapping import HFTensor, MappingKind, ParamMapping
 
 __all__ = [
@@ -84,30 +85,7 @@ def passthrough_tensors(model_config: Exaone45ModelConfig) -> tuple[HFTensor, ..
     return tuple(tensor for mapping in _mtp(model_config) for tensor in mapping.hf)
 
 
-def _mtp(model_config: Exaone45ModelConfig) -> Iterator[ParamMapping]:
-    """Yields, for each layer of MTP, an EXAONE 4.0 layer; for the first also what surrounds it."""
+def _mtp(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
+    """Returns the mappings of MTP, whose layers are EXAONE 4.0's."""
     num_layers = 0 if model_config.mtp is None else model_config.mtp.num_layers
-    for layer in range(num_layers):
-        name = f"mtp.layers.{layer}"
-        for mapping in exaone4_mappings(model_config.text):
-            if mapping.is_per_layer:
-                megatron = mapping.megatron.replace("decoder.layers.*", f"{name}.mtp_model_layer")
-                yield dataclasses.replace(
-                    mapping.with_hf_names(_in_mtp(layer)), megatron=megatron, layers=()
-                )
-        if layer == 0:  # one on disk, whatever the depth
-            for kind, megatron, tensor in (
-                (MappingKind.COLUMN, "eh_proj", HFTensor("mtp.fc.weight", "HJ")),
-                (
-                    MappingKind.REPLICATED,
-                    "enorm",
-                    HFTensor("mtp.pre_fc_norm_embedding.weight", "H"),
-                ),
-                (MappingKind.REPLICATED, "hnorm", HFTensor("mtp.pre_fc_norm_hidden.weight", "H")),
-                (MappingKind.REPLICATED, "final_layernorm", HFTensor("mtp.norm.weight", "H")),
-            ):
-                yield ParamMapping(kind, f"{name}.{megatron}.weight", (tensor,))
-
-
-def _in_mtp(layer: int) -> Callable[[str], str]:
-    return lambda name: name.replace("model.layers.*", f"mtp.layers.{layer}")
+    return tuple(mtp_mappings(exaone4_mappings(model_config.text), num_layers))

@@ -25,13 +25,18 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _forward(x, weights, y, width, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    x, weights, y, width, limit, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, CLAMPED: tl.constexpr
+):
     """One program: one block of one row. x [R, 2F], weights [R], y [R, F]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gate = tl.load(x + row * 2 * width + columns, mask).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + columns, mask).to(tl.float32)
+    if CLAMPED:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
     result = gate * tl.sigmoid(gate) * up
     if WEIGHTED:
         result *= tl.load(weights + row).to(tl.float32)
@@ -40,8 +45,9 @@ def _forward(x, weights, y, width, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    x, weights, grad_y, grad_x, grad_weights, width, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
-):
+    x, weights, grad_y, grad_x, grad_weights, width, limit,
+    BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
     """One program: one row. x, grad_x [R, 2F], grad_y [R, F], weights, grad_weights [R]."""
     row = tl.program_id(0).to(tl.int64)
     grad_weight = 0.0
@@ -54,68 +60,89 @@ def _backward(  # type: ignore[no-untyped-def]
         gate = tl.load(x + row * 2 * width + columns, mask, other=0.0).to(tl.float32)
         up = tl.load(x + row * 2 * width + width + columns, mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_y + row * width + columns, mask, other=0.0).to(tl.float32)
+        if CLAMPED:  # as torch.clamp: the gradient passes on a limit, and is zero beyond it
+            gate_passes = gate <= limit
+            up_passes = (up >= -limit) & (up <= limit)
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         if WEIGHTED:
             grad_weight += tl.sum(grad * silu * up)
         grad *= weight
         grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(grad_x + row * 2 * width + columns, grad_gate.to(grad_x.dtype.element_ty), mask)
-        tl.store(
-            grad_x + row * 2 * width + width + columns,
-            (grad * silu).to(grad_x.dtype.element_ty),
-            mask,
-        )
+        grad_up = grad * silu
+        if CLAMPED:
+            grad_gate = tl.where(gate_passes, grad_gate, 0.0)
+            grad_up = tl.where(up_passes, grad_up, 0.0)
+        out = grad_x + row * 2 * width + columns
+        tl.store(out, grad_gate.to(grad_x.dtype.element_ty), mask)
+        tl.store(out + width, grad_up.to(grad_x.dtype.element_ty), mask)
     if WEIGHTED:
         tl.store(grad_weights + row, grad_weight)
 
 
 class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weights: torch.Tensor | None, limit: float | None
+    ) -> torch.Tensor:
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
         if rows:
-            _forward[rows, triton.cdiv(width, _BLOCK)](
-                x, weights, y, width, BLOCK=_BLOCK, WEIGHTED=weights is not None
-            )
+            grid = (rows, triton.cdiv(width, _BLOCK))
+            _forward[grid](x, weights, y, width, *_constants(weights, limit))
         ctx.save_for_backward(x, weights)
+        ctx.limit = limit
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weights = ctx.saved_tensors
         rows, width = x.shape[0], x.shape[1] // 2
         grad_x = torch.empty_like(x)
         grad_weights = None if weights is None else torch.empty_like(weights, dtype=torch.float32)
         if rows:
-            constants = {"BLOCK": _BLOCK, "WEIGHTED": weights is not None}
-            _backward[rows,](
-                x, weights, grad.contiguous(), grad_x, grad_weights, width, **constants
-            )
-        return grad_x, grad_weights.to(weights.dtype) if grad_weights is not None else None
+            constants = _constants(weights, ctx.limit)
+            _backward[rows,](x, weights, grad.contiguous(), grad_x, grad_weights, width, *constants)
+        return grad_x, grad_weights.to(weights.dtype) if grad_weights is not None else None, None
 
 
-def swiglu(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def _constants(weights: torch.Tensor | None, limit: float | None) -> tuple[float, int, bool, bool]:
+    """limit, BLOCK, WEIGHTED and CLAMPED of the kernels."""
+    return limit or 0.0, _BLOCK, weights is not None, limit is not None
+
+
+def swiglu(
+    x: torch.Tensor, weights: torch.Tensor | None = None, limit: float | None = None
+) -> torch.Tensor:
     """Compute silu(gate) * up [* weight] in fp32, rounded once.
 
     Args:
         x: [..., 2F] on a GPU, gate then up, in any floating-point dtype.
         weights: [R], one for each row of `x`, in any floating-point dtype; None: 1.
+        limit: gate is clamped to at most `limit`, and up to [-limit, limit], before SiLU (vLLM's
+            SiluAndMulWithClamp, which K-EXAONE 2.0 uses); None: no clamp.
 
     Returns:
         [..., F] in the dtype of `x`.
     """
-    result: torch.Tensor = _SwiGLUFunction.apply(x.reshape(-1, x.shape[-1]).contiguous(), weights)
+    result: torch.Tensor = _SwiGLUFunction.apply(
+        x.reshape(-1, x.shape[-1]).contiguous(), weights, limit
+    )
     return result.view(*x.shape[:-1], x.shape[-1] // 2)
 
 
 class SwiGLU(torch.nn.Module):
-    """`swiglu` as the module that Megatron-Core's MLP builds with `use_te_activation_func`."""
+    """`swiglu` as the module that Megatron-Core's MLP builds with `use_te_activation_func`.
+
+    The limit is the config's `activation_func_clamp_value`.
+    """
 
     def __init__(self, *, config: TransformerConfig) -> None:
         super().__init__()
+        self.limit = config.activation_func_clamp_value
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute SwiGLU: [..., 2F] -> [..., F]."""
-        return swiglu(x)
+        return swiglu(x, limit=self.limit)

@@ -46,23 +46,23 @@ class Activations:
     stable: torch.Tensor | None = None
 
 
-def routing_weights(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expand the output of a Transformers router over all experts.
+def routing_weights(
+    indices: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expand the weights of the chosen experts over all experts.
 
     Args:
-        output: logits [T, E] first, then expert indices [T, k], and the chosen experts' weights
-            [T, k] last.
+        indices: the chosen experts [T, k].
+        weights: their weights [T, k].
+        num_experts: E.
 
     Returns:
         Weights [T, E], zero where an expert is not chosen, and a bool mask [T, E] of the chosen
         ones.
     """
-    indices = next(item for item in output if not item.is_floating_point())
-    floats = [item for item in output if item.is_floating_point()]
-    weights, experts = floats[-1], floats[0].shape[-1]
-    zeros = torch.zeros(indices.shape[0], experts, device=indices.device)
+    zeros = torch.zeros(indices.shape[0], num_experts, device=indices.device)
     chosen = torch.zeros_like(zeros, dtype=torch.bool).scatter(1, indices, True)
-    return zeros.scatter(1, indices, weights.float()), chosen
+    return zeros.scatter(1, indices, weights.detach().float()), chosen
 
 
 def _main_output(output: Any) -> torch.Tensor:
@@ -118,11 +118,6 @@ def transformers_hooks(
 
     def hook(point: ProbePoint) -> Callable[..., None]:
         def capture(_: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            if point.capture is Capture.ROUTER:
-                weights, chosen = routing_weights(output)
-                experts = weights.shape[-1]
-                keep(point, weights.view(-1, length, experts), chosen.view(-1, length, experts))
-                return
             value = _main_output(output)
             if value.ndim == 4:
                 value = merge_heads(value, arguments[0] if arguments else value, length)
@@ -130,11 +125,25 @@ def transformers_hooks(
 
         return capture
 
-    handles = [
-        modules[point.hf].register_forward_hook(hook(point))
-        for point in points
-        if point.hf in modules
-    ]
+    def router_hook(point: ProbePoint) -> Callable[..., None]:
+        # The output of routers differs between models and versions of Transformers; the arguments
+        # of their experts (hidden states, indices, weights) do not.
+        def capture(experts: Any, arguments: tuple[Any, ...]) -> None:
+            _, indices, weights = arguments
+            both = routing_weights(indices, weights, experts.num_experts)
+            keep(point, *(each.view(-1, length, experts.num_experts) for each in both))
+
+        return capture
+
+    handles = []
+    for point in points:
+        if point.hf not in modules:
+            continue
+        if point.capture is Capture.ROUTER:
+            experts = modules[f"{point.hf.rpartition('.')[0]}.experts"]
+            handles.append(experts.register_forward_pre_hook(router_hook(point)))
+        else:
+            handles.append(modules[point.hf].register_forward_hook(hook(point)))
     with _removed(handles):
         yield
 

@@ -38,7 +38,7 @@ def load_layerwise(checkpoint: HFCheckpoint, dtype: torch.dtype) -> PreTrainedMo
         )
     model.eval()
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if any(module._buffers[each].is_meta for each in module._non_persistent_buffers_set):
             model.set_submodule(name, _with_frequencies(module, model.config))
     num_layers = checkpoint.model_config.num_layers
     layers = {
@@ -89,18 +89,17 @@ def _load(
     dtype: torch.dtype,
     recurse: bool = True,
 ) -> None:
-    """Replace the parameters on the meta device by those of the checkpoint."""
-    for name, parameter in list(module.named_parameters(recurse=recurse)):
+    """Replace parameters and buffers on the meta device by those of the checkpoint."""
+    parameters = list(module.named_parameters(recurse=recurse))
+    for name, current in [*parameters, *module.named_buffers(recurse=recurse)]:
         full = f"{prefix}.{name}" if prefix else name
-        if not parameter.is_meta or (value := _read(full, checkpoint)) is None:
+        if not current.is_meta or (value := _read(full, checkpoint)) is None:
             continue
         owner, _, leaf = name.rpartition(".")
-        own_dtype = torch.float32 if parameter.dtype == torch.float32 else dtype
-        setattr(
-            module.get_submodule(owner),
-            leaf,
-            torch.nn.Parameter(value.to(own_dtype), requires_grad=False),
-        )
+        value = value.to(torch.float32 if current.dtype == torch.float32 else dtype)
+        if isinstance(current, torch.nn.Parameter):
+            value = torch.nn.Parameter(value, requires_grad=False)
+        setattr(module.get_submodule(owner), leaf, value)
 
 
 def _read(name: str, checkpoint: HFCheckpoint) -> torch.Tensor | None:
@@ -132,15 +131,15 @@ def _read(name: str, checkpoint: HFCheckpoint) -> torch.Tensor | None:
 def _checkpoint_name(name: str, checkpoint: HFCheckpoint) -> str | None:
     """Find the tensor of a parameter that Transformers has in another module than the checkpoint.
 
-    It is in the same layer, and the last two parts of its name are the same.
+    It is in the same layer, and the last two parts of its name are the same, or at least the last.
     """
     match = re.match(r".*?\.\d+\.", name)
     if match is None:
         return None
-    last = name.split(".")[-2:]
-    found = [
-        each
-        for each in checkpoint.tensors
-        if each.startswith(match[0]) and each.split(".")[-2:] == last
-    ]
-    return found[0] if len(found) == 1 else None
+    in_layer = [each for each in checkpoint.tensors if each.startswith(match[0])]
+    for parts in (2, 1):
+        last = name.split(".")[-parts:]
+        found = [each for each in in_layer if each.split(".")[-parts:] == last]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None

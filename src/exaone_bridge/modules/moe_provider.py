@@ -1,8 +1,9 @@
-"""The provider of MoE models whose softmax router has a selection bias."""
+"""The provider of MoE models whose router has a selection bias."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.modules.backend import resolve_backend
@@ -19,6 +20,9 @@ class MoEModelProvider(ExactGPTModelProvider):
     (`moe_router_load_balancing_type` and `moe_aux_loss_coeff`), or the update of the selection bias
     after each step (`moe_router_enable_expert_bias` and `moe_router_bias_update_rate`).
     """
+
+    # Auxiliary losses that are supported together with the update of the selection bias.
+    LOSSES_BESIDE_BIAS_UPDATE: ClassVar[tuple[str, ...]] = ()
 
     add_bias_linear: bool = False
     moe_router_enable_expert_bias: bool = False
@@ -40,6 +44,14 @@ class MoEModelProvider(ExactGPTModelProvider):
             layer % freq == 0 if isinstance(freq, int) else bool(freq[layer])
         )
 
+    def set_published_balancing(self) -> None:
+        """Balances experts as the family was trained: here by the selection bias alone.
+
+        The rate is DeepSeek-V3's (2024, section 4.2).
+        """
+        self.moe_router_enable_expert_bias = True
+        self.moe_router_bias_update_rate = 1e-3
+
     def finalize(self) -> None:
         """Checks the load balancing, and overrides what this machine's backend does not support.
 
@@ -47,7 +59,7 @@ class MoEModelProvider(ExactGPTModelProvider):
             UnsupportedConfig: two kinds of load balancing at once, or what the base class rejects.
         """
         update_bias = self.moe_router_enable_expert_bias
-        if update_bias and self._has_aux_loss():
+        if update_bias and self._has_aux_loss(except_for=self.LOSSES_BESIDE_BIAS_UPDATE):
             raise UnsupportedConfig(
                 "moe_router_enable_expert_bias",
                 got=True,
@@ -65,7 +77,7 @@ class MoEModelProvider(ExactGPTModelProvider):
             )
         # Megatron-Core 0.19.2 rejects the update of a selection bias with softmax, and biases of
         # linears where experts are sharded. Our router supports the first, and our experts have no
-        # biases (models/ernie45/router.py, models/ernie45/moe.py).
+        # biases (modules/router.py, modules/moe.py).
         linear_biases = self.add_bias_linear
         self.moe_router_enable_expert_bias = False
         self.add_bias_linear = linear_biases and not self.num_moe_experts
@@ -74,12 +86,13 @@ class MoEModelProvider(ExactGPTModelProvider):
         finally:
             self.moe_router_enable_expert_bias, self.add_bias_linear = update_bias, linear_biases
 
-    def _has_aux_loss(self) -> bool:
+    def _has_aux_loss(self, except_for: tuple[str, ...]) -> bool:
         kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
         kinds = kinds if isinstance(kinds, list) else [kinds]
         coefficients = (
             coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
         )
         return any(
-            kind != "none" and coeff for kind, coeff in zip(kinds, coefficients, strict=True)
+            kind not in ("none", *except_for) and coeff
+            for kind, coeff in zip(kinds, coefficients, strict=True)
         )
