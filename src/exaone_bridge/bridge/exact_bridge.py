@@ -218,10 +218,20 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         description = self.describe(hf_pretrained, model)
         exported: set[str] = set()
+        # These parameters are fp32 in every model, and their tensors need not be.
+        dtype = None if kwargs.get("weight_dtype") else getattr(torch, description.config.dtype)
+        cast = {
+            name: torch.float32 if tensor.fp32 else dtype
+            for name, tensor in description.hf_tensors.items()
+            if tensor.fp32_param
+        }
         for weight in super().stream_weights_megatron_to_hf(
             megatron_model, hf_pretrained, *args, **kwargs
         ):
-            exported.add(weight.param_name.replace(".base_layer", ""))
+            name = weight.param_name.replace(".base_layer", "")
+            exported.add(name)
+            if dtype is not None and name in cast:
+                weight = weight._replace(weight=weight.weight.to(cast[name]))
             yield weight
         if kwargs.get("conversion_tasks") is not None:  # the caller chose what to export
             return

@@ -175,7 +175,7 @@ def router_mappings(
     megatron, hf = "decoder.layers.*.mlp.router", "model.layers.*.mlp"
     axes = "1E" if squeezed else "E"
     bias = HFTensor(f"{hf}.{selection_bias}", axes, fp32=True, std=0.02)
-    gate = HFTensor(f"{hf}.{weight}", "EH", fp32=fp32_weight)
+    gate = HFTensor(f"{hf}.{weight}", "EH", fp32=fp32_weight, fp32_param=True)
     kind = MappingKind.SQUEEZED if squeezed else MappingKind.REPLICATED
     return (
         ParamMapping(MappingKind.REPLICATED, f"{megatron}.weight", (gate,), layers),

@@ -51,6 +51,7 @@ class HFTensor:
         name: with `*` for the layer, and a second `*` for the expert.
         axes: one letter for each dimension.
         fp32: stored in fp32 whatever the model's dtype (`_keep_in_fp32_modules_strict`).
+        fp32_param: the Megatron-Core parameter is fp32 whatever the tensor's dtype.
         std: standard deviation of the values in a random checkpoint; None: vectors are norm weights
             around 1, and matrices preserve the size of activations.
     """
@@ -59,6 +60,7 @@ class HFTensor:
     axes: str
     fp32: bool = False
     std: float | None = None
+    fp32_param: bool = False
 
     def shape(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """Returns the shape, given the size of each axis."""

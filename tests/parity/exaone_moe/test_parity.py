@@ -11,7 +11,7 @@ import torch
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.checks.logits import prompts
+from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.exaone_moe import run_reference
 from tests.helpers.layouts import LAYOUTS, slow
 from tests.helpers.parity import assert_passes
@@ -120,7 +120,7 @@ def test_experts_of_each_token_equal_the_reference(
     megatron_bridge: Any, tiny: Any, fields: dict[str, Any]
 ) -> None:
     folder = tiny("exaone-moe", **fields)
-    tokens = prompts(387, 2, 65)
+    tokens = random_prompts(387, 2, 65)
     reference = run_reference(folder, tokens).experts
     megatron = ForkLauncher().first(_experts, folder, Layout(), tokens[:, :-1])
     assert megatron.keys() == reference.keys() == {1, 2, 3}

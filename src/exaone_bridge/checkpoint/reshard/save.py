@@ -165,8 +165,7 @@ def save_weights(
     with raise_on_all_ranks():
         plan = plan_local(model, local)
         params = match_params(plan, local)
-        for param, tensor in params:
-            _check_dtype(param, tensor, dtype)
+        params = [(param, _as_on_disk(param, tensor, dtype)) for param, tensor in params]
         if dist.get_rank() == 0:
             check_space(target_of(folder), layout.nbytes)
             resumed = [ShardWriter.create(folder, layout).resumed]
@@ -226,14 +225,23 @@ class _WriterPool:
             self._slots.release()
 
 
-def _check_dtype(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    expected = torch.float32 if local.param.mapping.hf[0].fp32 else dtype
+def _as_on_disk(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The parameter in its tensor's dtype, if that is expected to differ.
+
+    Raises:
+        OutputError: It has another dtype.
+    """
+    hf = local.param.mapping.hf[0]
+    expected = torch.float32 if hf.fp32 else dtype
+    if hf.fp32_param:
+        return tensor.detach().to(expected)
     if tensor.dtype != expected:
         raise OutputError(
             local.name,
             f"has dtype {tensor.dtype}, and the model's is {expected}",
             remedy="cast it first",
         )
+    return tensor
 
 
 def gather_hf_tensors(
