@@ -4,8 +4,8 @@
     python benchmarks/convert.py --work DIR --only load     # one measure
     python benchmarks/convert.py --work DIR --small         # the same code on tiny models, 1 minute
 
-Variants that are compared are interleaved, and the minimum of each counts, because other work on the
-machine adds to all of them. Page caches are warm. Each measure runs in a process of its own, forked
+Variants that are compared are interleaved, and the minimum of each counts, because other work on
+the machine adds to all of them. Page caches are warm. Each measure runs in a process of its own, forked
 after Megatron-Core has been imported.
 """
 
@@ -220,7 +220,8 @@ def measure_load(run: Run) -> None:
     plain, planned, upstream = found["plain copy"], found["planned"], found["Megatron-Bridge"]
     for what, a, b, c in zip(("seconds", "of CPU"), plain, planned, upstream, strict=True):
         print(
-            f"| import at TP1, {what}: plain copy, planned, Megatron-Bridge | {a:.3f}, {b:.3f}, {c:.3f} |"
+            f"| import at TP1, {what}: plain copy, planned, Megatron-Bridge "
+            f"| {a:.3f}, {b:.3f}, {c:.3f} |"
         )
         print(f"| planned / plain copy (at most 1.5), {what} | {ratio(b, a)} |")
         print(f"| Megatron-Bridge / planned (at least 5), {what} | {ratio(c, b)} |", flush=True)
@@ -251,7 +252,8 @@ def measure_bytes(run: Run) -> None:
             sharded = [param for param in plan.params if len(param.shards) > 1]
             whole = sum(param.hf_nbytes * (len(param.mapping.layers) or 1) for param in sharded)
             print(
-                f"| TP1: bytes read by the rank; of the files | {moved[0][0]:,}; {source.nbytes:,} |"
+                "| TP1: bytes read by the rank; of the files "
+                f"| {moved[0][0]:,}; {source.nbytes:,} |"
             )
             continue
         shares = sorted({nbytes for _, nbytes in moved})
@@ -346,7 +348,8 @@ def measure_stream(run: Run) -> None:
         for what, done in (("import", to), ("export", back)):
             used, bound = done.peak_bytes - done.base_bytes, 512 * 2**20 + 2 * largest
             print(
-                f"| {what}, {size}: {done.seconds:.1f} s, {done.nbytes / 1e9 / done.seconds:.2f} GB/s; memory, bound |"
+                f"| {what}, {size}: {done.seconds:.1f} s, "
+                f"{done.nbytes / 1e9 / done.seconds:.2f} GB/s; memory, bound |"
                 f" {used / 2**20:.0f} MiB, {bound / 2**20:.0f} MiB |"
             )
         print(

@@ -130,7 +130,7 @@ def test_logits_and_export_over_two_gpus(results: dict[str, Any], case: dict[str
 def test_packed_documents_over_two_gpus_have_the_logits_of_single_documents(
     results: dict[str, Any], case: dict[str, Any]
 ) -> None:
-    """2e-2 is the mean distance of bf16 to fp32; attention to other documents is a hundred times."""
+    """2e-2 is the mean distance of bf16 to fp32; attention to other documents gives 100 times."""
     assert _result(results, case)["packed"][0] <= 2e-2
 
 

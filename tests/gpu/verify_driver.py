@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 tests/gpu/verify_driver.py FAULT verify SOURCE --tp 2 ...
 
 The first runs every case of FOLDER/cases.json in one process per rank, and writes the exit codes
-and the output of both ranks to FOLDER/results.json. The second runs one command with an injected fault.
+and the output of both ranks to FOLDER/results.json. The second runs one command with an injected
+fault.
 """
 
 from __future__ import annotations

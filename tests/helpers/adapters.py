@@ -9,7 +9,7 @@ import torch
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: torch.Tensor, adapter: Path | None = None) -> torch.Tensor:
-    """Return the fp32 logits [N, S, V] of tokens [N, S], with the adapter's folder if it is given."""
+    """Return the fp32 logits [N, S, V] of tokens [N, S], with the adapter if one is given."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""The argument parser of all commands. It imports neither torch nor rich, which would take seconds."""
+"""The argument parser of all commands. It imports neither torch nor rich, which take seconds."""
 
 from __future__ import annotations
 

@@ -136,8 +136,8 @@ class ExactGPTModelProvider(GPTModelProvider):
         elif backend.activation is None:
             self._override(use_te_activation_func=False)
         if self.clamps_swiglu:
-            # Megatron-Core's fused SwiGLU and its overlapped shared experts drop the clamp without a
-            # word (mlp.py, experts.py, shared_experts.py, 0.19.2).
+            # Megatron-Core's fused SwiGLU and its overlapped shared experts drop the clamp
+            # silently (mlp.py, experts.py, shared_experts.py, 0.19.2).
             self._override(use_transformer_engine_op_fuser=False)
             if not has_kernel:
                 self._override(

@@ -1,8 +1,8 @@
 """Routers with a bias that only selects experts; a family states the arithmetic.
 
 Megatron-Core 0.19.2's TransformerConfig rejects softmax with an expert bias, and its sigmoid router
-always divides the weights by their sum (never those of top-1), and scores groups of experts otherwise
-than Transformers does (`moe/moe_utils.py`).
+always divides the weights by their sum (never those of top-1), and scores groups of experts
+otherwise than Transformers does (`moe/moe_utils.py`).
 
 Axes: S sequence, B batch, T = S * B tokens, H hidden, E experts, K experts chosen per token.
 """
@@ -145,7 +145,7 @@ class SelectionBiasRouter(TopKRouter):
         batch: int,
         padding: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attach TopKRouter's auxiliary losses, on probabilities without bias, as its `routing` does.
+        """Attach TopKRouter's auxiliary losses, on scores without bias, as its `routing` does.
 
         Args:
             weights: [T, E].

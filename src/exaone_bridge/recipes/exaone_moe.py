@@ -1,9 +1,9 @@
 """Training recipes for K-EXAONE; see `recipes/build.py` for the arguments that recipes share.
 
-Pretraining balances experts as the technical report has it (arXiv 2601.01739): the selection bias is
-updated, and a sequence-level auxiliary loss is added. Fine-tuning does neither. Adapters are on
-attention only. K-EXAONE 2.0 has no recipe from random weights: its layer order and limits come from
-the config.json of `hf_path`.
+Pretraining balances experts as the technical report has it (arXiv 2601.01739): the selection bias
+is updated, and a sequence-level auxiliary loss is added. Fine-tuning does neither. Adapters are on
+attention only. K-EXAONE 2.0 has no pretraining recipe: its layer order and limits come from the
+config.json of `hf_path`.
 """
 
 from __future__ import annotations

@@ -220,8 +220,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "is_moe_layer": [False] + [True] * 47,
     },
     # K-EXAONE 2.0: the sizes follow from the published number of tensors and bytes. The order of
-    # full and sliding-window layers, and the clamp's limits, are not published in text: a run starts
-    # from a checkpoint's own config.json (`hf_path`).
+    # full and sliding-window layers, and the clamp's limits, are not published in text: a run
+    # starts from a checkpoint's own config.json (`hf_path`).
     "k_exaone_2_750b_a37b": _K_EXAONE
     | {
         "num_hidden_layers": 78,

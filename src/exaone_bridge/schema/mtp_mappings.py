@@ -15,7 +15,7 @@ def mtp_mappings(layer: Iterable[ParamMapping], num_layers: int) -> Iterator[Par
 
     Args:
         layer: the mappings of the decoder layer that predicts; those without a layer are left out.
-        num_layers: layers on disk. Their common inputs, which are on disk once, belong to the first.
+        num_layers: layers on disk; their common inputs, which are there once, belong to the first.
     """
     layer = [mapping for mapping in layer if mapping.is_per_layer]
     for depth in range(num_layers):

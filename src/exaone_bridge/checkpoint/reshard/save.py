@@ -42,6 +42,7 @@ from exaone_bridge.schema.model_family import ModelDescription
 
 __all__ = [
     "ShardGroup",
+    "as_on_disk",
     "gather_hf_tensors",
     "raise_on_all_ranks",
     "save_weights",
@@ -165,7 +166,7 @@ def save_weights(
     with raise_on_all_ranks():
         plan = plan_local(model, local)
         params = match_params(plan, local)
-        params = [(param, _as_on_disk(param, tensor, dtype)) for param, tensor in params]
+        params = [(param, as_on_disk(param, tensor, dtype)) for param, tensor in params]
         if dist.get_rank() == 0:
             check_space(target_of(folder), layout.nbytes)
             resumed = [ShardWriter.create(folder, layout).resumed]
@@ -225,7 +226,7 @@ class _WriterPool:
             self._slots.release()
 
 
-def _as_on_disk(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_on_disk(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The parameter in its tensor's dtype, if that is expected to differ.
 
     Raises:

@@ -40,7 +40,7 @@ def choose_experts(
 
 
 class Ernie45Router(SelectionBiasRouter):
-    """The softmax router; the config's `moe_norm_min` is the least sum by which weights are divided.
+    """The softmax router; weights are divided by at least the config's `moe_norm_min`.
 
     Raises:
         UnsupportedConfig: the config sets a feature of TopKRouter that would choose other experts.

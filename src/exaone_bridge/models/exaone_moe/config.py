@@ -180,7 +180,7 @@ def _list_of_layers(hf_config: Mapping[str, Any], key: str, layers: int) -> list
 
 
 def _windows(hf_config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Returns each layer's window, from `layer_types` and `sliding_window`, or `sliding_windows`."""
+    """Returns each layer's window, from the lists of the config."""
     window = read_int(hf_config, "sliding_window", least=1)
     if hf_config.get("layer_types") is None:
         pattern = hf_config["sliding_window_pattern"]
@@ -242,7 +242,10 @@ def _limits(hf_config: Mapping[str, Any], layers: int) -> tuple[float, ...]:
 
 
 def _layer_mask(hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """`mlp_layer_types` takes precedence over `first_k_dense_replace`; `is_moe_layer` must agree."""
+    """Returns which layers are MoE layers.
+
+    `mlp_layer_types` takes precedence over `first_k_dense_replace`; `is_moe_layer` must agree.
+    """
     if hf_config.get("mlp_layer_types") is None:
         dense = read_int(hf_config, "first_k_dense_replace", least=0)
         mask = tuple(layer >= dense for layer in range(layers))

@@ -36,8 +36,8 @@ __all__ = ["LayerWithOwnLimits", "exaone_moe_block_spec", "exaone_moe_layer_spec
 class LayerWithOwnLimits(TransformerLayer):
     """A layer with its own window and its own SwiGLU clamp.
 
-    Megatron-Core's config has one `window_size` and one `activation_func_clamp_value` for all layers
-    (transformer_config.py, 0.19.2), so the layer gets a copy of the config.
+    Megatron-Core's config has one `window_size` and one `activation_func_clamp_value` for all
+    layers (transformer_config.py, 0.19.2), so the layer gets a copy of the config.
     """
 
     def __init__(

@@ -167,7 +167,7 @@ def exaone_moe_provider(
 
 
 def model_config_of(provider: ExaoneMoeModelProvider) -> ExaoneMoeModelConfig:
-    """Returns the config of the model that this provider builds; inverse of `exaone_moe_provider`."""
+    """Returns the config of the model that this provider builds."""
     layers = provider.num_layers
     size = None if provider.window_size is None else provider.window_size[0] + 1
     sliding = provider.window_attn_skip_freq or [int(size is not None)] * layers

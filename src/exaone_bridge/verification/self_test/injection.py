@@ -84,7 +84,7 @@ class FaultInjector:
 
 
 class _ThisRank(Launcher):
-    """Runs functions on the rank that it is called on; runs the reference once for each workload."""
+    """Runs functions on the calling rank, and the reference once for each workload."""
 
     def __init__(self) -> None:
         self._references: dict[bool, Any] = {}

@@ -15,7 +15,7 @@ from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.reshard.load import LocalModel, fill_params, match_params, plan_local
 from exaone_bridge.checkpoint.reshard.plan import LocalParam
-from exaone_bridge.checkpoint.reshard.save import gather_hf_tensors
+from exaone_bridge.checkpoint.reshard.save import as_on_disk, gather_hf_tensors
 from exaone_bridge.runtime.model import build
 from exaone_bridge.verification.checks.digests import Digest
 from exaone_bridge.verification.workflow.workload import Workload
@@ -56,6 +56,7 @@ class LayerwiseMegatron:
         )
         self._bridge = bridge._model_bridge
         self._tensors = checkpoint.tensors
+        self._dtype = dtype
         description = self._bridge.describe(bridge.hf_pretrained, self.model)
         self._shapes = description.hf_shapes
         local = local_model(self.model)
@@ -89,6 +90,7 @@ class LayerwiseMegatron:
                 if parameter.is_tied_copy:
                     continue
                 group = expert if parameter.param.is_expert else dense
+                tensor = as_on_disk(parameter, tensor, self._dtype)
                 dtype = SAFETENSORS_NAMES[tensor.dtype]
                 position = order[id(parameter.param)]
                 for name, pieces in gather_hf_tensors(parameter, tensor, group, position):
