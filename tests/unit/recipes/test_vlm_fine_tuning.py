@@ -23,9 +23,9 @@ from exaone_bridge.errors import UnsupportedLayout, VisionInputError
 from exaone_bridge.recipes import exaone45_vl_33b_sft_config, exaone45_vl_tiny_sft_config
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.gradients import relative_difference
 from tests.helpers.paths import ROOT
 from tests.helpers.processors import load_processor
-from tests.helpers.training import relative_difference
 
 EXAMPLES = str(ROOT / "examples")
 LENGTH = 128
