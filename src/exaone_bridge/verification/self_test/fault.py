@@ -59,7 +59,7 @@ class FaultSite:
     Attributes:
         sublayer: the sublayer, as in `ActivationDiff`.
         layer: the decoder layer, global and 0-based; None outside the decoder layers.
-        module: the Hugging Face module whose output differs; empty: not specified.
+        module: the Hugging Face module whose output differs; empty: any.
     """
 
     sublayer: str

@@ -31,7 +31,7 @@ def representative_faults() -> tuple[Fault, ...]:
 def fault_table() -> str:
     """Return the list as a Markdown table, which docs/verification.md contains."""
     lines = [
-        "| injected fault | kind | tiny model | checks that fail | first difference: layer, sublayer |",
+        "| injected fault | kind | tiny model | checks that fail | layer, sublayer |",
         "|---|---|---|---|---|",
     ]
     for fault in FAULTS:

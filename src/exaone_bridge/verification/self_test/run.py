@@ -15,44 +15,38 @@ from exaone_bridge.verification.self_test.fault import Fault
 from exaone_bridge.verification.self_test.outcome import Findings, Outcome, SelfTestResult
 from exaone_bridge.verification.self_test.registry import FAULTS, MODELS
 
-__all__ = ["SEEDS", "false_reports", "self_test"]
+__all__ = ["SEEDS", "run_model", "self_test"]
 
 SEEDS = 20
 """The number of seeds from which clean models of each tiny model are made."""
 
 
-def false_reports(
-    work: Path, model: str, seeds: Sequence[int], progress: Progress = NO_PROGRESS
-) -> list[str]:
-    """Verify a tiny model without a fault for each of these seeds; runs on a rank.
+def run_model(
+    work: Path,
+    model: str,
+    faults: Sequence[Fault],
+    seeds: Sequence[int],
+    progress: Progress = NO_PROGRESS,
+) -> tuple[list[Findings], list[str]]:
+    """Inject faults into one tiny model, and verify it without a fault; runs on a rank.
 
     Returns:
-        One line for each check that fails.
+        The findings of each fault; and one line for each check that fails without a fault.
     """
     from exaone_bridge.verification.self_test.injection import FaultInjector
 
-    found: list[str] = []
+    first = FaultInjector(work, model, seed=0)
+    findings: list[Findings] = []
+    for number, fault in enumerate(faults):
+        if number % 5 == 0:
+            progress.stage(f"{model}: {number} of {len(faults)} faults")
+        findings.append(first.inject(fault))
+    false_reports: list[str] = []
     for number, seed in enumerate(seeds):
         progress.stage(f"{model}: {number} of {len(seeds)} clean models")
-        failures = FaultInjector(work, model, seed).clean().failures()
-        found += [f"{model}, seed {seed}: {line}" for line in failures]
-    return found
-
-
-def _run_model(
-    work: Path, model: str, faults: Sequence[Fault], seeds: Sequence[int], progress: Progress
-) -> tuple[list[Findings], list[str]]:
-    """On a rank: inject these faults into one tiny model, and verify clean models."""
-    from exaone_bridge.verification.self_test.injection import FaultInjector
-
-    findings: list[Findings] = []
-    if faults:
-        injector = FaultInjector(work, model, seed=len(seeds))
-        for number, fault in enumerate(faults):
-            if number % 5 == 0:
-                progress.stage(f"{model}: {number} of {len(faults)} faults")
-            findings.append(injector.inject(fault))
-    return findings, false_reports(work, model, seeds, progress)
+        injector = FaultInjector(work, model, seed) if seed else first
+        false_reports += [f"{model}, seed {seed}: {line}" for line in injector.clean().failures()]
+    return findings, false_reports
 
 
 def self_test(
@@ -81,7 +75,7 @@ def self_test(
         numbers = range(seeds if model in models else 0)
         with tempfile.TemporaryDirectory(prefix="exaone_bridge-self-test-") as work:
             findings, false = ForkLauncher().first(
-                _run_model, Path(work), model, mine, numbers, progress=progress
+                run_model, Path(work), model, mine, numbers, progress=progress
             )
         outcomes += map(Outcome, mine, findings)
         reports += false
