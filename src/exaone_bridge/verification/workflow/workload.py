@@ -198,7 +198,8 @@ def _mtp_depth(checkpoint: HFCheckpoint) -> int:
 
 
 def _check_backend(backend: str) -> None:
-    """Import Megatron, and reject an unknown backend."""
+    """Import Megatron, which forked ranks then need not import, and reject an unknown backend."""
+    import exaone_bridge.runtime.model  # noqa: F401  most of what a rank needs
     from exaone_bridge.bridge.registration import supported
     from exaone_bridge.modules.backend import resolve_backend
 
