@@ -156,7 +156,7 @@ def test_grouped_experts_do_not_synchronise(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 4
-    monkeypatch.setattr(grouped_experts.GroupedExperts, "_grouped", lambda *_: False)
+    monkeypatch.setattr(grouped_experts.GroupedExperts, "_supports_grouped_mm", lambda *_: False)
     expected = gradients()
     assert len(calls) == 4
     for found, gradient in zip(grouped, expected, strict=True):

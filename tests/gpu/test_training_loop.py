@@ -38,7 +38,8 @@ def _start(work: Path, name: str, example: object, *arguments: object) -> subpro
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={key: value for key, value in os.environ.items() if key not in torchrun},
+            env={key: value for key, value in os.environ.items() if key not in torchrun}
+            | {"PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"},
         )
 
 
