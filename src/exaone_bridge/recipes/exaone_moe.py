@@ -90,7 +90,7 @@ def k_exaone_tiny_sft_config(
     gpu_memory_gb: int = 80,
     hf_path: str | Path | None = None,
     dataset_root: str | Path | None = None,
-    packed: bool = True,
+    packed: bool = False,
     **overrides: Unpack[PlanOverrides],
 ) -> ConfigContainer:
     """Return a full SFT config for a tiny EXAONE MoE model."""
@@ -104,7 +104,7 @@ def k_exaone_tiny_peft_config(
     gpu_memory_gb: int = 80,
     hf_path: str | Path | None = None,
     dataset_root: str | Path | None = None,
-    packed: bool = True,
+    packed: bool = False,
     **overrides: Unpack[PlanOverrides],
 ) -> ConfigContainer:
     """Return a LoRA or DoRA config for a tiny EXAONE MoE model."""
