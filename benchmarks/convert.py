@@ -5,8 +5,8 @@
     python benchmarks/convert.py --work DIR --small         # the same code on tiny models, 1 minute
 
 Variants that are compared are interleaved, and the minimum of each counts, because other work on
-the machine adds to all of them. Page caches are warm. Each measure runs in a process of its own, forked
-after Megatron-Core has been imported.
+the machine adds to all of them. Page caches are warm. Each measure runs in a process of its own,
+forked after Megatron-Core has been imported.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from megatron.bridge.models.conversion.param_mapping import (
 from megatron.core import parallel_state
 
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.schema.json_types import JSONObject
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge as _ModelBridge
@@ -37,14 +38,16 @@ class DoRAExport(_ModelBridge):
     _magnitude_tasks: dict[str, WeightConversionTask]
     _magnitudes: dict[str, torch.Tensor]
 
-    def build_adapter_conversion_tasks(self, megatron_model: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_adapter_conversion_tasks(
+        self, megatron_model: Any, *args: object, **kwargs: object
+    ) -> Any:
         """Build Megatron-Bridge's tasks, and keep one more for each adapter with a magnitude.
 
         A collective over pipeline ranks: all ranks get the same tasks.
         """
         tasks = super().build_adapter_conversion_tasks(megatron_model, *args, **kwargs)
         all_tasks = [task for group in tasks.values() for task in group]
-        local: dict[str, Any] = {}  # adapters with a magnitude on this pipeline rank
+        local: JSONObject = {}  # adapters with a magnitude on this pipeline rank
         for task in all_tasks:
             if task.linear_out_task.megatron_module is not None and task.adapter_key is None:
                 prefix = task.linear_out_task.param_name.partition(".adapter.")[0]
@@ -121,7 +124,7 @@ class DoRAExport(_ModelBridge):
         }
 
     def _merge_lora_adapter_weights(
-        self, megatron_model: Any, converted: dict[str, Any], adapters: Any
+        self, megatron_model: Any, converted: JSONObject, adapters: Any
     ) -> Any:
         """Merge an adapter into its weights [O, I].
 
@@ -142,7 +145,7 @@ class DoRAExport(_ModelBridge):
         }
 
     def stream_adapter_weights_megatron_to_hf(
-        self, megatron_model: Any, *args: Any, **kwargs: Any
+        self, megatron_model: Any, *args: object, **kwargs: object
     ) -> Iterable[HFWeightTuple]:
         """Yield the matrices A and B, then DoRA's magnitudes [O], under PEFT's names.
 

@@ -38,6 +38,7 @@ from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
 from exaone_bridge.schema.hf_files import COMPANION_FILES
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
 
 __all__ = ["ExactBridge", "hf_config_dict"]
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 _OUTPUT_BIAS = "output_layer.bias"
 
 
-def hf_config_dict(hf_config: Any) -> dict[str, Any]:
+def hf_config_dict(hf_config: Any) -> JSONObject:
     """Return a Transformers config as `save_pretrained` writes it, without the version."""
     config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())
     return {key: value for key, value in config.items() if key != "transformers_version"}
@@ -71,7 +72,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
 
     @staticmethod
     @abstractmethod
-    def provider_of(model_config: Any, hf_config: Mapping[str, Any]) -> Any:
+    def provider_of(model_config: Any, hf_config: JSONMapping) -> Any:
         """Make the provider of a model config; it keeps `hf_config` for the export."""
 
     @staticmethod
@@ -130,7 +131,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         return provider
 
     @classmethod
-    def megatron_to_hf_config(cls, provider: ExactGPTModelProvider) -> dict[str, Any]:
+    def megatron_to_hf_config(cls, provider: ExactGPTModelProvider) -> JSONObject:
         """Make config.json of the model that this provider builds, as `save_pretrained` writes it.
 
         Raises:
@@ -207,7 +208,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         return model
 
     def stream_weights_megatron_to_hf(
-        self, megatron_model: Any, hf_pretrained: Any, *args: Any, **kwargs: Any
+        self, megatron_model: Any, hf_pretrained: Any, *args: object, **kwargs: object
     ) -> Iterable[HFWeightTuple]:
         """Yield every Hugging Face tensor exactly once, then the passthrough tensors.
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from exaone_bridge.errors import BridgeError
 from exaone_bridge.models import FAMILIES
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["TINY_CONFIGS", "UsageError", "layout_of", "make_parser"]
@@ -192,7 +193,7 @@ def _add_verify(commands: Any) -> None:
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     _add_backend(parser)
     checks = parser.add_argument_group("checks")
-    flag: dict[str, Any] = {"action": "store_true"}
+    flag: JSONObject = {"action": "store_true"}
     checks.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
     checks.add_argument("--quick", help="one prompt of each length, no generation", **flag)
     checks.add_argument(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.cli.arguments import TINY_CONFIGS
 from exaone_bridge.cli.show import stages, table
 from exaone_bridge.errors import ParityFailure
 from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["demo"]
@@ -68,7 +68,7 @@ def demo(layout: Layout, backend: str) -> None:
         raise ParityFailure("\n".join(report.failures() for report in reports))
 
 
-def _fit(config: dict[str, Any], layout: Layout) -> tuple[dict[str, Any], Layout]:
+def _fit(config: JSONObject, layout: Layout) -> tuple[JSONObject, Layout]:
     """Return the config with a number of layers that PP and VPP divide, and a layout for it.
 
     The layer pattern is repeated or truncated. A dense model gets no EP; an MoE model with EP gets

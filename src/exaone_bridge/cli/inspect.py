@@ -10,13 +10,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.reshard.plan import ReshardPlan, check_layout, reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -61,7 +61,7 @@ def _unsupported(source: HFCheckpoint) -> Iterator[tuple[str, str]]:
     """Yield layouts with one parallel axis that the model does not support, and the reason."""
     for axis in ("tp", "pp", "ep"):
         for ranks in _TRIED_SIZES:
-            sizes: dict[str, Any] = {axis: ranks, "etp": 1 if axis == "ep" else None}
+            sizes: JSONObject = {axis: ranks, "etp": 1 if axis == "ep" else None}
             layout = Layout(**sizes)
             try:
                 check_layout(source.model_config, layout)
@@ -73,7 +73,7 @@ def _unsupported(source: HFCheckpoint) -> Iterator[tuple[str, str]]:
                     break  # a dense model supports no EP at all
 
 
-def _ranks(plan: ReshardPlan) -> list[dict[str, Any]]:
+def _ranks(plan: ReshardPlan) -> list[JSONObject]:
     written = plan.written_bytes()
     return [
         {
@@ -172,7 +172,7 @@ def _described(info: TensorInfo) -> str:
     return f"{name} {list(info.shape)} {info.dtype}, {info.file.name}"
 
 
-def _rank_lines(ranks: list[dict[str, Any]]) -> Iterator[str]:
+def _rank_lines(ranks: list[JSONObject]) -> Iterator[str]:
     lines = [["rank", "coordinates", "layers", "import reads", "parameters", "export writes"]]
     for number, rank in enumerate(ranks[:_MAX_RANKS_SHOWN]):
         coordinates = " ".join(f"{axis}{rank[axis]}" for axis in ("tp", "pp", "ep", "etp"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.cli.arguments import TINY_CONFIGS
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 __all__ = ["tiny"]
 
@@ -43,8 +43,8 @@ def _rejected(field: str, got: object, **expected: Any) -> UnsupportedConfig:
     return UnsupportedConfig(field, got=got, where="command line", **expected)
 
 
-def _with_settings(config: Mapping[str, Any], settings: list[str]) -> dict[str, Any]:
-    changed: dict[str, Any] = json.loads(json.dumps(config))  # a deep copy
+def _with_settings(config: JSONMapping, settings: list[str]) -> JSONObject:
+    changed: JSONObject = json.loads(json.dumps(config))  # a deep copy
     names = set()
     for setting in settings:
         path, equals, text = setting.partition("=")

@@ -7,9 +7,7 @@ Axes: S sequence, B batch, H hidden, N query heads of this rank, G KV heads of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
@@ -17,6 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from exaone_bridge.modules.kernels.qk_norm_rope import qk_norm_rope
 from exaone_bridge.modules.norm import FusedRMSNorm
 from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
+from exaone_bridge.schema.json_types import JSONMapping
 
 __all__ = ["FusedSelfAttention"]
 
@@ -54,8 +53,8 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute self-attention; see `Fp32RotarySelfAttention.forward`.
 
@@ -80,7 +79,9 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
         finally:
             self._kernel_inputs = None
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    def get_query_key_value_tensors(
+        self, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, ...]:
         """Project hidden states to queries, keys and values.
 
         Returns:
@@ -111,7 +112,7 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
         self,
         hidden_states: torch.Tensor,
         rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
-        arguments: Mapping[str, Any],
+        arguments: JSONMapping,
     ) -> bool:
         config, head_dim = self.config, self.hidden_size_per_attention_head
         if any(arguments.get(name) is not None for name in _UNSUPPORTED_ARGUMENTS):

@@ -118,7 +118,7 @@ class _GroupEnds:
 class _GroupedMMLinear:
     """Mixin for Transformer Engine's grouped linears: `grouped_mm` where it is supported."""
 
-    def __init__(self, num_gemms: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, num_gemms: int, *args: object, **kwargs: object) -> None:
         super().__init__(num_gemms, *args, **kwargs)  # type: ignore[call-arg]
         if not self.supports_grouped_mm:
             return
@@ -187,7 +187,7 @@ class GroupedExperts(TEGroupedMLP):
     """TEGroupedMLP that leaves the token counts on the GPU where its linears support that."""
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any
+        self, num_local_experts: int, config: TransformerConfig, *args: object, **kwargs: object
     ) -> None:
         if config.use_te_activation_func:
             # The activation function module does not multiply by the routing probabilities; the
@@ -266,7 +266,7 @@ class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             and dispatcher.config.cuda_graph_impl == "none"
         )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         if self.ep_size == self.tp_size == 1:
             self.num_local_experts = 1  # the number of chunks that the parent sorts

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -36,7 +35,9 @@ class UnbiasedMoELayer(MoELayer):
 
     token_dispatcher: MoETokenDispatcher
 
-    def __init__(self, config: TransformerConfig, submodules: MoESubmodules, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: MoESubmodules, **kwargs: object
+    ) -> None:
         if config.add_bias_linear:
             config = copy.copy(config)
             config.add_bias_linear = False
@@ -66,7 +67,7 @@ class BiasedSharedExpertMLP(SharedExpertMLP):
     """
 
     def __init__(
-        self, *, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: Any
+        self, *, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: object
     ) -> None:
         if config.moe_shared_expert_overlap:
             raise UnsupportedConfig(

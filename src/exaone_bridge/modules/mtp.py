@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -37,7 +36,12 @@ class MTPTransformerLayer(TransformerLayer):
     """
 
     def __init__(
-        self, config: TransformerConfig, *args: Any, sliding: bool, use_rope: bool, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: object,
+        sliding: bool,
+        use_rope: bool,
+        **kwargs: object,
     ) -> None:
         config = copy.copy(config)
         config.window_attn_skip_freq = [int(sliding)] * config.num_layers

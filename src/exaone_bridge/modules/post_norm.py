@@ -9,8 +9,6 @@ Axes: S sequence, B batch, I input features, O output features, tp tensor-parall
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TERowParallelLinear
 from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -34,7 +32,7 @@ class PostNorm:
     norm_is_deferred = False
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
         # The config's epsilon: the default of Megatron-Core's norms is 1e-5.

@@ -8,8 +8,6 @@ Axes: S sequence, B batch, I input features, O output features, tp tensor-parall
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,7 +28,7 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
     return_layernorm_output = False
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         norm = TorchRMSNorm(config, input_size, config.layernorm_epsilon)
@@ -38,7 +36,7 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
         self.eps = config.layernorm_epsilon
 
     def forward(
-        self, hidden: torch.Tensor, *args: Any, **kwargs: Any
+        self, hidden: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
         """Normalise and project.
 

@@ -7,7 +7,6 @@ again, and holds the Hugging Face config that the model came from.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +26,14 @@ from exaone_bridge.modules.context_parallel import choose_cp_comm_types
 from exaone_bridge.modules.grouped_experts import is_swiglu
 from exaone_bridge.modules.rotary import Llama3RotaryEmbedding
 from exaone_bridge.modules.vocab import mask_padded_vocabulary
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
 __all__ = ["ExactGPTModelProvider", "model_config_fields", "provider_fields"]
 
 
-def provider_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def provider_fields(model_config: ModelConfig, hf_config: JSONMapping) -> JSONObject:
     """Returns the provider's keyword arguments that every family derives in the same way.
 
     Args:
@@ -54,7 +54,7 @@ def provider_fields(model_config: ModelConfig, hf_config: Mapping[str, Any]) -> 
 
 def model_config_fields(
     config_class: type[ModelConfig], provider: ExactGPTModelProvider
-) -> dict[str, Any]:
+) -> JSONObject:
     """Returns the inverse of `provider_fields`: the keyword arguments of the model config."""
     dtype = str(provider.params_dtype).removeprefix("torch.")
     return config_class.values_from_provider(provider) | {"dtype": dtype}
@@ -216,7 +216,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         mask_padded_vocabulary(model, self.vocab_size)
         return model
 
-    def to_cfg_dict(self) -> dict[str, Any]:
+    def to_cfg_dict(self) -> JSONObject:
         """Returns the fields for `run_config.yaml`: as requested, without overrides."""
         result = {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"}
         requested = self.__dict__.get("_requested", {})

@@ -6,8 +6,6 @@ only `factor` to its scaling, and uses 1, 4 and 8192 for the other fields.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -35,7 +33,7 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
         low_freq_factor: float,
         high_freq_factor: float,
         original_max_positions: int,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(rope_scaling=False, **kwargs)
         self.inv_freq: torch.Tensor = self._apply_scaling(

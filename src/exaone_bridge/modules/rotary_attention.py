@@ -11,7 +11,6 @@ Axes: S sequence, B batch, H hidden, N query heads of this rank, G KV heads of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -44,8 +43,8 @@ class Fp32RotarySelfAttention(SelfAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute self-attention.
 
@@ -74,7 +73,9 @@ class Fp32RotarySelfAttention(SelfAttention):
         finally:
             self._pending_rope = None
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    def get_query_key_value_tensors(
+        self, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, ...]:
         """Project hidden states to queries, keys and values.
 
         Returns:

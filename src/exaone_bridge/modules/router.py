@@ -62,7 +62,7 @@ class SelectionBiasRouter(TopKRouter):
         )[1]
         return experts
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, **kwargs: object) -> None:
         super().__init__(config=config, **kwargs)
         required = _REQUIRED_FIELDS | {"moe_router_score_function": self.score_function}
         for field, wanted in required.items():

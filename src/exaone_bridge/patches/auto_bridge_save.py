@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from exaone_bridge.models import is_supported
 from exaone_bridge.patches.patch import patch
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["SaveCall", "SavesHuggingFace", "save_hf_pretrained", "save_hf_weights"]
 
@@ -65,8 +66,8 @@ def save_hf_weights(
     self: Any,
     model: Any,
     path: str | Path,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> None:
     """Save a model's weights through its model bridge."""
     model_bridge = _saving_bridge(self)
@@ -88,8 +89,8 @@ def save_hf_pretrained(
     self: Any,
     model: Any,
     path: str | Path,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> None:
     """Save a model through its model bridge, unless the folder exists or there is only a config.
 
@@ -120,7 +121,7 @@ def _saving_bridge(auto_bridge: Any) -> SavesHuggingFace | None:
     return model_bridge if isinstance(model_bridge, SavesHuggingFace) else None
 
 
-def _options(original: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _options(original: Callable[..., None], *args: object, **kwargs: object) -> JSONObject:
     """The options of a call by name, with their defaults."""
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -132,7 +133,7 @@ def _call(
     auto_bridge: Any,
     model: Any,
     path: str | Path,
-    options: dict[str, Any],
+    options: JSONObject,
 ) -> SaveCall:
     model = model if isinstance(model, list) else [model]
     return SaveCall(

@@ -99,7 +99,7 @@ def init_weight_magnitude(original: Callable[..., None], self: Any, value: torch
     "do not have.",
 )
 def infer_rank_pattern(
-    original: Callable[..., dict[str, int]], weights: Iterable[Any], **kwargs: Any
+    original: Callable[..., dict[str, int]], weights: Iterable[Any], **kwargs: object
 ) -> dict[str, int]:
     """Infer PEFT's `rank_pattern` from the LoRA matrices alone."""
     matrices = [weight for weight in weights if weight.param_name.endswith(_LORA_SUFFIXES)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from exaone_bridge.patches.patch import patch
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["apply_run_config_backward_compat", "with_present_names"]
 
@@ -41,8 +42,8 @@ _FIELDS = {
     "and fields of exaone_bridge were renamed since.",
 )
 def apply_run_config_backward_compat(
-    original: Callable[[dict[str, Any]], dict[str, Any]], config_dict: dict[str, Any]
-) -> dict[str, Any]:
+    original: Callable[[JSONObject], JSONObject], config_dict: JSONObject
+) -> JSONObject:
     """Replace former names of exaone_bridge by the present ones, then apply the original."""
     return original(with_present_names(config_dict))
 

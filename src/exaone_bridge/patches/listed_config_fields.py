@@ -7,6 +7,7 @@ from typing import Any
 
 from exaone_bridge.models.ernie45.config import LISTED
 from exaone_bridge.patches.patch import patch
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["from_dict"]
 
@@ -18,7 +19,7 @@ __all__ = ["from_dict"]
     " of multimodal checkpoints; the text model has one expert pool, the first.",
 )
 def from_dict(
-    original: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs: Any
+    original: Callable[..., Any], cls: type, config_dict: JSONObject, **kwargs: object
 ) -> Any:
     """Read the config with the first value of each listed field."""
     plain = {

@@ -43,8 +43,8 @@ def save_megatron_model(
     model: Any,
     path: Any,
     hf_tokenizer_path: Any = None,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> None:
     """Save a Megatron checkpoint, without a tokenizer if a supported model's folder has none."""
     config = getattr(self.hf_pretrained, "config", self.hf_pretrained)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from exaone_bridge.patches.patch import patch
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["build_optimizer_group_ranges"]
 
@@ -20,8 +21,8 @@ __all__ = ["build_optimizer_group_ranges"]
     "(ERNIE's router is fp32) states are saved and loaded under the wrong parameter.",
 )
 def build_optimizer_group_ranges(
-    original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any
-) -> tuple[dict[Any, tuple[int, int]], list[dict[str, Any]]]:
+    original: Callable[..., Any], cls: type, *args: object, **kwargs: object
+) -> tuple[dict[Any, tuple[int, int]], list[JSONObject]]:
     """Number each group's parameters with those in fp32 first.
 
     Returns:

@@ -52,7 +52,7 @@ class Patch:
             return
 
         @functools.wraps(function)
-        def patched(*args: Any, **kwargs: Any) -> Any:
+        def patched(*args: object, **kwargs: object) -> Any:
             return self.replacement(function, *args, **kwargs)
 
         setattr(patched, _MARK, self)

@@ -5,12 +5,12 @@ The tables are in modules that only training on images imports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.patches.patch import patch_value
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 __all__ = ["IN_FOLDER", "adapters", "collators", "in_folder"]
 
@@ -24,7 +24,7 @@ _MEDIA = ("image", "path", "video")
     reason="The table from processor classes to collators has no entry for EXAONE 4.5, so that "
     "Megatron-Bridge's own recipes for image conversations raise.",
 )
-def collators(specs: Mapping[str, Any]) -> dict[str, Any]:
+def collators(specs: JSONMapping) -> JSONObject:
     """Add our models' collators; examples without images need them too, for the chat template."""
     from megatron.bridge.data.collators import registry
 
@@ -46,12 +46,12 @@ def collators(specs: Mapping[str, Any]) -> dict[str, Any]:
     reason="No adapter has the folder of the dataset, so that examples cannot name image files "
     "relative to it.",
 )
-def adapters(named: Mapping[str, Any]) -> dict[str, Any]:
+def adapters(named: JSONMapping) -> JSONObject:
     """Add the adapter `in_folder`."""
     return {**named, IN_FOLDER: in_folder}
 
 
-def in_folder(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def in_folder(row: JSONMapping, options: JSONMapping) -> JSONObject:
     """Make the image and video paths of a dataset row absolute.
 
     Args:

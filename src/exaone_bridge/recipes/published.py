@@ -5,17 +5,16 @@ Recipes work offline. A recipe that is given a directory reads the config there 
 
 from __future__ import annotations
 
-from typing import Any
-
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE45_TINY
 from exaone_bridge.models.exaone4.tiny import TINY as EXAONE4_TINY
 from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45_TINY
 from exaone_bridge.models.exaone_moe.tiny import TINY as EXAONE_MOE_TINY
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 
 __all__ = ["CONFIGS"]
 
-_EXAONE4: dict[str, Any] = {
+_EXAONE4: JSONObject = {
     "architectures": ["Exaone4ForCausalLM"],
     "model_type": "exaone4",
     "vocab_size": 102400,
@@ -37,7 +36,7 @@ _EXAONE4: dict[str, Any] = {
         "original_max_position_embeddings": 8192,
     },
 }
-_EXAONE4_32B: dict[str, Any] = {
+_EXAONE4_32B: JSONObject = {
     "hidden_size": 5120,
     "intermediate_size": 27392,
     "num_hidden_layers": 64,
@@ -50,7 +49,7 @@ _EXAONE4_32B: dict[str, Any] = {
     "sliding_window_pattern": "LLLG",
     "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 16,
 }
-_ERNIE45: dict[str, Any] = {
+_ERNIE45: JSONObject = {
     "architectures": ["Ernie4_5_MoeForCausalLM"],
     "model_type": "ernie4_5_moe",
     "vocab_size": 103424,
@@ -67,14 +66,14 @@ _ERNIE45: dict[str, Any] = {
     "dtype": "bfloat16",
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-_ERNIE45_EXPERTS: dict[str, Any] = {
+_ERNIE45_EXPERTS: JSONObject = {
     "moe_num_experts": 64,
     "moe_layer_interval": 1,
     "moe_norm_min": 1e-12,
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-_K_EXAONE: dict[str, Any] = {
+_K_EXAONE: JSONObject = {
     "architectures": ["ExaoneMoeForCausalLM"],
     "model_type": "exaone_moe",
     "vocab_size": 153600,
@@ -106,7 +105,7 @@ _K_EXAONE: dict[str, Any] = {
 }
 # Sizes that Transformer Engine's kernels support (head_dim 64, multiples of 16), and a vocabulary
 # that is large enough for real text.
-_TINY: dict[str, Any] = {
+_TINY: JSONObject = {
     "vocab_size": 2048,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -115,7 +114,7 @@ _TINY: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, JSONObject] = {
     "exaone4_1p2b": _EXAONE4
     | {
         "hidden_size": 2048,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -76,7 +77,7 @@ class TrainingPlan:
             UnsupportedConfig: neither the plan nor the layout has a field of that name.
             UnsupportedLayout: the new layout is not valid by itself.
         """
-        given: dict[str, Any] = dict(overrides)
+        given: JSONObject = dict(overrides)
         plan_fields = {field.name for field in fields(self)} - {"layout"}
         layout_fields = {field.name for field in fields(self.layout)}
         for name, value in given.items():

@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from exaone_bridge.schema.json_types import JSONObject
+
 __all__ = ["cpu_runtime"]
 
 _CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
-_ANSWERS: dict[str, Any] = {
+_ANSWERS: JSONObject = {
     # rotary_pos_embedding.py, tensor_parallel/layers.py, p2p_communication.py, param_mapping.py:
     # the device of new tensors
     "current_device": lambda: _CPU,
@@ -74,7 +76,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        kwargs: JSONObject | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
@@ -90,7 +92,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _init_on_gloo(start: Any, backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+def _init_on_gloo(start: Any, backend: str | None = None, *args: object, **kwargs: object) -> None:
     start("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
 
 

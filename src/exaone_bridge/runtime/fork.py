@@ -81,7 +81,9 @@ class ForkLauncher(Launcher):
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Do nothing: forked ranks end with the call that forked them."""
 
-    def all[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> list[T]:
+    def all[T](
+        self, fn: Callable[..., T], *args: object, progress: Progress | None = None
+    ) -> list[T]:
         """Fork the ranks and run `fn` on each; see `Launcher`.
 
         Raises:
@@ -90,12 +92,12 @@ class ForkLauncher(Launcher):
         """
         return self._run(self._ranks, fn, args, progress)
 
-    def first[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> T:
+    def first[T](self, fn: Callable[..., T], *args: object, progress: Progress | None = None) -> T:
         """Run `fn` on a single forked rank, a process group of its own; see `all`."""
         return self._run(1, fn, args, progress)[0]
 
     def subprocess[T](
-        self, fn: Callable[..., T], *args: Any, progress: Progress | None = None
+        self, fn: Callable[..., T], *args: object, progress: Progress | None = None
     ) -> T:
         """Run `fn` in this process, which is not a rank and may fork; see `Launcher`."""
         return fn(*args) if progress is None else fn(*args, progress=progress)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from exaone_bridge.runtime.progress import Progress
 
@@ -24,7 +24,9 @@ class Launcher(ABC):
     """
 
     @abstractmethod
-    def all[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> list[T]:
+    def all[T](
+        self, fn: Callable[..., T], *args: object, progress: Progress | None = None
+    ) -> list[T]:
         """Run `fn` on every rank.
 
         Returns:
@@ -35,7 +37,7 @@ class Launcher(ABC):
         """
 
     @abstractmethod
-    def first[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> T:
+    def first[T](self, fn: Callable[..., T], *args: object, progress: Progress | None = None) -> T:
         """Run `fn` on one rank, while the others wait.
 
         Returns:
@@ -47,7 +49,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def subprocess[T](
-        self, fn: Callable[..., T], *args: Any, progress: Progress | None = None
+        self, fn: Callable[..., T], *args: object, progress: Progress | None = None
     ) -> T:
         """Run `fn` once, in a process that may fork ranks of its own.
 

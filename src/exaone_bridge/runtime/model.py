@@ -26,6 +26,7 @@ from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequenc
 from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.schema.hf_files import iteration_folder
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["build", "forward_logits", "load_megatron", "over_context", "read_provider"]
@@ -73,7 +74,7 @@ def build(
     )
 
 
-def read_provider(path: Path) -> tuple[ExactGPTModelProvider, dict[str, Any]]:
+def read_provider(path: Path) -> tuple[ExactGPTModelProvider, JSONObject]:
     """Read the provider in the run config of a Megatron checkpoint.
 
     Returns:

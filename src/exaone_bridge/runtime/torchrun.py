@@ -97,7 +97,9 @@ class TorchrunLauncher(Launcher):
         dist.init_process_group("nccl" if device else "gloo", timeout=_TIMEOUT, device_id=device)
         self._initialised_here = True
 
-    def all[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> list[T]:
+    def all[T](
+        self, fn: Callable[..., T], *args: object, progress: Progress | None = None
+    ) -> list[T]:
         """Run `fn` on every rank; see `Launcher`. An error that `fn` raises `is_local_to_rank`.
 
         A rank cannot send its error to the others, which may wait for it in another collective.
@@ -118,7 +120,7 @@ class TorchrunLauncher(Launcher):
         dist.all_gather_object(results, result)
         return results
 
-    def first[T](self, fn: Callable[..., T], *args: Any, progress: Progress | None = None) -> T:
+    def first[T](self, fn: Callable[..., T], *args: object, progress: Progress | None = None) -> T:
         """Run `fn` on rank 0; see `Launcher`."""
         import torch.distributed as dist
 
@@ -137,7 +139,7 @@ class TorchrunLauncher(Launcher):
         return value
 
     def subprocess[T](
-        self, fn: Callable[..., T], *args: Any, progress: Progress | None = None
+        self, fn: Callable[..., T], *args: object, progress: Progress | None = None
     ) -> T:
         """Run `fn` in a new process without torchrun's variables; see `Launcher`.
 
@@ -166,7 +168,7 @@ def _call[T](fn: Callable[..., T], args: tuple[Any, ...], progress: Progress | N
     return fn(*args) if progress is None else fn(*args, progress=progress)
 
 
-def _run_in_new_process(fn: Callable[..., Any], *args: Any) -> Any:
+def _run_in_new_process(fn: Callable[..., Any], *args: object) -> Any:
     environment = {
         name: value for name, value in os.environ.items() if not _VARIABLES.fullmatch(name)
     }

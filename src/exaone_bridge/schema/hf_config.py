@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.dtypes import MODEL_DTYPES
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 if TYPE_CHECKING:
     from exaone_bridge.schema.model_config import ModelConfig
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-def read_int(hf_config: Mapping[str, Any], key: str, *, least: int) -> int:
+def read_int(hf_config: JSONMapping, key: str, *, least: int) -> int:
     """Returns a whole number of at least `least`.
 
     Raises:
@@ -47,7 +48,7 @@ def read_int(hf_config: Mapping[str, Any], key: str, *, least: int) -> int:
     return value
 
 
-def positive_int(hf_config: Mapping[str, Any], key: str) -> int:
+def positive_int(hf_config: JSONMapping, key: str) -> int:
     """Returns a whole number of at least 1.
 
     Raises:
@@ -56,7 +57,7 @@ def positive_int(hf_config: Mapping[str, Any], key: str) -> int:
     return read_int(hf_config, key, least=1)
 
 
-def non_negative_float(hf_config: Mapping[str, Any], key: str) -> float:
+def non_negative_float(hf_config: JSONMapping, key: str) -> float:
     """Returns a finite number, zero or more.
 
     Raises:
@@ -72,7 +73,7 @@ def non_negative_float(hf_config: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def positive_float(hf_config: Mapping[str, Any], key: str) -> float:
+def positive_float(hf_config: JSONMapping, key: str) -> float:
     """Returns a finite number above zero, by which Transformers divides.
 
     Raises:
@@ -85,7 +86,7 @@ def positive_float(hf_config: Mapping[str, Any], key: str) -> float:
     return value
 
 
-def boolean(hf_config: Mapping[str, Any], key: str) -> bool:
+def boolean(hf_config: JSONMapping, key: str) -> bool:
     """Returns true or false.
 
     Raises:
@@ -97,7 +98,7 @@ def boolean(hf_config: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def read_dtype(hf_config: Mapping[str, Any], key: str = "dtype") -> str:
+def read_dtype(hf_config: JSONMapping, key: str = "dtype") -> str:
     """Returns the model's dtype ("bfloat16") from `dtype` (Transformers 5) or `torch_dtype` (4).
 
     Raises:
@@ -112,20 +113,20 @@ def read_dtype(hf_config: Mapping[str, Any], key: str = "dtype") -> str:
     return dtype
 
 
-def _first(hf_config: Mapping[str, Any], *keys: str) -> tuple[str, Any]:
+def _first(hf_config: JSONMapping, *keys: str) -> tuple[str, Any]:
     """Returns the first of these keys whose value is not null, and the value."""
     return next(
         ((key, hf_config[key]) for key in keys if hf_config.get(key) is not None), (keys[0], None)
     )
 
 
-def language_config(hf_config: dict[str, Any]) -> dict[str, Any]:
+def language_config(hf_config: JSONObject) -> JSONObject:
     """Returns the object that describes the language model: `text_config` where there is one."""
     nested = hf_config.get("text_config")
     return nested if isinstance(nested, dict) else hf_config
 
 
-def check_types(hf_config: Mapping[str, Any]) -> None:
+def check_types(hf_config: JSONMapping) -> None:
     """Checks the types of fields that are kept as they are, as strictly as Transformers 5 does.
 
     Raises:
@@ -143,7 +144,7 @@ def check_types(hf_config: Mapping[str, Any]) -> None:
             raise UnsupportedConfig(key, got=value, wanted="a token id or null")
 
 
-def read_head_dim(hf_config: Mapping[str, Any], head_dim: int | None) -> int:
+def read_head_dim(hf_config: JSONMapping, head_dim: int | None) -> int:
     """Returns the size of an attention head, and checks what follows from the number of heads.
 
     Args:
@@ -188,10 +189,10 @@ class Rope:
 
     kind: str
     theta: float
-    fields: Mapping[str, Any]
+    fields: JSONMapping
 
 
-def read_rope(hf_config: Mapping[str, Any], *, known: tuple[str, ...]) -> Rope:
+def read_rope(hf_config: JSONMapping, *, known: tuple[str, ...]) -> Rope:
     """Reads `rope_parameters` (Transformers 5), or `rope_theta` and `rope_scaling` (4).
 
     Args:
@@ -221,7 +222,7 @@ def read_rope(hf_config: Mapping[str, Any], *, known: tuple[str, ...]) -> Rope:
 
 
 def write_rope(
-    hf_config: dict[str, Any], *, kind: str, theta: float, fields: Mapping[str, Any] | None = None
+    hf_config: JSONObject, *, kind: str, theta: float, fields: JSONMapping | None = None
 ) -> None:
     """Writes `rope_parameters` as Transformers 5 does, in place of any keys of Transformers 4.
 
@@ -238,11 +239,11 @@ def write_rope(
 
 def update_hf_config[C: ModelConfig](
     model_config: C,
-    source: Mapping[str, Any],
-    read_hf_config: Callable[[Mapping[str, Any]], C],
+    source: JSONMapping,
+    read_hf_config: Callable[[JSONMapping], C],
     *,
-    identity: Mapping[str, Any],
-) -> tuple[dict[str, Any], C | None]:
+    identity: JSONMapping,
+) -> tuple[JSONObject, C | None]:
     """Writes the fields of a model config that `hf_field` gives a key, and keeps everything else.
 
     Args:

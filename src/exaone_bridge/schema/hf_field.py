@@ -8,9 +8,11 @@ writing config.json, the provider's keyword arguments, their inverse and the axi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
+
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 __all__ = ["ConfigPart", "HFField", "hf_field"]
 
@@ -31,7 +33,7 @@ class HFField:
     """
 
     key: str | None
-    read: Callable[[Mapping[str, Any], str], Any] | None
+    read: Callable[[JSONMapping, str], Any] | None
     provider: str | None
     axis: str | None
     training: bool
@@ -40,7 +42,7 @@ class HFField:
 def hf_field(
     key: str | None = None,
     *,
-    read: Callable[[Mapping[str, Any], str], Any] | None = None,
+    read: Callable[[JSONMapping, str], Any] | None = None,
     provider: str | None = None,
     axis: str | None = None,
     training: bool = False,
@@ -62,7 +64,7 @@ class ConfigPart:
     __slots__ = ()
 
     @classmethod
-    def values_from_hf(cls, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    def values_from_hf(cls, hf_config: JSONMapping) -> JSONObject:
         """Reads the fields that have a reader.
 
         Args:
@@ -81,7 +83,7 @@ class ConfigPart:
         }
 
     @classmethod
-    def values_from_provider(cls, provider: object) -> dict[str, Any]:
+    def values_from_provider(cls, provider: object) -> JSONObject:
         """Returns field name -> value of the fields that a model provider has too."""
         return {
             name: getattr(provider, declared.provider)
@@ -89,7 +91,7 @@ class ConfigPart:
             if declared.provider is not None
         }
 
-    def provider_fields(self) -> dict[str, Any]:
+    def provider_fields(self) -> JSONObject:
         """Returns the fields of the model provider that this part determines."""
         return {
             declared.provider: getattr(self, name)
@@ -97,7 +99,7 @@ class ConfigPart:
             if declared.provider is not None
         }
 
-    def hf_values(self, before: Self | None = None) -> dict[str, Any]:
+    def hf_values(self, before: Self | None = None) -> JSONObject:
         """Returns key -> value of the fields that have a key in config.json.
 
         Args:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.param_mapping import (
     HFTensor,
@@ -40,7 +41,7 @@ class TinyFiles:
 
     special_tokens: Mapping[str, int]
     chat_template: str
-    processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    processor_files: Mapping[str, JSONMapping] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,16 +94,16 @@ class ModelFamily:
 
     name: str
     architectures: tuple[str, ...]
-    read_hf_config: Callable[[Mapping[str, Any]], Any]
-    write_hf_config: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    read_hf_config: Callable[[JSONMapping], Any]
+    write_hf_config: Callable[[Any, JSONMapping], JSONObject]
     mappings: Callable[[Any], tuple[ParamMapping, ...]]
-    tiny: Mapping[str, Mapping[str, Any]]
+    tiny: Mapping[str, JSONMapping]
     tiny_files: TinyFiles
     images: ImageSupport | None = None
     passthrough: PassthroughTensors | None = None
     with_mtp: ModelFamily | None = None
 
-    def describe(self, hf_config: Mapping[str, Any]) -> ModelDescription:
+    def describe(self, hf_config: JSONMapping) -> ModelDescription:
         """Reads config.json and returns the description of its model.
 
         Raises:

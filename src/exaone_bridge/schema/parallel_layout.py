@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["UNEVEN_PIPELINE_FIELDS", "Layout"]
 
@@ -144,7 +144,7 @@ class Layout:
                 "pipeline_model_parallel_layout yourself",
             )
 
-    def provider_overrides(self) -> dict[str, Any]:
+    def provider_overrides(self) -> JSONObject:
         """Returns the model provider's fields of this layout."""
         return {
             "tensor_model_parallel_size": self.tp,

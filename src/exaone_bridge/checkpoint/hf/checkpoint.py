@@ -21,6 +21,7 @@ from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import DTYPE_BYTES, SAFETENSORS_DTYPES
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping
 
@@ -50,7 +51,7 @@ class HFCheckpoint:
     """
 
     folder: Path
-    config: Mapping[str, Any]
+    config: JSONMapping
     model: ModelDescription
     tensors: Mapping[str, TensorInfo]
     passthrough: Mapping[str, TensorInfo]
@@ -187,7 +188,7 @@ def check_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
         )
 
 
-def _family(config: Mapping[str, Any], path: Path) -> ModelFamily:
+def _family(config: JSONMapping, path: Path) -> ModelFamily:
     if "auto_map" in config:
         raise UnsupportedConfig(
             "auto_map",

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = [
     "INDEX",
@@ -165,7 +166,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JSONObject:
     """Read the JSON object in a file such as config.json or an index.
 
     Raises:
@@ -352,7 +353,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, FileStamp]]:
         raise CheckpointError(path, problem, remedy="check its permissions and its disk") from error
 
 
-def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
+def _parse(path: Path, data: bytes, what: str) -> JSONObject:
     """Parse a JSON object; a message calls it `what`."""
     try:
         text = data.decode()
@@ -370,7 +371,7 @@ def _parse(path: Path, data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JSONObject:
     """Make a JSON object, in which a repeated key must not silently replace the first."""
     value = dict(pairs)
     if len(value) < len(pairs):

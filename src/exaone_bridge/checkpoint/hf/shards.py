@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from exaone_bridge.checkpoint.hf.headers import INDEX, SINGLE_FILE, TensorInfo, TensorSpec
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -105,7 +105,7 @@ def shard_layout(
     places, headers, sizes = {}, {}, {}
     for file, tensors in sorted(by_file.items()):
         tensors.sort(key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Transformers asks for it
+        entries: JSONObject = {"__metadata__": {"format": "pt"}}  # Transformers asks for it
         position = 0
         for spec in tensors:
             entries[spec.name] = {

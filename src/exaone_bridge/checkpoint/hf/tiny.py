@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +24,7 @@ from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import SAFETENSORS_DTYPES
 from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.param_mapping import HFTensor
 
@@ -62,7 +62,7 @@ def random_weights(
 
 
 def write_random(
-    target: Path, config: Mapping[str, Any], *, seed: int = 0, tokenizer: bool = True
+    target: Path, config: JSONMapping, *, seed: int = 0, tokenizer: bool = True
 ) -> None:
     """Write a Hugging Face folder of a config with random weights.
 
@@ -105,7 +105,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _write_tokenizer(
-    folder: Path, family: ModelFamily, vocab_size: int, config: Mapping[str, Any]
+    folder: Path, family: ModelFamily, vocab_size: int, config: JSONMapping
 ) -> None:
     special = {
         text: number
@@ -126,7 +126,7 @@ def _write_tokenizer(
         "trim_offsets": True,
         "use_regex": False,
     }
-    files: dict[str, Any] = {
+    files: JSONObject = {
         "tokenizer.json": {
             "version": "1.0",
             "truncation": None,
@@ -159,7 +159,7 @@ def _write_tokenizer(
     (folder / "chat_template.jinja").write_text(family.tiny_files.chat_template)
 
 
-def _named_tokens(special: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(special: Mapping[str, int], config: JSONMapping) -> dict[str, str]:
     by_number = {number: text for text, number in special.items()}
     named = {}
     for role in ("bos", "eos", "pad"):

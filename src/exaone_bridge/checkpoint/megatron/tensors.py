@@ -5,9 +5,8 @@ Only the tensor at hand, and the parameter that it is part of, are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +19,7 @@ from exaone_bridge.errors import CheckpointError
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import SAFETENSORS_DTYPES
 from exaone_bridge.schema.hf_files import iteration_folder
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["MegatronCheckpoint"]
@@ -51,7 +51,7 @@ class MegatronCheckpoint:
         tensors: Name -> name, dtype and shape of every Hugging Face tensor.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: JSONMapping) -> None:
         """Read the metadata of a checkpoint.
 
         Args:

@@ -6,7 +6,6 @@ It reads config.json of the dense and of the mixture-of-experts architecture, as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from exaone_bridge.schema.hf_config import (
     write_rope,
 )
 from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import ModelConfig, MoEConfig, MTPConfig
 
 __all__ = [
@@ -122,7 +122,7 @@ class Ernie45ModelConfig(ModelConfig):
     moe: Ernie45MoEConfig | None = None
 
 
-def first_pool(hf_config: Mapping[str, Any], key: str) -> Any:
+def first_pool(hf_config: JSONMapping, key: str) -> Any:
     """Returns the value of the first pool of experts: N of [N] and of [N, M], else the value.
 
     Raises:
@@ -138,7 +138,7 @@ def first_pool(hf_config: Mapping[str, Any], key: str) -> Any:
     return value[0]
 
 
-def _complete(hf_config: Mapping[str, Any], is_moe: bool) -> dict[str, Any]:
+def _complete(hf_config: JSONMapping, is_moe: bool) -> JSONObject:
     """Returns the config with Transformers' defaults, and with a number in place of each list."""
     complete = {
         **(_MOE_DEFAULTS if is_moe else _DENSE_DEFAULTS),
@@ -154,7 +154,7 @@ def _complete(hf_config: Mapping[str, Any], is_moe: bool) -> dict[str, Any]:
     return complete
 
 
-def read_hf_config(hf_config: Mapping[str, Any]) -> Ernie45ModelConfig:
+def read_hf_config(hf_config: JSONMapping) -> Ernie45ModelConfig:
     """Reads an ERNIE 4.5 config.
 
     Args:
@@ -186,7 +186,7 @@ def read_hf_config(hf_config: Mapping[str, Any]) -> Ernie45ModelConfig:
     )
 
 
-def _read_moe(hf_config: Mapping[str, Any], layer_mask: tuple[bool, ...]) -> Ernie45MoEConfig:
+def _read_moe(hf_config: JSONMapping, layer_mask: tuple[bool, ...]) -> Ernie45MoEConfig:
     moe = Ernie45MoEConfig(**Ernie45MoEConfig.values_from_hf(hf_config), layer_mask=layer_mask)
     if moe.topk > moe.num_experts:
         wanted = f"at most moe_num_experts={moe.num_experts}"
@@ -194,7 +194,7 @@ def _read_moe(hf_config: Mapping[str, Any], layer_mask: tuple[bool, ...]) -> Ern
     return moe
 
 
-def _layer_mask(hf_config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+def _layer_mask(hf_config: JSONMapping, num_layers: int) -> tuple[bool, ...]:
     """Returns which layers are MoE layers (Ernie4_5_MoeDecoderLayer.__init__, 5.12.1).
 
     `mlp_layer_types` takes precedence over the three numbers.
@@ -222,7 +222,7 @@ def _layer_mask(hf_config: Mapping[str, Any], num_layers: int) -> tuple[bool, ..
     )
 
 
-def write_hf_config(model_config: Ernie45ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+def write_hf_config(model_config: Ernie45ModelConfig, source: JSONMapping) -> JSONObject:
     """Writes config.json: `source` with the fields that differ in this model config.
 
     Args:

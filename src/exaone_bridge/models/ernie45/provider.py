@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from exaone_bridge.models.ernie45.layer_spec import ernie45_block_spec
 from exaone_bridge.models.ernie45.output_bias import add_output_bias
 from exaone_bridge.modules.moe_provider import MoEModelProvider
 from exaone_bridge.modules.provider import model_config_fields, provider_fields
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import MTPConfig
 
 __all__ = ["Ernie45ModelProvider", "ernie45_provider", "model_config_of"]
@@ -67,7 +68,7 @@ class Ernie45ModelProvider(MoEModelProvider):
 
 
 def ernie45_provider(
-    model_config: Ernie45ModelConfig, hf_config: Mapping[str, Any]
+    model_config: Ernie45ModelConfig, hf_config: JSONMapping
 ) -> Ernie45ModelProvider:
     """Returns the provider of this model.
 
@@ -76,7 +77,7 @@ def ernie45_provider(
         hf_config: the config.json that it came from, which the provider keeps for the export.
     """
     moe, mtp = model_config.moe, model_config.mtp
-    experts: dict[str, Any] = {}
+    experts: JSONObject = {}
     if moe is not None:
         experts = moe.provider_fields() | {
             "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,

@@ -5,8 +5,6 @@ Axes: T tokens, E experts, K experts chosen per token.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -48,7 +46,7 @@ class Ernie45Router(SelectionBiasRouter):
 
     score_function = "softmax"
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, **kwargs: object) -> None:
         super().__init__(config=config, **kwargs)
         for field in ("moe_enable_routing_replay", "moe_router_topk_scaling_factor"):
             if got := getattr(config, field):

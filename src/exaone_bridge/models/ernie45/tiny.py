@@ -6,13 +6,12 @@ theta are not the defaults.
 
 from __future__ import annotations
 
-from typing import Any
-
 from exaone_bridge.models.ernie45.config import DENSE, MODEL_TYPES, MOE
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "TINY"]
 
-_COMMON: dict[str, Any] = {
+_COMMON: JSONObject = {
     "architectures": [MOE],
     "model_type": MODEL_TYPES[MOE],
     "vocab_size": 387,
@@ -34,13 +33,13 @@ _COMMON: dict[str, Any] = {
     "dtype": "float32",
     "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
 }
-_EXPERTS: dict[str, Any] = {
+_EXPERTS: JSONObject = {
     "moe_norm_min": 1e-12,
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
 
-TINY: dict[str, dict[str, Any]] = {
+TINY: dict[str, JSONObject] = {
     # ERNIE-4.5-21B-A3B: tied, a dense layer and then experts, two of them shared, config fields
     # that are lists, multi-token prediction on disk
     "ernie45": _COMMON

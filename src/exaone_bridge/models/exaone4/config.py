@@ -7,9 +7,7 @@ compare with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.hf_config import (
@@ -23,6 +21,7 @@ from exaone_bridge.schema.hf_config import (
     write_rope,
 )
 from exaone_bridge.schema.hf_field import ConfigPart, hf_field
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING, layer_types_of, windows_of
 from exaone_bridge.schema.model_config import ModelConfig
 
@@ -94,7 +93,7 @@ class Exaone4ModelConfig(ModelConfig):
     rope: tuple[bool, ...] = hf_field()
 
 
-def read_hf_config(hf_config: Mapping[str, Any]) -> Exaone4ModelConfig:
+def read_hf_config(hf_config: JSONMapping) -> Exaone4ModelConfig:
     """Reads an EXAONE 4.0 config.
 
     Args:
@@ -132,7 +131,7 @@ def read_hf_config(hf_config: Mapping[str, Any]) -> Exaone4ModelConfig:
     )
 
 
-def _window(hf_config: Mapping[str, Any]) -> int | None:
+def _window(hf_config: JSONMapping) -> int | None:
     window = hf_config["sliding_window"]
     if window is not None and (
         not isinstance(window, int) or isinstance(window, bool) or window < 1
@@ -143,7 +142,7 @@ def _window(hf_config: Mapping[str, Any]) -> int | None:
     return window
 
 
-def _windows(hf_config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+def _windows(hf_config: JSONMapping, num_layers: int) -> tuple[int | None, ...]:
     """Returns each layer's window, from `layer_types` or a pattern that is a whole number."""
     window = _window(hf_config)
     kinds = hf_config.get("layer_types")
@@ -192,7 +191,7 @@ def _kinds_from_pattern(pattern: object, window: int | None, num_layers: int) ->
     return [SLIDING if (layer + 1) % pattern else FULL for layer in range(num_layers)]
 
 
-def write_hf_config(model_config: Exaone4ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+def write_hf_config(model_config: Exaone4ModelConfig, source: JSONMapping) -> JSONObject:
     """Writes config.json: `source` with the fields that differ in this model config.
 
     Args:
@@ -224,7 +223,7 @@ def write_hf_config(model_config: Exaone4ModelConfig, source: Mapping[str, Any])
     return hf_config
 
 
-def _write_schedule(model_config: Exaone4ModelConfig, default_window: int) -> dict[str, Any]:
+def _write_schedule(model_config: Exaone4ModelConfig, default_window: int) -> JSONObject:
     windows = {window for window in model_config.windows if window is not None}
     if len(windows) > 1:
         raise UnsupportedConfig(

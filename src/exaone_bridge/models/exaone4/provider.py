@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from exaone_bridge.modules.provider import (
     model_config_fields,
     provider_fields,
 )
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
 
 __all__ = [
@@ -51,7 +52,7 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
 
 
 def exaone4_provider(
-    model_config: Exaone4ModelConfig, hf_config: Mapping[str, Any]
+    model_config: Exaone4ModelConfig, hf_config: JSONMapping
 ) -> Exaone4ModelProvider:
     """Returns the provider of this model.
 
@@ -62,9 +63,7 @@ def exaone4_provider(
     return Exaone4ModelProvider(**exaone4_provider_fields(model_config, hf_config))
 
 
-def exaone4_provider_fields(
-    model_config: Exaone4ModelConfig, hf_config: Mapping[str, Any]
-) -> dict[str, Any]:
+def exaone4_provider_fields(model_config: Exaone4ModelConfig, hf_config: JSONMapping) -> JSONObject:
     """Returns the keyword arguments of the provider, for this class and those derived from it."""
     window_size, window_layers = megatron_window(model_config.windows)
     llama3 = model_config.llama3
@@ -84,7 +83,7 @@ def model_config_of(provider: Exaone4ModelProvider) -> Exaone4ModelConfig:
 
 def exaone4_config_fields(
     config_class: type[Exaone4ModelConfig], provider: Exaone4ModelProvider
-) -> dict[str, Any]:
+) -> JSONObject:
     """Returns the inverse of `exaone4_provider_fields`: the model config's keyword arguments."""
     layers = provider.num_layers
     sliding = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers

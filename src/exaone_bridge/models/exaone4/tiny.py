@@ -6,13 +6,12 @@ are not the defaults, and the window is shorter than a prompt.
 
 from __future__ import annotations
 
-from typing import Any
-
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "TINY"]
 
-_COMMON: dict[str, Any] = {
+_COMMON: JSONObject = {
     "architectures": ["Exaone4ForCausalLM"],
     "model_type": "exaone4",
     "vocab_size": 387,
@@ -41,7 +40,7 @@ _COMMON: dict[str, Any] = {
     },
 }
 
-TINY: dict[str, dict[str, Any]] = {
+TINY: dict[str, JSONObject] = {
     # EXAONE-4.0-32B: untied, three sliding-window layers to one full-attention layer without RoPE
     "exaone4": _COMMON
     | {

@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from exaone_bridge.errors import VisionInputError
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 __all__ = ["exaone45_collate"]
 
@@ -58,7 +59,7 @@ class _Sample:
 
 
 def exaone45_collate(
-    examples: Sequence[Mapping[str, Any]],
+    examples: Sequence[JSONMapping],
     processor: ProcessorMixin,
     *,
     visual_keys: object = None,
@@ -69,7 +70,7 @@ def exaone45_collate(
     pad_to_multiple_of: int = 128,
     enable_in_batch_packing: bool = False,
     in_batch_packing_pad_to_multiple_of: int = 1,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Make a batch from conversations. The loss covers the assistant's turns and their end tokens.
 
     Args:
@@ -163,7 +164,7 @@ def _assistant_boundaries(processor: ProcessorMixin) -> AssistantMaskBoundaryCon
 
 
 def _prepare_sample(
-    example: Mapping[str, Any],
+    example: JSONMapping,
     processor: ProcessorMixin,
     boundaries: AssistantMaskBoundaryConfig,
     size: Mapping[str, int],
@@ -218,8 +219,8 @@ def _prepare_sample(
 
 
 def _split_media(
-    example: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    example: JSONMapping,
+) -> tuple[list[JSONObject], dict[str, list[Any]]]:
     """Split an example into its conversation without media, and its images and videos in order.
 
     The conversation is also without the None that Arrow fills in for absent fields.
@@ -242,8 +243,8 @@ def _split_media(
 
 
 def _take_media(
-    part: Mapping[str, Any], unused: dict[str, list[Any]], media: dict[str, list[Any]]
-) -> dict[str, Any]:
+    part: JSONMapping, unused: dict[str, list[Any]], media: dict[str, list[Any]]
+) -> JSONObject:
     """Return a content part without its image or video, which is moved to `media`."""
     kind = part.get("type")
     if kind not in _MEDIA_KEYS:
@@ -259,7 +260,7 @@ def _take_media(
     return {"type": kind}
 
 
-def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(fields: JSONMapping) -> JSONObject:
     return {key: value for key, value in fields.items() if value is not None}
 
 

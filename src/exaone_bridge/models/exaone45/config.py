@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.exaone4.config import MODEL_TYPE as TEXT_MODEL_TYPE
@@ -19,6 +18,7 @@ from exaone_bridge.models.exaone4.config import read_hf_config as read_text
 from exaone_bridge.models.exaone4.config import write_hf_config as write_text
 from exaone_bridge.schema.hf_config import boolean, check_types, read_dtype, read_int
 from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
 __all__ = [
@@ -55,7 +55,7 @@ _MTP_DEPTH = "num_nextn_predict_layers"
 _MTP_DEFAULTS = {_MTP_DEPTH: 0, "mtp_share_layers": False, "mtp_loss_scaling_factor": 0.1}
 
 
-def _token_id(hf_config: Mapping[str, Any], key: str) -> int:
+def _token_id(hf_config: JSONMapping, key: str) -> int:
     return read_int(hf_config, key, least=0)
 
 
@@ -86,7 +86,7 @@ class Exaone45ModelConfig(Exaone4ModelConfig):
 _TOP_LEVEL = ("tie_word_embeddings", "image_token_id", "video_token_id")
 
 
-def read_hf_config(hf_config: Mapping[str, Any]) -> Exaone45ModelConfig:
+def read_hf_config(hf_config: JSONMapping) -> Exaone45ModelConfig:
     """Reads an EXAONE 4.5 config.
 
     Args:
@@ -135,9 +135,7 @@ def read_hf_config(hf_config: Mapping[str, Any]) -> Exaone45ModelConfig:
     )
 
 
-def _nested(
-    hf_config: Mapping[str, Any], key: str, model_types: tuple[str, ...]
-) -> Mapping[str, Any]:
+def _nested(hf_config: JSONMapping, key: str, model_types: tuple[str, ...]) -> JSONMapping:
     nested = hf_config.get(key)
     if nested is None:  # Transformers takes the class's defaults
         nested = {}
@@ -148,7 +146,7 @@ def _nested(
     return nested
 
 
-def _dtype(hf_config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
+def _dtype(hf_config: JSONMapping, *nested: JSONMapping) -> str:
     """Returns the dtype of the full model; Transformers writes it in each of the three objects."""
     given = [
         each
@@ -163,13 +161,13 @@ def _dtype(hf_config: Mapping[str, Any], *nested: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _read_mtp(text: Mapping[str, Any]) -> MTPConfig | None:
+def _read_mtp(text: JSONMapping) -> MTPConfig | None:
     depth = 0 if text[_MTP_DEPTH] is None else read_int(text, _MTP_DEPTH, least=0)
     mtp = MTPConfig(depth=depth, **MTPConfig.values_from_hf(text))
     return mtp if depth else None
 
 
-def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
+def _read_vision(vision: JSONMapping) -> VisionConfig:
     values = VisionConfig.values_from_hf(vision)
     heads, kv_heads, hidden = values["num_heads"], values["num_kv_heads"], values["hidden_size"]
     if heads % kv_heads:
@@ -196,7 +194,7 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(**values, full_attention=tuple(blocks))
 
 
-def write_hf_config(model_config: Exaone45ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+def write_hf_config(model_config: Exaone45ModelConfig, source: JSONMapping) -> JSONObject:
     """Writes config.json: `source` with the fields that differ in this model config.
 
     Args:
@@ -231,7 +229,7 @@ def write_hf_config(model_config: Exaone45ModelConfig, source: Mapping[str, Any]
     return hf_config | {key: each for key, each in ((TEXT, text), (VISION, vision)) if each}
 
 
-def _write_without_source(model_config: Exaone45ModelConfig) -> dict[str, Any]:
+def _write_without_source(model_config: Exaone45ModelConfig) -> JSONObject:
     text = write_text(model_config.text, {})
     del text["architectures"]
     if model_config.mtp is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from exaone_bridge.models.exaone45.model import Exaone45Model
 from exaone_bridge.models.exaone45.vision_encoder import build_vision_encoder
 from exaone_bridge.modules.backend import resolve_backend
 from exaone_bridge.modules.mtp import mtp_block_spec
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
 __all__ = ["Exaone45ModelProvider", "exaone45_provider", "model_config_of"]
@@ -136,7 +136,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
 
 
 def exaone45_provider(
-    model_config: Exaone45ModelConfig, hf_config: Mapping[str, Any]
+    model_config: Exaone45ModelConfig, hf_config: JSONMapping
 ) -> Exaone45ModelProvider:
     """Returns the provider of this model.
 

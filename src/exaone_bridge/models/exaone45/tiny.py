@@ -6,25 +6,24 @@ than query heads, a window of three tokens, and a hidden size other than the lan
 
 from __future__ import annotations
 
-from typing import Any
-
 from exaone_bridge.models.exaone4.tiny import CHAT_TEMPLATE as TEXT_TEMPLATE
 from exaone_bridge.models.exaone4.tiny import SPECIAL_TOKENS as TEXT_TOKENS
 from exaone_bridge.models.exaone4.tiny import TINY as TEXT_TINY
 from exaone_bridge.models.exaone45.config import ARCHITECTURE, MODEL_TYPE
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["CHAT_TEMPLATE", "PROCESSOR_FILES", "SPECIAL_TOKENS", "TINY"]
 
 _PATCH, _FRAMES, _MERGE = 4, 2, 2
 
-_TEXT: dict[str, Any] = {
+_TEXT: JSONObject = {
     **{field: value for field, value in TEXT_TINY["exaone4"].items() if field != "architectures"},
     "num_nextn_predict_layers": 1,
     "mtp_share_layers": True,
     "mtp_loss_scaling_factor": 0.1,
 }
 
-TINY: dict[str, dict[str, Any]] = {
+TINY: dict[str, JSONObject] = {
     "exaone45": {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -77,7 +76,7 @@ CHAT_TEMPLATE = TEXT_TEMPLATE.replace(
     "{% endfor %}{% endif %}",
 )
 
-_PROCESSOR: dict[str, Any] = {
+_PROCESSOR: JSONObject = {
     "patch_size": _PATCH,
     "temporal_patch_size": _FRAMES,
     "merge_size": _MERGE,
@@ -86,7 +85,7 @@ _PROCESSOR: dict[str, Any] = {
     "min_pixels": 64,
     "max_pixels": 4096,
 }
-PROCESSOR_FILES: dict[str, dict[str, Any]] = {
+PROCESSOR_FILES: dict[str, JSONObject] = {
     "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **_PROCESSOR},
     "video_preprocessor_config.json": {
         "video_processor_type": "Qwen2VLVideoProcessor",

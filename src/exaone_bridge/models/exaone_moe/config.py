@@ -7,7 +7,6 @@ Transformers 5.12.1 stores and ignores; vLLM reads the last three (PR 50524).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from exaone_bridge.schema.hf_config import (
     update_hf_config,
 )
 from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING, layer_types_of, windows_of
 from exaone_bridge.schema.model_config import ModelConfig, MoEConfig, MTPConfig
 
@@ -143,7 +143,7 @@ class ExaoneMoeModelConfig(ModelConfig):
         return f"Transformers ignores {' and '.join(ignored)}" if ignored else None
 
 
-def read_hf_config(hf_config: Mapping[str, Any]) -> ExaoneMoeModelConfig:
+def read_hf_config(hf_config: JSONMapping) -> ExaoneMoeModelConfig:
     """Reads an EXAONE MoE config.
 
     Args:
@@ -169,7 +169,7 @@ def read_hf_config(hf_config: Mapping[str, Any]) -> ExaoneMoeModelConfig:
     )
 
 
-def _list_of_layers(hf_config: Mapping[str, Any], key: str, layers: int) -> list[Any]:
+def _list_of_layers(hf_config: JSONMapping, key: str, layers: int) -> list[Any]:
     value = hf_config[key]
     if not isinstance(value, list | tuple) or len(value) != layers:
         got = f"{len(value)} entries" if isinstance(value, list | tuple) else value
@@ -179,7 +179,7 @@ def _list_of_layers(hf_config: Mapping[str, Any], key: str, layers: int) -> list
     return list(value)
 
 
-def _windows(hf_config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _windows(hf_config: JSONMapping, layers: int) -> tuple[int | None, ...]:
     """Returns each layer's window, from the lists of the config."""
     window = read_int(hf_config, "sliding_window", least=1)
     if hf_config.get("layer_types") is None:
@@ -231,7 +231,7 @@ def _windows(hf_config: Mapping[str, Any], layers: int) -> tuple[int | None, ...
     return windows
 
 
-def _limits(hf_config: Mapping[str, Any], layers: int) -> tuple[float, ...]:
+def _limits(hf_config: JSONMapping, layers: int) -> tuple[float, ...]:
     if hf_config.get("swiglu_limits") is None:
         return (0.0,) * layers
     limits = _list_of_layers(hf_config, "swiglu_limits", layers)
@@ -241,7 +241,7 @@ def _limits(hf_config: Mapping[str, Any], layers: int) -> tuple[float, ...]:
     )
 
 
-def _layer_mask(hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+def _layer_mask(hf_config: JSONMapping, layers: int) -> tuple[bool, ...]:
     """Returns which layers are MoE layers.
 
     `mlp_layer_types` takes precedence over `first_k_dense_replace`; `is_moe_layer` must agree.
@@ -268,7 +268,7 @@ def _layer_mask(hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     return mask
 
 
-def _read_moe(hf_config: Mapping[str, Any], layers: int) -> RoutedExpertsConfig:
+def _read_moe(hf_config: JSONMapping, layers: int) -> RoutedExpertsConfig:
     for key, known in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if (got := hf_config.get(key)) not in (None, known):
             raise UnsupportedConfig(key, got=got, known=(known,))
@@ -294,7 +294,7 @@ def _read_moe(hf_config: Mapping[str, Any], layers: int) -> RoutedExpertsConfig:
     return moe
 
 
-def _read_mtp(hf_config: Mapping[str, Any]) -> ExaoneMoeMTPConfig | None:
+def _read_mtp(hf_config: JSONMapping) -> ExaoneMoeMTPConfig | None:
     depth = read_int({_MTP_DEPTH: hf_config.get(_MTP_DEPTH) or 0}, _MTP_DEPTH, least=0)
     if not depth:
         return None
@@ -311,9 +311,7 @@ def _read_mtp(hf_config: Mapping[str, Any]) -> ExaoneMoeMTPConfig | None:
     )
 
 
-def write_hf_config(
-    model_config: ExaoneMoeModelConfig, source: Mapping[str, Any]
-) -> dict[str, Any]:
+def write_hf_config(model_config: ExaoneMoeModelConfig, source: JSONMapping) -> JSONObject:
     """Writes config.json: `source` with the fields that differ in this model config.
 
     Args:
@@ -356,9 +354,9 @@ def write_hf_config(
     return hf_config
 
 
-def _write_windows(windows: tuple[int | None, ...], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def _write_windows(windows: tuple[int | None, ...], hf_config: JSONMapping) -> JSONObject:
     sizes = {*windows} - {None}
-    written: dict[str, Any] = {"layer_types": layer_types_of(windows)}
+    written: JSONObject = {"layer_types": layer_types_of(windows)}
     if len(sizes) == 1:
         written["sliding_window"] = next(iter(sizes))
     if len(sizes) > 1 or "sliding_windows" in hf_config:
@@ -366,7 +364,7 @@ def _write_windows(windows: tuple[int | None, ...], hf_config: Mapping[str, Any]
     return written
 
 
-def _write_mtp(mtp: ExaoneMoeMTPConfig | None) -> dict[str, Any]:
+def _write_mtp(mtp: ExaoneMoeMTPConfig | None) -> JSONObject:
     if mtp is None:
         return {_MTP_DEPTH: 0}
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -43,10 +43,10 @@ class LayerWithOwnLimits(TransformerLayer):
     def __init__(
         self,
         config: TransformerConfig,
-        *args: Any,
+        *args: object,
         window: int | None,
         swiglu_limit: float,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         own = copy.copy(config)
         if window is not None:

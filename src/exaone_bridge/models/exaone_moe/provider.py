@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from exaone_bridge.modules.backend import resolve_backend
 from exaone_bridge.modules.moe_provider import MoEModelProvider
 from exaone_bridge.modules.mtp import mtp_block_spec
 from exaone_bridge.modules.provider import model_config_fields, provider_fields
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
 
 __all__ = ["ExaoneMoeModelProvider", "exaone_moe_provider", "model_config_of"]
@@ -137,7 +138,7 @@ class ExaoneMoeModelProvider(MoEModelProvider):
 
 
 def exaone_moe_provider(
-    model_config: ExaoneMoeModelConfig, hf_config: Mapping[str, Any]
+    model_config: ExaoneMoeModelConfig, hf_config: JSONMapping
 ) -> ExaoneMoeModelProvider:
     """Returns the provider of this model.
 

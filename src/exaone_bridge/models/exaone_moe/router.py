@@ -5,8 +5,6 @@ Axes: T tokens, E experts, K experts chosen, G groups.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -50,7 +48,7 @@ class ExaoneMoeRouter(SelectionBiasRouter):
 
     score_function = "sigmoid"
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, **kwargs: object) -> None:
         super().__init__(config=config, **kwargs)
         self.groups, self.group_topk = config.router_groups, config.router_group_topk
         self.norm_topk_prob = config.norm_topk_prob

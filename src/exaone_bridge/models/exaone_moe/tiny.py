@@ -7,14 +7,13 @@ Expert sizes are multiples of 8, which Transformers' grouped_mm needs in bf16.
 
 from __future__ import annotations
 
-from typing import Any
-
 from exaone_bridge.models.exaone_moe.config import ARCHITECTURES, MODEL_TYPE
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "TINY"]
 
-_COMMON: dict[str, Any] = {
+_COMMON: JSONObject = {
     "architectures": [ARCHITECTURES[0]],
     "model_type": MODEL_TYPE,
     "vocab_size": 387,
@@ -51,7 +50,7 @@ _COMMON: dict[str, Any] = {
     "mtp_sliding_windows": [0],
 }
 
-TINY: dict[str, dict[str, Any]] = {
+TINY: dict[str, JSONObject] = {
     # K-EXAONE-236B-A23B: a dense first layer, windows of one size
     "exaone-moe": _COMMON
     | {

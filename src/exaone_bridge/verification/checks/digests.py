@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
 from exaone_bridge.checkpoint.hf.reader import TensorReader
+from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = ["Digest", "digest_folder", "digest_tensors"]
 
@@ -24,7 +24,7 @@ class Digest:
     shape: tuple[int, ...]
     sha256: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSONObject:
         """Return the digest as the JSON report has it."""
         return {"dtype": self.dtype, "shape": list(self.shape), "sha256": self.sha256}
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from exaone_bridge.schema.hf_files import COMPANION_FILES
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.report.report import Check
 
@@ -49,7 +49,7 @@ def compare_digests(first: Mapping[str, Digest], second: Mapping[str, Digest]) -
     return _check("tensors", summary, differences, names, len(first))
 
 
-def compare_configs(expected: Mapping[str, Any], *others: Mapping[str, Any]) -> Check:
+def compare_configs(expected: JSONMapping, *others: JSONMapping) -> Check:
     """Check that configs are equal key by key, but for the Transformers version.
 
     1, 1.0 and true are three values, and an absent key is none of them.
@@ -69,7 +69,7 @@ def compare_configs(expected: Mapping[str, Any], *others: Mapping[str, Any]) -> 
     return _check("config", summary, list(differences.values()), list(differences), len(keys))
 
 
-def _json(config: Mapping[str, Any], key: str) -> str | None:
+def _json(config: JSONMapping, key: str) -> str | None:
     return json.dumps(config[key], sort_keys=True) if key in config else None
 
 

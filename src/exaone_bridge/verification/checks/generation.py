@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exaone_bridge.schema.hf_files import has_tokenizer
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.verification.report.report import Check
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _CALL = {
 }
 _ANSWER = {"role": "tool", "name": "weather", "content": '{"degrees": 21}'}
 
-CHATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+CHATS: dict[str, tuple[list[JSONObject], JSONObject]] = {
     "chat": ([_QUESTION], {"enable_thinking": False}),
     "chat, thinking": ([_QUESTION], {"enable_thinking": True}),
     "chat, tools": ([_QUESTION], {"enable_thinking": False, "tools": _TOOLS}),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.report.report import Report
 
 __all__ = ["card_section", "displayed_command", "write_card"]
@@ -90,7 +90,7 @@ def displayed_command(command: str) -> str:
     return shlex.join(shown)
 
 
-def _shape(model: Mapping[str, Any]) -> str:
+def _shape(model: JSONMapping) -> str:
     text = (
         f"{model.get('parameters', 0):,} parameters in {model.get('dtype')}, "
         f"{model.get('num_layers')} layers `{model.get('layers')}`, "
@@ -115,7 +115,7 @@ def _shape(model: Mapping[str, Any]) -> str:
     return text
 
 
-def _vision(vision: Mapping[str, Any]) -> str:
+def _vision(vision: JSONMapping) -> str:
     return (
         f"vision encoder of {vision['depth']} blocks, hidden {vision['hidden_size']}, "
         f"heads {vision['num_heads']}/{vision['num_kv_heads']} x {vision['head_dim']}, "

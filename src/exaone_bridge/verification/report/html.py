@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
 
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.report.plot import activation_plot
 from exaone_bridge.verification.report.report import Check, Report, Status
 
@@ -101,7 +100,7 @@ def _plot(report: Report) -> str:
     return f"<h2>Differences of the activations</h2>{activation_plot(report.activations)}"
 
 
-def _table(title: str, values: Mapping[str, Any]) -> str:
+def _table(title: str, values: JSONMapping) -> str:
     rows = "".join(
         f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>"
         for key, value in values.items()

@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
+
 __all__ = [
     "SCHEMA_VERSION",
     "ActivationDiff",
@@ -65,7 +67,7 @@ class Check:
     passed: bool
     details: str = ""
     threshold: str = "equal"
-    metrics: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    metrics: JSONMapping = field(default_factory=dict, compare=False)
     ran: bool = True
 
     @property
@@ -80,7 +82,7 @@ class Check:
         """Make a check that records why it was not run."""
         return cls(name, "-", True, reason, "-", ran=False)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSONObject:
         """Return the check as the JSON report has it."""
         return {
             "name": self.name,
@@ -118,7 +120,7 @@ class ActivationDiff:
         """Whether the difference is above the threshold; NaN is."""
         return not self.difference <= self.threshold
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSONObject:
         """Return the difference as the JSON report has it."""
         return dataclasses.asdict(self) | {"diverges": self.diverges}
 
@@ -159,11 +161,11 @@ class Report:
     other: str | None = None
     backend: str = "auto"
     dtype: str = "float32"
-    model: Mapping[str, Any] = field(default_factory=dict)
+    model: JSONMapping = field(default_factory=dict)
     activations: tuple[ActivationDiff, ...] = ()
     divergence: Divergence | None = None
-    tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    setup: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, JSONMapping] = field(default_factory=dict)
+    setup: JSONMapping = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     seconds: float = 0.0
@@ -232,9 +234,9 @@ class Report:
         layer = self.divergence.layer
         return self.divergence.sublayer if layer is None else str(layer)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSONObject:
         """Return plain data as `report.schema.json` describes it; NaN and infinity become null."""
-        result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "status": self.status.value}
+        result: JSONObject = {"schema_version": SCHEMA_VERSION, "status": self.status.value}
         for part in dataclasses.fields(self):
             value = getattr(self, part.name)
             if part.name in ("checks", "activations"):

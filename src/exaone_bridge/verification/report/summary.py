@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
 
 __all__ = ["model_summary"]
 
 
-def model_summary(checkpoint: HFCheckpoint) -> dict[str, Any]:
+def model_summary(checkpoint: HFCheckpoint) -> JSONObject:
     """Return family, size (elements, bytes) and shape of a checkpoint's model."""
     config = checkpoint.model.config
-    summary: dict[str, Any] = {
+    summary: JSONObject = {
         "family": checkpoint.family.name,
         "architecture": checkpoint.config["architectures"][0],
         "parameters": checkpoint.num_elements,

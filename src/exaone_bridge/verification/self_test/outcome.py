@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.verification.report.report import Check, Divergence
 from exaone_bridge.verification.self_test.fault import Fault, FaultSite
 
@@ -75,7 +74,7 @@ class Outcome:
         return "caught" if self.is_located else "WRONG LOCATION"
 
     @property
-    def logit_metrics(self) -> Mapping[str, Any]:
+    def logit_metrics(self) -> JSONMapping:
         """The metrics of the logits; empty where they were not compared."""
         found = [check.metrics for check in self.findings.checks if check.name == "logits"]
         return found[0] if found else {}
@@ -96,7 +95,7 @@ class Outcome:
         failed = ", ".join(self.findings.failed) or "-"
         return [self.fault.name, self.fault.model, failed, where, self.status]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSONObject:
         """Return the outcome as plain data."""
         site, found = self.fault.site, self.findings.divergence
         metrics = self.logit_metrics

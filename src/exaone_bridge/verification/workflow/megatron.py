@@ -6,7 +6,7 @@ Axes: N prompts, S tokens of a prompt, V vocabulary.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.activations.capture import Activations, megatron_hooks
 from exaone_bridge.verification.activations.probe_points import Capture, ProbePoint
 from exaone_bridge.verification.checks.digests import Digest
@@ -49,8 +50,8 @@ class MegatronResult:
         digests: the exported tensors, if they were not written.
     """
 
-    source_config: Mapping[str, Any]
-    model_config: Mapping[str, Any]
+    source_config: JSONMapping
+    model_config: JSONMapping
     activations: list[Activations]
     gradients: Gradients | None = None
     digests: dict[str, Digest] = field(default_factory=dict)

@@ -13,13 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.errors import BridgeError, UnsupportedConfig
 from exaone_bridge.runtime.launch import Launcher, choose_launcher
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.activations.capture import Activations
@@ -95,8 +95,8 @@ class OtherModel:
 
     folder: Path
     digests: Mapping[str, Digest]
-    configs: Sequence[Mapping[str, Any]]
-    source_config: Mapping[str, Any]
+    configs: Sequence[JSONMapping]
+    source_config: JSONMapping
     activations: Sequence[Activations] = ()
     gradients: Gradients | None = None
 

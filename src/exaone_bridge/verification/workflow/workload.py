@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from exaone_bridge.checkpoint.reshard.plan import check_layout
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.dtypes import MODEL_DTYPES
 from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.activations.probe_points import ProbePoint, probe_points
 from exaone_bridge.verification.workflow.options import VerifyOptions
@@ -78,7 +78,7 @@ class Workload:
     gradient_batch: PromptBatch | None = None
     layerwise: bool = False
     seed: int = 0
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: JSONMapping = field(default_factory=dict)
 
     @property
     def plain_prompt(self) -> list[int]:
@@ -90,9 +90,9 @@ class Workload:
         """The batch with images; the first batch for a model that takes none."""
         return next((batch for batch in self.batches if batch.images), self.batches[0])
 
-    def setup(self) -> dict[str, Any]:
+    def setup(self) -> JSONObject:
         """Return what the report says about the workload."""
-        setup: dict[str, Any] = {
+        setup: JSONObject = {
             "prompts": [list(batch.tokens.shape) for batch in self.batches],
             "seed": self.seed,
             "layer_by_layer": self.layerwise,
@@ -226,7 +226,7 @@ def _token_batches(checkpoint: HFCheckpoint, options: VerifyOptions) -> list[Pro
     ]
 
 
-def _original_length(config: Mapping[str, Any]) -> int | None:
+def _original_length(config: JSONMapping) -> int | None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     original = rope.get("original_max_position_embeddings") if isinstance(rope, Mapping) else None
     return original if isinstance(original, int) else None
