@@ -7,7 +7,6 @@ two of them shared.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -15,7 +14,6 @@ from unittest import mock
 import torch
 
 from exaone_bridge.models.ernie45 import ERNIE45
-from exaone_bridge.schema.param_mapping import ParamMapping
 from exaone_bridge.verification.self_test.fault import (
     Chunks,
     CodeFault,
@@ -27,6 +25,10 @@ from exaone_bridge.verification.self_test.fault import (
     WeightFault,
     changed_mappings,
     swap,
+)
+from exaone_bridge.verification.self_test.patches import (
+    reordered_tensors,
+    scaled_shared_experts,
 )
 
 __all__ = ["ERNIE45_FAULTS"]
@@ -104,22 +106,6 @@ def _unbiased_selection(
     return chosen / chosen.sum(-1, keepdim=True), experts
 
 
-def _shared_experts(scale: float) -> Patch:
-    """Make a patch that multiplies the output of the shared experts."""
-
-    def patch() -> contextlib.AbstractContextManager[object]:
-        from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-
-        original = SharedExpertMLP.forward
-
-        def forward(self: SharedExpertMLP, hidden_states: torch.Tensor) -> torch.Tensor:
-            return scale * original(self, hidden_states)
-
-        return mock.patch.object(SharedExpertMLP, "forward", forward)
-
-    return patch
-
-
 def _round_angles() -> contextlib.AbstractContextManager[object]:
     """Round the angles of RoPE to bf16, as a model does whose cos and sin are cast."""
     from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
@@ -132,12 +118,6 @@ def _round_angles() -> contextlib.AbstractContextManager[object]:
         return original(self, tensor, angles.bfloat16().float(), *args)
 
     return mock.patch.object(Fp32RotarySelfAttention, "_apply_rope", rotate)
-
-
-def _swap_gate_and_up(mapping: ParamMapping) -> ParamMapping:
-    if "experts.linear_fc1" not in mapping.megatron:
-        return mapping
-    return dataclasses.replace(mapping, hf=mapping.hf[::-1])
 
 
 # --- the list -------------------------------------------------------------------------------------
@@ -190,12 +170,12 @@ ERNIE45_FAULTS: tuple[Fault, ...] = (
     _weights("selection bias lost", _zero_selection_bias, 2, "router"),
     _weights("an input norm left at one", _reset_input_norm, 2, "norm"),
     _weights("the norm before the experts left at one", _reset_mlp_norm, 1, "norm"),
-    _code("shared experts dropped", _shared_experts(0), 1, "mlp"),
-    _code("shared experts counted twice", _shared_experts(2), 1, "mlp"),
+    _code("shared experts dropped", scaled_shared_experts(0), 1, "mlp"),
+    _code("shared experts counted twice", scaled_shared_experts(2), 1, "mlp"),
     _code("RoPE angles rounded to bf16", _round_angles, 0, "attention"),
     _code(
         "gate and up of the experts swapped in the mapping",
-        lambda: changed_mappings(ERNIE45, _swap_gate_and_up),
+        lambda: changed_mappings(ERNIE45, reordered_tensors("experts.linear_fc1.weight*", 1, 0)),
         1,
         "mlp",
     ),

@@ -28,6 +28,7 @@ from exaone_bridge.verification.self_test.fault import (
     changed_mappings,
     swap,
 )
+from exaone_bridge.verification.self_test.patches import reordered_tensors, softmax_scale_of
 
 __all__ = ["EXAONE4_FAULTS"]
 
@@ -132,17 +133,6 @@ def _mappings(change: MappingChange) -> Patch:
     return lambda: changed_mappings(EXAONE4, change)
 
 
-def _reordered(megatron: str, *order: int) -> Patch:
-    """Make a patch that reorders the Hugging Face tensors of the mappings of a Megatron name."""
-
-    def change(mapping: ParamMapping) -> ParamMapping:
-        if megatron not in mapping.megatron:
-            return mapping
-        return dataclasses.replace(mapping, hf=tuple(mapping.hf[number] for number in order))
-
-    return _mappings(change)
-
-
 def _swap_post_norm_names(mapping: ParamMapping) -> ParamMapping:
     names = ("post_attention_layernorm", "post_feedforward_layernorm")
     tensor = mapping.hf[0]
@@ -166,21 +156,6 @@ def _post_norm_epsilon() -> contextlib.AbstractContextManager[object]:
             super().__init__(config, hidden_size)
 
     return mock.patch.object(post_norm.RowParallelLinearLayerNorm, "norm", DefaultEpsilonNorm)
-
-
-def _softmax_scale() -> contextlib.AbstractContextManager[object]:
-    """Scale by hidden size / heads where the head dimension is another."""
-    from exaone_bridge.modules.attention import TorchDotProductAttention
-
-    original = TorchDotProductAttention._attend
-
-    def attend(
-        self: TorchDotProductAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        self.softmax_scale = (64 / 4) ** -0.5
-        return original(self, query, key, value)
-
-    return mock.patch.object(TorchDotProductAttention, "_attend", attend)
 
 
 # --- the list -------------------------------------------------------------------------------------
@@ -298,16 +273,21 @@ EXAONE4_FAULTS: tuple[Fault, ...] = (
         failing=("rejected",),
         fields={"share_embeddings_and_output_weights": True},
     ),
-    _code("gate and up swapped in the mapping", _reordered("linear_fc1", 1, 0), 0, "mlp"),
+    _code(
+        "gate and up swapped in the mapping",
+        _mappings(reordered_tensors("linear_fc1", 1, 0)),
+        0,
+        "mlp",
+    ),
     _code(
         "keys and values swapped in the mapping",
-        _reordered("linear_qkv", 0, 2, 1),
+        _mappings(reordered_tensors("linear_qkv.weight", 0, 2, 1)),
         0,
         "attention",
     ),
     _code("post-norms swapped in the mapping", _mappings(_swap_post_norm_names), 0, "norm"),
     _code("default epsilon in the post-norms", _post_norm_epsilon, 0, "norm"),
-    _code("softmax scale of another head size", _softmax_scale, 0, "attention"),
+    _code("softmax scale of another head size", softmax_scale_of(64 // 4), 0, "attention"),
     CodeFault(
         name="a parameter mapping missing",
         model=MODEL,

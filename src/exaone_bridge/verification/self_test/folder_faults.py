@@ -93,6 +93,16 @@ def _drop_passthrough(tensors: Tensors) -> None:
         del tensors[name]
 
 
+def _selection_bias_with_two_axes(tensors: Tensors) -> None:
+    name = "model.layers.2.mlp.e_score_correction_bias"
+    tensors[name] = tensors[name][None]
+
+
+def _gates_to_bf16(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
+        tensors[name] = tensors[name].bfloat16()
+
+
 def _remove(name: str) -> FolderChange:
     return lambda folder: (folder / name).unlink()
 
@@ -114,6 +124,12 @@ def _ernie(
     name: str, change: FolderChange, *failing: str, site: FaultSite | None = None
 ) -> FolderFault:
     return _fault(name, change, *failing, site=site, model="ernie45")
+
+
+def _exaone_moe(
+    name: str, change: FolderChange, *failing: str, site: FaultSite | None = None
+) -> FolderFault:
+    return _fault(name, change, *failing, site=site, model="exaone-moe")
 
 
 FOLDER_FAULTS: tuple[FolderFault, ...] = (
@@ -237,5 +253,34 @@ FOLDER_FAULTS: tuple[FolderFault, ...] = (
         "num_nextn_predict_layers removed",
         _config(num_nextn_predict_layers=...),
         "config",
+    ),
+    _exaone_moe("passthrough tensors missing", _tensors(_drop_passthrough), "tensors"),
+    _exaone_moe(
+        "a selection bias written as [1, E]",
+        _tensors(_selection_bias_with_two_axes),
+        "tensors",
+        "logits",
+    ),
+    _exaone_moe("gates written in another dtype", _tensors(_gates_to_bf16), "tensors", "logits"),
+    _exaone_moe("layer_types removed", _config(layer_types=...), "config", "logits"),
+    _exaone_moe(
+        "windows of 4096 instead of 5",
+        _config(sliding_window=4096, sliding_windows=[4096, 4096, 4096, 0]),
+        "config",
+        "logits",
+        site=FaultSite("attention", 0),
+    ),
+    _exaone_moe(
+        "norm_topk_prob false",
+        _config(norm_topk_prob=False),
+        "config",
+        "logits",
+        site=FaultSite("router", 1),
+    ),
+    _exaone_moe(
+        "first_k_dense_replace and mlp_layer_types changed",
+        _config(first_k_dense_replace=2, mlp_layer_types=["dense", "dense", "sparse", "sparse"]),
+        "config",
+        "logits",
     ),
 )

@@ -5,12 +5,19 @@ from __future__ import annotations
 from exaone_bridge.verification.self_test.ernie45_faults import ERNIE45_FAULTS
 from exaone_bridge.verification.self_test.exaone4_faults import EXAONE4_FAULTS
 from exaone_bridge.verification.self_test.exaone45_faults import EXAONE45_FAULTS
+from exaone_bridge.verification.self_test.exaone_moe_faults import EXAONE_MOE_FAULTS
 from exaone_bridge.verification.self_test.fault import Fault
 from exaone_bridge.verification.self_test.folder_faults import FOLDER_FAULTS
 
 __all__ = ["FAULTS", "MODELS", "fault_table", "faults_of", "representative_faults"]
 
-FAULTS: tuple[Fault, ...] = (*EXAONE4_FAULTS, *EXAONE45_FAULTS, *ERNIE45_FAULTS, *FOLDER_FAULTS)
+FAULTS: tuple[Fault, ...] = (
+    *EXAONE4_FAULTS,
+    *EXAONE45_FAULTS,
+    *ERNIE45_FAULTS,
+    *EXAONE_MOE_FAULTS,
+    *FOLDER_FAULTS,
+)
 MODELS: tuple[str, ...] = tuple(dict.fromkeys(fault.model for fault in FAULTS))
 """The tiny models into which faults are injected."""
 

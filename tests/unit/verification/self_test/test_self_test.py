@@ -40,7 +40,7 @@ def test_names_are_unique_for_a_model() -> None:
 
 
 def test_list_covers_every_check_and_sublayer() -> None:
-    assert set(MODELS) >= {"exaone4", "exaone45", "ernie45"}
+    assert set(MODELS) >= {"exaone4", "exaone45", "ernie45", "exaone-moe"}
     assert {name for fault in FAULTS for name in fault.failing} == {
         *("tensors", "config", "files", "logits", "generation", "rejected")
     }
@@ -53,7 +53,7 @@ def test_list_covers_every_check_and_sublayer() -> None:
 def test_representative_faults_are_one_for_each_kind_and_model() -> None:
     chosen = [(fault.model, fault.kind) for fault in representative_faults()]
     assert sorted(chosen) == sorted({(fault.model, fault.kind) for fault in FAULTS})
-    assert len(chosen) == 11
+    assert len(chosen) == 15
 
 
 # --- the documentation ----------------------------------------------------------------------------
