@@ -18,8 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exaone_bridge.checkpoint.hf.shards import ShardWriter
 from exaone_bridge.convert import to_hf, to_megatron
 from exaone_bridge.errors import CheckpointError
+from exaone_bridge.runtime.progress import Progress
 from tests.helpers.damage import INDEX, WEIGHTS, Damage, set_config
 
 Cli = Callable[..., Any]
@@ -247,7 +249,7 @@ def test_exporting_an_empty_folder(
     megatron_bridge: Any, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    says = ("no Megatron-Bridge checkpoint", "run_config.yaml is missing", "that `import` wrote")
+    says = ("not a Megatron-Bridge checkpoint", "run_config.yaml is missing", "that `import` wrote")
     refused(arguments_of("export", tmp_path / "empty"), "empty", *says)
 
 
@@ -256,7 +258,7 @@ def test_exporting_a_hugging_face_folder(
 ) -> None:
     refused(
         ["export", tiny("exaone4"), tmp_path / "output"],
-        "no Megatron-Bridge checkpoint",
+        "not a Megatron-Bridge checkpoint",
         "that `import` wrote",
     )
 
@@ -616,25 +618,31 @@ def test_the_installed_command_ends_with_two(tmp_path: Path) -> None:
 # --- in the middle ----------------------------------------------------------------------------
 
 
-def write_something(target: Path) -> None:
-    target.mkdir(exist_ok=True)
+def write_something(*arguments: Any) -> None:
+    """Write where a rank does: an export's into its writer's folder, an import's into its target.
+
+    Args:
+        arguments: the rank's own, the source and the target first.
+    """
+    writers = [each.folder for each in arguments if isinstance(each, ShardWriter)]
+    target = writers[0] if writers else arguments[1]
     (target / "half.bin").write_bytes(b"half")
     (target / "deep").mkdir(exist_ok=True)
     (target / "deep" / "file").write_text("half")
 
 
-def fail(source: Path, target: Path, *_: Any) -> None:
-    write_something(target)
+def fail(*arguments: Any, progress: Progress) -> None:
+    write_something(*arguments)
     raise RuntimeError("a fault in the middle")
 
 
-def die(source: Path, target: Path, *_: Any) -> None:
-    write_something(target)
+def die(*arguments: Any, progress: Progress) -> None:
+    write_something(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def refuse(source: Path, target: Path, *_: Any) -> None:
-    write_something(target)
+def refuse(*arguments: Any, progress: Progress) -> None:
+    write_something(*arguments)
     raise CheckpointError("somewhere", "cannot be read", remedy="read something else")
 
 
