@@ -35,6 +35,9 @@ class ReferenceResult:
         gradients: tensor name -> gradient of the decoder's loss + the loss weight times the mean of
             the depths' losses.
         experts: layer -> chosen experts [N, S, K], sorted.
+        activations: in the order of computation, "3, attention" and "3, mlp" (the output of a
+            sublayer of layer 3), and likewise of the first depth "mtp, projection" (its inputs
+            joined), "mtp, attention" and "mtp, mlp": [N, S, H].
     """
 
     logits: torch.Tensor
@@ -42,6 +45,7 @@ class ReferenceResult:
     losses: list[float] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     experts: dict[int, torch.Tensor] = field(default_factory=dict)
+    activations: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Model:
@@ -54,6 +58,11 @@ class _Model:
             for name, value in load_file(path).items()
         }
         self.experts: dict[int, torch.Tensor] = {}
+        self.activations: dict[str, torch.Tensor] = {}
+
+    def keep(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        self.activations.setdefault(name, x.detach())
+        return x
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps)
@@ -118,12 +127,14 @@ class _Model:
 
     def layer(self, name: str, x: torch.Tensor, window: int | None, layer: int) -> torch.Tensor:
         """One pre-norm layer; `layer` is -1 for that of multi-token prediction, which is dense."""
-        x = x + self.attention(f"{name}.self_attn", self.norm(f"{name}.input_layernorm", x), window)
+        key = str(layer) if layer >= 0 else "mtp"
+        normed = self.norm(f"{name}.input_layernorm", x)
+        x = x + self.keep(f"{key}, attention", self.attention(f"{name}.self_attn", normed, window))
         normed = self.norm(f"{name}.post_attention_layernorm", x)
         if layer >= 0 and self.config.moe_layer_mask[layer]:
-            return x + self.mixture(layer, normed)
+            return x + self.keep(f"{key}, mlp", self.mixture(layer, normed))
         limit = self.config.swiglu_limits[layer] if layer >= 0 else 0.0
-        return x + self.swiglu(f"{name}.mlp", normed, limit)
+        return x + self.keep(f"{key}, mlp", self.swiglu(f"{name}.mlp", normed, limit))
 
 
 def run_reference(folder: Path, tokens: torch.Tensor, mtp_depth: int = 0) -> ReferenceResult:
@@ -153,6 +164,7 @@ def run_reference(folder: Path, tokens: torch.Tensor, mtp_depth: int = 0) -> Ref
         projected = model.linear(
             "mtp.fc", torch.cat([embedded, model.norm("mtp.pre_fc_norm_hidden", hidden)], dim=-1)
         )
+        model.keep("mtp, projection", projected)
         hidden = model.layer("mtp.layers.0", projected, model.config.mtp.window, -1)
         hidden = model.norm("mtp.norm", hidden)
         logits = linear(hidden, head)
@@ -165,5 +177,5 @@ def run_reference(folder: Path, tokens: torch.Tensor, mtp_depth: int = 0) -> Ref
     result.gradients = {
         name: value.grad for name, value in model.weights.items() if value.grad is not None
     }
-    result.experts = model.experts
+    result.experts, result.activations = model.experts, model.activations
     return result
