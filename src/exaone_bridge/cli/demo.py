@@ -8,11 +8,13 @@ from pathlib import Path
 
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.cli.arguments import TINY_CONFIGS
-from exaone_bridge.cli.show import stages, table
+from exaone_bridge.cli.show import say, stages, table
 from exaone_bridge.errors import ParityFailure
-from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.models import family_of
+from exaone_bridge.schema.hf_config import language_config, with_num_layers
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.report.report import Report
 
 __all__ = ["demo"]
 
@@ -56,7 +58,7 @@ def demo(layout: Layout, backend: str) -> None:
                 report.source,
                 f"{report.parameters:,}",
                 report.layout,
-                f"{report.max_logit_difference:.1e}",
+                _logit_difference(report),
                 report.first_diverging_layer,
                 "bitwise equal" if report.round_trip_passed else "FAILED",
                 f"{report.seconds:.1f}",
@@ -64,8 +66,16 @@ def demo(layout: Layout, backend: str) -> None:
             for report in reports
         ],
     )
+    for report in reports:
+        if not (logits := report.check("logits")).ran:
+            say(f"{report.source}: logits were not compared: {logits.details}.")
     if not all(report.passed for report in reports):
         raise ParityFailure("\n".join(report.failures() for report in reports))
+
+
+def _logit_difference(report: Report) -> str:
+    logits = report.check("logits")
+    return f"{report.max_logit_difference:.1e}" if logits.ran else logits.status.value
 
 
 def _fit(config: JSONObject, layout: Layout) -> tuple[JSONObject, Layout]:
@@ -74,14 +84,12 @@ def _fit(config: JSONObject, layout: Layout) -> tuple[JSONObject, Layout]:
     The layer pattern is repeated or truncated. A dense model gets no EP; an MoE model with EP gets
     an expert TP of 1.
     """
-    if (language := language_config(config)) is not config:
-        fitted, layout = _fit(language, layout)
-        return {**config, "text_config": fitted}, layout
     stage_count = layout.pp * layout.vpp
-    layers = -(-config["num_hidden_layers"] // stage_count) * stage_count
-    moe = "moe_num_experts" in config and layout.ep > 1
-    layout = dataclasses.replace(layout, ep=layout.ep if moe else 1, etp=1 if moe else None)
-    fitted = {**config, "num_hidden_layers": layers}
-    if "layer_types" in config:
-        fitted["layer_types"] = (config["layer_types"] * layers)[:layers]
-    return fitted, layout
+    language = language_config(config)
+    layers = -(-language["num_hidden_layers"] // stage_count) * stage_count
+    fitted = with_num_layers(language, layers)
+    if language is not config:
+        fitted = {**config, "text_config": fitted}
+    experts = family_of(config["architectures"], where="demo").describe(config).config.num_experts
+    moe = bool(experts) and layout.ep > 1
+    return fitted, dataclasses.replace(layout, ep=layout.ep if moe else 1, etp=1 if moe else None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from exaone_bridge.cli.arguments import TINY_CONFIGS
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.schema.hf_config import language_config
+from exaone_bridge.schema.hf_config import language_config, with_num_layers
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 __all__ = ["tiny"]
@@ -66,8 +66,9 @@ def _with_settings(config: JSONMapping, settings: list[str]) -> JSONObject:
             if isinstance(nested, dict) and "dtype" in nested:
                 nested["dtype"] = changed["dtype"]
     language = language_config(changed)
-    layers, types = language.get("num_hidden_layers"), language.get("layer_types")
-    only_layers = "num_hidden_layers" in names and "layer_types" not in names
-    if only_layers and isinstance(layers, int) and types:  # repeat or truncate the layer pattern
-        language["layer_types"] = (types * max(1, layers))[: max(0, layers)]
+    layers = language.get("num_hidden_layers")
+    if "num_hidden_layers" in names and isinstance(layers, int):  # repeat or truncate the pattern
+        before = language_config(dict(config))["num_hidden_layers"]
+        stated = language | {"num_hidden_layers": before}
+        language |= with_num_layers(stated, layers, keep=names)
     return changed

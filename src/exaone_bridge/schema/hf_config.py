@@ -7,7 +7,7 @@ Transformers cannot read or run, or that is not supported here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "read_int",
     "read_rope",
     "update_hf_config",
+    "with_num_layers",
     "write_rope",
 ]
 
@@ -124,6 +125,27 @@ def language_config(hf_config: JSONObject) -> JSONObject:
     """Returns the object that describes the language model: `text_config` where there is one."""
     nested = hf_config.get("text_config")
     return nested if isinstance(nested, dict) else hf_config
+
+
+def with_num_layers(
+    hf_config: JSONMapping, layers: int, *, keep: Collection[str] = ()
+) -> JSONObject:
+    """Returns the config of a language model with another number of layers.
+
+    Every list with one entry for each layer is repeated or truncated.
+
+    Args:
+        hf_config: a config with a valid number of layers.
+        layers: the new number of layers.
+        keep: lists that stay as they are.
+    """
+    before = hf_config["num_hidden_layers"]
+    lists = {
+        key: (value * max(1, layers))[: max(0, layers)]
+        for key, value in hf_config.items()
+        if isinstance(value, list) and len(value) == before and key not in keep
+    }
+    return {**hf_config, **lists, "num_hidden_layers": layers}
 
 
 def check_types(hf_config: JSONMapping) -> None:

@@ -155,6 +155,11 @@ class ModelConfig(ConfigPart):
     mtp: MTPConfig | None = None
 
     @property
+    def transformers_differs(self) -> str | None:
+        """What Transformers 5.12.1 ignores of this model, or None if it computes the same."""
+        return None
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Every layer's number."""
         return tuple(range(self.num_layers))

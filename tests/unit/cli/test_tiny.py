@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from exaone_bridge.models.exaone4 import EXAONE4
+from exaone_bridge.models.exaone_moe import EXAONE_MOE
 from tests.helpers.cli import Cli, Snapshot, names_in, read_config, read_tensors
 
 
@@ -152,3 +153,13 @@ def test_vocabulary_smaller_than_the_bytes_has_no_tokenizer(cli: Cli, tmp_path: 
 def test_folder_name_with_brackets_is_printed(cli: Cli, tmp_path: Path) -> None:
     run = cli("tiny", "exaone4", "a[bold]b")
     assert run.code == 0 and (tmp_path / "a[bold]b").is_dir() and "a[bold]b: 8 layers" in run.out
+
+
+def test_every_list_of_layers_follows_the_number_of_layers(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert cli("tiny", "exaone-moe-2", folder, "--set", "num_hidden_layers=8").code == 0
+    config = read_config(folder)
+    lists = ("layer_types", "sliding_windows", "mlp_layer_types", "swiglu_limits")
+    for name in lists:
+        assert config[name] == (EXAONE_MOE.tiny["exaone-moe-2"][name] * 2)[:8]
+    assert config["mtp_sliding_windows"] == [0]

@@ -132,7 +132,7 @@ def _prompts(report: Report) -> str:
         f"{count} of {length} tokens{_with([counts[batch] for counts in media])}"
         for batch, (count, length) in enumerate(shapes)
     )
-    return text + (", layer by layer" if report.setup.get("layer_by_layer") else "")
+    return (text or "none") + (", layer by layer" if report.setup.get("layer_by_layer") else "")
 
 
 def _with(counts: Sequence[int]) -> str:

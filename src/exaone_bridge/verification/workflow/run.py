@@ -1,8 +1,9 @@
 """The workflow of a verification: two models, what they have on disk, and what they compute.
 
-The reference is always Transformers with the source. The other model is the source after a round
-trip through Megatron-Core, or another checkpoint: with Transformers if it is a Hugging Face folder,
-with Megatron-Core if it is a Megatron checkpoint.
+The reference is always Transformers with the source. A model that Transformers computes differently
+(`ModelConfig.transformers_differs`) has no reference: what it has on disk is compared, and it is not
+run. The other model is the source after a round trip through Megatron-Core, or another checkpoint:
+with Transformers if it is a Hugging Face folder, with Megatron-Core if it is a Megatron checkpoint.
 """
 
 from __future__ import annotations
@@ -127,9 +128,14 @@ def run(session: Session) -> Report:
         checkpoint = HFCheckpoint.open(source.folder)
         workload = make_workload(checkpoint, session.layout, _options(session, source, other))
         tensors = digest_tensors(checkpoint.tensors)
+        without_reference = checkpoint.model_config.transformers_differs
+        if without_reference:
+            workload = dataclasses.replace(
+                workload, batches=(), generate=False, gradient_batch=None
+            )
         problem = "" if other is None else _why_not_comparable(checkpoint, other.folder)
         reference: ReferenceResult | None = None
-        if not problem:
+        if not problem and not without_reference:
             reference = launcher.first(run_transformers, checkpoint, workload, progress=progress)
         if other is None:
             work = stack.enter_context(launcher.folder())
@@ -137,13 +143,16 @@ def run(session: Session) -> Report:
                 checkpoint, source.megatron, tensors, workload, work, launcher, progress
             )
         else:
-            compared = _other_checkpoint(checkpoint, other, workload, problem, launcher, progress)
+            why_not = problem or without_reference or ""
+            compared = _other_checkpoint(checkpoint, other, workload, why_not, launcher, progress)
         checks = [
             compare_digests(tensors, compared.digests),
             compare_configs(compared.source_config, *compared.configs),
             compare_files(source.folder, compared.folder),
         ]
-        if reference is None:
+        if without_reference:
+            arithmetic = ArithmeticResult(())
+        elif reference is None:
             check = Check("logits", "the other model cannot be run", False, problem)
             arithmetic = ArithmeticResult((check,))
         else:
@@ -162,7 +171,11 @@ def run(session: Session) -> Report:
         source=source.name,
         other=None if other is None else other.name,
         layout=str(workload.layout),
-        checks=(*checks, *arithmetic.checks, *_not_run(session.options, workload)),
+        checks=(
+            *checks,
+            *arithmetic.checks,
+            *_not_run(session.options, workload, without_reference),
+        ),
         backend=workload.backend,
         dtype=workload.dtype,
         model=model_summary(checkpoint),
@@ -194,12 +207,19 @@ def _options(session: Session, source: Checkpoint, other: Checkpoint | None) -> 
     return dataclasses.replace(options, stream=False, gradients=options.gradients and with_megatron)
 
 
-def _not_run(options: VerifyOptions, workload: Workload) -> list[Check]:
-    """List the requested checks that need the whole model in memory."""
-    if not workload.layerwise:
+def _not_run(
+    options: VerifyOptions, workload: Workload, without_reference: str | None
+) -> list[Check]:
+    """List the requested checks that need a reference, or the whole model in memory."""
+    requested = {
+        "generation": options.generation,
+        "logits": without_reference is not None,
+        "gradients": options.gradients,
+    }
+    if without_reference is None and not workload.layerwise:
         return []
-    requested = {"generation": options.generation, "gradients": options.gradients}
-    return [Check.not_run(name, _NEEDS_WHOLE_MODEL) for name, wanted in requested.items() if wanted]
+    reason = without_reference or _NEEDS_WHOLE_MODEL
+    return [Check.not_run(name, reason) for name, wanted in requested.items() if wanted]
 
 
 def _why_not_comparable(checkpoint: HFCheckpoint, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,34 @@ def test_gradients_that_are_not_summed_fail(
         "gradients": "failed"
     }
     assert "_norm.weight differs" in report.check("gradients").details
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_transformers_computes_differently_is_converted_but_not_run(
+    megatron_bridge: Any, tiny: Any, stream: bool
+) -> None:
+    folder = tiny("exaone-moe-2")
+    layout = Layout(pp=2, ep=2)
+    report = verify(folder, layout=layout, gradients=True, stream=stream)
+    assert report.passed and report.round_trip_passed
+    assert statuses(report) == dict.fromkeys(("tensors", "config", "files"), "passed") | (
+        dict.fromkeys(("generation", "logits", "gradients"), "not run")
+    )
+    for name in ("generation", "logits", "gradients"):
+        reason = "Transformers ignores sliding_windows and swiglu_limits"
+        assert report.check(name).details == reason
+    assert report.max_logit_difference != report.max_logit_difference  # NaN
+
+
+def test_two_models_that_transformers_computes_differently_are_compared_on_disk(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny("exaone-moe-2"), other)
+    edit(other, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    report = verify(tiny("exaone-moe-2"), other)
+    assert not report.passed
+    assert (statuses(report)["tensors"], statuses(report)["logits"]) == ("failed", "not run")
 
 
 # --- two models -----------------------------------------------------------------------------------
