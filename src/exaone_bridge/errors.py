@@ -58,8 +58,14 @@ class BridgeError(Exception):
         return _rebuild, (type(self), str(self), self.__dict__)
 
 
+_MESSAGE_ONLY: object = object()
+
+
 class UnsupportedConfig(BridgeError):
     """A config that is not supported, or that Transformers itself cannot read.
+
+    Megatron-Core raises an error of a module's constructor again as `type(error)(message)`
+    (`build_module`, transformer/spec_utils.py, 0.19.2): the first argument alone is a message.
 
     Args:
         field: the config's field, as it is in the file.
@@ -74,17 +80,20 @@ class UnsupportedConfig(BridgeError):
         self,
         field: str,
         *,
-        got: object,
+        got: object = _MESSAGE_ONLY,
         known: Sequence[object] | None = None,
         wanted: str | None = None,
         where: str = "config.json",
         remedy: str = "",
     ) -> None:
+        self.field, self.got = field, got
+        if got is _MESSAGE_ONLY:
+            super().__init__(field)
+            return
         if wanted is None:
             wanted = "one of " + _listed((repr(value) for value in known or ()), shown=40)
         tail = f"; {remedy}" if remedy else ""
         super().__init__(f"{where}: {field} is {_short(got)}, and must be {wanted}{tail}.")
-        self.field, self.got = field, got
 
 
 class UnsupportedLayout(BridgeError):

@@ -51,7 +51,11 @@ class SelectionBiasRouter(TopKRouter):
     def top_k(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """Return the experts [T, K] with the highest scores [T, E], or those that are replayed."""
 
-        def best(scores: torch.Tensor, k: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        # Megatron-Core passes groups, by position where nothing is recorded or replayed and by name
+        # where it records (moe/router_replay.py, 0.19.2); the scores already have none.
+        def best(
+            scores: torch.Tensor, k: int, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             values, indices = torch.topk(scores, k, dim=-1)
             return values, indices
 

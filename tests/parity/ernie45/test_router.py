@@ -16,6 +16,7 @@ from exaone_bridge.models.ernie45.router import choose_experts
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.workflow.workload import random_prompts
+from tests.helpers.balancing import after_one_step
 from tests.helpers.layouts import slow
 
 Experts = dict[int, torch.Tensor]  # 0-based layer -> [T, K] experts of each token, sorted
@@ -182,34 +183,11 @@ def test_choose_experts_weighs_without_the_selection_bias() -> None:
     assert torch.allclose(bounded[0, 0], probabilities[0] / 0.99)
 
 
-def _after_one_step(
-    folder: Path, tokens: torch.Tensor, overrides: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """Return gradient and selection bias of a router after one step with `finalize_model_grads`."""
-    from megatron.bridge import AutoBridge
-    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-
-    provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
-    provider.apply_overrides_and_finalize(torch.float32, overrides)
-    (model,) = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-        use_cpu_initialization=True,
-    )
-    model.train()
-    positions = torch.arange(tokens.shape[1] - 1)[None]
-    model(
-        tokens[:1, :-1].contiguous(), positions, None, labels=tokens[:1, 1:].contiguous()
-    ).mean().backward()
-    finalize_model_grads([model])
-    router = model.module.decoder.layers[1].mlp.router
-    return {"bias": router.expert_bias.clone(), "gradient": router.weight.main_grad.clone()}
-
-
 @pytest.fixture(scope="module")
 def one_step(megatron_bridge: Any, tiny: Any) -> Any:
     tokens = random_prompts(387, 1, 49)
     return lambda **overrides: ForkLauncher().first(
-        _after_one_step, tiny("ernie45"), tokens, overrides
+        after_one_step, tiny("ernie45"), tokens, overrides
     )
 
 
@@ -242,3 +220,8 @@ def test_both_kinds_of_balancing_are_rejected(one_step: Any) -> None:
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=0.1,
         )
+
+
+def test_router_replay_is_rejected(one_step: Any) -> None:
+    with pytest.raises(UnsupportedConfig, match="moe_enable_routing_replay"):
+        one_step(moe_enable_routing_replay=True)
