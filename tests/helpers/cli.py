@@ -27,6 +27,13 @@ class Run:
 
 
 Cli = Callable[..., Run]
+Rejected = Callable[..., None]
+
+
+def arguments_of(command: str, folder: Path) -> list[object]:
+    """Return the command on `folder`; `import` and `export` write to `output` beside it."""
+    output = [folder.parent / "output"] if command in ("import", "export") else []
+    return [command, folder, *output]
 
 
 def names_in(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exaone_bridge.cli import main
-from tests.helpers.cli import Cli, Run, Snapshot
+from tests.helpers.cli import Cli, Rejected, Run, Snapshot
 
 
 @pytest.fixture
@@ -56,6 +56,27 @@ def snapshot() -> Snapshot:
         }
 
     return take
+
+
+@pytest.fixture
+def rejected(cli: Cli, snapshot: Snapshot, tmp_path: Path) -> Rejected:
+    """Return `rejected(arguments, *fragments)`: the command must fail and change nothing.
+
+    Its exit code is 2, and its only error output is one sentence with these fragments.
+    """
+
+    def check(arguments: list[object], *fragments: str) -> None:
+        before = snapshot(tmp_path)
+        run = cli(*arguments)
+        assert run.code == 2, run
+        assert snapshot(tmp_path) == before
+        assert "Traceback" not in run.out + run.err
+        (line,) = run.err.splitlines()
+        assert line.startswith("exaone-bridge: ") and line.endswith(".")
+        for fragment in fragments:
+            assert fragment in line
+
+    return check
 
 
 @pytest.fixture(scope="session")

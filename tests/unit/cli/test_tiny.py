@@ -11,7 +11,7 @@ import torch
 
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.models.exaone_moe import EXAONE_MOE
-from tests.helpers.cli import Cli, Snapshot, names_in, read_config, read_tensors
+from tests.helpers.cli import Cli, Rejected, Snapshot, names_in, read_config, read_tensors
 
 
 @pytest.mark.parametrize("name", EXAONE4.tiny)
@@ -163,3 +163,80 @@ def test_every_list_of_layers_follows_the_number_of_layers(cli: Cli, tmp_path: P
     for name in lists:
         assert config[name] == (EXAONE_MOE.tiny["exaone-moe-2"][name] * 2)[:8]
     assert config["mtp_sliding_windows"] == [0]
+
+
+SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "no equals": (["num_hidden_layers"], ("--set is 'num_hidden_layers'", "field=value")),
+    "no field": (["=3"], ("--set is '=3'", "field=value")),
+    "rope": (['rope_parameters={"rope_type": "yarn"}'], ("rope_type is 'yarn'", "'llama3'")),
+    "rope of text": (
+        ["rope_parameters=yarn"],
+        ("rope_parameters is 'yarn'", "must be an object"),
+    ),
+    "layer_types": (
+        ['layer_types=["full_attention"]'],
+        ("layer_types is '1 entries'", "num_hidden_layers=8"),
+    ),
+    "layer_types of a number": (
+        ["layer_types=5", "num_hidden_layers=3"],
+        ("layer_types is 5", "must be a list of"),
+    ),
+    "pattern": (["layer_types=null"], ("sliding_window_pattern is 'LLLG'", 'write "layer_types":')),
+    "layers": (["num_hidden_layers=0"], ("num_hidden_layers is 0", "a positive whole number")),
+    "negative layers": (
+        ["num_hidden_layers=-2"],
+        ("num_hidden_layers is -2", "a positive whole number"),
+    ),
+    "layers of text": (
+        ["num_hidden_layers=many"],
+        ("num_hidden_layers is 'many'", "a positive whole number"),
+    ),
+    "layers of true": (
+        ["num_hidden_layers=true"],
+        ("num_hidden_layers is True", "a positive whole number"),
+    ),
+    "heads": (
+        ["num_key_value_heads=3"],
+        ("num_key_value_heads is 3", "a divisor of num_attention_heads=4"),
+    ),
+    "head_dim": (["head_dim=7"], ("head_dim is 7", "even")),
+    "epsilon": (["rms_norm_eps=NaN"], ("rms_norm_eps is nan", "a finite number")),
+    "dtype": (["dtype=int8"], ("dtype is 'int8'", "'bfloat16'")),
+    "architecture": (
+        ['architectures=["LlamaForCausalLM"]'],
+        ("['LlamaForCausalLM']", "'Exaone4ForCausalLM'"),
+    ),
+    "architecture of a number": (
+        ["architectures=5"],
+        ("architectures is 5", "'Exaone4ForCausalLM'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_set_option_that_makes_no_model_is_rejected(
+    name: str, tmp_path: Path, rejected: Rejected
+) -> None:
+    settings, fragments = SETTINGS[name]
+    options = [part for setting in settings for part in ("--set", setting)]
+    rejected(["tiny", "exaone4", tmp_path / "output", *options], *fragments)
+
+
+@pytest.mark.parametrize("family", ["nonsense", "", "exaone", "EXAONE4"])
+def test_unknown_tiny_model_is_rejected(family: str, tmp_path: Path, rejected: Rejected) -> None:
+    rejected(
+        ["tiny", family, tmp_path / "output"],
+        f"family is '{family}'",
+        "one of 'exaone4', 'exaone4-1.2b'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [(["--set", "eos_token_id={}"], "eos_token_id"), (["--seed", str(2**70)], "seed")],
+    ids=["eos_token_id", "seed"],
+)
+def test_value_that_cannot_be_written_is_rejected(
+    options: list[str], fragments: str, tmp_path: Path, rejected: Rejected
+) -> None:
+    rejected(["tiny", "exaone4", tmp_path / "output", *options], fragments)
