@@ -32,3 +32,5 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 # A reference to a name of exaone_bridge must resolve; names of other projects are not looked up.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!exaone_bridge).*"), ("py:.*", r".*\._[^.]*")]
+# A public name that a package imports is documented on both pages: a link may lead to either.
+suppress_warnings = ["ref.python"]
