@@ -26,15 +26,14 @@ import torch  # before transformer_engine: the two bring different versions of c
 
 import exaone_bridge
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.schema.hf_config import with_num_layers
 
 WARM_UP, ROUNDS = 3, 8
 
 
 def _truncate(name: str, layers: int) -> dict[str, Any]:
     """Return a published config with its first layers only."""
-    config = CONFIGS[name] | {"num_hidden_layers": layers}
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:layers]
+    config = with_num_layers(CONFIGS[name], layers)
     if "moe_layer_end_index" in config:
         config["moe_layer_end_index"] = layers - 1
     return config
@@ -45,6 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "exaone4-32b-8-layers": _truncate("exaone4_32b", 8),
     "ernie45-0.3b": CONFIGS["ernie45_0p3b"],
     "ernie45-21b-6-layers": _truncate("ernie45_21b_a3b", 6),
+    # A dense layer, then an MoE layer; 16 of 128 experts, and both kinds of attention.
+    "k-exaone-2-layers": _truncate("k_exaone_236b_a23b", 2)
+    | {"num_experts": 16}
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_windows": [128, 0]},
 }
 
 
@@ -63,10 +66,16 @@ def operations(config: Any, seq: int) -> float:
     heads, kv = fields["num_attention_heads"], fields["num_key_value_heads"]
     hidden, dim, layers = fields["hidden_size"], fields["head_dim"], fields["num_hidden_layers"]
     per_token = layers * hidden * (2 * heads + 2 * kv) * dim + hidden * fields["vocab_size"]
-    experts = fields.get("moe_num_experts") or 0
+    experts = fields.get("moe_num_experts") or fields.get("num_experts") or 0
+    if experts and "moe_k" in fields:
+        used = fields["moe_k"] + fields["moe_num_shared_experts"]
+        moe_layers = range(fields["moe_layer_start_index"], layers)
+    elif experts:
+        used = fields["num_experts_per_tok"] + fields["num_shared_experts"]
+        kinds = enumerate(fields["mlp_layer_types"])
+        moe_layers = [layer for layer, kind in kinds if kind == "sparse"]
     for layer in range(layers):
-        if experts and layer >= fields["moe_layer_start_index"]:
-            used = fields["moe_k"] + fields["moe_num_shared_experts"]
+        if experts and layer in moe_layers:
             per_token += 3 * hidden * fields["moe_intermediate_size"] * used + hidden * experts
         else:
             per_token += 3 * hidden * fields["intermediate_size"]
@@ -146,9 +155,8 @@ def transformers(
 ) -> Callable[[], None]:
     from transformers import AutoModelForCausalLM
 
-    experts = (
-        {"experts_implementation": "grouped_mm"} if getattr(config, "moe_num_experts", None) else {}
-    )
+    has_experts = any(getattr(config, name, None) for name in ("moe_num_experts", "num_experts"))
+    experts = {"experts_implementation": "grouped_mm"} if has_experts else {}
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa", **experts
@@ -267,6 +275,7 @@ def measure(
 def config_with_full_attention(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
+    config.sliding_windows = None
     return config
 
 
