@@ -106,7 +106,9 @@ def exaone_moe_block_spec(
             spec.module = LayerWithOwnLimits
             spec.params = {
                 "window": config.layer_windows[layer] or None if config.layer_windows else None,
-                "swiglu_limit": config.swiglu_limits[layer] if config.swiglu_limits else 0.0,
+                "swiglu_limit": config.swiglu_limits[layer]
+                if config.swiglu_limits
+                else config.activation_func_clamp_value or 0.0,
             }
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.norm)
