@@ -3,8 +3,8 @@
     python docs/cards/write.py WORK [NAME ...]
 
 WORK is an empty folder with room for 15 GB, NAME a card; all are written if none is named. It takes
-12 GiB of memory for the widths of the 32B and the 33B, 8 for those of the 21B, 4 for the others,
-and forty minutes on two cores.
+12 GiB of memory for the widths of the 32B, the 33B and K-EXAONE, 8 for those of the 21B, 4 for the
+others, and an hour on two cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from exaone_bridge.cli import main
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
 from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
 from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45
+from exaone_bridge.models.exaone_moe.tiny import TINY as EXAONE_MOE
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.schema.hf_config import with_num_layers
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -80,12 +82,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 3}
     | {"num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6}
     | {"moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+    "K-EXAONE-236B-A23B-2-layers": with_num_layers(CONFIGS["k_exaone_236b_a23b"], 2)
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_windows": [128, 0]}
+    | {"num_experts": 16},
+    "K-EXAONE-2.0-750B-A37B-3-layers": with_num_layers(CONFIGS["k_exaone_2_750b_a37b"], 3)
+    | {"swiglu_limits": [0.0, 0.0, 7.0], "num_experts": 16},
 }
-TINY_CONFIGS = EXAONE | EXAONE45 | ERNIE
+TINY_CONFIGS = EXAONE | EXAONE45 | ERNIE | EXAONE_MOE
 
 FULL = "Random weights in the full published shape."
 WIDE = "Random weights in the published widths, with fewer layers."
 TINY = "A tiny model of the published topology: it has every branch of the model, and other widths."
+NO_REFERENCE = (
+    "Transformers cannot run this model, so nothing is compared but what is on disk; "
+    "`tests/parity/exaone_moe` compares logits with a reference in fp32."
+)
 # card -> (shape or tiny model, options, note)
 RUNS: dict[str, list[tuple[str, str, str]]] = {
     "EXAONE-4.0-1.2B": [
@@ -137,6 +148,26 @@ RUNS: dict[str, list[tuple[str, str, str]]] = {
         ("ernie45-300b", "--ep 4", TINY),
         ("ernie45-300b", "--tp 2 --ep 2 --etp 1 --sp --gradients", TINY),
         ("ernie45-300b", "--dtype bfloat16", TINY),
+    ],
+    "K-EXAONE-236B-A23B": [
+        ("K-EXAONE-236B-A23B-2-layers", "--length 160",
+         f"{WIDE} 2 of 48 layers (LG; a dense one, and an MoE layer with 16 of 128 experts), "
+         "without multi-token prediction; the prompt is longer than the window of 128."),
+        ("exaone-moe", "--gradients", f"{TINY} Prompts are longer than the windows."),
+        ("exaone-moe", "--tp 2 --ep 2 --sp", TINY),
+        ("exaone-moe", "--pp 2 --ep 2 --gradients", TINY),
+        ("exaone-moe", "--tp 2 --pp 2 --mtp",
+         f"{TINY} Multi-token prediction is built into the model."),
+        ("exaone-moe", "--dtype bfloat16", TINY),
+    ],
+    "K-EXAONE-2.0-750B-A37B": [
+        ("K-EXAONE-2.0-750B-A37B-3-layers", "",
+         f"{WIDE} 3 of 78 layers (GLL; two dense ones, and an MoE layer with 16 of 256 experts and "
+         f"a clamp), without multi-token prediction. {NO_REFERENCE}"),
+        ("exaone-moe-2", "", f"{TINY} {NO_REFERENCE}"),
+        ("exaone-moe-2", "--tp 2 --pp 2", TINY),
+        ("exaone-moe-2", "--ep 4 --mtp", f"{TINY} Multi-token prediction is built into the model."),
+        ("exaone-moe-2", "--dtype bfloat16", TINY),
     ],
 }  # fmt: skip
 
