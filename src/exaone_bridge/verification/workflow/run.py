@@ -133,7 +133,9 @@ def run(session: Session) -> Report:
             workload = dataclasses.replace(
                 workload, batches=(), generate=False, gradient_batch=None
             )
-        problem = "" if other is None else _why_not_comparable(checkpoint, other.folder)
+        other_checkpoint, problem = (
+            (None, "") if other is None else _open_other(checkpoint, other.folder)
+        )
         reference: ReferenceResult | None = None
         if not problem and not without_reference:
             reference = launcher.first(run_transformers, checkpoint, workload, progress=progress)
@@ -143,8 +145,8 @@ def run(session: Session) -> Report:
                 checkpoint, source.megatron, tensors, workload, work, launcher, progress
             )
         else:
-            why_not = problem or without_reference or ""
-            compared = _other_checkpoint(checkpoint, other, workload, why_not, launcher, progress)
+            runnable = None if without_reference else other_checkpoint
+            compared = _run_other(checkpoint, other, runnable, workload, launcher, progress)
         checks = [
             compare_digests(tensors, compared.digests),
             compare_configs(compared.source_config, *compared.configs),
@@ -222,14 +224,20 @@ def _not_run(
     return [Check.not_run(name, reason) for name, wanted in requested.items() if wanted]
 
 
-def _why_not_comparable(checkpoint: HFCheckpoint, folder: Path) -> str:
-    """Say why another model cannot run the source's prompts; empty if it can."""
+def _open_other(checkpoint: HFCheckpoint, folder: Path) -> tuple[HFCheckpoint | None, str]:
+    """Open another model, if it can run the source's prompts.
+
+    Returns:
+        The model, and an empty string; or None, and why it cannot be run.
+    """
     try:
         other = HFCheckpoint.open(folder)
     except BridgeError as error:
-        return str(error)
+        return None, str(error)
     size, expected = other.model_config.vocab_size, checkpoint.model_config.vocab_size
-    return "" if size == expected else f"its vocabulary has {size} tokens, the source's {expected}"
+    if size != expected:
+        return None, f"its vocabulary has {size} tokens, the source's {expected}"
+    return other, ""
 
 
 def _round_trip(
@@ -273,32 +281,28 @@ def _round_trip(
     )
 
 
-def _other_checkpoint(
+def _run_other(
     checkpoint: HFCheckpoint,
     other: Checkpoint,
+    opened: HFCheckpoint | None,
     workload: Workload,
-    problem: str,
     launcher: Launcher,
     progress: Progress,
 ) -> OtherModel:
-    """Run another checkpoint: a Megatron checkpoint with Megatron-Core, another with Transformers.
+    """Run another checkpoint: a Megatron checkpoint with Megatron-Core, others with Transformers.
 
     Args:
-        problem: why it cannot be run; empty if it can.
+        opened: `other`, opened; None if it cannot be run.
     """
-    compared = OtherModel(
-        other.folder,
-        digest_folder(other.folder),
-        (read_json(other.folder / "config.json"),),
-        checkpoint.config,
-    )
-    if problem:
+    digests = digest_folder(other.folder) if opened is None else digest_tensors(opened.tensors)
+    config = read_json(other.folder / "config.json")
+    compared = OtherModel(other.folder, digests, (config,), checkpoint.config)
+    if opened is None:
         return compared
-    own = HFCheckpoint.open(other.folder)
     if other.megatron is None:
-        activations = launcher.first(run_other_transformers, own, workload, progress=progress)
+        activations = launcher.first(run_other_transformers, opened, workload, progress=progress)
         return dataclasses.replace(compared, activations=activations)
-    ranks = launcher.all(run_megatron, own, other.megatron, None, workload, progress=progress)
+    ranks = launcher.all(run_megatron, opened, other.megatron, None, workload, progress=progress)
     merged = merge_ranks(ranks)
     return dataclasses.replace(compared, activations=merged.activations, gradients=merged.gradients)
 
