@@ -241,6 +241,7 @@ def test_every_published_model_has_a_card_that_passes() -> None:
         "ERNIE-4.5-21B-A3B",
         "ERNIE-4.5-300B-A47B",
         "K-EXAONE-236B-A23B",
+        "K-EXAONE-2.0-750B-A37B",
     }
     for name, text in cards.items():
         assert text.startswith("<!-- Written by `exaone-bridge verify --card`")
