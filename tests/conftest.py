@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.schema.parallel_layout import Layout
+
+# How fast inputs are generated is a property of the machine, not of the code under test.
+settings.register_profile(
+    "any machine", suppress_health_check=[HealthCheck.too_slow], deadline=None
+)
+settings.load_profile("any machine")
 
 TINY_CONFIGS = {name: config for family in FAMILIES for name, config in family.tiny.items()}
 TinyFactory = Callable[..., Path]

@@ -1,4 +1,4 @@
-"""K-EXAONE under Transformer Engine on one GPU: logits, published widths, training steps, clamps."""
+"""K-EXAONE with Transformer Engine on one GPU: logits, published widths, training, clamps."""
 
 from __future__ import annotations
 

@@ -95,14 +95,14 @@ def packed_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 def mtp_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Measure how far multi-token prediction is from its reference; gradients are relative."""
     from exaone_bridge.schema.parallel_layout import Layout
-    from exaone_bridge.verification.checks.gradients import relative_difference
+    from exaone_bridge.verification.checks.gradients import relative_norm
     from tests.helpers.mtp import mtp_of_megatron, mtp_of_reference, random_tokens
 
     tokens, layout = random_tokens(512, 2, 201), Layout(**case["layout"])
     expected = mtp_of_reference(folder, tokens, 1)
     found = mtp_of_megatron(folder, layout, tokens, 1, {"backend": BACKEND})
     gradients = {
-        name: relative_difference(found.gradients[name], value)
+        name: relative_norm(found.gradients[name], value)
         for name, value in expected.gradients.items()
     }
     worst = max(gradients, key=lambda name: gradients[name])

@@ -1,9 +1,10 @@
 """The workflow of a verification: two models, what they have on disk, and what they compute.
 
-The reference is always Transformers with the source. A model that Transformers computes differently
-(`ModelConfig.transformers_differs`) has no reference: what it has on disk is compared, and it is not
-run. The other model is the source after a round trip through Megatron-Core, or another checkpoint:
-with Transformers if it is a Hugging Face folder, with Megatron-Core if it is a Megatron checkpoint.
+The reference is always Transformers with the source. A model that Transformers computes
+differently (`ModelConfig.transformers_differs`) has no reference: what it has on disk is compared,
+and it is not run. The other model is the source after a round trip through Megatron-Core, or
+another checkpoint: with Transformers if it is a Hugging Face folder, with Megatron-Core if it is a
+Megatron checkpoint.
 """
 
 from __future__ import annotations
