@@ -66,9 +66,7 @@ class FusedSelfAttention(Fp32RotarySelfAttention):
         Returns:
             The output in the shape of `hidden_states`, and the bias [H] if it is not added yet.
         """
-        angles = kwargs.get("rotary_pos_emb")
-        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
-            angles = None
+        angles = self._layer_angles(kwargs)
         if args or not self._kernel_supports(hidden_states, angles, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         self._kernel_inputs = _KernelInputs(angles[0] if isinstance(angles, tuple) else angles)

@@ -11,11 +11,14 @@ Axes: S sequence, B batch, H hidden, N query heads of this rank, G KV heads of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
+
+from exaone_bridge.schema.json_types import JSONMapping
 
 __all__ = ["Fp32RotarySelfAttention"]
 
@@ -58,7 +61,7 @@ class Fp32RotarySelfAttention(SelfAttention):
         Returns:
             The output in the shape of `hidden_states`, and the bias [H] if it is not added yet.
         """
-        angles = kwargs.get("rotary_pos_emb")
+        angles = self._layer_angles(kwargs)
         is_inference = any(
             kwargs.get(name) is not None for name in ("inference_context", "inference_params")
         )
@@ -72,6 +75,13 @@ class Fp32RotarySelfAttention(SelfAttention):
             )
         finally:
             self._pending_rope = None
+
+    def _layer_angles(self, arguments: JSONMapping) -> Any:
+        """The `rotary_pos_emb` of `forward`'s arguments; None: the layer has no RoPE."""
+        # As `SelfAttention.forward`, which has no angles to drop when `forward` gives it none.
+        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
+            return None
+        return arguments.get("rotary_pos_emb")
 
     def get_query_key_value_tensors(
         self, *args: object, **kwargs: object
