@@ -36,8 +36,8 @@ __all__ = ["export_checkpoint"]
 
 
 def export_checkpoint(
-    megatron_folder: Path,
-    hf_folder: Path,
+    megatron_folder: str | Path,
+    hf_folder: str | Path,
     *,
     max_shard_bytes: int | None = None,
     drop_passthrough: bool = False,
@@ -65,6 +65,7 @@ def export_checkpoint(
         OutputError: The disk is full.
     """
     started = time.perf_counter()
+    megatron_folder, hf_folder = Path(megatron_folder), Path(hf_folder)
     check_new_output(hf_folder)
     if not megatron_folder.is_dir():
         raise CheckpointError(

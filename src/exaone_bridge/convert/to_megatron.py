@@ -40,8 +40,8 @@ __all__ = ["import_checkpoint"]
 
 
 def import_checkpoint(
-    hf_folder: Path,
-    megatron_folder: Path,
+    hf_folder: str | Path,
+    megatron_folder: str | Path,
     layout: Layout,
     *,
     backend: str = "auto",
@@ -68,6 +68,7 @@ def import_checkpoint(
         OutputError: The disk is full.
     """
     started = time.perf_counter()
+    hf_folder, megatron_folder = Path(hf_folder), Path(megatron_folder)
     check_new_output(megatron_folder)
     source = HFCheckpoint.open(hf_folder)
     check_layout(source.model_config, layout)

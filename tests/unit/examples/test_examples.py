@@ -1,4 +1,4 @@
-"""The examples and the README's Python run as written."""
+"""The examples, and the Python of README and docs/python-api.md, run as written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,17 @@ def test_readme_python_runs_as_written(megatron_bridge: Any, tiny: Any, tmp_path
     modules = _imports(block)
     assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
     assert fork_script(tmp_path, script).splitlines()[-1] == "Exaone4ModelProvider 2"
+
+
+def test_python_api_page_runs_as_written(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(tiny("exaone4-1.2b"), tmp_path / "tiny-model")
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    # The message of the assertion is computed too, although the verification passes.
+    script.write_text("\n".join(blocks) + "\nassert report.failures() == ''\n")
+    fork_script(tmp_path, script)
+    assert compare_tensors(tmp_path / "tiny-model", tmp_path / "tiny-exported").passed
