@@ -166,18 +166,31 @@ def check_types(hf_config: JSONMapping) -> None:
             raise UnsupportedConfig(key, got=value, wanted="a token id or null")
 
 
-def read_head_dim(hf_config: JSONMapping, head_dim: int | None) -> int:
+def read_head_dim(hf_config: JSONMapping, *, null_is_derived: bool = False) -> int:
     """Returns the size of an attention head, and checks what follows from the number of heads.
+
+    An absent `head_dim` is hidden_size / num_attention_heads.
 
     Args:
         hf_config: with `hidden_size`, `num_attention_heads` and `num_key_value_heads` checked.
-        head_dim: as config.json has it; None: hidden_size / num_attention_heads.
+        null_is_derived: Transformers' class reads null as an absent `head_dim`.
 
     Raises:
-        UnsupportedConfig: head counts that do not divide, an activation other than SiLU, or a head
-            size that RoPE cannot be applied to.
+        UnsupportedConfig: null that Transformers cannot run, head counts that do not divide, an
+            activation other than SiLU, or a head size that RoPE cannot be applied to.
     """
     hidden_size, num_heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    head_dim = None
+    if hf_config.get("head_dim") is not None:
+        head_dim = positive_int(hf_config, "head_dim")
+    elif "head_dim" in hf_config and not null_is_derived:
+        raise UnsupportedConfig(
+            "head_dim",
+            got=None,
+            wanted="a positive whole number, or absent, because Transformers cannot run null",
+            remedy=f"write {hidden_size // num_heads}, hidden_size / num_attention_heads, or take "
+            "it out",
+        )
     if num_heads % (num_kv_heads := hf_config["num_key_value_heads"]):
         raise UnsupportedConfig(
             "num_key_value_heads",
@@ -283,4 +296,8 @@ def update_hf_config[C: ModelConfig](
     hf_config = {key: value for key, value in source.items() if key != "transformers_version"}
     if before.dtype != model_config.dtype:
         hf_config.pop("torch_dtype", None)
-    return hf_config | model_config.hf_values(before), before
+    hf_config |= model_config.hf_values(before)
+    sizes_changed = model_config.changed_from(before) & {"hidden_size", "num_heads"}
+    if sizes_changed and hf_config.get("head_dim") is None:  # it would be derived from them
+        hf_config["head_dim"] = model_config.head_dim
+    return hf_config, before

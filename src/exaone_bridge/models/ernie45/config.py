@@ -170,15 +170,12 @@ def read_hf_config(hf_config: JSONMapping) -> Ernie45ModelConfig:
     hf_config = _complete(hf_config, is_moe)
     values = Ernie45ModelConfig.values_from_hf(hf_config)
     check_types(hf_config)
-    if is_moe:  # Ernie4_5_MoeAttention.__init__ derives an absent one, and cannot run null
-        head_dim = positive_int(hf_config, "head_dim") if "head_dim" in hf_config else None
-    else:  # Ernie4_5Config derives null
-        head_dim = None if hf_config["head_dim"] is None else positive_int(hf_config, "head_dim")
     layer_mask = _layer_mask(hf_config, values["num_layers"]) if is_moe else ()
     mtp_layers = read_int(hf_config, "num_nextn_predict_layers", least=0)
     return Ernie45ModelConfig(
         **values,
-        head_dim=read_head_dim(hf_config, head_dim),
+        # Ernie4_5Config derives null; Ernie4_5_MoeAttention.__init__ derives an absent one.
+        head_dim=read_head_dim(hf_config, null_is_derived=not is_moe),
         rope_theta=read_rope(hf_config, known=("default",)).theta,
         head_bias=is_moe and values["bias"],  # Ernie4_5ForCausalLM's lm_head never has one
         moe=_read_moe(hf_config, layer_mask) if any(layer_mask) else None,
@@ -241,11 +238,6 @@ def write_hf_config(model_config: Ernie45ModelConfig, source: JSONMapping) -> JS
         identity={"architectures": [architecture], "model_type": MODEL_TYPES[architecture]},
     )
     changed = model_config.changed_from(before)
-    if changed & {
-        "hidden_size",
-        "num_heads",
-    }:  # a missing head_dim is derived from them
-        hf_config.setdefault("head_dim", model_config.head_dim)
     if model_config.moe is not None:
         hf_config |= model_config.moe.hf_values(None if before is None else before.moe)
     if "mtp" in changed:

@@ -105,21 +105,13 @@ def read_hf_config(hf_config: JSONMapping) -> Exaone4ModelConfig:
     """
     hf_config = {**_DEFAULTS, **hf_config}
     values = Exaone4ModelConfig.values_from_hf(hf_config)
-    if hf_config.get("head_dim", ...) is None:
-        head_dim = values["hidden_size"] // values["num_heads"]
-        raise UnsupportedConfig(
-            "head_dim",
-            got=None,
-            wanted="a positive whole number, or absent, because Transformers cannot run null",
-            remedy=f"write {head_dim}, hidden_size / num_attention_heads, or take it out",
-        )
-    given = positive_int(hf_config, "head_dim") if "head_dim" in hf_config else None
+    head_dim = read_head_dim(hf_config)
     check_types(hf_config)
     windows = _windows(hf_config, values["num_layers"])
     rope = read_rope(hf_config, known=("default", "llama3"))
     return Exaone4ModelConfig(
         **values,
-        head_dim=read_head_dim(hf_config, given),
+        head_dim=head_dim,
         rope_theta=rope.theta,
         llama3=(
             Llama3Rope(**Llama3Rope.values_from_hf(rope.fields)) if rope.kind == "llama3" else None
@@ -208,8 +200,6 @@ def write_hf_config(model_config: Exaone4ModelConfig, source: JSONMapping) -> JS
         identity={"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE},
     )
     changed = model_config.changed_from(before)
-    if model_config.head_dim * model_config.num_heads != model_config.hidden_size:
-        hf_config.setdefault("head_dim", model_config.head_dim)
     if changed & {"windows", "rope", "num_layers"}:
         hf_config |= _write_schedule(model_config, hf_config.get("sliding_window") or 4096)
     if changed & {"rope_theta", "llama3"}:

@@ -157,10 +157,9 @@ def read_hf_config(hf_config: JSONMapping) -> ExaoneMoeModelConfig:
     values = ExaoneMoeModelConfig.values_from_hf(hf_config)
     check_types(hf_config)
     layers = values["num_layers"]
-    given = positive_int(hf_config, "head_dim") if hf_config.get("head_dim") is not None else None
     return ExaoneMoeModelConfig(
         **values,
-        head_dim=read_head_dim(hf_config, given),
+        head_dim=read_head_dim(hf_config),
         rope_theta=read_rope(hf_config, known=("default",)).theta,
         windows=_windows(hf_config, layers),
         swiglu_limits=_limits(hf_config, layers),

@@ -257,6 +257,13 @@ def test_changes_round_trip(source: str | None, changes: dict[str, Any]) -> None
     assert read_hf_config(write_hf_config(model_config, config if source else {})) == model_config
 
 
+def test_head_dim_is_written_where_the_source_has_null() -> None:
+    source = {**PUBLISHED["0.3B"], "head_dim": None}
+    changed = dataclasses.replace(read_hf_config(source), num_heads=8)
+    assert changed.head_dim == 64
+    assert read_hf_config(write_hf_config(changed, source)) == changed
+
+
 def test_schedule_that_the_config_cannot_express() -> None:
     model_config = read_hf_config(PUBLISHED["21B"])
     assert model_config.moe is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_config_without_a_source_is_read_back(name: str) -> None:
     assert read_hf_config(write_hf_config(model_config, {})) == model_config
 
 
+def test_head_dim_is_written_where_the_source_left_it_out() -> None:
+    """Transformers would derive another one from the new number of heads."""
+    source = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    changed = dataclasses.replace(read_hf_config(source), num_heads=8)
+    assert changed.head_dim == 16
+    assert read_hf_config(write_hf_config(changed, source)) == changed
+
+
 def test_layers_follow_from_the_lists() -> None:
     model_config = read_hf_config(TINY["exaone-moe-2"])
     assert model_config.windows == (None, 9, 5, 5, 5, None)
@@ -100,6 +109,7 @@ def test_layers_follow_from_the_lists() -> None:
         ({"mtp_sliding_windows": [5]}, "mtp_sliding_windows"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"head_dim": None}, "head_dim"),
     ],
     ids=lambda value: str(value)[:60],
 )
