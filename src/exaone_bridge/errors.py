@@ -128,7 +128,7 @@ class CheckpointError(BridgeError):
 
 
 class OutputError(BridgeError):
-    """An output that cannot be completed: nothing is under its name, and a new run resumes it."""
+    """An output that cannot be completed: nothing is under its name."""
 
     def __init__(self, path: str | Path, problem: str, *, remedy: str) -> None:
         self.path = Path(path)

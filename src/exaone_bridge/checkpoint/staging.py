@@ -73,12 +73,14 @@ def staged(target: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: The target exists, before or after the body.
+        OutputError: The disk is full.
     """
     check_new_output(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
     try:
-        yield folder
-        _publish(folder, target)
+        with full_disk_as_output_error(target):
+            yield folder
+            _publish(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -118,16 +120,20 @@ def check_space(target: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def full_disk_as_output_error(target: Path) -> Iterator[None]:
-    """Raise OutputError where the body raises the OSError of a full disk or an exceeded quota."""
+    """Raise OutputError where the body raises the OSError of a full disk or an exceeded quota.
+
+    `staged` and `resumable` do so for their bodies; each rank that writes for them does so itself.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
+        continues = ", which continues" if partial_folder(target).is_dir() else ""
         raise OutputError(
             target,
             f"the disk takes no more data ({error.strerror})",
-            remedy="free some space and run this again, which continues",
+            remedy=f"free some space and run this again{continues}",
         ) from error
 
 
@@ -143,6 +149,7 @@ def resumable(target: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: The target exists, before or after the body, or another process writes it.
+        OutputError: The disk is full.
     """
     check_new_output(target)
     folder = partial_folder(target)
@@ -155,8 +162,9 @@ def resumable(target: Path) -> Iterator[Path]:
             if path.suffix != ".safetensors":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
-            yield folder
-            _publish(folder, target)
+            with full_disk_as_output_error(target):
+                yield folder
+                _publish(folder, target)
         except _INVALID_INPUT:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -102,7 +102,7 @@ def export_checkpoint(
     groups = [*source.groups(), *([name] for name in passthrough)]
     bins = balanced([sum(sizes[name] for name in group) for group in groups], workers)
     shares = [[name for index in indices for name in groups[index]] for indices in bins]
-    with resumable(hf_folder) as folder, full_disk_as_output_error(hf_folder):
+    with resumable(hf_folder) as folder:
         writer = ShardWriter.create(folder, layout)
         results = ForkLauncher(workers).all(
             _export_rank, source, hf_folder, writer, shares, passthrough, progress=progress

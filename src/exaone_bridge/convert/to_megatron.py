@@ -92,7 +92,7 @@ def import_checkpoint(
     with staged(megatron_folder) as folder:
         iteration = write_beside(folder, provider, megatron_folder.absolute())
         results = ForkLauncher(workers).all(
-            _import_rank, source, iteration, parameters, shares, progress=progress
+            _import_rank, source, megatron_folder, iteration, parameters, shares, progress=progress
         )
         written = [param for params, _, _ in results for param in params]
         write_metadata(iteration, parameters, source.tensors, written)
@@ -110,6 +110,7 @@ def import_checkpoint(
 def _import_rank(
     source: HFCheckpoint,
     target: Path,
+    iteration: Path,
     parameters: list[Parameter],
     shares: list[list[int]],
     progress: Progress,
@@ -121,7 +122,7 @@ def _import_rank(
     """
     base, written = memory_used(), []
     with full_disk_as_output_error(target):
-        path = target / f"__{dist.get_rank()}_0.distcp"
+        path = iteration / f"__{dist.get_rank()}_0.distcp"
         for where, nbytes in write_parameters(parameters, shares[dist.get_rank()], source, path):
             written.append(where)
             progress.advance(nbytes)

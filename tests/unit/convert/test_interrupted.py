@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import torch
 from exaone_bridge.checkpoint import staging
 from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.reshard import save
-from exaone_bridge.convert import to_hf
+from exaone_bridge.convert import to_hf, to_megatron
 from exaone_bridge.convert.to_hf import export_checkpoint
 from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import CheckpointError, OutputError
@@ -230,6 +231,26 @@ def test_a_disk_that_fills_up(
     assert done.kept_bytes > 5_000_000
     export_checkpoint(megatron, tmp_path / "whole", max_shard_bytes=PARTS)
     assert digests(target) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("writer", ["a rank", "the parent process"])
+def test_an_import_whose_disk_fills_up_leaves_nothing(
+    writer: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the output, and promises no continuation: an import begins anew."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    name = "write_parameters" if writer == "a rank" else "write_metadata"
+    monkeypatch.setattr(to_megatron, name, full)
+    with pytest.raises(OutputError) as caught:
+        import_checkpoint(source, tmp_path / "output", Layout())
+    assert str(caught.value) == (
+        f"{tmp_path / 'output'}: the disk takes no more data (No space left on device); "
+        "free some space and run this again."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def _save_with_a_full_rank(source: Path, target: Path, layout: Layout, full: int) -> None:
