@@ -75,15 +75,13 @@ def non_negative_float(hf_config: JSONMapping, key: str) -> float:
 
 
 def positive_float(hf_config: JSONMapping, key: str) -> float:
-    """Returns a finite number above zero, by which Transformers divides.
+    """Returns a finite number above zero.
 
     Raises:
         UnsupportedConfig: the value is something else or missing.
     """
     if not (value := non_negative_float(hf_config, key)):
-        raise UnsupportedConfig(
-            key, got=value, wanted="more than zero, because Transformers divides by it"
-        )
+        raise UnsupportedConfig(key, got=value, wanted="a finite number above zero")
     return value
 
 
