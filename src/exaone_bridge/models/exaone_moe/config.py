@@ -21,6 +21,7 @@ from exaone_bridge.schema.hf_config import (
     read_int,
     read_rope,
     update_hf_config,
+    write_rope,
 )
 from exaone_bridge.schema.hf_field import hf_field
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
@@ -168,6 +169,20 @@ def read_hf_config(hf_config: JSONMapping) -> ExaoneMoeModelConfig:
     )
 
 
+def _check_kinds(key: str, kinds: object, known: tuple[str, str]) -> None:
+    if not isinstance(kinds, list | tuple) or any(kind not in known for kind in kinds):
+        raise UnsupportedConfig(key, got=kinds, wanted=f"a list of {known[0]!r} and {known[1]!r}")
+
+
+def _check_sizes(key: str, sizes: object) -> None:
+    if not isinstance(sizes, list | tuple) or any(
+        not isinstance(size, int) or isinstance(size, bool) or size < 0 for size in sizes
+    ):
+        raise UnsupportedConfig(
+            key, got=sizes, wanted="whole numbers of keys, 0 for full attention"
+        )
+
+
 def _list_of_layers(hf_config: JSONMapping, key: str, layers: int) -> list[Any]:
     value = hf_config[key]
     if not isinstance(value, list | tuple) or len(value) != layers:
@@ -194,17 +209,11 @@ def _windows(hf_config: JSONMapping, layers: int) -> tuple[int | None, ...]:
         kinds = [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]
     else:
         kinds = _list_of_layers(hf_config, "layer_types", layers)
-    if any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UnsupportedConfig(
-            "layer_types", got=kinds, wanted=f"a list of {FULL!r} and {SLIDING!r}"
-        )
+    _check_kinds("layer_types", kinds, (FULL, SLIDING))
     if hf_config.get("sliding_windows") is None:
         return windows_of(kinds, window)
     sizes = _list_of_layers(hf_config, "sliding_windows", layers)
-    if any(not isinstance(size, int) or isinstance(size, bool) or size < 0 for size in sizes):
-        raise UnsupportedConfig(
-            "sliding_windows", got=sizes, wanted="whole numbers of keys, 0 for full attention"
-        )
+    _check_sizes("sliding_windows", sizes)
     windows = tuple(size or None for size in sizes)
     if layer_types_of(windows) != kinds:
         layer = next(n for n, kind in enumerate(layer_types_of(windows)) if kind != kinds[n])
@@ -250,10 +259,7 @@ def _layer_mask(hf_config: JSONMapping, layers: int) -> tuple[bool, ...]:
         mask = tuple(layer >= dense for layer in range(layers))
     else:
         kinds = _list_of_layers(hf_config, "mlp_layer_types", layers)
-        if any(kind not in (_SPARSE, _DENSE) for kind in kinds):
-            raise UnsupportedConfig(
-                "mlp_layer_types", got=kinds, wanted=f"a list of {_DENSE!r} and {_SPARSE!r}"
-            )
+        _check_kinds("mlp_layer_types", kinds, (_DENSE, _SPARSE))
         mask = tuple(kind == _SPARSE for kind in kinds)
     if hf_config.get("is_moe_layer") is not None:
         stated = _list_of_layers(hf_config, "is_moe_layer", layers)
@@ -298,7 +304,9 @@ def _read_mtp(hf_config: JSONMapping) -> ExaoneMoeMTPConfig | None:
     if not depth:
         return None
     kinds = hf_config.get("mtp_layer_types") or [FULL]
+    _check_kinds("mtp_layer_types", kinds, (FULL, SLIDING))
     sizes = hf_config.get("mtp_sliding_windows") or [0] * len(kinds)
+    _check_sizes("mtp_sliding_windows", sizes)
     if [bool(size) for size in sizes] != [kind == SLIDING for kind in kinds]:
         raise UnsupportedConfig(
             "mtp_sliding_windows", got=sizes, wanted=f"to agree with mtp_layer_types={kinds}"
@@ -326,6 +334,7 @@ def write_hf_config(model_config: ExaoneMoeModelConfig, source: JSONMapping) -> 
         read_hf_config,
         identity={"architectures": [ARCHITECTURES[0]], "model_type": MODEL_TYPE},
     )
+    changed = model_config.changed_from(before)
     hf_config |= model_config.moe.hf_values(None if before is None else before.moe)
     if before is None or before.moe.layer_mask != model_config.moe.layer_mask:
         mask = model_config.moe.layer_mask
@@ -333,22 +342,17 @@ def write_hf_config(model_config: ExaoneMoeModelConfig, source: JSONMapping) -> 
         hf_config.pop("first_k_dense_replace", None)
         if "is_moe_layer" in hf_config:
             hf_config["is_moe_layer"] = list(mask)
-    if before is None or before.windows != model_config.windows:
+    if "windows" in changed:
         hf_config |= _write_windows(model_config.windows, hf_config)
-    if before is None or before.swiglu_limits != model_config.swiglu_limits:
+    if "swiglu_limits" in changed:
         if any(model_config.swiglu_limits):
             hf_config["swiglu_limits"] = list(model_config.swiglu_limits)
         else:
             hf_config.pop("swiglu_limits", None)
     if (None if before is None else before.mtp) != model_config.mtp:
-        hf_config |= _write_mtp(model_config.mtp)
-    if before is None or before.rope_theta != model_config.rope_theta:
-        for key in ("rope_theta", "rope_scaling"):
-            hf_config.pop(key, None)
-        hf_config["rope_parameters"] = {
-            "rope_type": "default",
-            "rope_theta": model_config.rope_theta,
-        }
+        hf_config |= _write_mtp(model_config.mtp, hf_config)
+    if "rope_theta" in changed:
+        write_rope(hf_config, kind="default", theta=model_config.rope_theta)
     read_hf_config(hf_config)  # what a Megatron-Core model can be and a config cannot express
     return hf_config
 
@@ -363,12 +367,12 @@ def _write_windows(windows: tuple[int | None, ...], hf_config: JSONMapping) -> J
     return written
 
 
-def _write_mtp(mtp: ExaoneMoeMTPConfig | None) -> JSONObject:
+def _write_mtp(mtp: ExaoneMoeMTPConfig | None, hf_config: JSONMapping) -> JSONObject:
     if mtp is None:
         return {_MTP_DEPTH: 0}
     return {
         _MTP_DEPTH: mtp.depth,
         "mtp_layer_types": [FULL if mtp.window is None else SLIDING] * mtp.depth,
         "mtp_sliding_windows": [mtp.window or 0] * mtp.depth,
-        **({_MTP_STEPS: mtp.steps} if mtp.steps > 1 else {}),
+        **({_MTP_STEPS: mtp.steps} if mtp.steps > 1 or _MTP_STEPS in hf_config else {}),
     }

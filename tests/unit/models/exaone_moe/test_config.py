@@ -66,6 +66,16 @@ def test_head_dim_is_written_where_the_source_left_it_out() -> None:
     assert read_hf_config(write_hf_config(changed, source)) == changed
 
 
+def test_a_change_of_multi_token_prediction_is_read_back() -> None:
+    """One step is written too where the source states another number."""
+    source = TINY["exaone-moe-2"]
+    before = read_hf_config(source)
+    assert before.mtp is not None and before.mtp.steps == 4
+    for mtp in (None, dataclasses.replace(before.mtp, steps=1, window=5)):
+        changed = dataclasses.replace(before, mtp=mtp)
+        assert read_hf_config(write_hf_config(changed, source)) == changed
+
+
 def test_layers_follow_from_the_lists() -> None:
     model_config = read_hf_config(TINY["exaone-moe-2"])
     assert model_config.windows == (None, 9, 5, 5, 5, None)
@@ -107,6 +117,13 @@ def test_layers_follow_from_the_lists() -> None:
         ({"swiglu_limits": [0.5]}, "swiglu_limits"),
         ({"swiglu_limits": [-1.0] * 4}, "swiglu_limits"),
         ({"mtp_sliding_windows": [5]}, "mtp_sliding_windows"),
+        ({"mtp_sliding_windows": 5}, "mtp_sliding_windows"),
+        (
+            {"mtp_layer_types": ["sliding_attention"], "mtp_sliding_windows": [-5]},
+            "mtp_sliding_windows",
+        ),
+        ({"mtp_layer_types": ["chunked_attention"]}, "mtp_layer_types"),
+        ({"mtp_layer_types": 1}, "mtp_layer_types"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"head_dim": None}, "head_dim"),
