@@ -16,79 +16,29 @@ from typing import Any
 
 from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.cli import main
-from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
-from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
-from exaone_bridge.models.exaone45.tiny import TINY as EXAONE45
-from exaone_bridge.models.exaone_moe.tiny import TINY as EXAONE_MOE
+from exaone_bridge.cli.arguments import TINY_CONFIGS
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.hf_config import with_num_layers
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
-EXAONE_WIDE = EXAONE["exaone4"] | {
-    "vocab_size": 102400,
-    "rms_norm_eps": 1e-5,
-    "dtype": "bfloat16",
-    "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192},
-}
-ERNIE_WIDE = {"vocab_size": 103424, "head_dim": 128, "rms_norm_eps": 1e-5, "dtype": "bfloat16"} | {
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}
-EXAONE45_WIDE = CONFIGS["exaone45_33b"]
+EXAONE45 = CONFIGS["exaone45_33b"]
 SHAPES: dict[str, dict[str, Any]] = {
-    "EXAONE-4.0-1.2B": EXAONE_WIDE
+    "EXAONE-4.0-1.2B": CONFIGS["exaone4_1p2b"],
+    "EXAONE-4.0-32B-4-layers": with_num_layers(CONFIGS["exaone4_32b"], 4),
+    "EXAONE-4.5-33B-4-layers": EXAONE45
     | {
-        "hidden_size": 2048,
-        "intermediate_size": 4096,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    }
-    | {
-        "head_dim": 64,
-        "num_hidden_layers": 30,
-        "layer_types": ["full_attention"] * 30,
-        "sliding_window": None,
-    }
-    | {"sliding_window_pattern": 0, "tie_word_embeddings": True, "max_position_embeddings": 65536},
-    "EXAONE-4.0-32B-4-layers": EXAONE_WIDE
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 27392,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-    }
-    | {"head_dim": 128, "num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
-    | {"sliding_window": 4096, "max_position_embeddings": 131072},
-    "EXAONE-4.5-33B-4-layers": EXAONE45_WIDE
-    | {
-        "text_config": EXAONE45_WIDE["text_config"]
-        | {"num_hidden_layers": 4, "layer_types": EXAONE["exaone4"]["layer_types"][:4]}
+        "text_config": with_num_layers(EXAONE45["text_config"], 4)
         | {"num_nextn_predict_layers": 1, "mtp_share_layers": True, "mtp_loss_scaling_factor": 0.1},
-        "vision_config": EXAONE45_WIDE["vision_config"]
-        | {"depth": 7, "fullatt_block_indexes": [6]},
+        "vision_config": EXAONE45["vision_config"] | {"depth": 7, "fullatt_block_indexes": [6]},
     },
-    "ERNIE-4.5-0.3B": ERNIE["ernie45-dense"]
-    | ERNIE_WIDE
-    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18}
-    | {"num_attention_heads": 16, "num_key_value_heads": 2},
-    "ERNIE-4.5-21B-A3B-3-layers": ERNIE["ernie45"]
-    | ERNIE_WIDE
-    | {"hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 3}
-    | {"num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6}
-    | {"moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+    "ERNIE-4.5-0.3B": CONFIGS["ernie45_0p3b"],
+    "ERNIE-4.5-21B-A3B-3-layers": with_num_layers(CONFIGS["ernie45_21b_a3b"], 3)
+    | {"moe_layer_end_index": 2, "num_nextn_predict_layers": 1},
     "K-EXAONE-236B-A23B-2-layers": with_num_layers(CONFIGS["k_exaone_236b_a23b"], 2)
     | {"layer_types": ["sliding_attention", "full_attention"], "sliding_windows": [128, 0]}
     | {"num_experts": 16},
     "K-EXAONE-2.0-750B-A37B-3-layers": with_num_layers(CONFIGS["k_exaone_2_750b_a37b"], 3)
     | {"swiglu_limits": [0.0, 0.0, 7.0], "num_experts": 16},
 }
-TINY_CONFIGS = EXAONE | EXAONE45 | ERNIE | EXAONE_MOE
 
 FULL = "Random weights in the full published shape."
 WIDE = "Random weights in the published widths, with fewer layers."
