@@ -43,38 +43,19 @@ from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.models import family_of
 from exaone_bridge.models.ernie45.tiny import TINY as ERNIE
 from exaone_bridge.models.exaone4.tiny import TINY as EXAONE
+from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.runtime.fork import ForkLauncher
+from exaone_bridge.schema.hf_config import with_num_layers
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.param_mapping import hf_tensors
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-ROPE = EXAONE["exaone4"]["rope_parameters"] | {
-    "original_max_position_embeddings": 8192,
-    "rope_theta": 1e6,
-}
-PUBLISHED = {
-    "vocab_size": 102400,
-    "num_key_value_heads": 8,
-    "dtype": "bfloat16",
-    "rope_parameters": ROPE,
-    "max_position_embeddings": 65536,
-}
 SMALL = EXAONE["exaone4-1.2b"] | {
     "dtype": "bfloat16",
     "num_key_value_heads": 4,
     "num_attention_heads": 8,
 }
-# EXAONE-4.0-1.2B: 2.6 GB; and the width of EXAONE-4.0-32B with few layers: 16 GB
-B1 = EXAONE["exaone4-1.2b"] | PUBLISHED | {
-    "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-    "head_dim": 64, "layer_types": [FULL] * 30,
-}  # fmt: skip
-B32 = EXAONE["exaone4"] | PUBLISHED | {
-    "hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 14,
-    "num_attention_heads": 40, "head_dim": 128,
-    "layer_types": ([SLIDING] * 3 + [FULL]) * 3 + [SLIDING, FULL], "sliding_window": 4096,
-}  # fmt: skip
+B1 = CONFIGS["exaone4_1p2b"]  # 2.6 GB
+B32 = with_num_layers(CONFIGS["exaone4_32b"], 14)  # 16 GB
 
 
 @dataclass
