@@ -161,7 +161,8 @@ class ExactGPTModelProvider(GPTModelProvider):
     def _is_kernel_swiglu(self) -> bool:
         """Whether the requested activation is one that our fused SwiGLU kernel computes."""
         other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
-        return self.bias_activation_fusion and is_swiglu(self) and not other
+        fuses = self._as_requested("bias_activation_fusion")  # finalize turns it off for the kernel
+        return fuses and is_swiglu(self) and not other
 
     def _cp_comm_types(self) -> list[str]:
         """Each layer's `cp_comm_type`; Megatron-Core's default supports no sliding window."""
@@ -175,7 +176,7 @@ class ExactGPTModelProvider(GPTModelProvider):
             heads=self.num_attention_heads // tp,
             kv_heads=max(1, self.num_query_groups // tp),
             cp=self.context_parallel_size,
-            requested=self.__dict__.get("_requested", {}).get("cp_comm_type", self.cp_comm_type),
+            requested=self._as_requested("cp_comm_type"),
         )
 
     def _override(self, **fields: Any) -> None:
@@ -185,6 +186,10 @@ class ExactGPTModelProvider(GPTModelProvider):
             if getattr(self, name) != value:
                 requested.setdefault(name, getattr(self, name))
                 setattr(self, name, value)
+
+    def _as_requested(self, name: str) -> Any:
+        """Returns the field's value without overrides: Megatron-Bridge finalizes twice."""
+        return self.__dict__.get("_requested", {}).get(name, getattr(self, name))
 
     def provide(
         self,
@@ -219,12 +224,10 @@ class ExactGPTModelProvider(GPTModelProvider):
     def to_cfg_dict(self) -> JSONObject:
         """Returns the fields for `run_config.yaml`: as requested, without overrides."""
         result = {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"}
-        requested = self.__dict__.get("_requested", {})
         for name in self.__dataclass_fields__:
             if not name.startswith("_"):
-                result[name] = _ConfigContainerBase._convert_value_to_dict(
-                    requested.get(name, getattr(self, name))
-                )
+                value = self._as_requested(name)
+                result[name] = _ConfigContainerBase._convert_value_to_dict(value)
         return result
 
     def _has_uneven_pipeline(self) -> bool:
