@@ -76,14 +76,15 @@ def staged(target: Path) -> Iterator[Path]:
         OutputError: The disk is full.
     """
     check_new_output(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
-    try:
-        with full_disk_as_output_error(target):
+    with full_disk_as_output_error(target):
+        parent = target.absolute().parent
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
+        try:
             yield folder
             _publish(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def partial_folder(target: Path) -> Path:

@@ -18,13 +18,14 @@ from tests.helpers.cli import Cli, Snapshot, names_in
 
 
 def write_partial_output(*arguments: Any) -> None:
-    """Write where a rank writes: `export` into its writer's folder, `import` into its target.
+    """Write where a rank writes: `export` into its writer's folder, `import` into its iteration's.
 
     Args:
-        arguments: those of the rank; source and target come first.
+        arguments: those of the rank; source, target and, of `import`, the iteration's folder come
+            first.
     """
     writers = [argument.folder for argument in arguments if isinstance(argument, ShardWriter)]
-    target = writers[0] if writers else arguments[1]
+    target = writers[0] if writers else arguments[2]
     (target / "half.bin").write_bytes(b"half")
     (target / "deep").mkdir(exist_ok=True)
     (target / "deep" / "file").write_text("half")
@@ -95,7 +96,7 @@ def full(*_: Any, **__: Any) -> None:
         "convert.to_megatron.copy_companion_files",
     ],
 )
-def test_full_disk_outside_the_ranks_exits_with_3_and_leaves_nothing(
+def test_full_disk_outside_the_ranks_exits_with_2_and_leaves_nothing(
     where: str,
     megatron_bridge: Any,
     tiny: Any,
@@ -107,7 +108,7 @@ def test_full_disk_outside_the_ranks_exits_with_3_and_leaves_nothing(
     source, before = tiny("exaone4"), snapshot(tmp_path)
     monkeypatch.setattr(f"exaone_bridge.{where}", full)
     run = cli("import", source, tmp_path / "output")
-    assert run.code == 3 and "No space left on device" in run.err
+    assert run.code == 2 and "No space left on device" in run.err
     assert snapshot(tmp_path) == before
 
 
