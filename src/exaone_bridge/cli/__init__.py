@@ -102,6 +102,7 @@ def _call(options: Namespace) -> None:
             export(
                 options.source,
                 options.target,
+                iteration=options.iteration,
                 max_shard_size=options.max_shard_size,
                 drop_passthrough=options.drop_passthrough,
                 workers=options.workers,

@@ -167,6 +167,12 @@ def _add_export(commands: Any) -> None:
     _add_path(parser, "source", "MEGATRON_FOLDER", "a Megatron-Bridge checkpoint")
     _add_path(parser, "target", "HF_FOLDER", "output; must not exist")
     parser.add_argument(
+        "--iteration",
+        metavar="N",
+        type=_not_negative,
+        help="the iteration to export (default: the one that the checkpoint's tracker file names)",
+    )
+    parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         help="re-shard the safetensors files, such as 5GB (default: the shards of the source)",

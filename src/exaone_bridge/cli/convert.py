@@ -34,6 +34,7 @@ def export(
     source: Path,
     target: Path,
     *,
+    iteration: int | None,
     max_shard_size: str | None,
     drop_passthrough: bool,
     workers: int,
@@ -47,6 +48,7 @@ def export(
         summary = export_checkpoint(
             source,
             target,
+            iteration=iteration,
             max_shard_bytes=max_shard_bytes,
             drop_passthrough=drop_passthrough,
             workers=workers,

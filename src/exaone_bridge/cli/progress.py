@@ -73,13 +73,15 @@ def conversion(command: str) -> Iterator[Progress]:
 
 
 def say_summary(folder: object, done: Summary, *, dry_run: bool) -> None:
-    """Print the last line of a conversion: tensors, bytes, seconds, rate and peak memory.
+    """Print the notes of a conversion, and its tensors, bytes, seconds, rate and peak memory.
 
     Args:
         folder: the output.
         done: what was converted.
         dry_run: whether nothing was written.
     """
+    for note in done.notes:
+        say(note)
     size = f"{done.tensors} tensors, {done.nbytes / 1e9:.2f} GB"
     if dry_run:
         say(f"{folder}: {size} would be written; nothing was")

@@ -20,6 +20,7 @@ class Summary:
         peak_bytes: Peak memory of the process that grew most while it wrote.
         base_bytes: Memory of that process before it began.
         kept_bytes: Bytes of tensors that an earlier run had written.
+        notes: Sentences on what was chosen, and on what the output lacks.
     """
 
     tensors: int
@@ -28,6 +29,7 @@ class Summary:
     peak_bytes: int = 0
     base_bytes: int = 0
     kept_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def balanced(sizes: list[int], num_bins: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ from exaone_bridge.convert.progress import Summary, balanced, largest_growth, me
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
+from exaone_bridge.schema.iterations import choose_iteration
 
 __all__ = ["export_checkpoint"]
 
@@ -39,6 +40,7 @@ def export_checkpoint(
     megatron_folder: str | Path,
     hf_folder: str | Path,
     *,
+    iteration: int | None = None,
     max_shard_bytes: int | None = None,
     drop_passthrough: bool = False,
     workers: int = 1,
@@ -52,6 +54,7 @@ def export_checkpoint(
     Args:
         megatron_folder: The source.
         hf_folder: The output, which must not exist.
+        iteration: The one to export; None: the one that the checkpoint's tracker file names.
         max_shard_bytes: Of a file; None: the files of the Hugging Face source that the checkpoint
             was imported from, or 5 GB.
         drop_passthrough: Leave out passthrough tensors, and change config.json accordingly.
@@ -76,9 +79,11 @@ def export_checkpoint(
     from exaone_bridge.runtime.fork import ForkLauncher
     from exaone_bridge.runtime.model import read_provider
 
-    _, config = read_provider(megatron_folder)
-    source = MegatronCheckpoint(megatron_folder, config)
-    assets = megatron_folder / ASSETS
+    chosen, why = choose_iteration(megatron_folder, iteration)
+    notes = (f"{megatron_folder}: {why}",) if why else ()
+    _, config = read_provider(chosen)
+    source = MegatronCheckpoint(chosen, config)
+    assets = _assets_of(megatron_folder)
     passthrough: dict[str, TensorInfo] = {}
     if drop_passthrough:
         family = source.model.family
@@ -96,7 +101,7 @@ def export_checkpoint(
     layout = shard_layout(specs, files or assign_files(sizes, max_shard_bytes or MAX_SHARD_BYTES))
     check_space(hf_folder, layout.nbytes)
     if dry_run:
-        return Summary(len(specs), layout.nbytes, 0.0)
+        return Summary(len(specs), layout.nbytes, 0.0, notes=notes)
     progress.stage("writing the Hugging Face folder")
     progress.total(layout.nbytes)
     groups = [*source.groups(), *([name] for name in passthrough)]
@@ -119,7 +124,15 @@ def export_checkpoint(
         peak_bytes=peak,
         base_bytes=base,
         kept_bytes=sum(kept for kept, _, _ in results),
+        notes=notes,
     )
+
+
+def _assets_of(megatron_folder: Path) -> Path:
+    """The folder of what Megatron does not store: in the checkpoint, or beside an iteration."""
+    beside = megatron_folder.absolute().parent / ASSETS
+    inside = megatron_folder / ASSETS
+    return beside if not inside.is_dir() and beside.is_dir() else inside
 
 
 def _export_rank(

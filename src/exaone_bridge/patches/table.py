@@ -17,6 +17,7 @@ from exaone_bridge.patches import (
     missing_tokenizer,
     mtp_spec,
     optimizer,
+    tracked_iteration,
     vlm_data,
 )
 from exaone_bridge.patches.patch import Patch
@@ -27,6 +28,8 @@ PATCHES: tuple[Patch, ...] = (
     import_guard.transformer_engine_placeholder,
     auto_bridge_save.save_hf_weights,
     auto_bridge_save.save_hf_pretrained,
+    tracked_iteration.load_megatron_model,
+    tracked_iteration.from_auto_config,
     missing_tokenizer.load_tokenizer,
     missing_tokenizer.save_megatron_model,
     former_names.apply_run_config_backward_compat,

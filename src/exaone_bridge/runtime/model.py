@@ -25,7 +25,7 @@ from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequence
 from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.modules.provider import ExactGPTModelProvider
-from exaone_bridge.schema.hf_files import iteration_folder
+from exaone_bridge.schema.iterations import iteration_folder
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 

@@ -1,11 +1,11 @@
-"""Files beside weights and config in a Hugging Face folder; folders of a Megatron checkpoint."""
+"""Files beside weights and config in a Hugging Face folder."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-__all__ = ["COMPANION_FILES", "copy_companion_files", "has_tokenizer", "iteration_folder"]
+__all__ = ["COMPANION_FILES", "copy_companion_files", "has_tokenizer"]
 
 # Files that a conversion copies byte for byte. A folder may lack any of them.
 COMPANION_FILES = (
@@ -35,9 +35,3 @@ def has_tokenizer(folder: Path) -> bool:
     return any(
         next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt")
     )
-
-
-def iteration_folder(path: Path) -> Path:
-    """Returns the folder of a Megatron checkpoint's newest iteration, or the path if it is one."""
-    folders = [folder for folder in path.glob("iter_*") if folder.name[5:].isdigit()]
-    return max(folders, key=lambda folder: int(folder.name[5:])) if folders else path

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from exaone_bridge.checkpoint.hf.tiny import write_random
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.models.exaone4 import EXAONE4
+from exaone_bridge.runtime.fork import ForkLauncher
+from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.cli import (
     INDEX,
     Cli,
@@ -103,6 +106,49 @@ def test_import_to_a_path_used_before_exports_the_second_model(
         assert_equal_folders(tmp_path / name, tiny(name))
 
 
+@pytest.fixture
+def rolled_back(megatron_folder: Path, tmp_path: Path) -> Path:
+    """Return a checkpoint whose tracker names iteration 0, with a newer one of other weights."""
+    folder = tmp_path / "megatron"
+    shutil.copytree(megatron_folder, folder)
+    write_random(tmp_path / "other", EXAONE4.tiny["exaone4"], seed=9)
+    import_checkpoint(tmp_path / "other", tmp_path / "imported", Layout())
+    shutil.move(tmp_path / "imported" / "iter_0000000", folder / "iter_0000010")
+    return folder
+
+
+def test_the_tracked_iteration_is_exported_and_said(
+    rolled_back: Path, sharded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = cli("export", rolled_back, "tracked")
+    assert run.code == 0 and "iter_0000010 is newer and is not read" in run.out
+    assert_equal_folders(tmp_path / "tracked", sharded)
+    assert cli("export", rolled_back, "newer", "--iteration", 10).code == 0
+    assert same_bits(read_tensors(tmp_path / "newer"), read_tensors(tmp_path / "other"))
+    assert cli("export", rolled_back / "iter_0000000", "named").code == 0
+    assert_equal_folders(tmp_path / "named", sharded)
+    (rolled_back / "iter_0000010" / ".metadata").unlink()
+    assert cli("export", rolled_back, "again").code == 0
+    run = cli("export", rolled_back, "missing", "--iteration", 3)
+    assert run.code == 2 and "'3' is requested" in run.err and "(there are: 0, 10)" in run.err
+
+
+def test_autobridge_loads_the_tracked_iteration(
+    rolled_back: Path, sharded: Path, tmp_path: Path
+) -> None:
+    ForkLauncher().all(_load_and_save, sharded, rolled_back, tmp_path / "saved")
+    assert same_bits(read_tensors(tmp_path / "saved"), read_tensors(sharded))
+
+
+def _load_and_save(source: Path, megatron: Path, target: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.from_auto_config(str(megatron), str(source))
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = bridge.load_megatron_model(megatron)
+    bridge.save_hf_pretrained(model, target, show_progress=False)
+
+
 def test_export_without_source_and_hf_folder(
     megatron_folder: Path, sharded: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -139,9 +185,6 @@ def test_export_of_a_checkpoint_that_megatron_bridge_saved(
     name: str, megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
 ) -> None:
     """It has other shards and extra states; passthrough tensors come from the folder `hf`."""
-    from exaone_bridge.runtime.fork import ForkLauncher
-    from exaone_bridge.schema.parallel_layout import Layout
-
     source = tiny(name, dtype="bfloat16")
     layout = Layout(tp=2, pp=2) if name == "exaone4" else Layout(tp=2, ep=2, etp=1)
     assert cli("import", source, tmp_path / "imported").code == 0

@@ -18,7 +18,7 @@ from exaone_bridge.checkpoint.reshard.plan import ParamPlan, reshard_plan
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import SAFETENSORS_DTYPES
-from exaone_bridge.schema.hf_files import iteration_folder
+from exaone_bridge.schema.iterations import iteration_folder
 from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.parallel_layout import Layout
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.launch import Launcher
 from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.schema.iterations import (
+    choose_iteration,
+    is_megatron_checkpoint,
+)
 
-__all__ = ["Checkpoint", "as_hf_folder", "is_megatron_checkpoint"]
+__all__ = ["Checkpoint", "as_hf_folder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +25,13 @@ class Checkpoint:
     Attributes:
         name: of the path that was given.
         folder: its Hugging Face folder.
-        megatron: the Megatron checkpoint that was exported to `folder`; None if none was.
+        megatron: the iteration of a Megatron checkpoint that was exported to `folder`; None if none
+            was.
     """
 
     name: str
     folder: Path
     megatron: Path | None = None
-
-
-def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether a path is a Megatron checkpoint, or an iteration of one."""
-    return not (path / "config.json").is_file() and (
-        (path / "run_config.yaml").is_file() or any(path.glob("iter_*/run_config.yaml"))
-    )
 
 
 @contextlib.contextmanager
@@ -55,8 +53,9 @@ def as_hf_folder(path: Path, launcher: Launcher, progress: Progress) -> Iterator
         return
     from exaone_bridge.convert.to_hf import export_checkpoint
 
+    iteration, why = choose_iteration(path)  # once, because a training run may write a newer one
     with launcher.folder() as work:
-        progress.stage("exporting the Megatron checkpoint")
+        progress.stage(f"exporting the Megatron checkpoint{why and f', {why}'}")
         folder = work / path.name
-        launcher.subprocess(export_checkpoint, path, folder, progress=progress)
-        yield Checkpoint(path.name, folder, path)
+        launcher.subprocess(export_checkpoint, iteration, folder, progress=progress)
+        yield Checkpoint(path.name, folder, iteration)
