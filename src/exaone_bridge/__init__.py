@@ -7,7 +7,8 @@
 
 The import itself is fast and loads neither torch nor Megatron. It installs import hooks: they
 register the model bridges and apply the patches (docs/dev/patches.md) when Megatron-Bridge is
-imported, at once if it has been, and make it importable where Transformer Engine is missing.
+imported, at once if it has been, and make it importable where Transformer Engine is missing. It
+also hides messages about missing GPU packages; EXAONE_BRIDGE_SHOW_WARNINGS=1 shows them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.bridge.registration import register, register_when_imported, supported
 from exaone_bridge.patches.import_guard import transformer_engine_placeholder
+from exaone_bridge.patches.known_messages import hide_known_messages
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification import verify
 
@@ -82,5 +84,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+hide_known_messages()
 transformer_engine_placeholder.apply()
 register_when_imported()
