@@ -17,6 +17,7 @@ from exaone_bridge.patches import (
     missing_tokenizer,
     mtp_spec,
     optimizer,
+    pinned_revision,
     tracked_iteration,
     vlm_data,
 )
@@ -28,6 +29,7 @@ PATCHES: tuple[Patch, ...] = (
     import_guard.transformer_engine_placeholder,
     auto_bridge_save.save_hf_weights,
     auto_bridge_save.save_hf_pretrained,
+    pinned_revision.from_hf_pretrained,
     tracked_iteration.load_megatron_model,
     tracked_iteration.from_auto_config,
     missing_tokenizer.load_tokenizer,

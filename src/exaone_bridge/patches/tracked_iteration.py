@@ -43,7 +43,7 @@ def from_auto_config(
     *args: object,
     **kwargs: object,
 ) -> Any:
-    """Read the config of the tracked iteration, if exaone_bridge's provider is in its run config."""
+    """Read the config of the tracked iteration, if its provider is one of exaone_bridge."""
     tracked = _tracked(megatron_path)
     run_config = tracked / "run_config.yaml"
     ours = run_config.is_file() and "exaone_bridge." in run_config.read_text()
