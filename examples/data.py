@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from exaone_bridge.checkpoint.hf.tiny import write_random
+from exaone_bridge import write_random
 from exaone_bridge.recipes import recipe
 
 

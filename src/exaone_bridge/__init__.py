@@ -15,73 +15,101 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from exaone_bridge import errors
 from exaone_bridge.bridge.registration import register, register_when_imported, supported
+from exaone_bridge.errors import BridgeError
 from exaone_bridge.patches.import_guard import transformer_engine_placeholder
 from exaone_bridge.patches.known_messages import hide_known_messages
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification import verify
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an editor and mypy see these; `__getattr__` imports them when they are used
+    from exaone_bridge import recipes
     from exaone_bridge.bridge.ernie45 import Ernie45Bridge
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
     from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
+    from exaone_bridge.checkpoint.hf.tiny import write_random
+    from exaone_bridge.checkpoint.inspection import Inspection, inspect
+    from exaone_bridge.convert.progress import Summary
     from exaone_bridge.convert.to_hf import export_checkpoint
     from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.runtime.cpu import cpu_runtime
+    from exaone_bridge.verification.report.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
+    "BridgeError",
     "Ernie45Bridge",
     "Exaone4Bridge",
     "Exaone45Bridge",
     "ExaoneMoeBridge",
+    "Inspection",
     "Layout",
+    "Report",
+    "Summary",
     "__version__",
     "cpu_runtime",
+    "errors",
     "export_checkpoint",
     "import_checkpoint",
+    "inspect",
+    "recipes",
     "register",
     "supported",
     "verify",
+    "write_random",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names that need torch when they are first used."""
-    if name == "cpu_runtime":
-        from exaone_bridge.runtime.cpu import cpu_runtime
+    """Import a public name when it is first used; the import of the package stays fast."""
+    match name:
+        case "recipes":
+            import exaone_bridge.recipes as module
 
-        return cpu_runtime
-    if name == "import_checkpoint":
-        from exaone_bridge.convert.to_megatron import import_checkpoint
+            return module
+        case "Inspection":
+            from exaone_bridge.checkpoint import inspection
 
-        return import_checkpoint
-    if name == "export_checkpoint":
-        from exaone_bridge.convert.to_hf import export_checkpoint
+            return inspection.Inspection
+        case "inspect":
+            from exaone_bridge.checkpoint import inspection
 
-        return export_checkpoint
-    if name == "Exaone4Bridge":
-        from exaone_bridge.bridge.exaone4 import Exaone4Bridge
+            return inspection.inspect
+        case "write_random":
+            from exaone_bridge.checkpoint.hf import tiny
 
-        return Exaone4Bridge
-    if name == "Exaone45Bridge":
-        from exaone_bridge.bridge.exaone45 import Exaone45Bridge
+            return tiny.write_random
+        case "Report":
+            from exaone_bridge.verification.report import report
 
-        return Exaone45Bridge
-    if name == "ExaoneMoeBridge":
-        from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
+            return report.Report
+        case "Summary":
+            from exaone_bridge.convert import progress
 
-        return ExaoneMoeBridge
-    if name == "Ernie45Bridge":
-        from exaone_bridge.bridge.ernie45 import Ernie45Bridge
+            return progress.Summary
+        case "cpu_runtime":
+            from exaone_bridge.runtime import cpu
 
-        return Ernie45Bridge
+            return cpu.cpu_runtime
+        case "import_checkpoint":
+            from exaone_bridge.convert import to_megatron
+
+            return to_megatron.import_checkpoint
+        case "export_checkpoint":
+            from exaone_bridge.convert import to_hf
+
+            return to_hf.export_checkpoint
+        case "Ernie45Bridge" | "Exaone4Bridge" | "Exaone45Bridge" | "ExaoneMoeBridge":
+            # Megatron-Bridge comes first: the hook of its import imports the bridge classes.
+            return {bridge.__name__: bridge for bridge in supported().values()}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """List the public names, also those that have not been imported yet."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 hide_known_messages()

@@ -67,9 +67,7 @@ def _write(report: Report, options: Namespace) -> None:
     if options.json is not None:
         report.write_json(options.json)
     if options.report is not None:
-        from exaone_bridge.verification.report.html import write_html
-
-        write_html(report, options.report)
+        report.write_html(options.report)
     if options.card is not None:
         from exaone_bridge.verification.report.card import write_card
 

@@ -42,8 +42,15 @@ __all__ = ["import_checkpoint"]
 def import_checkpoint(
     hf_folder: str | Path,
     megatron_folder: str | Path,
-    layout: Layout,
+    layout: Layout | None = None,
     *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    sp: bool = False,
+    ep: int = 1,
+    etp: int | None = None,
+    cp: int = 1,
     backend: str = "auto",
     workers: int = 1,
     dry_run: bool = False,
@@ -54,7 +61,9 @@ def import_checkpoint(
     Args:
         hf_folder: The source.
         megatron_folder: The output, which must not exist.
-        layout: Written to run_config.yaml; the weights are the same for all layouts.
+        layout: Written to run_config.yaml; the weights are the same for all layouts. None: the
+            layout of the sizes.
+        tp, pp, vpp, sp, ep, etp, cp: The sizes of `Layout`, in place of a layout.
         backend: Written to run_config.yaml too.
         workers: Processes that write; each has one parameter in memory.
         dry_run: Check everything, and write nothing.
@@ -68,6 +77,7 @@ def import_checkpoint(
         OutputError: The disk is full.
     """
     started = time.perf_counter()
+    layout = Layout.of(layout, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp, cp=cp))
     hf_folder, megatron_folder = Path(hf_folder), Path(megatron_folder)
     check_new_output(megatron_folder)
     source = HFCheckpoint.open(hf_folder)

@@ -64,6 +64,26 @@ class Layout:
                 remedy="sequence parallelism shards over the TP ranks: raise --tp",
             )
 
+    @classmethod
+    def of(cls, layout: Layout | None, sizes: Layout) -> Layout:
+        """Choose between the two ways in which a function takes a layout.
+
+        Args:
+            layout: the argument `layout`; None: it was left out.
+            sizes: the arguments `tp`, `pp` and so on.
+
+        Raises:
+            UnsupportedLayout: both were given.
+        """
+        if layout is not None and sizes != cls():
+            raise UnsupportedLayout(
+                "layout",
+                got=str(layout),
+                wanted=f"left out where sizes ({sizes}) are given too",
+                remedy="pass either layout= or tp=, pp= and so on",
+            )
+        return sizes if layout is None else layout
+
     @property
     def ranks(self) -> int:
         """The least number of processes: a stage has tp x cp ranks, and ep x etp for experts."""

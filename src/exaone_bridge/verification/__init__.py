@@ -23,6 +23,13 @@ def verify(
     other: str | Path | None = None,
     *,
     layout: Layout | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    sp: bool = False,
+    ep: int = 1,
+    etp: int | None = None,
+    cp: int = 1,
     backend: str = "auto",
     dtype: str = "float32",
     quick: bool = False,
@@ -46,7 +53,8 @@ def verify(
     Args:
         source: a Hugging Face folder or a Megatron checkpoint.
         other: a folder or checkpoint to compare with it; None: the source's own round trip.
-        layout: the parallel layout of the Megatron-Core model; None: one rank.
+        layout: the parallel layout of the Megatron-Core model; None: that of the sizes.
+        tp, pp, vpp, sp, ep, etp, cp: the sizes of `Layout`, in place of a layout.
         backend: `auto`, `transformer_engine` or `torch`.
         dtype: of the arithmetic: `float32`, `bfloat16` or `float16`.
         quick: use one prompt of each length, and skip generation.
@@ -72,13 +80,14 @@ def verify(
 
     Example:
         >>> import exaone_bridge
-        >>> report = exaone_bridge.verify("/models/EXAONE-4.0-1.2B")
+        >>> report = exaone_bridge.verify("/models/EXAONE-4.0-1.2B", tp=2)
         >>> assert report.passed, report.failures()
     """
     from exaone_bridge.schema.parallel_layout import Layout
     from exaone_bridge.verification.workflow.options import VerifyOptions
     from exaone_bridge.verification.workflow.run import Session, run
 
+    layout = Layout.of(layout, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp, cp=cp))
     options = VerifyOptions(
         backend=backend,
         dtype=dtype,
@@ -93,7 +102,7 @@ def verify(
     session = Session(
         source=Path(source),
         other=None if other is None else Path(other),
-        layout=layout or Layout(),
+        layout=layout,
         options=options,
         command=command,
         launcher=launcher,

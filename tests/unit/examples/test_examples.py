@@ -61,6 +61,23 @@ def test_example_imports_exaone_bridge_first(script: Path) -> None:
     assert plugin and plugin[0] < min(bridge, default=len(modules))
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *sorted((ROOT / "examples").glob("*.py")),
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ],
+    ids=lambda path: path.name,
+)
+def test_examples_and_pages_import_public_names_only(path: Path) -> None:
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    imported = {name for name in _imports(text) if name.partition(".")[0] == "exaone_bridge"}
+    assert imported <= {"exaone_bridge", "exaone_bridge.errors", "exaone_bridge.recipes"}
+
+
 def test_round_trip_example_is_bitwise_equal(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:

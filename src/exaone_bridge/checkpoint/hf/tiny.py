@@ -62,7 +62,7 @@ def random_weights(
 
 
 def write_random(
-    target: Path, config: JSONMapping, *, seed: int = 0, tokenizer: bool = True
+    target: str | Path, config: JSONMapping, *, seed: int = 0, tokenizer: bool = True
 ) -> None:
     """Write a Hugging Face folder of a config with random weights.
 
@@ -85,7 +85,7 @@ def write_random(
         for each in tensors
     ]
     layout = shard_layout(specs, assign_files({spec.name: spec.nbytes for spec in specs}))
-    with staged(target) as folder:
+    with staged(Path(target)) as folder:
         with ShardWriter.create(folder, layout) as writer:
             for name, tensor in random_weights(tensors, model.dims, dtype, seed):
                 writer.put(name, [byte_view(tensor)])

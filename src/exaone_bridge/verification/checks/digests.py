@@ -24,7 +24,7 @@ class Digest:
     shape: tuple[int, ...]
     sha256: str
 
-    def to_json(self) -> JSONObject:
+    def to_dict(self) -> JSONObject:
         """Return the digest as the JSON report has it."""
         return {"dtype": self.dtype, "shape": list(self.shape), "sha256": self.sha256}
 

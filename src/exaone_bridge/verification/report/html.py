@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 
 from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.report.plot import activation_plot
 from exaone_bridge.verification.report.report import Check, Report, Status
 
-__all__ = ["html_of", "write_html"]
+__all__ = ["html_of", "summary_html"]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -30,11 +29,6 @@ svg { width: 100%; height: auto; }
 pre { background: #f5f7f9; padding: .7rem 1rem; overflow-x: auto; }
 details { margin-top: 1rem; } summary { cursor: pointer; } code { font-size: .85em; }
 """
-
-
-def write_html(report: Report, path: Path) -> None:
-    """Write a report as one file that needs no other."""
-    path.write_text(html_of(report), encoding="utf-8")
 
 
 def html_of(report: Report) -> str:
@@ -67,6 +61,18 @@ def html_of(report: Report) -> str:
 {_tensors(report)}
 </body></html>
 """
+
+
+def summary_html(report: Report) -> str:
+    """Return the title and the checks, for a cell of a notebook."""
+    rows = "".join(
+        f"<tr><td>{escape(check.name)}</td><td>{escape(check.status)}</td>"
+        f"<td>{escape(check.summary)}</td><td>{escape(check.details)}</td></tr>"
+        for check in report.checks
+    )
+    head = "<tr><th>check</th><th>status</th><th>summary</th><th>details</th></tr>"
+    title = f"{report.title}, {report.layout}, {report.dtype}: {report.status}"
+    return f"<p><b>{escape(title)}</b></p><table>{head}{rows}</table>"
 
 
 def _badge(status: Status) -> str:

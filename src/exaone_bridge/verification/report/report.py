@@ -27,7 +27,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA_VERSION = 2  # of `Report.to_json`; raised only if a field is removed or changes its meaning
+SCHEMA_VERSION = 2  # of `Report.to_dict`; raised only if a field is removed or changes its meaning
 
 _PACKAGES = (
     "exaone-bridge",
@@ -82,7 +82,7 @@ class Check:
         """Make a check that records why it was not run."""
         return cls(name, "-", True, reason, "-", ran=False)
 
-    def to_json(self) -> JSONObject:
+    def to_dict(self) -> JSONObject:
         """Return the check as the JSON report has it."""
         return {
             "name": self.name,
@@ -120,7 +120,7 @@ class ActivationDiff:
         """Whether the difference is above the threshold; NaN is."""
         return not self.difference <= self.threshold
 
-    def to_json(self) -> JSONObject:
+    def to_dict(self) -> JSONObject:
         """Return the difference as the JSON report has it."""
         return dataclasses.asdict(self) | {"diverges": self.diverges}
 
@@ -139,9 +139,11 @@ class Divergence:
         return f"hidden states diverge at {layer}{self.sublayer} ({self.name})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """The checks of one model's round trip, or of two models against each other.
+
+    It is true if `passed` is.
 
     Attributes:
         source, other: names of the folders; other is None for the source's own round trip.
@@ -176,6 +178,21 @@ class Report:
         return any(check.ran for check in self.checks) and all(
             check.passed for check in self.checks
         )
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        lines = [f"{self.title}, {self.layout}, {self.dtype}: {self.status}"]
+        for check in self.checks:
+            text = check.summary if check.passed and check.ran else check.details or check.summary
+            lines.append(f"  {check.name:<12}{check.status:<9}{text}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from exaone_bridge.verification.report.html import summary_html
+
+        return summary_html(self)
 
     @property
     def status(self) -> Status:
@@ -234,21 +251,27 @@ class Report:
         layer = self.divergence.layer
         return self.divergence.sublayer if layer is None else str(layer)
 
-    def to_json(self) -> JSONObject:
+    def to_dict(self) -> JSONObject:
         """Return plain data as `report.schema.json` describes it; NaN and infinity become null."""
         result: JSONObject = {"schema_version": SCHEMA_VERSION, "status": self.status.value}
         for part in dataclasses.fields(self):
             value = getattr(self, part.name)
             if part.name in ("checks", "activations"):
-                value = [item.to_json() for item in value]
+                value = [item.to_dict() for item in value]
             elif part.name == "divergence" and value is not None:
                 value = dataclasses.asdict(value)
             result[part.name] = value
         return json.loads(json.dumps(_finite(result)))
 
-    def write_json(self, path: Path) -> None:
-        """Write `to_json`, indented."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+    def write_json(self, path: str | Path) -> None:
+        """Write `to_dict`, indented."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the report as one HTML file that needs no other."""
+        from exaone_bridge.verification.report.html import html_of
+
+        Path(path).write_text(html_of(self), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -95,7 +95,7 @@ class Outcome:
         failed = ", ".join(self.findings.failed) or "-"
         return [self.fault.name, self.fault.model, failed, where, self.status]
 
-    def to_json(self) -> JSONObject:
+    def to_dict(self) -> JSONObject:
         """Return the outcome as plain data."""
         site, found = self.fault.site, self.findings.divergence
         metrics = self.logit_metrics
@@ -155,6 +155,6 @@ class SelfTestResult:
             "clean_models": self.clean_models,
             "false_reports": list(self.false_reports),
             "seconds": self.seconds,
-            "outcomes": [outcome.to_json() for outcome in self.outcomes],
+            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
         }
         path.write_text(json.dumps(result, indent=2) + "\n")

@@ -184,7 +184,7 @@ def run(session: Session) -> Report:
         model=model_summary(checkpoint),
         activations=arithmetic.activations,
         divergence=arithmetic.divergence,
-        tensors={name: digest.to_json() for name, digest in tensors.items()},
+        tensors={name: digest.to_dict() for name, digest in tensors.items()},
         setup=workload.setup(),
         versions=versions(),
         command=session.command,

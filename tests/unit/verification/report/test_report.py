@@ -95,6 +95,21 @@ def test_a_report_passes_if_a_check_ran_and_none_failed() -> None:
     assert statuses == [Status.PASSED, Status.FAILED, Status.NOT_RUN]
 
 
+def test_a_report_is_short_where_it_is_shown(tmp_path: Path) -> None:
+    found = report(GOOD, BAD, SKIPPED, other="<n>", diverging=8)
+    assert not found and report(GOOD)
+    assert repr(found).splitlines() == [
+        "m against <n>, TP1 x PP1, float32: failed",
+        "  tensors     passed   91 tensors bitwise equal",
+        "  config      failed   a: 1, then 2",
+        "  generation  not run  it needs the whole model",
+    ]
+    shown = found._repr_html_()
+    assert "m against &lt;n&gt;" in shown and "a: 1, then 2" in shown and len(shown) < 5000
+    found.write_html(str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html_of(found)
+
+
 def test_the_round_trip_is_every_check_but_logits_and_gradients() -> None:
     assert Report("m", "TP1", (GOOD, LOGITS)).round_trip_passed
     assert not Report("m", "TP1", (GOOD, BAD)).round_trip_passed
@@ -125,7 +140,7 @@ def test_a_vision_encoder_is_named_without_a_layer(diverging: int | None) -> Non
     language = activations()
     every = (language[0], *vision, *language[1:])
     found = report(GOOD, LOGITS, activations=every, divergence=first_divergence(every))
-    jsonschema.Draft202012Validator(schema()).validate(found.to_json())
+    jsonschema.Draft202012Validator(schema()).validate(found.to_dict())
     assert ">vision encoder<" in activation_plot(every)
     assert ">vision encoder<" not in activation_plot(language)
     if diverging is None:
@@ -142,14 +157,14 @@ def test_the_json_has_the_form_of_the_schema(diverging: int | None, tmp_path: Pa
     found.write_json(tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
     jsonschema.Draft202012Validator(schema()).validate(data)
-    assert data == found.to_json() and data["schema_version"] == 2 and data["status"] == "failed"
+    assert data == found.to_dict() and data["schema_version"] == 2 and data["status"] == "failed"
     assert data["checks"][3]["metrics"]["max"] is None
     assert (data["divergence"] is None) == (diverging is None)
 
 
 @pytest.mark.parametrize("field", ["schema_version", "checks", "divergence", "tensors"])
 def test_the_schema_rejects_missing_and_unknown_fields(field: str) -> None:
-    data = report(GOOD).to_json()
+    data = report(GOOD).to_dict()
     validator = jsonschema.Draft202012Validator(schema())
     assert validator.is_valid(data)
     assert not validator.is_valid({key: value for key, value in data.items() if key != field})
@@ -157,7 +172,7 @@ def test_the_schema_rejects_missing_and_unknown_fields(field: str) -> None:
 
 
 def test_the_schema_has_every_field_of_a_report() -> None:
-    data = report(GOOD).to_json()
+    data = report(GOOD).to_dict()
     assert data.keys() == schema()["properties"].keys() == set(schema()["required"])
 
 

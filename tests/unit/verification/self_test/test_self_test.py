@@ -123,7 +123,7 @@ def test_outcome(
     assert (outcome.is_caught, outcome.is_located) == (caught, located)
     assert outcome.passed == (caught and located)
     status = "caught" if outcome.passed else "WRONG LOCATION" if caught else "NOT CAUGHT"
-    assert outcome.cells()[-1] == outcome.to_json()["status"] == status
+    assert outcome.cells()[-1] == outcome.to_dict()["status"] == status
 
 
 def test_outcome_of_a_fault_that_changes_no_activation() -> None:
