@@ -3,7 +3,8 @@
 Megatron-Bridge has bridges of its own for some of the same architectures, some registered under
 the architecture's name and some under Transformers' class, and looks up by whichever it has
 (`megatron/bridge/models/conversion/auto_bridge.py`, `_causal_lm_architecture`, 0.6.2). The last
-registration under a key counts; so our bridges are registered after its own, under both keys.
+registration under a key counts; so our bridges are registered after its own, and replace it under
+both keys.
 
 Imports no torch until it registers.
 """
@@ -45,12 +46,16 @@ def _keys(architecture: str) -> tuple[object, ...]:
 def register() -> None:
     """Register the bridge of every supported architecture, and apply all patches.
 
-    Imports Megatron-Bridge and torch. Registering again changes nothing.
+    Imports Megatron-Bridge and torch. Registering again changes nothing. The look-up by class falls
+    back to the class's name, so the key of the class is removed again: AutoBridge lists every key.
 
     Raises:
         RegistrationError: Megatron-Bridge still finds another class.
     """
-    from megatron.bridge.models.conversion.model_bridge import register_bridge_implementation
+    from megatron.bridge.models.conversion.model_bridge import (
+        get_model_bridge,
+        register_bridge_implementation,
+    )
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     from megatron.core.models.gpt import GPTModel
 
@@ -64,6 +69,8 @@ def register() -> None:
     for architecture, bridge in classes.items():
         for key in _keys(architecture):
             register_bridge_implementation(source=key, target=GPTModel, bridge_class=bridge)
+            if not isinstance(key, str):
+                get_model_bridge._exact_types.pop(key)
     _verify(classes)
 
 

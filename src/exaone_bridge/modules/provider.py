@@ -30,7 +30,7 @@ from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
-__all__ = ["ExactGPTModelProvider", "model_config_fields", "provider_fields"]
+__all__ = ["ExactGPTModelProvider", "is_of_our_model", "model_config_fields", "provider_fields"]
 
 
 def provider_fields(model_config: ModelConfig, hf_config: JSONMapping) -> JSONObject:
@@ -232,3 +232,11 @@ class ExactGPTModelProvider(GPTModelProvider):
 
     def _has_uneven_pipeline(self) -> bool:
         return any(getattr(self, name) for name in UNEVEN_PIPELINE_FIELDS)
+
+
+def is_of_our_model(module: torch.nn.Module) -> bool:
+    """Returns whether a Megatron-Core module, or an adapter of one, is in a model of ours.
+
+    Their `config` is the provider that built the model.
+    """
+    return isinstance(getattr(module, "config", None), ExactGPTModelProvider)

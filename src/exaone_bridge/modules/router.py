@@ -21,7 +21,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exaone_bridge.errors import UnsupportedConfig
 
-__all__ = ["SelectionBiasRouter"]
+__all__ = ["SelectionBiasRouter", "stays_fp32"]
+
+
+def stays_fp32(parameter: torch.Tensor) -> bool:
+    """Return whether a parameter is the weight of a SelectionBiasRouter."""
+    return getattr(parameter, "stays_fp32", False)
 
 
 class SelectionBiasRouter(TopKRouter):
@@ -75,6 +80,7 @@ class SelectionBiasRouter(TopKRouter):
         # Megatron-Bridge 0.6.2 looks for this attribute on the instance
         # (`models/model_provider.py`, `_apply_mixed_precision_wrapper`).
         self._keep_in_float32_parameter_names = ("weight",)
+        self.weight.stays_fp32 = True
         if not self.enable_expert_bias:
             device = torch.cuda.current_device()
             for name, persistent in (("local_tokens_per_expert", False), ("expert_bias", True)):

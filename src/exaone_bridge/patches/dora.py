@@ -33,7 +33,9 @@ def reject_inexact_dora(wrapper: torch.nn.Module, linear: torch.nn.Module, adapt
     from megatron.bridge.peft.dora_layers import DoRALinear
     from megatron.bridge.peft.utils import is_expert_linear
 
-    if not isinstance(wrapper, DoRALinear):
+    from exaone_bridge.modules.provider import is_of_our_model
+
+    if not isinstance(wrapper, DoRALinear) or not is_of_our_model(linear):
         return
     name = adapter.base_linear_name
     if is_expert_linear(name):
@@ -67,8 +69,11 @@ def get_weight_norm(original: Callable[..., torch.Tensor], self: Any) -> torch.T
     Returns:
         [O / tp] for a column-parallel linear, whose rows are unsharded; [O] for a row-parallel one.
     """
+    from exaone_bridge.modules.provider import is_of_our_model
+
     norm = original(self)
-    if self.adapter.input_is_parallel and self.adapter.tp_group.size() > 1:
+    is_sharded = self.adapter.input_is_parallel and self.adapter.tp_group.size() > 1
+    if is_sharded and is_of_our_model(self.to_wrap):
         squares = norm.float().square()
         dist.all_reduce(squares, group=self.adapter.tp_group)
         norm = squares.sqrt().to(norm.dtype)
@@ -83,7 +88,11 @@ def get_weight_norm(original: Callable[..., torch.Tensor], self: Any) -> torch.T
 )
 def init_weight_magnitude(original: Callable[..., None], self: Any, value: torch.Tensor) -> None:
     """Make the magnitude from `value` ([O / tp] or [O], see `get_weight_norm`) and mark it."""
+    from exaone_bridge.modules.provider import is_of_our_model
+
     original(self, value)
+    if not is_of_our_model(self):
+        return
     magnitude = self.weight_magnitude
     if self.input_is_parallel:  # replicated; under sequence parallelism each rank sees some tokens
         magnitude.sequence_parallel = self.config.sequence_parallel

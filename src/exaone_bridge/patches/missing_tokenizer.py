@@ -18,6 +18,10 @@ def _lacks_tokenizer(folder: object) -> bool:
     return path.is_dir() and not has_tokenizer(path)
 
 
+def _has_config(hf_pretrained: Any, folder: object) -> bool:
+    return "_config" in vars(hf_pretrained) or (Path(str(folder)) / "config.json").is_file()
+
+
 @patch(
     "megatron.bridge.models.hf_pretrained.causal_lm:PreTrainedCausalLM._load_tokenizer",
     version="Megatron-Bridge 0.6.2",
@@ -26,7 +30,8 @@ def _lacks_tokenizer(folder: object) -> bool:
 )
 def load_tokenizer(original: Callable[..., Any], self: Any) -> Any:
     """Load the tokenizer, or return None for a supported model in a local folder without one."""
-    if is_supported(self.config) and _lacks_tokenizer(self.model_name_or_path):
+    folder = self.model_name_or_path
+    if _lacks_tokenizer(folder) and _has_config(self, folder) and is_supported(self.config):
         return None
     return original(self)
 

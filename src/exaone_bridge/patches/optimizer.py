@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from exaone_bridge.modules.router import stays_fp32
 from exaone_bridge.patches.patch import patch
 from exaone_bridge.schema.json_types import JSONObject
 
@@ -23,14 +24,15 @@ __all__ = ["build_optimizer_group_ranges"]
 def build_optimizer_group_ranges(
     original: Callable[..., Any], cls: type, *args: object, **kwargs: object
 ) -> tuple[dict[Any, tuple[int, int]], list[JSONObject]]:
-    """Number each group's parameters with those in fp32 first.
+    """Number the parameters of a group with parameters that stay fp32 with those in fp32 first.
 
     Returns:
         Parameter -> (group, number in it), and the groups.
     """
-    _, ranges = original(cls, *args, **kwargs)
-    numbers: dict[Any, tuple[int, int]] = {}
+    numbers, ranges = original(cls, *args, **kwargs)
     for index, group in enumerate(ranges):
-        group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
-        numbers |= {parameter: (index, number) for number, parameter in enumerate(group["params"])}
+        parameters = group["params"]
+        if any(stays_fp32(parameter) for parameter in parameters):
+            parameters.sort(key=lambda parameter: parameter.dtype != torch.float32)
+            numbers |= {parameter: (index, number) for number, parameter in enumerate(parameters)}
     return numbers, ranges

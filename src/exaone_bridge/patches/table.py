@@ -51,9 +51,9 @@ _INTRODUCTION = """\
 # Patches
 
 `import exaone_bridge` changes the following functions of Megatron-Bridge, Megatron-Core and
-Transformers, when Megatron-Bridge is imported. The original stays reachable as `__wrapped__`. The
-patches of LoRA, DoRA and the optimizer act on every model, all others on EXAONE and ERNIE only.
-`exaone_bridge.patches.table` writes this page.
+Transformers, when Megatron-Bridge is imported. The original stays reachable as `__wrapped__`.
+Every patch acts on EXAONE and ERNIE only: with other models each function does what it does without
+exaone_bridge. `exaone_bridge.patches.table` writes this page.
 """
 
 

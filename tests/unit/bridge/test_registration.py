@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -17,8 +13,8 @@ import pytest
 import exaone_bridge
 from exaone_bridge.errors import RegistrationError
 from exaone_bridge.models import FAMILIES
+from tests.helpers.fresh import HAS_TE, IMPORT_GUARD, fresh
 
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 EXAONE4_BRIDGE = "exaone_bridge.bridge.exaone4.Exaone4Bridge"
 _BRIDGES = {
     "exaone4": EXAONE4_BRIDGE,
@@ -57,47 +53,6 @@ result = {
 """
 PRINT = 'print("RESULT" + json.dumps(result))\n'
 
-# This program imports Megatron-Bridge before exaone_bridge, so it needs an import guard of its own.
-IMPORT_GUARD = """
-import importlib.abc, importlib.machinery, sys, types
-
-class Anything(types.ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything(name) if name == "ops" else type(name, (), {})
-
-class Guard(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "megatron.bridge.peft.lora_layers":
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            for stub in ("transformer_engine", "transformer_engine.pytorch"):
-                sys.modules[stub] = Anything(stub)
-            sys.modules["transformer_engine"].pytorch = sys.modules["transformer_engine.pytorch"]
-            try:
-                execute(module)
-            finally:
-                del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-        spec.loader.exec_module = exec_module
-        return spec
-"""
-
-
-def fresh(program: str) -> dict[str, Any]:
-    """Run a program in a new process; return what it printed after RESULT."""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(Path(exaone_bridge.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.rpartition("RESULT")[2])
-
 
 def assert_registered(result: dict[str, Any]) -> None:
     assert [result[key] for key in ("class", "name", "dynamic")] == [EXAONE4_BRIDGE] * 3
@@ -128,10 +83,11 @@ def test_import_before_megatron_bridge_registers() -> None:
 
 @pytest.mark.slow
 def test_import_after_megatron_bridge_replaces_its_bridge() -> None:
-    guard = "" if HAS_TE else IMPORT_GUARD + "sys.meta_path.insert(0, Guard())\n"
     before = "first = found(transformers.Exaone4ForCausalLM)\nimport exaone_bridge\n"
     after = 'result["first"] = first\n'
-    result = fresh(guard + "import megatron.bridge\n" + FOUND + before + REPORT + after + PRINT)
+    result = fresh(
+        IMPORT_GUARD + "import megatron.bridge\n" + FOUND + before + REPORT + after + PRINT
+    )
     assert_registered(result)
     assert result["first"].startswith("megatron.bridge.models.")
 
@@ -272,11 +228,12 @@ def test_auto_bridge_uses_the_registered_bridge(
     assert AutoBridge.can_handle(folder)
 
 
-def test_auto_bridge_lists_the_architectures(megatron_bridge: Any) -> None:
+def test_auto_bridge_lists_each_architecture_once(megatron_bridge: Any) -> None:
     from megatron.bridge import AutoBridge
 
-    assert {"Exaone4ForCausalLM", *BRIDGE_BY_ARCHITECTURE} <= set(
-        AutoBridge.list_supported_models()
+    models = AutoBridge.list_supported_models()
+    assert {name: models.count(name) for name in BRIDGE_BY_ARCHITECTURE} == dict.fromkeys(
+        BRIDGE_BY_ARCHITECTURE, 1
     )
 
 
