@@ -133,7 +133,7 @@ def why_not_planned(bridge: MegatronModelBridge, model: list[MegatronModule]) ->
 
 
 def named_tensors(model: list[MegatronModule]) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """Yield (chunk, name in it, tensor) of every parameter and persistent buffer on this rank."""
+    """Yield (chunk, name in it, tensor [...]) of this rank's parameters and persistent buffers."""
     for chunk, module in enumerate(unwrap_model(model)):
         for name, tensor in itertools.chain(module.named_parameters(), persistent_buffers(module)):
             if "_extra_state" not in name:

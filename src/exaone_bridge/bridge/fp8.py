@@ -22,7 +22,7 @@ _INIT_VALUE = "_high_precision_init_val"  # transformer_engine/pytorch/module/ba
 
 
 def has_fp8_init_value(parameter: torch.Tensor) -> bool:
-    """Whether Transformer Engine keeps the initial value of this parameter in high precision."""
+    """Whether Transformer Engine keeps a parameter's initial value [...] in high precision."""
     return getattr(parameter, _INIT_VALUE, None) is not None
 
 

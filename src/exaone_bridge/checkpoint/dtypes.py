@@ -35,5 +35,5 @@ SAFETENSORS_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in T
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor of any shape, without a copy."""
+    """Return the bytes of a contiguous CPU tensor of any shape [...], without a copy."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())

@@ -157,15 +157,15 @@ class HFCheckpoint:
         check_coverage(self.missing, self.unexpected, where=self.folder)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor into memory of its own; see `TensorReader.read`."""
+        """Read a tensor [...] into memory of its own; see `TensorReader.read`."""
         return self.reader.read(self.tensors[name])
 
     def view(self, name: str) -> torch.Tensor:
-        """Map a tensor without reading it; see `TensorReader.view`."""
+        """Map a tensor [...] without reading it; see `TensorReader.view`."""
         return self.reader.view(self.tensors[name])
 
     def read_into(self, name: str, target: torch.Tensor, begin: int = 0) -> None:
-        """Fill a tensor with a tensor's bytes from `begin` on; see `TensorReader.read_into`."""
+        """Fill a tensor [...] with bytes from `begin` on; see `TensorReader.read_into`."""
         self.reader.read_into(self.tensors[name], target, begin)
 
     def release(self, name: str) -> None:

@@ -66,7 +66,7 @@ class TensorReader:
         """Read a tensor into memory of its own.
 
         Returns:
-            A contiguous CPU tensor of `info.shape`.
+            [*info.shape], contiguous and on the CPU.
 
         Raises:
             CheckpointError: The file cannot be read, or has changed since its header was read.
@@ -83,7 +83,7 @@ class TensorReader:
         """Fill a tensor with bytes of a tensor on disk, which are not converted.
 
         Args:
-            target: A contiguous CPU tensor of any shape and dtype.
+            target: [...], a contiguous CPU tensor of any shape and dtype.
             begin: The first byte to be read, counted from the beginning of the tensor on disk.
 
         Raises:
@@ -111,7 +111,7 @@ class TensorReader:
         """Map a tensor without reading it; call `release` when it was used.
 
         Returns:
-            A tensor of `info.shape` that must not outlive this reader, nor be written to.
+            [*info.shape]; it must not outlive this reader, nor be written to.
 
         Raises:
             CheckpointError: The file cannot be read, or has changed since its header was read.

@@ -112,7 +112,7 @@ class MegatronCheckpoint:
         """Read a tensor into memory of its own, in the dtype that the config gives it.
 
         Returns:
-            A contiguous CPU tensor of the shape in `tensors`.
+            [*tensors[name].shape], contiguous and on the CPU.
 
         Raises:
             CheckpointError: A file is missing or damaged.

@@ -157,7 +157,7 @@ class TorchDist:
         """Copy a slice of a parameter, converted to the target's dtype.
 
         Args:
-            target: A tensor of the slice's lengths.
+            target: [end - begin of each axis of `box`].
             key: The stored tensor, which may have the parameters of all layers and experts.
             lead: The parameter's indices along the leading axes of `key`.
             box: The slice along all axes of `key`.

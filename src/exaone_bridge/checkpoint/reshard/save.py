@@ -227,10 +227,18 @@ class _WriterPool:
 
 
 def as_on_disk(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The parameter in its tensor's dtype, if that is expected to differ.
+    """Return a parameter in the dtype that its Hugging Face tensor has.
+
+    Args:
+        local: The parameter.
+        tensor: [*local.shard.shape].
+        dtype: The model's dtype.
+
+    Returns:
+        [*local.shard.shape].
 
     Raises:
-        OutputError: It has another dtype.
+        OutputError: The parameter has a dtype that is not the expected one.
     """
     hf = local.param.mapping.hf[0]
     expected = torch.float32 if hf.fp32 else dtype
@@ -252,12 +260,13 @@ def gather_hf_tensors(
 
     Args:
         local: The parameter.
-        tensor: This rank's shard, of the shape `local.shard.shape`.
+        tensor: This rank's shard [*local.shard.shape].
         group: The ranks that share it.
         order: The index of the parameter's mapping in the plan.
 
     Returns:
-        The Hugging Face tensors that it is made of; none on the ranks that do not write it.
+        The Hugging Face tensors [*local.param.shapes[index]] that it is made of, in pieces; none on
+        the ranks that do not write it.
     """
     shards = local.param.shards
     ordinal = writer_ordinal(order, local.indices)

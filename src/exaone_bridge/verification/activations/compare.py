@@ -36,7 +36,7 @@ def relative_difference(reference: torch.Tensor, compared: torch.Tensor) -> torc
 
 
 def max_or_nan(values: torch.Tensor) -> float:
-    """Return the largest of any number of values, NaN if there is none."""
+    """Return the largest of the values [...], NaN if there is none."""
     return values.max().item() if values.numel() else float("nan")
 
 

@@ -37,7 +37,7 @@ def relative_norm(found: torch.Tensor, expected: torch.Tensor) -> float:
     An expert that no token has chosen has a gradient of zero.
 
     Args:
-        found, expected: of one shape.
+        found, expected: [...], of one shape.
     """
     size = expected.norm().item() if expected.any() else 1.0
     return (found - expected).norm().item() / size
@@ -49,7 +49,8 @@ def compare_gradients(
     """Check every gradient by the norm of its difference; the threshold is what rounding explains.
 
     Args:
-        found: the gradients of Megatron-Core; a missing one fails.
+        found: the gradients of Megatron-Core, Hugging Face name -> [*weight.shape]; a missing one
+            fails.
         tokens: of all prompts together, over which a weight's gradient is summed.
     """
     differences = _differences(reference.gradients, found)

@@ -37,7 +37,7 @@ MODEL = "ernie45"
 
 Routing = tuple[torch.Tensor, torch.Tensor]
 """Probabilities [T, topk] and numbers [T, topk] of the chosen experts."""
-Router = Callable[[torch.Tensor, torch.Tensor, int, float], Routing]
+Choose = Callable[[torch.Tensor, torch.Tensor, int, float], Routing]
 """(logits [T, E], selection bias [E], topk, smallest norm) -> routing."""
 
 
@@ -150,7 +150,7 @@ def _code(name: str, patch: Patch, layer: int, sublayer: str) -> Fault:
     )
 
 
-def _router(name: str, choose_experts: Router) -> Fault:
+def _router(name: str, choose_experts: Choose) -> Fault:
     def patch() -> contextlib.AbstractContextManager[object]:
         from exaone_bridge.models.ernie45 import router
 

@@ -46,7 +46,7 @@ HIDDEN_SIZE, HEADS = 64, 4
 
 SLIDING, NOPE = [1, 1, 1, 0], [0, 0, 0, 1]  # per layer, as in the provider
 
-Router = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Choose = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(logits [T, E], selection bias [E]) -> weights [T, K] and experts [T, K]."""
 
 
@@ -237,7 +237,7 @@ def _mapping(name: str, change: MappingChange, layer: int, sublayer: str) -> Fau
     return _code(name, lambda: changed_mappings(EXAONE_MOE, change), layer, sublayer)
 
 
-def _router(name: str, choose: Router) -> Fault:
+def _router(name: str, choose: Choose) -> Fault:
     def patch() -> contextlib.AbstractContextManager[object]:
         from exaone_bridge.models.exaone_moe.router import ExaoneMoeRouter
 

@@ -319,7 +319,8 @@ def compare_arithmetic(
 
     Args:
         activations: the other model's, one for each batch.
-        gradients: the other model's, if the workload has a training step.
+        gradients: the other model's, Hugging Face name -> [*weight.shape], if the workload has a
+            training step.
     """
     differences = compare_activations(
         workload.points, reference.activations, activations, model_config, reference.half_precision
