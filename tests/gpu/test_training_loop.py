@@ -134,10 +134,11 @@ def test_export_of_a_run_has_the_logits_of_the_trained_model(
     from megatron.bridge import AutoBridge
     from transformers import CONFIG_MAPPING
 
-    from exaone_bridge.runtime.model import load_megatron, read_provider
+    from exaone_bridge.checkpoint.megatron.run_config import read_run_config
+    from exaone_bridge.runtime.model import load_megatron
 
     folder = runs.folder("uninterrupted")
-    _, config = read_provider(folder / "checkpoints")
+    config = read_run_config(folder / "checkpoints").hf_config()
     bridge = AutoBridge.from_hf_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
     model = load_megatron(bridge, folder / "checkpoints", Layout())
     bridge.save_hf_pretrained(model, tmp_path / "exported", show_progress=False)

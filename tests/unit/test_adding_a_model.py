@@ -27,7 +27,7 @@ def replace(path: Path, *pairs: tuple[str, str]) -> None:
 def follow_the_guide(source: Path) -> None:
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
     files = re.findall(r"^```python\n# src/(\S+)\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
-    assert len(files) == 7
+    assert len(files) == 8
     for name, text in files:
         path = source / name
         path.parent.mkdir(exist_ok=True)

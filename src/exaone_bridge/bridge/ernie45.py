@@ -8,7 +8,6 @@ from exaone_bridge.models.ernie45.config import MODEL_TYPES, MOE
 from exaone_bridge.models.ernie45.provider import (
     Ernie45ModelProvider,
     ernie45_provider,
-    model_config_of,
 )
 
 __all__ = ["Ernie45Bridge"]
@@ -29,4 +28,3 @@ class Ernie45Bridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPES[MOE]
     PROVIDER_CLASS = Ernie45ModelProvider
     provider_of = staticmethod(ernie45_provider)
-    model_config_of = staticmethod(model_config_of)

@@ -57,8 +57,8 @@ def hf_config_dict(hf_config: Any) -> JSONObject:
 class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
     """A MegatronModelBridge that converts every tensor of both sides, or raises and names it.
 
-    Subclasses set FAMILY, SOURCE_NAME, MODEL_TYPE, PROVIDER_CLASS and the two functions between
-    model config and provider; all else follows from the family's parameter mappings.
+    Subclasses set FAMILY, SOURCE_NAME, MODEL_TYPE, PROVIDER_CLASS and `provider_of`; all else
+    follows from the family.
     """
 
     ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(COMPANION_FILES)
@@ -74,11 +74,6 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
     @abstractmethod
     def provider_of(model_config: Any, hf_config: JSONMapping) -> Any:
         """Make the provider of a model config; it keeps `hf_config` for the export."""
-
-    @staticmethod
-    @abstractmethod
-    def model_config_of(provider: Any) -> Any:
-        """Read the config of the model that this provider builds."""
 
     @property
     def description(self) -> ModelDescription:
@@ -137,7 +132,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         Raises:
             UnsupportedConfig: the provider was changed to a model that the config cannot express.
         """
-        return cls.FAMILY.write_hf_config(cls.model_config_of(provider), provider.hf_config)
+        return cls.FAMILY.write_hf_config(cls.FAMILY.model_config_of(provider), provider.hf_config)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Make Megatron-Bridge's mapping objects of the model at hand.

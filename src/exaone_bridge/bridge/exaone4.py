@@ -8,7 +8,6 @@ from exaone_bridge.models.exaone4.config import ARCHITECTURE, MODEL_TYPE
 from exaone_bridge.models.exaone4.provider import (
     Exaone4ModelProvider,
     exaone4_provider,
-    model_config_of,
 )
 
 __all__ = ["Exaone4Bridge"]
@@ -29,4 +28,3 @@ class Exaone4Bridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone4ModelProvider
     provider_of = staticmethod(exaone4_provider)
-    model_config_of = staticmethod(model_config_of)

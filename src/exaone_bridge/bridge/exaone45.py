@@ -8,7 +8,6 @@ from exaone_bridge.models.exaone45.config import ARCHITECTURE, MODEL_TYPE
 from exaone_bridge.models.exaone45.provider import (
     Exaone45ModelProvider,
     exaone45_provider,
-    model_config_of,
 )
 
 __all__ = ["Exaone45Bridge"]
@@ -32,4 +31,3 @@ class Exaone45Bridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = Exaone45ModelProvider
     provider_of = staticmethod(exaone45_provider)
-    model_config_of = staticmethod(model_config_of)

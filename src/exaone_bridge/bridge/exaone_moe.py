@@ -8,7 +8,6 @@ from exaone_bridge.models.exaone_moe.config import ARCHITECTURES, MODEL_TYPE
 from exaone_bridge.models.exaone_moe.provider import (
     ExaoneMoeModelProvider,
     exaone_moe_provider,
-    model_config_of,
 )
 
 __all__ = ["ExaoneMoeBridge"]
@@ -29,4 +28,3 @@ class ExaoneMoeBridge(ExactBridge):
     MODEL_TYPE = MODEL_TYPE
     PROVIDER_CLASS = ExaoneMoeModelProvider
     provider_of = staticmethod(exaone_moe_provider)
-    model_config_of = staticmethod(model_config_of)

@@ -19,6 +19,7 @@ from exaone_bridge.checkpoint.hf.shards import (
     write_index,
 )
 from exaone_bridge.checkpoint.hf.writer import write_config_json
+from exaone_bridge.checkpoint.megatron.run_config import read_run_config
 from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
 from exaone_bridge.checkpoint.staging import (
     check_new_output,
@@ -77,11 +78,10 @@ def export_checkpoint(
             remedy="name a Megatron checkpoint folder",
         )
     from exaone_bridge.runtime.fork import ForkLauncher
-    from exaone_bridge.runtime.model import read_provider
 
     chosen, why = choose_iteration(megatron_folder, iteration)
     notes = (f"{megatron_folder}: {why}",) if why else ()
-    _, config = read_provider(chosen)
+    config = read_run_config(chosen).hf_config()
     source = MegatronCheckpoint(chosen, config)
     assets = _assets_of(megatron_folder)
     passthrough: dict[str, TensorInfo] = {}
@@ -109,7 +109,7 @@ def export_checkpoint(
     shares = [[name for index in indices for name in groups[index]] for indices in bins]
     with resumable(hf_folder) as folder:
         writer = ShardWriter.create(folder, layout)
-        results = ForkLauncher(workers).all(
+        results = ForkLauncher(workers, megatron=False).all(
             _export_rank, source, hf_folder, writer, shares, passthrough, progress=progress
         )
         write_index(folder, layout)

@@ -101,7 +101,7 @@ def import_checkpoint(
     progress.total(sum(tensor.nbytes for tensor in source.model_tensors.values()))
     with staged(megatron_folder) as folder:
         iteration = write_beside(folder, provider, megatron_folder.absolute())
-        results = ForkLauncher(workers).all(
+        results = ForkLauncher(workers, megatron=False).all(
             _import_rank, source, megatron_folder, iteration, parameters, shares, progress=progress
         )
         written = [param for params, _, _ in results for param in params]

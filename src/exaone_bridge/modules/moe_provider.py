@@ -8,6 +8,7 @@ from typing import ClassVar
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.modules.backend import resolve_backend
 from exaone_bridge.modules.provider import ExactGPTModelProvider
+from exaone_bridge.schema.layer_schedule import moe_layer_mask_of
 
 __all__ = ["MoEModelProvider"]
 
@@ -39,10 +40,7 @@ class MoEModelProvider(ExactGPTModelProvider):
 
     def is_moe_layer(self, layer: int) -> bool:
         """Returns whether this layer (global, 0-based) is an MoE layer."""
-        freq = self.moe_layer_freq
-        return bool(self.num_moe_experts) and (
-            layer % freq == 0 if isinstance(freq, int) else bool(freq[layer])
-        )
+        return moe_layer_mask_of(self.moe_layer_freq, self.num_layers, self.num_moe_experts)[layer]
 
     def set_published_balancing(self) -> None:
         """Balances experts as the family was trained: here by the selection bias alone.

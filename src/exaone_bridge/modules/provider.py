@@ -30,7 +30,7 @@ from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 
-__all__ = ["ExactGPTModelProvider", "is_of_our_model", "model_config_fields", "provider_fields"]
+__all__ = ["ExactGPTModelProvider", "is_of_our_model", "provider_fields"]
 
 
 def provider_fields(model_config: ModelConfig, hf_config: JSONMapping) -> JSONObject:
@@ -50,14 +50,6 @@ def provider_fields(model_config: ModelConfig, hf_config: JSONMapping) -> JSONOb
         "fp16": dtype is torch.float16,
         "hf_config": dict(hf_config),
     }
-
-
-def model_config_fields(
-    config_class: type[ModelConfig], provider: ExactGPTModelProvider
-) -> JSONObject:
-    """Returns the inverse of `provider_fields`: the keyword arguments of the model config."""
-    dtype = str(provider.params_dtype).removeprefix("torch.")
-    return config_class.values_from_provider(provider) | {"dtype": dtype}
 
 
 @dataclass

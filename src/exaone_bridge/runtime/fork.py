@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -74,9 +75,14 @@ class _RankProgress:
 class ForkLauncher(Launcher):
     """Runs functions on forked processes, each a rank of a gloo process group."""
 
-    def __init__(self, ranks: int = 1) -> None:
-        """Set the number of ranks that `all` forks."""
-        self._ranks = ranks
+    def __init__(self, ranks: int = 1, *, megatron: bool = True) -> None:
+        """Set up a launcher.
+
+        Args:
+            ranks: How many ranks `all` forks.
+            megatron: Whether they run Megatron-Core; conversions do without it.
+        """
+        self._ranks, self._megatron = ranks, megatron
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Do nothing: forked ranks end with the call that forked them."""
@@ -121,7 +127,16 @@ class ForkLauncher(Launcher):
             processes = [
                 context.Process(
                     target=_rank_main,
-                    args=(fn, args, progress is not None, rank, ranks, folder, send),
+                    args=(
+                        fn,
+                        args,
+                        progress is not None,
+                        self._megatron,
+                        rank,
+                        ranks,
+                        folder,
+                        send,
+                    ),
                 )
                 for rank, (_, send) in enumerate(pipes)
             ]
@@ -149,6 +164,7 @@ def _rank_main(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     reports: bool,
+    megatron: bool,
     rank: int,
     ranks: int,
     folder: Path,
@@ -166,8 +182,6 @@ def _rank_main(
         import torch
         import torch.distributed as dist
 
-        from exaone_bridge.runtime.cpu import cpu_runtime
-
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",
@@ -177,7 +191,7 @@ def _rank_main(
             timeout=_TIMEOUT,
         )
         progress = _RankProgress(connection, rank)
-        with full_fp32(), cpu_runtime():
+        with full_fp32(), _runtime(megatron):
             result = fn(*args, progress=progress) if reports else fn(*args)
         progress.flush()
         dist.barrier()
@@ -192,6 +206,14 @@ def _rank_main(
     connection.send_bytes(message)
     connection.close()
     # Returning, not os._exit, lets multiprocessing end the child processes of a checkpoint's save.
+
+
+def _runtime(megatron: bool) -> AbstractContextManager[None]:
+    if not megatron:
+        return contextlib.nullcontext()
+    from exaone_bridge.runtime.cpu import cpu_runtime
+
+    return cpu_runtime()
 
 
 def _collect(

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
-from megatron.bridge.training.model_load_save import load_model_config
-from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,16 +18,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config, unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from exaone_bridge.bridge.registration import supported
-from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.errors import CheckpointError
 from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequence
 from exaone_bridge.modules.context_parallel import local_positions
-from exaone_bridge.modules.provider import ExactGPTModelProvider
-from exaone_bridge.schema.iterations import iteration_folder
-from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["build", "forward_logits", "load_megatron", "over_context", "read_provider"]
+__all__ = ["build", "forward_logits", "load_megatron", "over_context"]
 
 
 # A prompt's pixel values and grids, by the names of the model's arguments.
@@ -71,43 +65,6 @@ def build(
     provider.apply_overrides_and_finalize(dtype, fields | overrides)
     return provider.provide_distributed_model(
         wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available()
-    )
-
-
-def read_provider(path: Path) -> tuple[ExactGPTModelProvider, JSONObject]:
-    """Read the provider in the run config of a Megatron checkpoint.
-
-    Returns:
-        The provider, and config.json of the model that it builds.
-
-    Raises:
-        CheckpointError: the folder is missing, damaged or not a Megatron-Bridge checkpoint.
-        UnsupportedConfig: the provider is not one of exaone_bridge.
-    """
-    folder = iteration_folder(path)
-    if not (folder / "run_config.yaml").is_file():
-        raise CheckpointError(
-            path,
-            "this is not a Megatron-Bridge checkpoint (run_config.yaml is missing)",
-            remedy="name a folder that `import` wrote",
-        )
-    read_run_config.cache_clear()  # the cache is by path, and the file may have been replaced
-    try:
-        provider, _ = load_model_config(str(folder))
-    except Exception as error:  # bad YAML, a missing key, a class that is not allowed
-        raise CheckpointError(
-            folder / "run_config.yaml",
-            f"cannot be read ({_first_line(error)})",
-            remedy="restore the checkpoint",
-        ) from error
-    for bridge in supported().values():
-        if type(provider) is bridge.PROVIDER_CLASS:
-            return provider, bridge.megatron_to_hf_config(provider)
-    raise UnsupportedConfig(
-        "model",
-        got=type(provider).__qualname__,
-        known=tuple(bridge.PROVIDER_CLASS.__qualname__ for bridge in supported().values()),
-        where=str(folder / "run_config.yaml"),
     )
 
 

@@ -17,7 +17,10 @@ __all__ = [
     "megatron_rope",
     "megatron_window",
     "mlp_pattern",
+    "moe_layer_mask_of",
+    "rope_of",
     "windows_of",
+    "windows_of_megatron",
 ]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -56,6 +59,42 @@ def megatron_window(
 def megatron_rope(rope: Sequence[bool]) -> list[int] | None:
     """Returns Megatron-Core's `no_rope_freq` (1: no RoPE); None where RoPE is on every layer."""
     return None if all(rope) else [int(not applied) for applied in rope]
+
+
+def windows_of_megatron(
+    window_size: Sequence[int] | None, layer_mask: Sequence[int] | None, layers: int
+) -> tuple[int | None, ...]:
+    """Return the inverse of `megatron_window`; without a list every layer has the window.
+
+    Args:
+        window_size: the provider's `window_size`.
+        layer_mask: its `window_attn_skip_freq`.
+        layers: its `num_layers`.
+    """
+    window = None if window_size is None else window_size[0] + 1
+    return tuple(window if has_window else None for has_window in layer_mask or [1] * layers)
+
+
+def rope_of(no_rope: Sequence[int] | None, layers: int) -> tuple[bool, ...]:
+    """Return the inverse of `megatron_rope` for a model of so many layers."""
+    return tuple(not without for without in no_rope or [0] * layers)
+
+
+def moe_layer_mask_of(
+    freq: int | Sequence[int], layers: int, num_experts: int | None
+) -> tuple[bool, ...]:
+    """Return for each layer whether it is an MoE layer.
+
+    Args:
+        freq: Megatron-Core's `moe_layer_freq`: every n-th layer from the first, or a flag for each.
+        layers: `num_layers`.
+        num_experts: `num_moe_experts`; without any, no layer is.
+    """
+    if not num_experts:
+        return (False,) * layers
+    if isinstance(freq, int):
+        return tuple(layer % freq == 0 for layer in range(layers))
+    return tuple(bool(is_moe) for is_moe in freq)
 
 
 def attention_pattern(windows: Sequence[int | None]) -> str:

@@ -6,11 +6,13 @@ A family's config class derives from `ModelConfig` and adds what only this famil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from exaone_bridge.schema.hf_config import boolean, non_negative_float, positive_int, read_dtype
 from exaone_bridge.schema.hf_field import ConfigPart, hf_field
+from exaone_bridge.schema.json_types import JSONObject
 
-__all__ = ["MTPConfig", "MoEConfig", "ModelConfig", "VisionConfig"]
+__all__ = ["MTPConfig", "MoEConfig", "ModelConfig", "VisionConfig", "model_config_fields"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,3 +211,14 @@ class ModelConfig(ConfigPart):
             merged = vision.hidden_size * vision.merge_size**2
             dims |= vision.axis_sizes | {"q": vision.qkv_size, "m": merged}
         return dims
+
+
+def model_config_fields(config_class: type[ModelConfig], provider: Any) -> JSONObject:
+    """Return the model config's keyword arguments that every family reads in the same way.
+
+    Args:
+        config_class: of the family.
+        provider: the model provider, or an object with its fields.
+    """
+    dtype = str(provider.params_dtype).removeprefix("torch.")
+    return config_class.values_from_provider(provider) | {"dtype": dtype}

@@ -83,6 +83,8 @@ class ModelFamily:
         architectures: the names in config.json's `architectures` that it supports.
         read_hf_config: config.json -> model config; raises UnsupportedConfig.
         write_hf_config: (model config, the config.json that the model came from) -> config.json.
+        provider_class: the model provider's class, as `run_config.yaml` names it.
+        model_config_of: model provider, or an object with its fields -> model config.
         mappings: model config -> parameter mappings.
         tiny: name -> config.json of a tiny model with a published topology.
         tiny_files: the tokenizer and processor files of the tiny models.
@@ -96,6 +98,8 @@ class ModelFamily:
     architectures: tuple[str, ...]
     read_hf_config: Callable[[JSONMapping], Any]
     write_hf_config: Callable[[Any, JSONMapping], JSONObject]
+    provider_class: str
+    model_config_of: Callable[[Any], Any]
     mappings: Callable[[Any], tuple[ParamMapping, ...]]
     tiny: Mapping[str, JSONMapping]
     tiny_files: TinyFiles

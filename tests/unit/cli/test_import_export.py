@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,23 @@ def test_import_prints_its_stages_and_a_summary(
     summary += r"peak memory \d+\.\d\d GiB per process \(\d+ MiB of it"
     assert re.search(summary, line), line
     assert "import: writing the Megatron checkpoint" in run.out and "0.00 of 0.00 GB" in run.out
+
+
+_WITHOUT_MEGATRON = """
+import sys
+sys.modules["megatron"] = None  # as on a machine without it: every import of it fails
+from exaone_bridge.cli import main
+sys.argv = ["exaone-bridge", "export", *sys.argv[1:]]
+main()
+"""
+
+
+def test_export_needs_no_megatron(megatron_folder: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_MEGATRON, str(megatron_folder), str(tmp_path / "output")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "output" / "config.json").is_file()

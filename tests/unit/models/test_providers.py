@@ -19,7 +19,7 @@ def _round_trip(architecture: str, model_config: Any, hf_config: Any) -> Any:
     bridge = supported()[architecture]
     provider = bridge.provider_of(model_config, hf_config)
     assert provider.hf_config == hf_config
-    return bridge.model_config_of(provider)
+    return bridge.FAMILY.model_config_of(provider)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from exaone_bridge.checkpoint.reshard.plan import Slice
 from exaone_bridge.checkpoint.reshard.validate import validate_cover
@@ -28,6 +28,7 @@ __all__ = ["StoredTensor", "TorchDist", "key_of"]
 
 _RESTORE = "restore the missing or truncated files"
 # The classes of a `.metadata` pickle; any other could run code while it is read.
+_MEGATRON_CORE = "megatron.core.dist_checkpointing.strategies.torch"
 _SAFE = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -42,7 +43,6 @@ _SAFE = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
     "collections": {"OrderedDict", "defaultdict"},
     "builtins": {"set", "frozenset", "list", "dict", "tuple", "slice"},
 }
@@ -69,8 +69,14 @@ def key_of(
     return name.replace("*", str(numbers[0]), 1), where[1:]
 
 
+class _MegatronCoreClass(Metadata):  # type: ignore[misc]
+    """Takes the place of Megatron-Core's classes, which hold no tensor and take 10 s to import."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == _MEGATRON_CORE and name in ("MCoreMetadata", "MCoreSavePlan"):
+            return _MegatronCoreClass
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if name in _SAFE.get(module, ()):

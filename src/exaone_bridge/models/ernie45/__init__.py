@@ -7,6 +7,7 @@ from exaone_bridge.models.ernie45.config import (
     read_hf_config,
     write_hf_config,
 )
+from exaone_bridge.models.ernie45.from_provider import model_config_of
 from exaone_bridge.models.ernie45.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
 from exaone_bridge.models.ernie45.weights import (
     PASSTHROUGH,
@@ -23,6 +24,8 @@ ERNIE45 = ModelFamily(
     architectures=ARCHITECTURES,
     read_hf_config=read_hf_config,
     write_hf_config=write_hf_config,
+    provider_class="exaone_bridge.models.ernie45.provider.Ernie45ModelProvider",
+    model_config_of=model_config_of,
     mappings=ernie45_mappings,
     tiny=TINY,
     tiny_files=TinyFiles(special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE),

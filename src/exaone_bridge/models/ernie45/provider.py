@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from exaone_bridge.models.ernie45.config import Ernie45ModelConfig, Ernie45MoEConfig
+from exaone_bridge.models.ernie45.config import Ernie45ModelConfig
 from exaone_bridge.models.ernie45.layer_spec import ernie45_block_spec
 from exaone_bridge.models.ernie45.output_bias import add_output_bias
 from exaone_bridge.modules.moe_provider import MoEModelProvider
-from exaone_bridge.modules.provider import model_config_fields, provider_fields
+from exaone_bridge.modules.provider import provider_fields
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
-from exaone_bridge.schema.model_config import MTPConfig
 
-__all__ = ["Ernie45ModelProvider", "ernie45_provider", "model_config_of"]
+__all__ = ["Ernie45ModelProvider", "ernie45_provider"]
 
 
 @dataclass
@@ -87,26 +86,4 @@ def ernie45_provider(
         **provider_fields(model_config, hf_config),
         mtp_layers_passthrough=0 if mtp is None else mtp.depth,
         **experts,
-    )
-
-
-def model_config_of(provider: Ernie45ModelProvider) -> Ernie45ModelConfig:
-    """Returns the config of the model that this provider builds; inverse of `ernie45_provider`."""
-    depth = provider.mtp_layers_passthrough
-    return Ernie45ModelConfig(
-        **model_config_fields(Ernie45ModelConfig, provider),
-        moe=_moe_config_of(provider),
-        mtp=MTPConfig(depth=depth) if depth else None,
-    )
-
-
-def _moe_config_of(provider: Ernie45ModelProvider) -> Ernie45MoEConfig | None:
-    layer_mask = tuple(provider.is_moe_layer(layer) for layer in range(provider.num_layers))
-    if not any(layer_mask):
-        return None
-    shared_size = provider.moe_shared_expert_intermediate_size or 0
-    return Ernie45MoEConfig(
-        **Ernie45MoEConfig.values_from_provider(provider),
-        layer_mask=layer_mask,
-        num_shared_experts=shared_size // provider.moe_ffn_hidden_size,
     )

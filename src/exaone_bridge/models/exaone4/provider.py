@@ -10,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope
+from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
 from exaone_bridge.models.exaone4.layer_spec import exaone4_block_spec
-from exaone_bridge.modules.provider import (
-    ExactGPTModelProvider,
-    model_config_fields,
-    provider_fields,
-)
+from exaone_bridge.modules.provider import ExactGPTModelProvider, provider_fields
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
 
 __all__ = [
     "Exaone4ModelProvider",
-    "exaone4_config_fields",
     "exaone4_provider",
     "exaone4_provider_fields",
-    "model_config_of",
 ]
 
 
@@ -73,25 +67,4 @@ def exaone4_provider_fields(model_config: Exaone4ModelConfig, hf_config: JSONMap
         "window_size": window_size,
         "window_attn_skip_freq": window_layers,
         "no_rope_freq": megatron_rope(model_config.rope),
-    }
-
-
-def model_config_of(provider: Exaone4ModelProvider) -> Exaone4ModelConfig:
-    """Returns the config of the model that this provider builds; inverse of `exaone4_provider`."""
-    return Exaone4ModelConfig(**exaone4_config_fields(Exaone4ModelConfig, provider))
-
-
-def exaone4_config_fields(
-    config_class: type[Exaone4ModelConfig], provider: Exaone4ModelProvider
-) -> JSONObject:
-    """Returns the inverse of `exaone4_provider_fields`: the model config's keyword arguments."""
-    layers = provider.num_layers
-    sliding = provider.window_attn_skip_freq or [int(provider.window_size is not None)] * layers
-    window = None if provider.window_size is None else provider.window_size[0] + 1
-    llama3 = Llama3Rope(**Llama3Rope.values_from_provider(provider))
-    return {
-        **model_config_fields(config_class, provider),
-        "llama3": llama3 if provider.rope_scaling else None,
-        "windows": tuple(window if is_sliding else None for is_sliding in sliding),
-        "rope": tuple(not without for without in provider.no_rope_freq or [0] * layers),
     }

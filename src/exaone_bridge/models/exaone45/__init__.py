@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_hf_config, write_hf_config
+from exaone_bridge.models.exaone45.from_provider import model_config_of
 from exaone_bridge.models.exaone45.tiny import CHAT_TEMPLATE, PROCESSOR_FILES, SPECIAL_TOKENS, TINY
 from exaone_bridge.models.exaone45.weights import (
     PASSTHROUGH,
@@ -42,6 +43,8 @@ EXAONE45_WITH_MTP = ModelFamily(
     architectures=(ARCHITECTURE,),
     read_hf_config=read_hf_config,
     write_hf_config=write_hf_config,
+    provider_class="exaone_bridge.models.exaone45.provider.Exaone45ModelProvider",
+    model_config_of=model_config_of,
     mappings=exaone45_mappings_with_mtp,
     tiny=TINY,
     tiny_files=TinyFiles(

@@ -12,18 +12,17 @@ from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.exaone4.layer_spec import exaone4_layer_spec
 from exaone_bridge.models.exaone4.provider import (
     Exaone4ModelProvider,
-    exaone4_config_fields,
     exaone4_provider_fields,
 )
 from exaone_bridge.models.exaone45.config import Exaone45ModelConfig
+from exaone_bridge.models.exaone45.from_provider import vision_config_of
 from exaone_bridge.models.exaone45.model import Exaone45Model
 from exaone_bridge.models.exaone45.vision_encoder import build_vision_encoder
 from exaone_bridge.modules.backend import resolve_backend
 from exaone_bridge.modules.mtp import mtp_block_spec
 from exaone_bridge.schema.json_types import JSONMapping
-from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
-__all__ = ["Exaone45ModelProvider", "exaone45_provider", "model_config_of"]
+__all__ = ["Exaone45ModelProvider", "exaone45_provider"]
 
 
 @dataclass
@@ -75,13 +74,6 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
             )
         super().finalize()
 
-    @property
-    def vision_model_config(self) -> VisionConfig:
-        """`vision` as a typed config."""
-        return VisionConfig(
-            **{**self.vision, "full_attention": tuple(self.vision["full_attention"])}
-        )
-
     def provide(
         self,
         pre_process: bool | None = None,
@@ -92,7 +84,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         language_model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
-        model_config = self.vision_model_config
+        model_config = vision_config_of(self.vision)
         vision_encoder = (
             build_vision_encoder(model_config, self, self.init_method_std)
             if language_model.pre_process
@@ -151,15 +143,4 @@ def exaone45_provider(
         vision=dataclasses.asdict(vision) | {"full_attention": list(vision.full_attention)},
         mtp_sliding=model_config.windows[0] is not None,
         mtp_use_rope=model_config.rope[0],
-    )
-
-
-def model_config_of(provider: Exaone45ModelProvider) -> Exaone45ModelConfig:
-    """Returns the config of the model that this provider builds; inverse of `exaone45_provider`."""
-    depth = provider.mtp_num_layers or provider.mtp_depth
-    mtp = MTPConfig(**MTPConfig.values_from_provider(provider) | {"depth": depth})
-    return Exaone45ModelConfig(
-        **exaone4_config_fields(Exaone45ModelConfig, provider),
-        vision=provider.vision_model_config,
-        mtp=mtp if depth else None,
     )

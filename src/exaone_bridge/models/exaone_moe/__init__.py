@@ -9,6 +9,7 @@ from exaone_bridge.models.exaone_moe.config import (
     read_hf_config,
     write_hf_config,
 )
+from exaone_bridge.models.exaone_moe.from_provider import model_config_of
 from exaone_bridge.models.exaone_moe.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY
 from exaone_bridge.models.exaone_moe.weights import (
     PASSTHROUGH,
@@ -26,6 +27,8 @@ EXAONE_MOE_WITH_MTP = ModelFamily(
     architectures=ARCHITECTURES,
     read_hf_config=read_hf_config,
     write_hf_config=write_hf_config,
+    provider_class="exaone_bridge.models.exaone_moe.provider.ExaoneMoeModelProvider",
+    model_config_of=model_config_of,
     mappings=exaone_moe_mappings_with_mtp,
     tiny=TINY,
     tiny_files=TinyFiles(special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE),

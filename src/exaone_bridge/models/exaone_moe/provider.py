@@ -14,18 +14,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.exaone_moe.config import (
     ExaoneMoeModelConfig,
-    ExaoneMoeMTPConfig,
-    RoutedExpertsConfig,
 )
 from exaone_bridge.models.exaone_moe.layer_spec import exaone_moe_block_spec, exaone_moe_layer_spec
 from exaone_bridge.modules.backend import resolve_backend
 from exaone_bridge.modules.moe_provider import MoEModelProvider
 from exaone_bridge.modules.mtp import mtp_block_spec
-from exaone_bridge.modules.provider import model_config_fields, provider_fields
+from exaone_bridge.modules.provider import provider_fields
 from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
 
-__all__ = ["ExaoneMoeModelProvider", "exaone_moe_provider", "model_config_of"]
+__all__ = ["ExaoneMoeModelProvider", "exaone_moe_provider"]
 
 
 @dataclass
@@ -164,41 +162,4 @@ def exaone_moe_provider(
         layer_windows=[window or 0 for window in windows] if several else None,
         swiglu_limits=list(model_config.swiglu_limits) if any(model_config.swiglu_limits) else None,
         no_rope_freq=megatron_rope(model_config.rope),
-    )
-
-
-def model_config_of(provider: ExaoneMoeModelProvider) -> ExaoneMoeModelConfig:
-    """Returns the config of the model that this provider builds."""
-    layers = provider.num_layers
-    size = None if provider.window_size is None else provider.window_size[0] + 1
-    sliding = provider.window_attn_skip_freq or [int(size is not None)] * layers
-    windows = tuple(size if is_sliding else None for is_sliding in sliding)
-    if provider.layer_windows:
-        windows = tuple(window or None for window in provider.layer_windows)
-    rope = tuple(not without for without in provider.no_rope_freq or [0] * layers)
-    if rope != tuple(window is not None for window in windows):
-        raise UnsupportedConfig(
-            "no_rope_freq",
-            got=rope,
-            wanted="RoPE on the sliding-window layers, and on no other",
-            where="provider",
-        )
-    return ExaoneMoeModelConfig(
-        **model_config_fields(ExaoneMoeModelConfig, provider),
-        windows=windows,
-        swiglu_limits=tuple(
-            provider.swiglu_limits or [provider.activation_func_clamp_value or 0.0] * layers
-        ),
-        moe=RoutedExpertsConfig(
-            **RoutedExpertsConfig.values_from_provider(provider),
-            layer_mask=tuple(provider.is_moe_layer(layer) for layer in range(layers)),
-            num_shared_experts=(provider.moe_shared_expert_intermediate_size or 0)
-            // provider.moe_ffn_hidden_size,
-        ),
-        mtp=ExaoneMoeMTPConfig(
-            **ExaoneMoeMTPConfig.values_from_provider(provider) | {"shared": True},
-            window=provider.mtp_window,
-        )
-        if provider.mtp_depth
-        else None,
     )

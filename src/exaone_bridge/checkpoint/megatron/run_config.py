@@ -1,0 +1,105 @@
+"""Reads the `run_config.yaml` of a Megatron-Bridge checkpoint, without Megatron-Bridge or torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.models import FAMILIES
+from exaone_bridge.patches.former_names import with_present_names
+from exaone_bridge.schema.iterations import iteration_folder
+from exaone_bridge.schema.json_types import JSONObject
+from exaone_bridge.schema.model_family import ModelFamily
+
+__all__ = ["RUN_CONFIG", "StoredProvider", "read_run_config"]
+
+RUN_CONFIG = "run_config.yaml"
+_RESTORE = "restore the checkpoint"
+
+
+class StoredProvider:
+    """The model provider's fields in a run config, as attributes; nothing is instantiated.
+
+    A function, class or dtype is the dotted name that the run config gives it.
+
+    Attributes:
+        family: the family of the model that the provider builds.
+    """
+
+    def __init__(self, fields: JSONObject, path: Path) -> None:
+        """Find the provider's family.
+
+        Raises:
+            UnsupportedConfig: the provider is not one of exaone_bridge.
+        """
+        self._fields, self._path = fields, path
+        self.family = _family_of(fields.get("_target_"), path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._fields:
+            raise CheckpointError(
+                self._path, f"the model's field {name} is missing", remedy=_RESTORE
+            )
+        value = self._fields[name]
+        if isinstance(value, dict) and value.get("_call_") is False:
+            return value.get("_target_")
+        return value
+
+    def hf_config(self) -> JSONObject:
+        """Return config.json of the model that the provider builds.
+
+        Raises:
+            CheckpointError: a field is missing or malformed.
+            UnsupportedConfig: the provider was changed to a model that the config cannot express.
+        """
+        try:
+            model_config = self.family.model_config_of(self)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            text = f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                self._path, f"a field of the model is malformed ({text})", remedy=_RESTORE
+            ) from error
+        return self.family.write_hf_config(model_config, self._fields["hf_config"])
+
+
+def read_run_config(path: Path) -> StoredProvider:
+    """Read the model provider in the run config of a Megatron checkpoint.
+
+    Args:
+        path: the checkpoint's folder, or that of one iteration.
+
+    Raises:
+        CheckpointError: the folder is damaged or not a Megatron-Bridge checkpoint.
+        UnsupportedConfig: the provider is not one of exaone_bridge.
+    """
+    import yaml
+
+    file = iteration_folder(path) / RUN_CONFIG
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        model = with_present_names(yaml.load(file.read_bytes(), Loader=loader)["model"])
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            path,
+            f"this is not a Megatron-Bridge checkpoint ({RUN_CONFIG} is missing)",
+            remedy="name a folder that `import` wrote",
+        ) from error
+    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(file, f"cannot be read ({text})", remedy=_RESTORE) from error
+    if not isinstance(model, dict) or not isinstance(model.get("hf_config", {}), dict):
+        raise CheckpointError(file, "it describes no model", remedy=_RESTORE)
+    return StoredProvider({"hf_config": {}} | model, file)
+
+
+def _family_of(target: object, where: Path) -> ModelFamily:
+    for family in FAMILIES:
+        if target == family.provider_class:
+            return family
+    raise UnsupportedConfig(
+        "model",
+        got=str(target).rpartition(".")[2],
+        known=tuple(family.provider_class.rpartition(".")[2] for family in FAMILIES),
+        where=str(where),
+    )
