@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from exaone_bridge.errors import BridgeError
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_files, compare_tensors
+from tests.helpers.damage import INDEX
 from tests.helpers.unloaded import named_parameters, unloaded_model, unwrap_model
 
 FULL = "full_attention"
@@ -181,13 +183,15 @@ def _save_twice(folder: Path, target: Path) -> None:
 
 
 def test_save_into_an_existing_folder_replaces_the_weights_only(
-    megatron_bridge: Any, tiny: Any, tmp_path: Path
+    megatron_bridge: Any, sharded: Path, tmp_path: Path
 ) -> None:
     """AutoBridge's calls may write into an existing folder, and rename complete files."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
-    ForkLauncher(2).all(_save_twice, tiny("exaone4"), tmp_path)
+    ForkLauncher(2).all(_save_twice, sharded, tmp_path)
     for name in ("random", "there"):
-        assert compare_tensors(tiny("exaone4"), tmp_path / name).passed
+        assert compare_tensors(sharded, tmp_path / name).passed
+        index = json.loads((tmp_path / name / INDEX).read_text())
+        assert index == json.loads((sharded / INDEX).read_text())
     assert (tmp_path / "there" / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["random", "there"]

@@ -121,11 +121,13 @@ class _FilePart(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        # torch.load takes a short read for a damaged file, and Linux reads at most 2 GiB at once.
+        left = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        begin = self._at
         self._file.seek(self._offset + self._at)
-        read = self._file.readinto(view)  # type: ignore[attr-defined]
-        self._at += read
-        return int(read)
+        while left and (count := self._file.readinto(left)):  # type: ignore[attr-defined]
+            left, self._at = left[count:], self._at + count
+        return self._at - begin
 
 
 class TorchDist:

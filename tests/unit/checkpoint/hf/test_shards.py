@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES, byte_view
+from exaone_bridge.checkpoint.hf import shards
 from exaone_bridge.checkpoint.hf.headers import TensorSpec, read_file_header, read_headers
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, assign_files, shard_layout, write_index
 from exaone_bridge.checkpoint.hf.tiny import random_weights
@@ -173,3 +176,49 @@ def test_writer_resumes_and_replaces(tmp_path: Path) -> None:
         assert torch.equal(load_file(tmp_path / SINGLE)["b"], second)
     write_index(tmp_path, layout)
     assert names_in(tmp_path) == [SINGLE]
+
+
+STEP = 4 << 20  # bytes that a resumed export compares at once
+
+
+@pytest.mark.parametrize("piece", [STEP, 2 * STEP + 4], ids=["a piece of a step", "one piece"])
+@pytest.mark.parametrize("wrong", [0, STEP - 1, STEP, 2 * STEP - 1, 2 * STEP, 2 * STEP + 3])
+def test_a_byte_that_differs_is_written_in_a_tensor_longer_than_a_step(
+    wrong: int, piece: int, tmp_path: Path
+) -> None:
+    nbytes = 2 * STEP + 4
+    layout = shard_layout([TensorSpec("a", "U8", (nbytes,)), TensorSpec("b", "U8", (3,))], SINGLE)
+    tensor = torch.arange(nbytes, dtype=torch.int32).to(torch.uint8)
+    view = byte_view(tensor)
+    pieces = [view[begin : begin + piece] for begin in range(0, nbytes, piece)]
+    for kept in (0, nbytes, 0):
+        with ShardWriter.create(tmp_path, layout) as writer:
+            writer.put("a", pieces)
+        assert (writer.kept_bytes, writer.written_bytes) == (kept, nbytes - kept)
+        assert torch.equal(load_file(tmp_path / SINGLE)["a"], tensor)
+        tensor[wrong] ^= 1 if kept else 0
+
+
+@pytest.mark.parametrize("longest", [1, 5, None], ids=["a byte", "five bytes", "as asked"])
+def test_a_tensor_of_more_pieces_than_one_write_takes(
+    longest: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux takes 1024 pieces at once, and may write fewer bytes than it was given."""
+    tensor = torch.arange(4000, dtype=torch.int32).to(torch.uint8)
+    ends = [*(3 * number // 2 for number in range(2000)), 2999, 4000]
+    view = byte_view(tensor)
+    pieces = [view[begin:end] for begin, end in pairwise(ends)]
+    layout = shard_layout([TensorSpec("a", "U8", (4000,)), TensorSpec("b", "U8", (3,))], SINGLE)
+    write = os.pwritev
+
+    def short_write(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        data = b"".join(buffers)[:longest]
+        return write(descriptor, [data] if longest else buffers, position)
+
+    monkeypatch.setattr(shards.os, "pwritev", short_write)
+    for kept in (0, 4000):
+        with ShardWriter.create(tmp_path, layout) as writer:
+            writer.put("a", pieces)
+        assert writer.kept_bytes == kept
+        found = load_file(tmp_path / SINGLE)
+        assert torch.equal(found["a"], tensor) and found["b"].tolist() == [0, 0, 0]
