@@ -26,7 +26,7 @@ _LONGEST = 800  # characters of a value in a sentence
 
 
 def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
-    """Returns `a, b, c and 7 more`: a list of any length in a sentence."""
+    """Return `a, b, c and 7 more`: a list of any length in a sentence."""
     items = [
         text if (text := str(value)).isprintable() else repr(text) for value in values
     ]  # names come from files
@@ -35,7 +35,7 @@ def _listed(values: Iterable[object], shown: int = _SHOWN) -> str:
 
 
 def _short(value: object) -> str:
-    """Returns the repr, or both ends of a long one: values come from files."""
+    """Return the repr, or both ends of a long one: values come from files."""
     text = repr(value)
     return (
         text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"

@@ -15,7 +15,7 @@ FAMILIES: tuple[ModelFamily, ...] = (EXAONE4, ERNIE45, EXAONE45, EXAONE_MOE)
 
 
 def family_of(architectures: object, *, where: str) -> ModelFamily:
-    """Returns the family that supports the first of these architectures.
+    """Return the family that supports the first of these architectures.
 
     Args:
         architectures: `architectures` of config.json.
@@ -33,6 +33,6 @@ def family_of(architectures: object, *, where: str) -> ModelFamily:
 
 
 def is_supported(hf_config: object) -> bool:
-    """Returns whether a family supports an architecture of this Transformers config."""
+    """Return whether a family supports an architecture of this Transformers config."""
     names = set(getattr(hf_config, "architectures", None) or ())
     return any(names & set(family.architectures) for family in FAMILIES)

@@ -39,7 +39,7 @@ class MoEModelProvider(ExactGPTModelProvider):
     )
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Returns whether this layer (global, 0-based) is an MoE layer."""
+        """Return whether this layer (global, 0-based) is an MoE layer."""
         return moe_layer_mask_of(self.moe_layer_freq, self.num_layers, self.num_moe_experts)[layer]
 
     def set_published_balancing(self) -> None:
@@ -51,7 +51,7 @@ class MoEModelProvider(ExactGPTModelProvider):
         self.moe_router_bias_update_rate = 1e-3
 
     def finalize(self) -> None:
-        """Checks the load balancing, and overrides what this machine's backend does not support.
+        """Check the load balancing, and override what this machine's backend does not support.
 
         Raises:
             UnsupportedConfig: two kinds of load balancing at once, or what the base class rejects.

@@ -34,7 +34,7 @@ __all__ = ["ExactGPTModelProvider", "is_of_our_model", "provider_fields"]
 
 
 def provider_fields(model_config: ModelConfig, hf_config: JSONMapping) -> JSONObject:
-    """Returns the provider's keyword arguments that every family derives in the same way.
+    """Return the provider's keyword arguments that every family derives in the same way.
 
     Args:
         model_config: of the model to be built.
@@ -77,7 +77,7 @@ class ExactGPTModelProvider(GPTModelProvider):
     hf_config: dict[str, Any] = field(default_factory=dict)
 
     def finalize(self) -> None:
-        """Checks the fields, overrides those that the backend does not support, and completes them.
+        """Check the fields, override those that the backend does not support, and complete them.
 
         Raises:
             UnsupportedLayout: a layout that cannot shard the model.
@@ -172,7 +172,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         )
 
     def _override(self, **fields: Any) -> None:
-        """Overrides fields that this machine does not support, and keeps the requested values."""
+        """Override fields that this machine does not support, and keep the requested values."""
         requested = self.__dict__.setdefault("_requested", {})
         for name, value in fields.items():
             if getattr(self, name) != value:
@@ -180,7 +180,7 @@ class ExactGPTModelProvider(GPTModelProvider):
                 setattr(self, name, value)
 
     def _as_requested(self, name: str) -> Any:
-        """Returns the field's value without overrides: Megatron-Bridge finalizes twice."""
+        """Return the field's value without overrides: Megatron-Bridge finalizes twice."""
         return self.__dict__.get("_requested", {}).get(name, getattr(self, name))
 
     def provide(
@@ -189,7 +189,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
-        """Returns this rank's model (of its chunk `vp_stage`).
+        """Return this rank's model (of its chunk `vp_stage`).
 
         It has Llama 3's exact RoPE, and the logits of padded vocabulary rows are masked.
         """
@@ -214,7 +214,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         return model
 
     def to_cfg_dict(self) -> JSONObject:
-        """Returns the fields for `run_config.yaml`: as requested, without overrides."""
+        """Return the fields for `run_config.yaml`: as requested, without overrides."""
         result = {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"}
         for name in self.__dataclass_fields__:
             if not name.startswith("_"):
@@ -227,7 +227,7 @@ class ExactGPTModelProvider(GPTModelProvider):
 
 
 def is_of_our_model(module: torch.nn.Module) -> bool:
-    """Returns whether a Megatron-Core module, or an adapter of one, is in a model of ours.
+    """Return whether a Megatron-Core module, or an adapter of one, is in a model of ours.
 
     Their `config` is the provider that built the model.
     """

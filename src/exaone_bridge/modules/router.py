@@ -25,7 +25,7 @@ __all__ = ["SelectionBiasRouter", "stays_fp32"]
 
 
 def stays_fp32(parameter: torch.Tensor) -> bool:
-    """Return whether a parameter is the weight of a SelectionBiasRouter."""
+    """Return whether a parameter [...] is the weight of a SelectionBiasRouter."""
     return getattr(parameter, "stays_fp32", False)
 
 

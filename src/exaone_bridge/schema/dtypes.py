@@ -34,5 +34,5 @@ DTYPE_BYTES: Final[Mapping[str, int]] = (
 
 
 def itemsize(dtype: str) -> int:
-    """Returns the bytes per element of a type named as in config.json."""
+    """Return the bytes per element of a type named as in config.json."""
     return DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]

@@ -37,7 +37,7 @@ __all__ = [
 
 
 def read_int(hf_config: JSONMapping, key: str, *, least: int) -> int:
-    """Returns a whole number of at least `least`.
+    """Return a whole number of at least `least`.
 
     Raises:
         UnsupportedConfig: the value is something else or missing.
@@ -50,7 +50,7 @@ def read_int(hf_config: JSONMapping, key: str, *, least: int) -> int:
 
 
 def positive_int(hf_config: JSONMapping, key: str) -> int:
-    """Returns a whole number of at least 1.
+    """Return a whole number of at least 1.
 
     Raises:
         UnsupportedConfig: the value is something else or missing.
@@ -59,7 +59,7 @@ def positive_int(hf_config: JSONMapping, key: str) -> int:
 
 
 def non_negative_float(hf_config: JSONMapping, key: str) -> float:
-    """Returns a finite number, zero or more.
+    """Return a finite number, zero or more.
 
     Raises:
         UnsupportedConfig: the value is something else or missing.
@@ -75,7 +75,7 @@ def non_negative_float(hf_config: JSONMapping, key: str) -> float:
 
 
 def positive_float(hf_config: JSONMapping, key: str) -> float:
-    """Returns a finite number above zero.
+    """Return a finite number above zero.
 
     Raises:
         UnsupportedConfig: the value is something else or missing.
@@ -86,7 +86,7 @@ def positive_float(hf_config: JSONMapping, key: str) -> float:
 
 
 def boolean(hf_config: JSONMapping, key: str) -> bool:
-    """Returns true or false.
+    """Return true or false.
 
     Raises:
         UnsupportedConfig: the value is something else or missing.
@@ -98,7 +98,7 @@ def boolean(hf_config: JSONMapping, key: str) -> bool:
 
 
 def read_dtype(hf_config: JSONMapping, key: str = "dtype") -> str:
-    """Returns the model's dtype ("bfloat16") from `dtype` (Transformers 5) or `torch_dtype` (4).
+    """Return the model's dtype ("bfloat16") from `dtype` (Transformers 5) or `torch_dtype` (4).
 
     Raises:
         UnsupportedConfig: a type that no supported checkpoint has.
@@ -113,14 +113,14 @@ def read_dtype(hf_config: JSONMapping, key: str = "dtype") -> str:
 
 
 def _first(hf_config: JSONMapping, *keys: str) -> tuple[str, Any]:
-    """Returns the first of these keys whose value is not null, and the value."""
+    """Return the first of these keys whose value is not null, and the value."""
     return next(
         ((key, hf_config[key]) for key in keys if hf_config.get(key) is not None), (keys[0], None)
     )
 
 
 def language_config(hf_config: JSONObject) -> JSONObject:
-    """Returns the object that describes the language model: `text_config` where there is one."""
+    """Return the object that describes the language model: `text_config` where there is one."""
     nested = hf_config.get("text_config")
     return nested if isinstance(nested, dict) else hf_config
 
@@ -128,7 +128,7 @@ def language_config(hf_config: JSONObject) -> JSONObject:
 def with_num_layers(
     hf_config: JSONMapping, layers: int, *, keep: Collection[str] = ()
 ) -> JSONObject:
-    """Returns the config of a language model with another number of layers.
+    """Return the config of a language model with another number of layers.
 
     Every list with one entry for each layer is repeated or truncated.
 
@@ -147,7 +147,7 @@ def with_num_layers(
 
 
 def check_types(hf_config: JSONMapping) -> None:
-    """Checks the types of fields that are kept as they are, as strictly as Transformers 5 does.
+    """Check the types of fields that are kept as they are, as strictly as Transformers 5 does.
 
     Raises:
         UnsupportedConfig: `use_cache` is not a boolean, or a token id is not a number.
@@ -165,7 +165,7 @@ def check_types(hf_config: JSONMapping) -> None:
 
 
 def read_head_dim(hf_config: JSONMapping, *, null_is_derived: bool = False) -> int:
-    """Returns the size of an attention head, and checks what follows from the number of heads.
+    """Return the size of an attention head, and check what follows from the number of heads.
 
     An absent `head_dim` is hidden_size / num_attention_heads.
 
@@ -226,7 +226,7 @@ class Rope:
 
 
 def read_rope(hf_config: JSONMapping, *, known: tuple[str, ...]) -> Rope:
-    """Reads `rope_parameters` (Transformers 5), or `rope_theta` and `rope_scaling` (4).
+    """Read `rope_parameters` (Transformers 5), or `rope_theta` and `rope_scaling` (4).
 
     Args:
         hf_config: with the class's default `rope_theta`.
@@ -257,7 +257,7 @@ def read_rope(hf_config: JSONMapping, *, known: tuple[str, ...]) -> Rope:
 def write_rope(
     hf_config: JSONObject, *, kind: str, theta: float, fields: JSONMapping | None = None
 ) -> None:
-    """Writes `rope_parameters` as Transformers 5 does, in place of any keys of Transformers 4.
+    """Write `rope_parameters` as Transformers 5 does, in place of any keys of Transformers 4.
 
     Args:
         hf_config: changed in place.
@@ -277,7 +277,7 @@ def update_hf_config[C: ModelConfig](
     *,
     identity: JSONMapping,
 ) -> tuple[JSONObject, C | None]:
-    """Writes the fields of a model config that `hf_field` gives a key, and keeps everything else.
+    """Write the fields of a model config that `hf_field` gives a key, and keep everything else.
 
     Args:
         model_config: of the model to be exported.

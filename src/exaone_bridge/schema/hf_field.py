@@ -48,7 +48,7 @@ def hf_field(
     training: bool = False,
     default: Any = dataclasses.MISSING,
 ) -> Any:
-    """Declares a field of a `ConfigPart`; the arguments are those of `HFField`.
+    """Declare a field of a `ConfigPart`; the arguments are those of `HFField`.
 
     Args:
         default: of the constructor's argument. What config.json may leave out is not stated here,
@@ -65,7 +65,7 @@ class ConfigPart:
 
     @classmethod
     def values_from_hf(cls, hf_config: JSONMapping) -> JSONObject:
-        """Reads the fields that have a reader.
+        """Read the fields that have a reader.
 
         Args:
             hf_config: an object of config.json, completed with the defaults of Transformers' class.
@@ -84,7 +84,7 @@ class ConfigPart:
 
     @classmethod
     def values_from_provider(cls, provider: object) -> JSONObject:
-        """Returns field name -> value of the fields that a model provider has too."""
+        """Return field name -> value of the fields that a model provider has too."""
         return {
             name: getattr(provider, declared.provider)
             for name, declared in _declared(cls).items()
@@ -92,7 +92,7 @@ class ConfigPart:
         }
 
     def provider_fields(self) -> JSONObject:
-        """Returns the fields of the model provider that this part determines."""
+        """Return the fields of the model provider that this part determines."""
         return {
             declared.provider: getattr(self, name)
             for name, declared in _declared(type(self)).items()
@@ -100,7 +100,7 @@ class ConfigPart:
         }
 
     def hf_values(self, before: Self | None = None) -> JSONObject:
-        """Returns key -> value of the fields that have a key in config.json.
+        """Return key -> value of the fields that have a key in config.json.
 
         Args:
             before: what config.json describes now: only fields that differ from it are returned,
@@ -117,7 +117,7 @@ class ConfigPart:
         }
 
     def changed_from(self, before: Self | None) -> set[str]:
-        """Returns the names of the fields that differ from `before`; all of them if it is None."""
+        """Return the names of the fields that differ from `before`; all of them if it is None."""
         return {
             name
             for name in type(self).__dataclass_fields__  # type: ignore[attr-defined]

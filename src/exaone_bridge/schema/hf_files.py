@@ -21,7 +21,7 @@ COMPANION_FILES = (
 
 
 def copy_companion_files(source: Path, target: Path) -> list[str]:
-    """Copies the companion files of a folder into another, and returns their names."""
+    """Copy the companion files of a folder into another, and return their names."""
     found = sorted(
         {path for pattern in COMPANION_FILES for path in source.glob(pattern) if path.is_file()}
     )
@@ -31,7 +31,7 @@ def copy_companion_files(source: Path, target: Path) -> list[str]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Returns whether the folder has any file of a tokenizer."""
+    """Return whether the folder has any file of a tokenizer."""
     return any(
         next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt")
     )

@@ -13,7 +13,7 @@ _NOT_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx
 
 
 def snapshot_folder(name: str | Path, revision: str | None = None, **download: Any) -> Path:
-    """Returns a local folder as it is, or the snapshot of a model on the Hugging Face Hub.
+    """Return a local folder as it is, or the snapshot of a model on the Hugging Face Hub.
 
     Config, tokenizer and weights of one model must all come from the folder that this returns.
 

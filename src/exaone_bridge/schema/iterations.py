@@ -18,7 +18,7 @@ _COMPLETE = ("run_config.yaml", ".metadata")  # torch_dist writes `.metadata` la
 
 
 def choose_iteration(path: Path, iteration: int | None = None) -> tuple[Path, str]:
-    """Chooses the iteration of a Megatron checkpoint that is read.
+    """Choose the iteration of a Megatron checkpoint that is read.
 
     It is the requested one, or the one that the tracker file names, or without that file the newest
     complete one.
@@ -51,7 +51,7 @@ def choose_iteration(path: Path, iteration: int | None = None) -> tuple[Path, st
 
 
 def iteration_folder(path: Path) -> Path:
-    """Returns the folder of the iteration that `choose_iteration` chooses.
+    """Return the folder of the iteration that `choose_iteration` chooses.
 
     Raises:
         CheckpointError: The tracked iteration is not there.
@@ -60,7 +60,7 @@ def iteration_folder(path: Path) -> Path:
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
-    """Returns whether a path is a Megatron checkpoint, or an iteration of one."""
+    """Return whether a path is a Megatron checkpoint, or an iteration of one."""
     return not (path / "config.json").is_file() and (
         (path / "run_config.yaml").is_file()
         or any((each / "run_config.yaml").is_file() for each in _iterations(path).values())

@@ -27,7 +27,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def windows_of(layer_types: Sequence[str], window: int | None) -> tuple[int | None, ...]:
-    """Returns for each layer the keys that a query attends to, with its own; None: all before it.
+    """Return for each layer the keys that a query attends to, with its own; None: all before it.
 
     Args:
         layer_types: Transformers' `layer_types`.
@@ -37,14 +37,14 @@ def windows_of(layer_types: Sequence[str], window: int | None) -> tuple[int | No
 
 
 def layer_types_of(windows: Sequence[int | None]) -> list[str]:
-    """Returns Transformers' `layer_types` for these windows."""
+    """Return Transformers' `layer_types` for these windows."""
     return [FULL if window is None else SLIDING for window in windows]
 
 
 def megatron_window(
     windows: Sequence[int | None],
 ) -> tuple[tuple[int, int] | None, list[int] | None]:
-    """Returns Megatron-Core's `window_size` and `window_attn_skip_freq` for these windows.
+    """Return Megatron-Core's `window_size` and `window_attn_skip_freq` for these windows.
 
     `window_size` counts the keys to the left and to the right of the query. A window of W keys
     includes the query's own, so W - 1 are to its left. In `window_attn_skip_freq` 1 means a window.
@@ -57,7 +57,7 @@ def megatron_window(
 
 
 def megatron_rope(rope: Sequence[bool]) -> list[int] | None:
-    """Returns Megatron-Core's `no_rope_freq` (1: no RoPE); None where RoPE is on every layer."""
+    """Return Megatron-Core's `no_rope_freq` (1: no RoPE); None where RoPE is on every layer."""
     return None if all(rope) else [int(not applied) for applied in rope]
 
 
@@ -98,10 +98,10 @@ def moe_layer_mask_of(
 
 
 def attention_pattern(windows: Sequence[int | None]) -> str:
-    """Returns one letter for each layer (`LLLG`): L sliding-window attention, G full attention."""
+    """Return one letter for each layer (`LLLG`): L sliding-window attention, G full attention."""
     return "".join("G" if window is None else "L" for window in windows)
 
 
 def mlp_pattern(moe_layer_mask: Sequence[bool]) -> str:
-    """Returns one letter for each layer (`DEEE`): D a dense MLP, E a mixture of experts."""
+    """Return one letter for each layer (`DEEE`): D a dense MLP, E a mixture of experts."""
     return "".join("E" if is_moe else "D" for is_moe in moe_layer_mask)

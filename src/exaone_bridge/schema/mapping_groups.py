@@ -28,7 +28,7 @@ def _bias(name: str, axis: str) -> HFTensor:
 
 
 def embedding_mappings(*, tied: bool, bias: bool = False) -> Mappings:
-    """Returns the token embedding, the final norm and the output layer.
+    """Return the token embedding, the final norm and the output layer.
 
     Args:
         tied: the output layer uses the embedding's weight, and has none of its own.
@@ -49,7 +49,7 @@ def embedding_mappings(*, tied: bool, bias: bool = False) -> Mappings:
 
 
 def attention_mappings(layers: tuple[int, ...], *, bias: bool = False) -> Mappings:
-    """Returns the projections of grouped-query attention, with biases or without."""
+    """Return the projections of grouped-query attention, with biases or without."""
     if not layers:
         return ()
     megatron, hf = "decoder.layers.*.self_attention", "model.layers.*.self_attn"
@@ -76,7 +76,7 @@ def attention_mappings(layers: tuple[int, ...], *, bias: bool = False) -> Mappin
 
 
 def qk_norm_mappings(layers: tuple[int, ...]) -> Mappings:
-    """Returns the norms of queries and keys over the head axis."""
+    """Return the norms of queries and keys over the head axis."""
     if not layers:
         return ()
     return tuple(
@@ -93,7 +93,7 @@ def qk_norm_mappings(layers: tuple[int, ...]) -> Mappings:
 def swiglu_mappings(
     layers: tuple[int, ...], *, bias: bool = False, module: str = "mlp", axis: str = "F"
 ) -> Mappings:
-    """Returns the projections of a gated MLP, with biases or without.
+    """Return the projections of a gated MLP, with biases or without.
 
     Args:
         module: the MLP's name in a layer, on both sides.
@@ -125,12 +125,12 @@ def _gate_and_up(module: str, axis: str) -> tuple[HFTensor, ...]:
 
 
 def shared_expert_mappings(layers: tuple[int, ...], *, bias: bool = False) -> Mappings:
-    """Returns the shared experts, which every token visits: one MLP of their joint size."""
+    """Return the shared experts, which every token visits: one MLP of their joint size."""
     return swiglu_mappings(layers, bias=bias, module="mlp.shared_experts", axis="A")
 
 
 def expert_mappings(layers: tuple[int, ...], count: int) -> Mappings:
-    """Returns the projections of the routed experts, one tensor for each expert, without biases.
+    """Return the projections of the routed experts, one tensor for each expert, without biases.
 
     Transformer Engine's grouped GEMM numbers the weights of one module; the sequential layout has
     one module for each expert, and its names are the aliases.
@@ -163,7 +163,7 @@ def router_mappings(
     squeezed: bool = False,
     fp32_weight: bool = True,
 ) -> Mappings:
-    """Returns a router's weight, and the bias that is added to select experts only, which is fp32.
+    """Return a router's weight, and the bias that is added to select experts only, which is fp32.
 
     Args:
         weight, selection_bias: the Hugging Face names in a layer's `mlp`.
@@ -184,7 +184,7 @@ def router_mappings(
 
 
 def pre_norm_mappings(layers: tuple[int, ...], moe_layers: tuple[int, ...] = ()) -> Mappings:
-    """Returns the norms before attention and MLP.
+    """Return the norms before attention and MLP.
 
     Megatron-Core fuses a norm into the linear that follows, except before a router.
     """
@@ -205,7 +205,7 @@ def pre_norm_mappings(layers: tuple[int, ...], moe_layers: tuple[int, ...] = ())
 
 
 def post_norm_mappings(layers: tuple[int, ...], *, attention: str, mlp: str) -> Mappings:
-    """Returns the norms on the outputs of attention and MLP.
+    """Return the norms on the outputs of attention and MLP.
 
     Args:
         attention, mlp: their Hugging Face names in a layer.

@@ -108,7 +108,7 @@ class ModelFamily:
     with_mtp: ModelFamily | None = None
 
     def describe(self, hf_config: JSONMapping) -> ModelDescription:
-        """Reads config.json and returns the description of its model.
+        """Read config.json and return the description of its model.
 
         Raises:
             UnsupportedConfig: the config is malformed or not supported.
@@ -116,27 +116,27 @@ class ModelFamily:
         return ModelDescription.of(self, self.read_hf_config(hf_config))
 
     def variant_for(self, provider: object) -> ModelFamily:
-        """Returns `with_mtp` if this provider or Megatron-Core config builds it."""
+        """Return `with_mtp` if this provider or Megatron-Core config builds it."""
         builds_mtp = getattr(provider, "mtp_num_layers", None)
         return self.with_mtp if builds_mtp and self.with_mtp is not None else self
 
     def variant_with(self, parameters: Iterable[str]) -> ModelFamily:
-        """Returns `with_mtp` if a Megatron checkpoint has parameters of it."""
+        """Return `with_mtp` if a Megatron checkpoint has parameters of it."""
         if self.with_mtp is None or not any(name.startswith("mtp.") for name in parameters):
             return self
         return self.with_mtp
 
     def is_passthrough(self, name: str) -> bool:
-        """Returns whether the tensor of this name goes from source to export untouched."""
+        """Return whether the tensor of this name goes from source to export untouched."""
         pattern = None if self.passthrough is None else self.passthrough.pattern
         return pattern is not None and re.fullmatch(pattern, name) is not None
 
     def passthrough_tensors(self, model_config: ModelConfig) -> tuple[HFTensor, ...]:
-        """Returns the passthrough tensors of a checkpoint with this config."""
+        """Return the passthrough tensors of a checkpoint with this config."""
         return () if self.passthrough is None else self.passthrough.tensors(model_config)
 
     def without_passthrough(self, model_config: Any) -> Any:
-        """Returns the config of the same model without passthrough tensors."""
+        """Return the config of the same model without passthrough tensors."""
         return model_config if self.passthrough is None else self.passthrough.without(model_config)
 
 
@@ -153,7 +153,7 @@ class ModelDescription:
 
     @classmethod
     def of(cls, family: ModelFamily, model_config: ModelConfig) -> ModelDescription:
-        """Returns the description of the model that this config describes."""
+        """Return the description of the model that this config describes."""
         return cls(family, model_config, family.mappings(model_config))
 
     @property
@@ -192,5 +192,5 @@ class ModelDescription:
         return self.family.passthrough_tensors(self.config)
 
     def is_passthrough(self, name: str) -> bool:
-        """Returns whether the tensor of this name goes from source to export untouched."""
+        """Return whether the tensor of this name goes from source to export untouched."""
         return self.family.is_passthrough(name)

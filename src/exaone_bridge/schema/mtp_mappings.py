@@ -11,7 +11,7 @@ __all__ = ["mtp_mappings"]
 
 
 def mtp_mappings(layer: Iterable[ParamMapping], num_layers: int) -> Iterator[ParamMapping]:
-    """Yields the mappings of `mtp.*`.
+    """Yield the mappings of `mtp.*`.
 
     Args:
         layer: the mappings of the decoder layer that predicts; those without a layer are left out.

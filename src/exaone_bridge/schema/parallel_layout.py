@@ -95,7 +95,7 @@ class Layout:
         return self.tp if self.etp is None else self.etp
 
     def stage_layers(self, num_layers: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Returns the global 0-based layers of each chunk of each pipeline stage.
+        """Return the global 0-based layers of each chunk of each pipeline stage.
 
         The split is Megatron-Core's even one: chunk c of stage p holds the layers that follow those
         of chunk c of stage p - 1, and chunk c + 1 of stage 0 follows chunk c of the last stage.
@@ -119,7 +119,7 @@ class Layout:
         experts: int = 0,
         expert_ffn: int = 0,
     ) -> None:
-        """Checks that this layout divides a model evenly.
+        """Check that this layout divides a model evenly.
 
         Args:
             layers, heads, kv_heads, ffn: the model's counts.
@@ -165,7 +165,7 @@ class Layout:
             )
 
     def provider_overrides(self) -> JSONObject:
-        """Returns the model provider's fields of this layout."""
+        """Return the model provider's fields of this layout."""
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,

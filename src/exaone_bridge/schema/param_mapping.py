@@ -63,15 +63,15 @@ class HFTensor:
     fp32_param: bool = False
 
     def shape(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the shape, given the size of each axis."""
+        """Return the shape, given the size of each axis."""
         return tuple(1 if axis == "1" else dims[axis] for axis in self.axes)
 
     def dtype(self, model_dtype: str) -> str:
-        """Returns the tensor's dtype in a model of this dtype; both named as in config.json."""
+        """Return the tensor's dtype in a model of this dtype; both named as in config.json."""
         return "float32" if self.fp32 else model_dtype
 
     def numbered(self, *numbers: int) -> HFTensor:
-        """Returns the tensor of this layer (and expert)."""
+        """Return the tensor of this layer (and expert)."""
         return replace(self, name=_numbered(self.name, *numbers))
 
 
@@ -116,7 +116,7 @@ class ParamMapping:
         return self.megatron.startswith(("embedding.", "visual."))
 
     def expand(self) -> Iterator[tuple[str, tuple[HFTensor, ...]]]:
-        """Yields each parameter's name with its tensors, layer by layer and expert by expert."""
+        """Yield each parameter's name with its tensors, layer by layer and expert by expert."""
         for numbers in self.numbers():
             yield (
                 _numbered(self.megatron, *numbers),
@@ -124,21 +124,21 @@ class ParamMapping:
             )
 
     def names(self) -> Iterator[tuple[str, ...]]:
-        """Yields each parameter's name and the names of its tensors, in the order of `expand`."""
+        """Yield each parameter's name and the names of its tensors, in the order of `expand`."""
         yield from zip(*self.columns(), strict=True)
 
     def columns(self) -> tuple[list[str], ...]:
-        """Returns the same, transposed: all parameters' names, then all names of each tensor."""
+        """Return the same, transposed: all parameters' names, then all names of each tensor."""
         return _columns(self)
 
     def aliases(self) -> Iterator[tuple[str, str]]:
-        """Yields each parameter's alias and its name."""
+        """Yield each parameter's alias and its name."""
         if self.alias is not None:
             for numbers in self.numbers():
                 yield _numbered(self.alias, *numbers), _numbered(self.megatron, *numbers)
 
     def numbers(self) -> Iterator[tuple[int, ...]]:
-        """Yields (), (layer,) or (layer, expert) of each parameter, in the order of `expand`."""
+        """Yield (), (layer,) or (layer, expert) of each parameter, in the order of `expand`."""
         if not self.is_per_layer:
             yield ()
         for layer in self.layers:
@@ -148,7 +148,7 @@ class ParamMapping:
                 yield (layer,)
 
     def with_hf_names(self, rename: Callable[[str], str]) -> ParamMapping:
-        """Returns the mapping of a model whose Hugging Face tensors have other names."""
+        """Return the mapping of a model whose Hugging Face tensors have other names."""
         return replace(
             self, hf=tuple(replace(tensor, name=rename(tensor.name)) for tensor in self.hf)
         )
@@ -163,7 +163,7 @@ def _columns(mapping: ParamMapping) -> tuple[list[str], ...]:
 
 
 def _column(name: str, mapping: ParamMapping) -> list[str]:
-    """Returns the name with each of the mapping's numbers, in the order of `numbers`."""
+    """Return the name with each of the mapping's numbers, in the order of `numbers`."""
     before, star, rest = name.partition("*")
     if not star:
         return [name]
@@ -179,7 +179,7 @@ def _column(name: str, mapping: ParamMapping) -> list[str]:
 
 
 def hf_tensors(mappings: Iterable[ParamMapping]) -> dict[str, HFTensor]:
-    """Returns name -> tensor, of every Hugging Face tensor that has a mapping."""
+    """Return name -> tensor, of every Hugging Face tensor that has a mapping."""
     return {
         tensor.name: tensor for mapping in mappings for _, hf in mapping.expand() for tensor in hf
     }
@@ -188,7 +188,7 @@ def hf_tensors(mappings: Iterable[ParamMapping]) -> dict[str, HFTensor]:
 def expected_hf(
     mappings: Iterable[ParamMapping], dims: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape, of every Hugging Face tensor that has a mapping."""
+    """Return name -> shape, of every Hugging Face tensor that has a mapping."""
     found: dict[str, tuple[int, ...]] = {}
     for mapping in mappings:
         for tensor, names in zip(mapping.hf, mapping.columns()[1:], strict=True):
@@ -197,7 +197,7 @@ def expected_hf(
 
 
 def fp32_names(mappings: Iterable[ParamMapping]) -> set[str]:
-    """Returns the Hugging Face tensors that are fp32 on disk whatever the model's dtype."""
+    """Return the Hugging Face tensors that are fp32 on disk whatever the model's dtype."""
     return {
         name
         for mapping in mappings
@@ -208,10 +208,10 @@ def fp32_names(mappings: Iterable[ParamMapping]) -> set[str]:
 
 
 def expected_megatron(mappings: Iterable[ParamMapping]) -> set[str]:
-    """Returns every Megatron-Core parameter's name, over all pipeline stages and EP ranks."""
+    """Return every Megatron-Core parameter's name, over all pipeline stages and EP ranks."""
     return {name for mapping in mappings for name in mapping.columns()[0]}
 
 
 def aliases(mappings: Iterable[ParamMapping]) -> dict[str, str]:
-    """Returns alias -> name in `expected_megatron`."""
+    """Return alias -> name in `expected_megatron`."""
     return {alias: name for mapping in mappings for alias, name in mapping.aliases()}

@@ -123,7 +123,7 @@ class Ernie45ModelConfig(ModelConfig):
 
 
 def first_pool(hf_config: JSONMapping, key: str) -> Any:
-    """Returns the value of the first pool of experts: N of [N] and of [N, M], else the value.
+    """Return the value of the first pool of experts: N of [N] and of [N, M], else the value.
 
     Raises:
         UnsupportedConfig: a list of another length.
@@ -139,7 +139,7 @@ def first_pool(hf_config: JSONMapping, key: str) -> Any:
 
 
 def _complete(hf_config: JSONMapping, is_moe: bool) -> JSONObject:
-    """Returns the config with Transformers' defaults, and with a number in place of each list."""
+    """Return the config with Transformers' defaults, and with a number in place of each list."""
     complete = {
         **(_MOE_DEFAULTS if is_moe else _DENSE_DEFAULTS),
         **hf_config,
@@ -155,7 +155,7 @@ def _complete(hf_config: JSONMapping, is_moe: bool) -> JSONObject:
 
 
 def read_hf_config(hf_config: JSONMapping) -> Ernie45ModelConfig:
-    """Reads an ERNIE 4.5 config.
+    """Read an ERNIE 4.5 config.
 
     Args:
         hf_config: config.json as a mapping, or the Transformers config's `to_dict()`.
@@ -192,7 +192,7 @@ def _read_moe(hf_config: JSONMapping, layer_mask: tuple[bool, ...]) -> Ernie45Mo
 
 
 def _layer_mask(hf_config: JSONMapping, num_layers: int) -> tuple[bool, ...]:
-    """Returns which layers are MoE layers (Ernie4_5_MoeDecoderLayer.__init__, 5.12.1).
+    """Return which layers are MoE layers (Ernie4_5_MoeDecoderLayer.__init__, 5.12.1).
 
     `mlp_layer_types` takes precedence over the three numbers.
     """
@@ -220,7 +220,7 @@ def _layer_mask(hf_config: JSONMapping, num_layers: int) -> tuple[bool, ...]:
 
 
 def write_hf_config(model_config: Ernie45ModelConfig, source: JSONMapping) -> JSONObject:
-    """Writes config.json: `source` with the fields that differ in this model config.
+    """Write config.json: `source` with the fields that differ in this model config.
 
     Args:
         model_config: of the model to be exported.
@@ -260,7 +260,7 @@ def write_hf_config(model_config: Ernie45ModelConfig, source: JSONMapping) -> JS
 
 
 def _write_layer_mask(mask: tuple[bool, ...]) -> dict[str, int]:
-    """Returns start, end and interval of these MoE layers."""
+    """Return start, end and interval of these MoE layers."""
     layers = len(mask)
     moe_layers = [layer for layer, is_moe in enumerate(mask) if is_moe]
     if not moe_layers:  # a start after the last layer

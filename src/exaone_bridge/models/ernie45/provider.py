@@ -69,7 +69,7 @@ class Ernie45ModelProvider(MoEModelProvider):
 def ernie45_provider(
     model_config: Ernie45ModelConfig, hf_config: JSONMapping
 ) -> Ernie45ModelProvider:
-    """Returns the provider of this model.
+    """Return the provider of this model.
 
     Args:
         model_config: of the model to be built.

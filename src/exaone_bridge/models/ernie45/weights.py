@@ -24,7 +24,7 @@ PASSTHROUGH = r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.\d+\..+"
 
 
 def ernie45_mappings(model_config: Ernie45ModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of every parameter: pre-norm, with dense and MoE layers."""
+    """Return the mappings of every parameter: pre-norm, with dense and MoE layers."""
     layers, bias, moe = model_config.layers, model_config.bias, model_config.moe
     moe_layers = model_config.moe_layers
     mappings = (
@@ -49,12 +49,12 @@ def ernie45_mappings(model_config: Ernie45ModelConfig) -> tuple[ParamMapping, ..
 
 
 def without_passthrough(model_config: Ernie45ModelConfig) -> Ernie45ModelConfig:
-    """Returns the config of the same model without multi-token prediction on disk."""
+    """Return the config of the same model without multi-token prediction on disk."""
     return dataclasses.replace(model_config, mtp=None)
 
 
 def passthrough_tensors(model_config: Ernie45ModelConfig) -> tuple[HFTensor, ...]:
-    """Returns the tensors of multi-token prediction: a dense block and its three inputs a layer."""
+    """Return the tensors of multi-token prediction: a dense block and its three inputs a layer."""
     shapes = {
         "mtp_block.*.input_layernorm.weight": "H",
         "mtp_block.*.post_attention_layernorm.weight": "H",

@@ -94,7 +94,7 @@ class Exaone4ModelConfig(ModelConfig):
 
 
 def read_hf_config(hf_config: JSONMapping) -> Exaone4ModelConfig:
-    """Reads an EXAONE 4.0 config.
+    """Read an EXAONE 4.0 config.
 
     Args:
         hf_config: config.json as a mapping, or `Exaone4Config.to_dict()`.
@@ -135,7 +135,7 @@ def _window(hf_config: JSONMapping) -> int | None:
 
 
 def _windows(hf_config: JSONMapping, num_layers: int) -> tuple[int | None, ...]:
-    """Returns each layer's window, from `layer_types` or a pattern that is a whole number."""
+    """Return each layer's window, from `layer_types` or a pattern that is a whole number."""
     window = _window(hf_config)
     kinds = hf_config.get("layer_types")
     if kinds is None:
@@ -184,7 +184,7 @@ def _kinds_from_pattern(pattern: object, window: int | None, num_layers: int) ->
 
 
 def write_hf_config(model_config: Exaone4ModelConfig, source: JSONMapping) -> JSONObject:
-    """Writes config.json: `source` with the fields that differ in this model config.
+    """Write config.json: `source` with the fields that differ in this model config.
 
     Args:
         model_config: of the model to be exported.

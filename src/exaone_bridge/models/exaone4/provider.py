@@ -48,7 +48,7 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
 def exaone4_provider(
     model_config: Exaone4ModelConfig, hf_config: JSONMapping
 ) -> Exaone4ModelProvider:
-    """Returns the provider of this model.
+    """Return the provider of this model.
 
     Args:
         model_config: of the model to be built.
@@ -58,7 +58,7 @@ def exaone4_provider(
 
 
 def exaone4_provider_fields(model_config: Exaone4ModelConfig, hf_config: JSONMapping) -> JSONObject:
-    """Returns the keyword arguments of the provider, for this class and those derived from it."""
+    """Return the keyword arguments of the provider, for this class and those derived from it."""
     window_size, window_layers = megatron_window(model_config.windows)
     llama3 = model_config.llama3
     return {

@@ -16,7 +16,7 @@ __all__ = ["exaone4_mappings"]
 
 
 def exaone4_mappings(model_config: Exaone4ModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of every parameter: post-norm layers with QK norm."""
+    """Return the mappings of every parameter: post-norm layers with QK norm."""
     layers = model_config.layers
     return (
         *embedding_mappings(tied=model_config.tied),

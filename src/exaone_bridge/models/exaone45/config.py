@@ -87,7 +87,7 @@ _TOP_LEVEL = ("tie_word_embeddings", "image_token_id", "video_token_id")
 
 
 def read_hf_config(hf_config: JSONMapping) -> Exaone45ModelConfig:
-    """Reads an EXAONE 4.5 config.
+    """Read an EXAONE 4.5 config.
 
     Args:
         hf_config: config.json as a mapping, or `Exaone4_5_Config.to_dict()`.
@@ -147,7 +147,7 @@ def _nested(hf_config: JSONMapping, key: str, model_types: tuple[str, ...]) -> J
 
 
 def _dtype(hf_config: JSONMapping, *nested: JSONMapping) -> str:
-    """Returns the dtype of the full model; Transformers writes it in each of the three objects."""
+    """Return the dtype of the full model; Transformers writes it in each of the three objects."""
     given = [
         each
         for each in (hf_config, *nested)
@@ -195,7 +195,7 @@ def _read_vision(vision: JSONMapping) -> VisionConfig:
 
 
 def write_hf_config(model_config: Exaone45ModelConfig, source: JSONMapping) -> JSONObject:
-    """Writes config.json: `source` with the fields that differ in this model config.
+    """Write config.json: `source` with the fields that differ in this model config.
 
     Args:
         model_config: of the model to be exported.

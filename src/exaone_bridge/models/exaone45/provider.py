@@ -58,7 +58,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
     freeze_mtp_model: bool = False
 
     def finalize(self) -> None:
-        """Checks the fields and completes them, as the base class does.
+        """Check the fields and complete them, as the base class does.
 
         Raises:
             UnsupportedConfig: several MTP layers are to be built, or what the base class rejects.
@@ -80,7 +80,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> Exaone45Model:
-        """Returns this rank's model (of its chunk `vp_stage`); stage 0 has the vision encoder."""
+        """Return this rank's model (of its chunk `vp_stage`); stage 0 has the vision encoder."""
         language_model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -103,7 +103,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         return model
 
     def mtp_spec(self, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
-        """Returns the spec of MTP with EXAONE 4.0's layer; None where it is not built."""
+        """Return the spec of MTP with EXAONE 4.0's layer; None where it is not built."""
         if not self.mtp_num_layers:
             return None
         backend = resolve_backend(self.backend)
@@ -117,7 +117,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
         )
 
     def is_frozen(self, name: str) -> bool:
-        """Returns whether the parameter of this name is not trained."""
+        """Return whether the parameter of this name is not trained."""
         if name.startswith("mtp."):
             return self.freeze_mtp_model
         if name.startswith("visual.merger."):
@@ -130,7 +130,7 @@ class Exaone45ModelProvider(Exaone4ModelProvider):
 def exaone45_provider(
     model_config: Exaone45ModelConfig, hf_config: JSONMapping
 ) -> Exaone45ModelProvider:
-    """Returns the provider of this model.
+    """Return the provider of this model.
 
     Args:
         model_config: of the model to be built.

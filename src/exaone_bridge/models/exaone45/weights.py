@@ -32,7 +32,7 @@ _BIAS_STD = 0.1  # of a random checkpoint's biases
 
 
 def exaone45_mappings(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of every parameter of a model that was built without MTP."""
+    """Return the mappings of every parameter of a model that was built without MTP."""
     language_model = (
         mapping.with_hf_names(_in_language_model) for mapping in exaone4_mappings(model_config)
     )
@@ -48,7 +48,7 @@ def _in_language_model(name: str) -> str:
 
 
 def _vision_encoder(vision: VisionConfig) -> Iterator[HFTensor]:
-    """Yields the tensors block by block: `*` in a name is a layer of the language model."""
+    """Yield the tensors block by block: `*` in a name is a layer of the language model."""
     patches = "model.visual.patch_embed.proj.weight"
     yield HFTensor(patches, "vctpp", std=vision.patch_elements**-0.5)
     for block in range(vision.depth):
@@ -71,21 +71,21 @@ def _linear(name: str, axes: str) -> Iterator[HFTensor]:
 
 
 def without_passthrough(model_config: Exaone45ModelConfig) -> Exaone45ModelConfig:
-    """Returns the config of the same model without MTP on disk."""
+    """Return the config of the same model without MTP on disk."""
     return dataclasses.replace(model_config, mtp=None)
 
 
 def exaone45_mappings_with_mtp(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of every parameter of a model that was built with MTP."""
+    """Return the mappings of every parameter of a model that was built with MTP."""
     return (*exaone45_mappings(model_config), *_mtp(model_config))
 
 
 def passthrough_tensors(model_config: Exaone45ModelConfig) -> tuple[HFTensor, ...]:
-    """Returns the tensors of MTP, which pass through where it is not built."""
+    """Return the tensors of MTP, which pass through where it is not built."""
     return tuple(tensor for mapping in _mtp(model_config) for tensor in mapping.hf)
 
 
 def _mtp(model_config: Exaone45ModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of MTP, whose layers are EXAONE 4.0's."""
+    """Return the mappings of MTP, whose layers are EXAONE 4.0's."""
     num_layers = 0 if model_config.mtp is None else model_config.mtp.num_layers
     return tuple(mtp_mappings(exaone4_mappings(model_config.text), num_layers))

@@ -145,7 +145,7 @@ class ExaoneMoeModelConfig(ModelConfig):
 
 
 def read_hf_config(hf_config: JSONMapping) -> ExaoneMoeModelConfig:
-    """Reads an EXAONE MoE config.
+    """Read an EXAONE MoE config.
 
     Args:
         hf_config: config.json as a mapping, or `ExaoneMoeConfig.to_dict()`.
@@ -194,7 +194,7 @@ def _list_of_layers(hf_config: JSONMapping, key: str, layers: int) -> list[Any]:
 
 
 def _windows(hf_config: JSONMapping, layers: int) -> tuple[int | None, ...]:
-    """Returns each layer's window, from the lists of the config."""
+    """Return each layer's window, from the lists of the config."""
     window = read_int(hf_config, "sliding_window", least=1)
     if hf_config.get("layer_types") is None:
         pattern = hf_config["sliding_window_pattern"]
@@ -250,7 +250,7 @@ def _limits(hf_config: JSONMapping, layers: int) -> tuple[float, ...]:
 
 
 def _layer_mask(hf_config: JSONMapping, layers: int) -> tuple[bool, ...]:
-    """Returns which layers are MoE layers.
+    """Return which layers are MoE layers.
 
     `mlp_layer_types` takes precedence over `first_k_dense_replace`; `is_moe_layer` must agree.
     """
@@ -319,7 +319,7 @@ def _read_mtp(hf_config: JSONMapping) -> ExaoneMoeMTPConfig | None:
 
 
 def write_hf_config(model_config: ExaoneMoeModelConfig, source: JSONMapping) -> JSONObject:
-    """Writes config.json: `source` with the fields that differ in this model config.
+    """Write config.json: `source` with the fields that differ in this model config.
 
     Args:
         model_config: of the model to be exported.

@@ -56,7 +56,7 @@ class LayerWithOwnLimits(TransformerLayer):
 
 
 def exaone_moe_layer_spec(backend: Backend, *, moe: bool) -> ModuleSpec:
-    """Returns the spec of one layer.
+    """Return the spec of one layer.
 
     The second norm of a dense layer is fused into its MLP; in an MoE layer it stands before the
     router. Window and RoPE come from the config, by global layer number.
@@ -96,7 +96,7 @@ def exaone_moe_layer_spec(backend: Backend, *, moe: bool) -> ModuleSpec:
 def exaone_moe_block_spec(
     config: ExaoneMoeModelProvider, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Returns the layers of this rank's pipeline stage (of its model chunk `vp_stage`)."""
+    """Return the layers of this rank's pipeline stage (of its model chunk `vp_stage`)."""
     backend = resolve_backend(config.backend)
     first = get_transformer_layer_offset(config, vp_stage)
     specs = []

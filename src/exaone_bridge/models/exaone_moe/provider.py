@@ -77,7 +77,7 @@ class ExaoneMoeModelProvider(MoEModelProvider):
         self.moe_router_load_balancing_type, self.moe_aux_loss_coeff = "seq_aux_loss", 1e-4
 
     def finalize(self) -> None:
-        """Checks per-layer lists and multi-token prediction, then what the parent checks.
+        """Check per-layer lists and multi-token prediction, then what the parent checks.
 
         Raises:
             UnsupportedConfig: lists of another length than `num_layers`, several layers of
@@ -120,7 +120,7 @@ class ExaoneMoeModelProvider(MoEModelProvider):
         return super().clamps_swiglu or any(self.swiglu_limits or ())
 
     def mtp_spec(self, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
-        """Returns the multi-token prediction of this stage: a dense layer of this model."""
+        """Return the multi-token prediction of this stage: a dense layer of this model."""
         if not self.mtp_num_layers:
             return None
         backend = resolve_backend(self.backend)
@@ -138,7 +138,7 @@ class ExaoneMoeModelProvider(MoEModelProvider):
 def exaone_moe_provider(
     model_config: ExaoneMoeModelConfig, hf_config: JSONMapping
 ) -> ExaoneMoeModelProvider:
-    """Returns the provider of this model.
+    """Return the provider of this model.
 
     Args:
         model_config: of the model to be built.

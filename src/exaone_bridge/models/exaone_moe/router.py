@@ -14,7 +14,7 @@ __all__ = ["ExaoneMoeRouter", "scores_of_best_groups"]
 
 
 def scores_of_best_groups(scores_TE: torch.Tensor, groups: int, topk: int) -> torch.Tensor:
-    """Sets the scores of experts outside a token's best groups to -inf.
+    """Set the scores of experts outside a token's best groups to -inf.
 
     A group's score is the sum of its two best experts' (ExaoneMoeSparseMoEBlock.
     route_tokens_to_experts, transformers 5.12.1; Megatron-Core sums others).

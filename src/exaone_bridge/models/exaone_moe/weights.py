@@ -30,7 +30,7 @@ PASSTHROUGH = r"mtp\..+"  # Transformers' `_keys_to_ignore_on_load_unexpected`
 
 
 def exaone_moe_mappings(model_config: ExaoneMoeModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of every parameter but those of multi-token prediction."""
+    """Return the mappings of every parameter but those of multi-token prediction."""
     layers, moe_layers = model_config.layers, model_config.moe_layers
     dense = tuple(layer for layer in layers if layer not in moe_layers)
     return (
@@ -51,7 +51,7 @@ def exaone_moe_mappings(model_config: ExaoneMoeModelConfig) -> tuple[ParamMappin
 
 
 def exaone_moe_mappings_with_mtp(model_config: ExaoneMoeModelConfig) -> tuple[ParamMapping, ...]:
-    """Returns the mappings of every parameter."""
+    """Return the mappings of every parameter."""
     return (*exaone_moe_mappings(model_config), *_mtp(model_config))
 
 
@@ -68,10 +68,10 @@ def _mtp(model_config: ExaoneMoeModelConfig) -> tuple[ParamMapping, ...]:
 
 
 def passthrough_tensors(model_config: ExaoneMoeModelConfig) -> tuple[HFTensor, ...]:
-    """Returns the tensors of multi-token prediction."""
+    """Return the tensors of multi-token prediction."""
     return tuple(tensor for mapping in _mtp(model_config) for tensor in mapping.hf)
 
 
 def without_passthrough(model_config: ExaoneMoeModelConfig) -> ExaoneMoeModelConfig:
-    """Returns the config of the same model without multi-token prediction."""
+    """Return the config of the same model without multi-token prediction."""
     return dataclasses.replace(model_config, mtp=None)
