@@ -34,7 +34,7 @@ def _exit_with(sentence: str) -> NoReturn:
 
 
 def _exists(module: str) -> bool:
-    """Whether Python finds this module or package."""
+    """Return whether Python finds this module or package."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # no such parent package, or not a module name

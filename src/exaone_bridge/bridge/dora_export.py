@@ -69,7 +69,7 @@ class DoRAExport(_ModelBridge):
         return tasks
 
     def _magnitude_task(self, task: Any, adapter: Any) -> WeightConversionTask:
-        """The conversion of one adapter's magnitude; `adapter` is None on other pipeline ranks."""
+        """Return the conversion of a magnitude; `adapter` is None on other pipeline ranks."""
         prefix = task.global_base_prefix
         is_row_parallel = isinstance(task.linear_in_task.mapping, RowParallelMapping)
         mapping = ReplicatedMapping if is_row_parallel else ColumnParallelMapping
@@ -117,7 +117,7 @@ class DoRAExport(_ModelBridge):
     def _magnitudes_by_name(
         self, megatron_model: Any, names: list[str], prefix: str
     ) -> dict[str, torch.Tensor]:
-        """Hugging Face weight -> its magnitude [O, 1], split as Megatron-Bridge splits matrix B."""
+        """Map Hugging Face weights to magnitudes [O, 1], split as matrix B by Megatron-Bridge."""
         column = self._magnitudes[prefix][:, None]
         return self._get_fused_adapter_linear_out_slices(megatron_model, names, column) or {
             names[0]: column

@@ -52,13 +52,13 @@ def log_method(direction: str, why_not: str | None) -> None:
 
 
 def source_of(hf_pretrained: Any) -> StateSource | None:
-    """The tensors that Megatron-Bridge's wrapper of a Transformers model reads, if any."""
+    """Return the tensors that Megatron-Bridge's wrapper of a Transformers model reads, if any."""
     source: StateSource | None = getattr(getattr(hf_pretrained, "state", None), "source", None)
     return source
 
 
 def safetensors_folder(hf_pretrained: Any) -> Path | None:
-    """The folder of safetensors files that the wrapper reads from, if it does."""
+    """Return the folder of safetensors files that the wrapper reads from, if it does."""
     source = source_of(hf_pretrained)
     if not isinstance(source, SafeTensorsStateSource):
         return None
@@ -72,7 +72,7 @@ def why_not_planned_load(
     hf_pretrained: Any,
     allowed_mismatched_params: list[str] | None,
 ) -> str | None:
-    """Why the reshard plan cannot load this model; None: it can. No collective."""
+    """Return why the reshard plan cannot load this model; None: it can. No collective."""
     if (why := why_not_planned(bridge, model)) is not None:
         return why
     if safetensors_folder(hf_pretrained) is None:
@@ -88,7 +88,7 @@ def why_not_planned_load(
 def why_not_planned_save(
     bridge: MegatronModelBridge, model: list[MegatronModule], weight_dtype: torch.dtype | None
 ) -> str | None:
-    """Why the reshard plan cannot save this model; None: it can.
+    """Return why the reshard plan cannot save this model; None: it can.
 
     A collective: every rank returns the reason of the first rank that has one.
     """
@@ -104,7 +104,7 @@ def why_not_planned_save(
 
 
 def why_not_planned(bridge: MegatronModelBridge, model: list[MegatronModule]) -> str | None:
-    """Why the reshard plan can neither load nor save this model; None: nothing prevents it."""
+    """Return why the reshard plan can neither load nor save this model; None: it can both."""
     if not parallel_state.is_initialized():
         return "its process groups are not Megatron-Core's global ones"
     ddp = getattr(model[0], "ddp_config", None)

@@ -254,7 +254,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
     def _output_bias_task(
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None
     ) -> WeightConversionTask:
-        """The output layer's bias of a tied model.
+        """Return the output layer's bias of a tied model.
 
         Megatron-Bridge's `build_conversion_tasks` (`model_bridge.py`, 0.6.2) drops every
         "output_layer" parameter of a tied model.
@@ -291,7 +291,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
 
 
 def _over_expert_ranks(names: set[str]) -> set[str]:
-    """The names of all expert-parallel ranks, each of which knows its own experts only."""
+    """Return the names of all expert-parallel ranks, each of which knows its own experts only."""
     group = parallel_state.get_expert_model_parallel_group(check_initialized=False)
     if group is None or group.size() == 1:
         return names

@@ -22,7 +22,7 @@ _INIT_VALUE = "_high_precision_init_val"  # transformer_engine/pytorch/module/ba
 
 
 def has_fp8_init_value(parameter: torch.Tensor) -> bool:
-    """Whether Transformer Engine keeps a parameter's initial value [...] in high precision."""
+    """Return whether Transformer Engine keeps the initial value [...] in high precision."""
     return getattr(parameter, _INIT_VALUE, None) is not None
 
 
@@ -30,7 +30,7 @@ def has_fp8_init_value(parameter: torch.Tensor) -> bool:
 def updated_fp8_init_values(
     bridge: MegatronModelBridge, model: list[MegatronModule]
 ) -> Iterator[None]:
-    """Around a load, set the initial values of FP8 parameters to the loaded ones, before rounding.
+    """Set initial values of FP8 parameters to those that a load inside brings, before rounding.
 
     Args:
         bridge: loads the model. It keeps unrounded weights when FP8 is to be exported, which is

@@ -49,7 +49,7 @@ class VocabularyMapping(ColumnParallelMapping):
     def hf_to_megatron(
         self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module
     ) -> torch.Tensor:
-        """[V, H] -> this rank's [padded V / tp, H]; or a bias, [V] -> [padded V / tp]."""
+        """Shard [V, H] -> this rank's [padded V / tp, H]; or a bias, [V] -> [padded V / tp]."""
         local = getattr(megatron_module, self.megatron_param.rpartition(".")[2]).shape[0]
         padding = max(0, local * self.tp_size - hf_weights.shape[0])
         padded = torch.nn.functional.pad(hf_weights, (0, 0) * (hf_weights.ndim - 1) + (0, padding))
@@ -58,7 +58,7 @@ class VocabularyMapping(ColumnParallelMapping):
     def megatron_to_hf(
         self, megatron_weights: torch.Tensor | None, megatron_module: torch.nn.Module | None
     ) -> dict[str, torch.Tensor]:
-        """[padded V / tp, H] on each rank -> [V, H] on every rank; or a bias."""
+        """Gather [padded V / tp, H] on each rank -> [V, H] on every rank; or a bias."""
         gathered = super().megatron_to_hf(megatron_weights, megatron_module)
         return {name: weight[: self.vocab_size] for name, weight in gathered.items()}
 
@@ -69,13 +69,13 @@ class SqueezedMapping(ReplicatedMapping):
     def hf_to_megatron(
         self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module
     ) -> torch.Tensor:
-        """[1, N] -> [N]."""
+        """Squeeze [1, N] -> [N]."""
         return super().hf_to_megatron(hf_weights.squeeze(0), megatron_module)
 
     def megatron_to_hf(
         self, megatron_weights: torch.Tensor | None, megatron_module: torch.nn.Module | None
     ) -> dict[str, torch.Tensor]:
-        """[N] -> [1, N] on every rank."""
+        """Unsqueeze [N] -> [1, N] on every rank."""
         weights = super().megatron_to_hf(megatron_weights, megatron_module)
         return {name: weight.unsqueeze(0) for name, weight in weights.items()}
 

@@ -36,7 +36,7 @@ def _bridge_classes() -> dict[str, type[ExactBridge]]:
 
 
 def _keys(architecture: str) -> tuple[object, ...]:
-    """The keys of an architecture: its name, and Transformers' class where there is one."""
+    """Return the keys of an architecture: its name, and Transformers' class where there is one."""
     import transformers
 
     by_class = getattr(transformers, architecture, None)

@@ -40,7 +40,7 @@ def provider_for(hf_folder: Path, layout: Layout, backend: str) -> Any:
 
 
 def layers_are_stacked(provider: Any) -> bool:
-    """Whether Megatron-Core stores all layers of a parameter as one tensor.
+    """Return whether Megatron-Core stores all layers of a parameter as one tensor.
 
     The conditions are those of `TransformerBlock.sharded_state_dict` (0.19.2).
     """

@@ -129,7 +129,7 @@ def export_checkpoint(
 
 
 def _assets_of(megatron_folder: Path) -> Path:
-    """The folder of what Megatron does not store: in the checkpoint, or beside an iteration."""
+    """Return the folder of what Megatron does not store: in the checkpoint or by an iteration."""
     beside = megatron_folder.absolute().parent / ASSETS
     inside = megatron_folder / ASSETS
     return beside if not inside.is_dir() and beside.is_dir() else inside
@@ -160,7 +160,7 @@ def _export_rank(
 
 
 def _source_files(index: Path, sizes: Mapping[str, int]) -> dict[str, str] | None:
-    """The files of the Hugging Face source, if the checkpoint has them and for these tensors."""
+    """Return the source's files, tensor -> file, if the checkpoint has them for these tensors."""
     if not index.is_file():
         return None
     files = read_json(index).get("weight_map")

@@ -31,14 +31,14 @@ __all__ = ["TorchDotProductAttention"]
 
 @functools.lru_cache(maxsize=8)
 def _sliding_window_mask(length: int, left: int, device: torch.device) -> torch.Tensor:
-    """[S, S] bool, True where query i attends to key j: i - left <= j <= i."""
+    """Return [S, S] bool, True where query i attends to key j: i - left <= j <= i."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions[None, :]
     return (distance >= 0) & (distance <= left)
 
 
 def _sequence_bounds(packed: PackedSeqParams) -> list[int]:
-    """The offset of each packed sequence, and the end of the last one."""
+    """Return the offset of each packed sequence, and the end of the last one."""
     padded = packed.cu_seqlens_q_padded
     return (packed.cu_seqlens_q if padded is None else padded).tolist()
 
@@ -125,7 +125,7 @@ class TorchDotProductAttention(MegatronModule):
         value: torch.Tensor,
         packed: PackedSeqParams | None,
     ) -> torch.Tensor:
-        """As `forward`; S or T is this rank's shard, in the order of `context_parallel.py`."""
+        """Compute `forward` on shards of S or T, in the order of `context_parallel.py`."""
         assert self.cp_group is not None
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = (

@@ -42,7 +42,7 @@ __all__ = [
 
 
 def is_swiglu(config: TransformerConfig) -> bool:
-    """Whether the MLP's activation is SwiGLU, clamped or not, without an offset."""
+    """Return whether the MLP's activation is SwiGLU, clamped or not, without an offset."""
     is_glu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
     return bool(is_glu and not config.glu_linear_offset)
 
@@ -244,7 +244,7 @@ class GroupedExperts(TEGroupedMLP):
         )
 
     def _is_plain_swiglu(self) -> bool:
-        """Whether only SwiGLU is between the linears: no offloading and no recomputation."""
+        """Return whether only SwiGLU is between the linears: no offloading and no recomputation."""
         extra = self.activation_recompute or self.offload_expert_fc1 or self.offload_moe_act
         other = self.config.moe_mlp_glu_interleave_size or self.config.moe_apply_probs_on_input
         return is_swiglu(self.config) and not (extra or other)
@@ -259,7 +259,7 @@ class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     @staticmethod
     def can_replace(dispatcher: MoETokenDispatcher) -> bool:
-        """Whether `dispatcher` is all-to-all, drops no tokens and uses no CUDA graphs."""
+        """Return whether `dispatcher` is all-to-all, drops no tokens and uses no CUDA graphs."""
         return (
             type(dispatcher) is MoEAlltoAllTokenDispatcher
             and not dispatcher.drop_and_pad

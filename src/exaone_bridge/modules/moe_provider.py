@@ -43,7 +43,7 @@ class MoEModelProvider(ExactGPTModelProvider):
         return moe_layer_mask_of(self.moe_layer_freq, self.num_layers, self.num_moe_experts)[layer]
 
     def set_published_balancing(self) -> None:
-        """Balances experts as the family was trained: here by the selection bias alone.
+        """Balance experts as the family was trained: here by the selection bias alone.
 
         The rate is DeepSeek-V3's (2024, section 4.2).
         """

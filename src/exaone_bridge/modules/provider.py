@@ -151,13 +151,13 @@ class ExactGPTModelProvider(GPTModelProvider):
         return bool(self.activation_func_clamp_value)
 
     def _is_kernel_swiglu(self) -> bool:
-        """Whether the requested activation is one that our fused SwiGLU kernel computes."""
+        """Return whether the requested activation is one that our fused SwiGLU kernel computes."""
         other = self.add_bias_linear or self.activation_func_fp8_input_store or self.cpu_offloading
         fuses = self._as_requested("bias_activation_fusion")  # finalize turns it off for the kernel
         return fuses and is_swiglu(self) and not other
 
     def _cp_comm_types(self) -> list[str]:
-        """Each layer's `cp_comm_type`; Megatron-Core's default supports no sliding window."""
+        """Return each layer's `cp_comm_type`; Megatron-Core's default has no sliding window."""
         layers = range(1, self.num_layers + 1)
         tp = self.tensor_model_parallel_size
         return choose_cp_comm_types(

@@ -77,7 +77,7 @@ class Fp32RotarySelfAttention(SelfAttention):
             self._pending_rope = None
 
     def _layer_angles(self, arguments: JSONMapping) -> Any:
-        """The `rotary_pos_emb` of `forward`'s arguments; None: the layer has no RoPE."""
+        """Return the `rotary_pos_emb` of `forward`'s arguments; None: the layer has no RoPE."""
         # As `SelfAttention.forward`, which has no angles to drop when `forward` gives it none.
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
             return None

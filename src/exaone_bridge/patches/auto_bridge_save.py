@@ -122,7 +122,7 @@ def _saving_bridge(auto_bridge: Any) -> SavesHuggingFace | None:
 
 
 def _options(original: Callable[..., None], *args: object, **kwargs: object) -> JSONObject:
-    """The options of a call by name, with their defaults."""
+    """Return the options of a call by name, with their defaults."""
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(list(bound.arguments.items())[3:])  # without self, model and path

@@ -25,7 +25,7 @@ __all__ = ["have_te", "init_adapter_wrapper"]
     "Transformer Engine classes as None; an isinstance check against None then raises.",
 )
 def have_te(_: bool) -> bool:
-    """Whether Transformer Engine is installed."""
+    """Return whether Transformer Engine is installed."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)

@@ -24,7 +24,7 @@ __all__ = ["build_optimizer_group_ranges"]
 def build_optimizer_group_ranges(
     original: Callable[..., Any], cls: type, *args: object, **kwargs: object
 ) -> tuple[dict[Any, tuple[int, int]], list[JSONObject]]:
-    """Number the parameters of a group with parameters that stay fp32 with those in fp32 first.
+    """Assign numbers to the parameters of a group: those in fp32 come first, where some stay fp32.
 
     Returns:
         Parameter -> (group, number in it), and the groups.

@@ -85,7 +85,7 @@ class ImportPatch(Patch):
 
 
 def patch_of(function: object) -> Patch | None:
-    """The patch that replaced a function by this one, if one did."""
+    """Return the patch that replaced a function by this one, if one did."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Patch) else None
 

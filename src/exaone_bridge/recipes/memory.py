@@ -117,7 +117,7 @@ def _estimate_stage(
 
 
 def _stage_layers(num_layers: int, plan: TrainingPlan, stage: int) -> list[int]:
-    """The global numbers of the layers of a pipeline stage, over all its virtual stages."""
+    """Return the global numbers of the layers of a pipeline stage, over all its virtual stages."""
     return [layer for chunk in plan.layout.stage_layers(num_layers)[stage] for layer in chunk]
 
 
@@ -155,7 +155,7 @@ def _count_adapters(model_config: ModelConfig, plan: TrainingPlan, stage: int, r
 def _layer_bytes(
     model_config: ModelConfig, plan: TrainingPlan, moe: MoEConfig | None, qk_norm: bool
 ) -> float:
-    """Bytes of activations that one layer stores per microbatch."""
+    """Return the bytes of activations that one layer stores per microbatch."""
     layout, dims = plan.layout, model_config.dims
     tokens = plan.seq_length * plan.micro_batch_size / plan.cp
     outside = tokens / (layout.tp if layout.sp else 1)  # of the tensor-parallel linears
@@ -176,7 +176,7 @@ def _layer_bytes(
 
 
 def _in_flight(plan: TrainingPlan, stage: int) -> float:
-    """The most forward passes of one virtual stage whose activations are stored at once."""
+    """Return the most forward passes of one virtual stage whose activations are stored at once."""
     pp, vpp = plan.layout.pp, plan.layout.vpp
     total = plan.num_microbatches * vpp
     if vpp == 1:

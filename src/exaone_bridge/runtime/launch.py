@@ -77,12 +77,12 @@ class Launcher(ABC):
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun, or a launcher like it, has started this process as a rank."""
+    """Return whether torchrun, or a launcher like it, has started this process as a rank."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def is_rank_zero() -> bool:
-    """Whether this process prints and writes reports: rank 0 under torchrun, any other process."""
+    """Return whether this process prints and writes reports: not rank 1 and up of torchrun."""
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 

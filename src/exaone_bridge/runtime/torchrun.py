@@ -31,7 +31,7 @@ _LOCAL_TO_RANK = "This rank raised it; the other ranks may not have."
 
 
 def is_local_to_rank(error: BaseException) -> bool:
-    """Whether this rank alone may have met this error, so that rank 0 cannot report it."""
+    """Return whether this rank alone may have met this error, so that rank 0 cannot report it."""
     return _LOCAL_TO_RANK in getattr(error, "__notes__", ())
 
 

@@ -135,6 +135,6 @@ class ConfigPart:
 
 
 def _declared(part: type[ConfigPart]) -> dict[str, HFField]:
-    """The fields of this class that `hf_field` declared, in their order."""
+    """Return the fields of this class that `hf_field` declared, in their order."""
     found = dataclasses.fields(part)  # type: ignore[arg-type]
     return {each.name: each.metadata[_METADATA] for each in found if _METADATA in each.metadata}

@@ -68,7 +68,7 @@ def is_megatron_checkpoint(path: Path) -> bool:
 
 
 def _iterations(path: Path) -> dict[str, Path]:
-    """The folders of a checkpoint's iterations, oldest first, by what the tracker calls them."""
+    """Return a checkpoint's iterations, oldest first: name in the tracker file -> folder."""
     found = [
         folder for folder in path.glob("iter_*") if folder.is_dir() and folder.name[5:].isdigit()
     ]

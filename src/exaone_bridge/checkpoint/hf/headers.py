@@ -270,7 +270,7 @@ def _canonical(path: Path, data: bytes, stamp: FileStamp) -> Header | None:
 
 
 def _dtype_and_shape(kind: str) -> tuple[str, tuple[int, ...], int] | None:
-    """The dtype, shape and bytes of an entry's text; None if they are invalid."""
+    """Return the dtype, shape and bytes of an entry's text; None if they are invalid."""
     dtype, _, shape = kind.partition('","shape":')
     lengths = json.loads(shape)
     nbytes = _nbytes(dtype, lengths)
@@ -312,7 +312,7 @@ def _validated(path: Path, data: bytes, stamp: FileStamp) -> Header:
 
 
 def _nbytes(dtype: str, shape: list[int]) -> int | None:
-    """Bytes of a tensor; None: a length, or a product on the way, has over 63 bits."""
+    """Return the bytes of a tensor; None: a length, or a product on the way, has over 63 bits."""
     nbytes = DTYPE_BYTES[dtype]
     if max(shape, default=0) > _MAX_INT:
         return None

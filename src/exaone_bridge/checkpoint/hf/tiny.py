@@ -98,7 +98,7 @@ def write_random(
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 characters of byte-level tokenizers: printable bytes as they are, others shifted."""
+    """Return the 256 characters of byte-level tokenizers: printable bytes, the others shifted."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -197,7 +197,7 @@ class TorchDist:
             here.copy_(there)
 
     def _near(self, key: str, lead: tuple[int, ...]) -> list[_Chunk]:
-        """The chunks of a parameter, of the hundreds that a tensor of all experts may have."""
+        """Return a parameter's chunks, of the hundreds that a tensor of all experts may have."""
         found = self._by_lead[key]
         if not found:
             for chunk in self.tensors[key].chunks:

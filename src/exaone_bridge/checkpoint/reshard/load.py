@@ -208,7 +208,7 @@ def fill_params(
 
 
 def _num_threads() -> int:
-    """This machine's cores per rank of it, up to what its memory bandwidth supports."""
+    """Return this machine's cores per rank of it, up to what its memory bandwidth supports."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

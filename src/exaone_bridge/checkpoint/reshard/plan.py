@@ -244,7 +244,7 @@ class ReshardPlan:
         return written
 
     def _layers_on_stage(self, param: ParamPlan, stage: int) -> list[tuple[int, ...]]:
-        """The indices, less the expert, of the parameters that a stage has of a mapping."""
+        """Return the indices, less the expert, of the parameters that a stage has of a mapping."""
         if not param.mapping.is_per_layer:
             first = param.mapping.on_first_stage
             return [()] if stage == (0 if first else len(self.stages) - 1) else []
@@ -406,7 +406,7 @@ def _vocab_shard(shape: tuple[int, ...], rank: int, size: int) -> ShardSpec:
 
 
 def _qkv_pieces(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tuple[int, int, int]]:
-    """(tensor, first row, rows) in Megatron-Core's order: by KV group, its Q, its K, its V."""
+    """Return (tensor, first row, rows) in Megatron-Core's order: Q, K, V of each KV group."""
     groups = shapes[1][0] // head_dim
     return [
         (tensor, group * rows, rows)
@@ -418,7 +418,7 @@ def _qkv_pieces(shapes: tuple[tuple[int, ...], ...], head_dim: int) -> list[tupl
 def _rows(
     pieces: Iterable[tuple[int, int, int]], begin: int, end: int
 ) -> Iterator[tuple[int, int, int]]:
-    """The pieces, or parts of them, at rows `begin` to `end` of their concatenation.
+    """Yield the pieces, or parts of them, at rows `begin` to `end` of their concatenation.
 
     Where tp exceeds the number of KV heads, a KV group is sharded too (SelfAttention in
     megatron/core/transformer/attention.py, 0.19.2: the projection's rows are sharded evenly

@@ -318,7 +318,7 @@ def _pieces(
     shards: tuple[ShardSpec, ...],
     by_rank: list[torch.Tensor],
 ) -> list[memoryview]:
-    """The bytes of one Hugging Face tensor: full rows from where they lie, else a copy.
+    """Return the bytes of one Hugging Face tensor: full rows from where they lie, else a copy.
 
     Args:
         shape: Of the tensor.

@@ -99,7 +99,7 @@ def _used_twice(plan: ReshardPlan) -> tuple[str, str]:
 
 
 def _assigned(what: str, by_rank: Iterable[Sequence[int]]) -> set[int]:
-    """The numbers that ranks were assigned: each once, from 0 up without a gap."""
+    """Return the numbers that ranks were assigned: each once, from 0 up without a gap."""
     numbers = [number for rank in by_rank for number in rank]
     for number in numbers:
         if numbers.count(number) > 1:
@@ -138,7 +138,7 @@ def _plan_error(place: str) -> Callable[[Slice, str], Exception]:
 
 
 def _lengths(box: Slice) -> list[int]:
-    """Lengths, without axes of size 1."""
+    """Return lengths, without axes of size 1."""
     return [end - begin for begin, end in box if end - begin != 1]
 
 

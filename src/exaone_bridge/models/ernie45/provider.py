@@ -57,7 +57,7 @@ class Ernie45ModelProvider(MoEModelProvider):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
-        """The GPTModel of this rank (of its chunk `vp_stage`)."""
+        """Return the GPTModel of this rank (of its chunk `vp_stage`)."""
         model = super().provide(
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )

@@ -149,7 +149,7 @@ def exaone45_collate(
 
 
 def _assistant_boundaries(processor: ProcessorMixin) -> AssistantMaskBoundaryConfig:
-    """The markers of the chat template between which the assistant's turns are."""
+    """Return the markers of the chat template between which the assistant's turns are."""
     tokenizer = processor.tokenizer
     return assistant_mask_boundary_config_from_markers(
         processor,

@@ -150,7 +150,7 @@ class Exaone45Model(GPTModel):
         return (output, kwargs["loss_mask"]) if shard and loss_mask is not None else output
 
     def _needs_sharding(self, position_ids: torch.Tensor | None) -> bool:
-        """Whether the inputs are full sequences that are still to be sharded over CP.
+        """Return whether the inputs are full sequences that are still to be sharded over CP.
 
         Megatron-Bridge 0.6.2's forward step for models with images (`training/vlm_step.py`) leaves
         that to the model. The positions of a shard never count up from 0.
@@ -212,12 +212,12 @@ class Exaone45Model(GPTModel):
         return has_gradient and self.training and torch.is_grad_enabled()
 
     def _sequence_parallel_shard(self, length: int) -> range:
-        """The positions of [B, S] whose embeddings, `length` of them, are on this TP rank."""
+        """Return the positions of [B, S] whose `length` embeddings are on this TP rank."""
         first = self.pg_collection.tp.rank() * length if self.config.sequence_parallel else 0
         return range(first, first + length)
 
     def _features(self, modality: _Modality) -> torch.Tensor | None:
-        """The features [F, H] of all images, or of all videos; None: there are none."""
+        """Return the features [F, H] of all images, or of all videos; None: there are none."""
         name, pixels, grid = modality.name, modality.pixels, modality.grid
         if pixels is None or grid is None or not len(grid):
             if pixels is not None and len(pixels):

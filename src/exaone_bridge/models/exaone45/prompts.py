@@ -54,14 +54,14 @@ def make_prompt(
 
 
 def _pixels(vision: VisionConfig, patches: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise [P, C] with a standard deviation of 1, like a processor's normalised pixels."""
+    """Draw noise [P, C] with a standard deviation of 1, like a processor's normalised pixels."""
     return torch.randn(patches, vision.patch_elements, generator=generator)
 
 
 def _text(
     model_config: Exaone45ModelConfig, count: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Random tokens [count] without placeholder tokens."""
+    """Draw tokens [count] without placeholder tokens."""
     tokens = torch.randint(model_config.vocab_size, (count,), generator=generator)
     for placeholder in (model_config.image_token_id, model_config.video_token_id):
         tokens[tokens == placeholder] = (placeholder + 2) % model_config.vocab_size

@@ -71,7 +71,7 @@ class ExaoneMoeModelProvider(MoEModelProvider):
     LOSSES_BESIDE_BIAS_UPDATE: ClassVar[tuple[str, ...]] = ("seq_aux_loss",)
 
     def set_published_balancing(self) -> None:
-        """Balances experts as arXiv 2601.01739 has it: selection bias and sequence-level loss."""
+        """Balance experts as arXiv 2601.01739 has it: selection bias and sequence-level loss."""
         self.moe_router_enable_expert_bias = True
         self.moe_router_bias_update_rate = 1e-4
         self.moe_router_load_balancing_type, self.moe_aux_loss_coeff = "seq_aux_loss", 1e-4

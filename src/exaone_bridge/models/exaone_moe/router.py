@@ -55,7 +55,7 @@ class ExaoneMoeRouter(SelectionBiasRouter):
         self.scaling_factor = config.moe_router_topk_scaling_factor
 
     def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, E] fp32 -> weights [T, K] fp32, experts [T, K] int64.
+        """Choose experts: [T, E] fp32 -> weights [T, K] fp32, experts [T, K] int64.
 
         sigmoid -> + bias to choose -> gather unbiased -> / (sum + 1e-20) -> x scaling factor
         (ExaoneMoeSparseMoEBlock.route_tokens_to_experts, transformers 5.12.1).

@@ -56,7 +56,7 @@ def exaone_moe_mappings_with_mtp(model_config: ExaoneMoeModelConfig) -> tuple[Pa
 
 
 def _mtp(model_config: ExaoneMoeModelConfig) -> tuple[ParamMapping, ...]:
-    """The layer is dense and pre-norm, with layer 0's tensor names."""
+    """Return the mappings of the layer, dense and pre-norm, with layer 0's tensor names."""
     first = (0,)
     layer = (
         *pre_norm_mappings(first),

@@ -23,7 +23,7 @@ _TOKENS = 16  # rows per program
 
 @triton.jit
 def _cos_sin(angles, row, low_at, batch, mask, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """cos and sin [TOKENS, D/2] of the rows' angles; angles [S, D]."""
+    """Load cos and sin [TOKENS, D/2] of the rows' angles; angles [S, D]."""
     angle = tl.load(angles + (row // batch)[:, None] * (2 * HALF) + low_at, mask, other=0.0).to(
         tl.float32
     )
@@ -36,7 +36,7 @@ def _forward(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """One program: TOKENS rows of one query group.
+    """Run one program: TOKENS rows of one query group.
 
     qkv [R, G, N/G + 2, D] -> query [R, N, D], key [R, G, D], value [R, G, D].
     """
@@ -82,7 +82,7 @@ def _backward(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """One program: TOKENS rows of one query group, in the shapes of `_forward`.
+    """Run one program: TOKENS rows of one query group, in the shapes of `_forward`.
 
     grad_weights [P * G, 2, D] fp32: each program's sums for the weights of QK norm.
     """

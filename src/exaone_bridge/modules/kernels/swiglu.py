@@ -28,7 +28,7 @@ _BLOCK = 1024
 def _forward(  # type: ignore[no-untyped-def]
     x, weights, y, width, limit, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, CLAMPED: tl.constexpr
 ):
-    """One program: one block of one row. x [R, 2F], weights [R], y [R, F]."""
+    """Run one program: one block of one row. x [R, 2F], weights [R], y [R, F]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
@@ -48,7 +48,7 @@ def _backward(  # type: ignore[no-untyped-def]
     x, weights, grad_y, grad_x, grad_weights, width, limit,
     BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row. x, grad_x [R, 2F], grad_y [R, F], weights, grad_weights [R]."""
+    """Run one program: one row. x, grad_x [R, 2F], grad_y [R, F], weights, grad_weights [R]."""
     row = tl.program_id(0).to(tl.int64)
     grad_weight = 0.0
     weight = 1.0
@@ -109,7 +109,7 @@ class _SwiGLUFunction(torch.autograd.Function):
 
 
 def _constants(weights: torch.Tensor | None, limit: float | None) -> tuple[float, int, bool, bool]:
-    """limit, BLOCK, WEIGHTED and CLAMPED of the kernels."""
+    """Return limit, BLOCK, WEIGHTED and CLAMPED of the kernels."""
     return limit or 0.0, _BLOCK, weights is not None, limit is not None
 
 

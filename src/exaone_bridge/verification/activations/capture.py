@@ -216,7 +216,7 @@ def _hook(
     into: dict[str, list[torch.Tensor]],
     further_calls: int,
 ) -> RemovableHandle:
-    """Hook one module; after each call that counts, `further_calls` calls are ignored."""
+    """Attach a hook to a module; it ignores `further_calls` calls after each that counts."""
     from exaone_bridge.runtime.model import over_context
 
     counts = itertools.cycle((True, *(False,) * further_calls))

@@ -134,7 +134,7 @@ def _weights(name: str, change: ModelChange, layer: int, sublayer: str) -> Fault
 
 
 def _provider(name: str, layer: int, sublayer: str, *failing: str, **fields: object) -> Fault:
-    """A fault that fails these checks besides the logits."""
+    """Return a fault that fails these checks besides the logits."""
     return ProviderFault(
         name=name,
         model=MODEL,

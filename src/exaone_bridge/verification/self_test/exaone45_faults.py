@@ -161,7 +161,7 @@ def _weights(name: str, change: EncoderChange, sublayer: str, module: str) -> Fa
 
 
 def _code(name: str, change: EncoderChange, sublayer: str, module: str) -> Fault:
-    """A vision encoder with the right weights, whose arithmetic is changed."""
+    """Return a fault: a vision encoder with the right weights, whose arithmetic is changed."""
     return CodeFault(
         name=name,
         model=MODEL,

@@ -174,7 +174,7 @@ def _weights(name: str, change: ModelChange, layer: int | None, sublayer: str | 
 
 
 def _provider(name: str, layer: int, sublayer: str, **fields: object) -> Fault:
-    """A fault that the exported config.json shows."""
+    """Return a fault that the exported config.json shows."""
     return ProviderFault(
         name=name,
         model=MODEL,
@@ -185,7 +185,7 @@ def _provider(name: str, layer: int, sublayer: str, **fields: object) -> Fault:
 
 
 def _rejected(name: str, layer: int, **fields: object) -> Fault:
-    """A fault in attention that config.json cannot express, so that the export raises."""
+    """Return a fault in attention that config.json cannot express, so that the export raises."""
     return ProviderFault(
         name=name,
         model=MODEL,

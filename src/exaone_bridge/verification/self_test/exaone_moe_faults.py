@@ -217,7 +217,7 @@ def _weights(name: str, change: ModelChange, layer: int, sublayer: str) -> Fault
 def _provider(
     name: str, layer: int, sublayer: str, *, rejected: bool = False, **fields: object
 ) -> Fault:
-    """A fault that the exported config.json shows, or that it cannot express."""
+    """Return a fault that the exported config.json shows, or that it cannot express."""
     return ProviderFault(
         name=name,
         model=MODEL,

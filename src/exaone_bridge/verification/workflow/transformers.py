@@ -198,7 +198,7 @@ def _noise(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _perturb_copies(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-    """Of three copies of a batch keep the first, and change the others in opposite directions."""
+    """Keep the first of three copies of a batch, and change the others in opposite directions."""
     clean = output[: len(output) // 3]
     noise = PERTURBATION * _noise(clean)
     return torch.cat((clean, clean + noise, clean - noise))
