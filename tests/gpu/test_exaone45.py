@@ -18,11 +18,10 @@ from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
 from exaone_bridge.verification.workflow.workload import batch_images, random_prompts
+from tests.helpers.bf16 import Distance, assert_bf16_close
 from tests.helpers.exaone45 import CONFIG, image_batches
 from tests.helpers.gpu import (
     BACKENDS,
-    Distance,
-    assert_bf16_close,
     hf_logits,
     logits_of,
     long_prompts,

@@ -12,14 +12,14 @@ from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.hf_config import with_num_layers
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
+from tests.helpers.bf16 import Distance, assert_bf16_close, hf_outputs
 from tests.helpers.exaone_moe import run_reference
 from tests.helpers.gpu import (
     BACKENDS,
-    Distance,
-    assert_bf16_close,
     hf_logits,
     long_prompts,
     megatron_logits,
+    megatron_outputs,
     train_mixed_precision,
     wide,
 )
@@ -50,7 +50,7 @@ AUX_LOSS: dict[str, Any] = {
 
 
 def _folder(tiny: Any, name: str, dtype: str = "float32") -> Path:
-    folder: Path = tiny(name, **wide(name, dtype), **WINDOWS[name], moe_intermediate_size=128)
+    folder: Path = tiny(name, **wide(name, dtype), **WINDOWS[name])
     return folder
 
 
@@ -69,9 +69,9 @@ def test_bf16_logits_are_as_exact_as_those_of_transformers(nccl: None, tiny: Any
     runs = long_prompts(folder)
     assert_bf16_close(
         "exaone-moe bf16",
-        megatron_logits(folder, runs, torch.bfloat16),
-        hf_logits(folder, runs, torch.bfloat16),
-        hf_logits(folder, runs, torch.float32),
+        megatron_outputs(folder, runs, torch.bfloat16),
+        hf_outputs(folder, runs, torch.bfloat16),
+        hf_outputs(folder, runs, torch.float32),
     )
 
 
@@ -86,14 +86,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_at_published_widths(nccl: None, published: Path) -> None:
     """Transformer Engine chooses its kernels by width."""
     runs = long_prompts(published, count=1, length=600)
-    reference = hf_logits(published, runs, torch.float32)
-    distance = Distance.between(megatron_logits(published, runs, torch.float32), reference)
+    reference = hf_outputs(published, runs, torch.float32)
+    fp32 = megatron_logits(published, runs, torch.float32)
+    distance = Distance.between(fp32, reference.logits)
     print(f"K-EXAONE-236B-A23B, 2 layers, 16 experts, fp32: {distance}")
     assert distance.max <= 1e-3
     assert_bf16_close(
         "K-EXAONE-236B-A23B, 2 layers, 16 experts, bf16",
-        megatron_logits(published, runs, torch.bfloat16),
-        hf_logits(published, runs, torch.bfloat16),
+        megatron_outputs(published, runs, torch.bfloat16),
+        hf_outputs(published, runs, torch.bfloat16),
         reference,
     )
 

@@ -18,7 +18,8 @@ import torch
 
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.workflow.workload import random_prompts
-from tests.helpers.gpu import assert_bf16_close, hf_logits
+from tests.helpers.bf16 import assert_bf16_close
+from tests.helpers.gpu import hf_logits
 from tests.helpers.paths import ROOT
 
 TRAINING = ("pretrain", "--iters", 10, "--lr", 1e-3, "--global-batch-size", 16)

@@ -12,15 +12,15 @@ from exaone_bridge.checkpoint.hf.tiny import write_random
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
+from tests.helpers.bf16 import Distance, assert_bf16_close, hf_outputs
 from tests.helpers.gpu import (
     BACKENDS,
     LANGUAGE_MODELS,
-    Distance,
-    assert_bf16_close,
     hf_logits,
     logits_of,
     long_prompts,
     megatron_logits,
+    megatron_outputs,
     wide,
 )
 from tests.helpers.packing import packing_error
@@ -47,9 +47,9 @@ def test_bf16_logits_are_as_exact_as_those_of_transformers(
     runs = long_prompts(folder)
     assert_bf16_close(
         f"{name} bf16",
-        megatron_logits(folder, runs, torch.bfloat16),
-        hf_logits(folder, runs, torch.bfloat16),
-        hf_logits(folder, runs, torch.float32),
+        megatron_outputs(folder, runs, torch.bfloat16),
+        hf_outputs(folder, runs, torch.bfloat16),
+        hf_outputs(folder, runs, torch.float32),
     )
 
 
@@ -105,12 +105,13 @@ def test_logits_at_published_widths(nccl: None, tmp_path: Path, case: str) -> No
     folder = tmp_path / "model"
     write_random(folder, PUBLISHED[case])
     runs = long_prompts(folder, count=1, length=600)
-    reference = hf_logits(folder, runs, torch.float32)
-    distance = Distance.between(megatron_logits(folder, runs, torch.float32), reference)
+    reference = hf_outputs(folder, runs, torch.float32)
+    fp32 = megatron_logits(folder, runs, torch.float32)
+    distance = Distance.between(fp32, reference.logits)
     print(f"{case} fp32: {distance}")
     assert distance.max <= 1e-3
-    megatron = megatron_logits(folder, runs, torch.bfloat16)
-    assert_bf16_close(f"{case} bf16", megatron, hf_logits(folder, runs, torch.bfloat16), reference)
+    megatron = megatron_outputs(folder, runs, torch.bfloat16)
+    assert_bf16_close(f"{case} bf16", megatron, hf_outputs(folder, runs, torch.bfloat16), reference)
 
 
 @pytest.mark.parametrize("name", ["exaone4", "ernie45"])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.gpu import LANGUAGE_MODELS, MOE_MODELS, Distance, wide
+from tests.helpers.gpu import LANGUAGE_MODELS, MOE_MODELS, wide
 
 BF16 = "bfloat16"
 LAYOUTS: list[dict[str, Any]] = [
@@ -118,11 +118,10 @@ def _result(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
 def test_logits_and_export_over_two_gpus(results: dict[str, Any], case: dict[str, Any]) -> None:
     """fp32 logits equal those of Transformers, bf16 logits are as exact; exports are bitwise."""
     result = _result(results, case)
-    distance = Distance(*result["megatron"])
     if case["dtype"] == "float32":
-        assert distance.max <= 1e-3
+        assert result["max"] <= 1e-3
     else:
-        distance.assert_close_to(Distance(*result["hf"]))
+        assert not result["failures"]
     assert result["bitwise"], result["details"]
 
 

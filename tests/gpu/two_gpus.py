@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,26 +55,29 @@ def start_world(store: Path, rank: int, seconds: int = 60) -> None:
 
 
 def logits_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """Measure both sides' distances to Transformers' fp32 logits, and compare the export."""
+    """Measure distances to Transformers' fp32 logits, and compare the export."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
     from exaone_bridge.schema.parallel_layout import Layout
     from exaone_bridge.verification.checks.folders import compare_tensors
-    from tests.helpers.gpu import Distance, hf_logits, logits_of, long_prompts
+    from tests.helpers.bf16 import Closeness, Distance, hf_outputs, outputs_of
+    from tests.helpers.gpu import hf_logits, logits_of, long_prompts
 
-    # The maximum over experts in bf16 needs more prompts.
+    # Quantiles in bf16 need more prompts.
     runs = long_prompts(folder, count=4 if case["name"] == "exaone45" else 8)
     layout, dtype = Layout(**case["layout"]), getattr(torch, case["dtype"])
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, layout, dtype=dtype, backend=BACKEND, **case.get("fields", {}))
     result: dict[str, Any] = {"cp_comm_type": getattr(model[0].config, "cp_comm_type", None)}
-    logits = logits_of(model, runs)
-    if logits is not None:
-        reference = hf_logits(folder, runs, torch.float32)
-        hf = hf_logits(folder, runs, dtype)
-        result["megatron"] = astuple(Distance.between(logits, reference))
-        result["hf"] = astuple(Distance.between(hf, reference))
+    if dtype is torch.float32:
+        if (logits := logits_of(model, runs)) is not None:
+            distance = Distance.between(logits, hf_logits(folder, runs, dtype))
+            result |= {"distances": str(distance), "max": distance.max}
+    elif (outputs := outputs_of(folder, model, runs)) is not None:
+        both = (hf_outputs(folder, runs, each) for each in (dtype, torch.float32))
+        closeness = Closeness.of(outputs, *both)
+        result |= {"distances": str(closeness), "failures": closeness.failures()}
     exported = folder.with_name(f"{folder.name}-{case['id']}".replace(" ", ""))
     bridge.save_hf_pretrained(model, exported, show_progress=False)
     dist.barrier()

@@ -6,23 +6,21 @@ Everything runs on a CPU as well, on the torch backend, so that these helpers ca
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification.workflow.transformers import load
 from exaone_bridge.verification.workflow.workload import random_prompts
+from tests.helpers.bf16 import Outputs, Prompts, hf_outputs, outputs_of
 from tests.helpers.exaone45 import changed
-from tests.helpers.training import Batches, Images, device, to_device
+from tests.helpers.training import Batches, device, to_device
 
 LANGUAGE_MODELS = ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 MOE_MODELS = ["ernie45", "ernie45-300b"]
 BACKENDS = ["transformer_engine", "torch"]
-Prompts = Sequence[tuple[torch.Tensor, list[Images]]]  # tokens [N, S], and each prompt's images
 
 
 def wide(name: str, dtype: str = "float32") -> dict[str, Any]:
@@ -40,7 +38,7 @@ def wide(name: str, dtype: str = "float32") -> dict[str, Any]:
     }
     if name in ("exaone4", "exaone45"):
         fields["sliding_window"] = 64
-    if name in MOE_MODELS:
+    if name in (*MOE_MODELS, "exaone-moe", "exaone-moe-2"):
         fields["moe_intermediate_size"] = 128
     if name != "exaone45":
         return fields
@@ -63,37 +61,37 @@ def long_prompts(folder: Path, count: int = 4, length: int = 300) -> Prompts:
     return [(text, []), image_prompts(model_config, 8, seed=3)]
 
 
-@torch.no_grad()
 def hf_logits(folder: Path, runs: Prompts, dtype: torch.dtype) -> torch.Tensor:
     """Return Transformers' fp32 logits [positions of all prompts, V] on the CPU."""
-    model = load(folder, dtype)
-    logits = [
-        model(prompt, use_cache=False, **images).logits[0].float().cpu()
-        for tokens, all_images in runs
-        for prompt, images in to_device(
-            list(zip(tokens.split(1), all_images or [{}] * len(tokens), strict=True))
-        )
-    ]
-    return torch.cat(logits)
+    return hf_outputs(folder, runs, dtype).logits
 
 
-def megatron_logits(
+def megatron_outputs(
     folder: Path,
     runs: Prompts,
     dtype: torch.dtype,
     backend: str = "transformer_engine",
     **overrides: Any,
-) -> torch.Tensor:
-    """Return the fp32 logits [positions of all prompts, V] of Megatron-Core on one rank."""
+) -> Outputs:
+    """Run Megatron-Core on one rank."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, Layout(), dtype=dtype, backend=backend, **overrides)
-    logits = logits_of(model, runs)
-    assert logits is not None
-    return logits
+    outputs = outputs_of(folder, model, runs)
+    assert outputs is not None
+    return outputs
+
+
+def megatron_logits(folder: Path, *args: Any, **options: Any) -> torch.Tensor:
+    """Return the fp32 logits [positions of all prompts, V] of Megatron-Core on one rank.
+
+    Args:
+        folder, args, options: of `megatron_outputs`.
+    """
+    return megatron_outputs(folder, *args, **options).logits
 
 
 def logits_of(model: list[Any], runs: Prompts) -> torch.Tensor | None:
@@ -103,34 +101,6 @@ def logits_of(model: list[Any], runs: Prompts) -> torch.Tensor | None:
     found = [forward_logits(model, tokens, images)[0] for tokens, images in runs]
     logits = [each.flatten(0, 1) for each in found if each is not None]
     return torch.cat(logits) if logits else None
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Mean and maximum of the absolute difference to the fp32 logits of Transformers."""
-
-    mean: float
-    max: float
-
-    @classmethod
-    def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> Distance:
-        """Compare logits of the same shape."""
-        difference = (logits - reference).abs()
-        return cls(difference.mean().item(), difference.max().item())
-
-    def assert_close_to(self, hf: Distance) -> None:
-        """Check that this is at most 1.1 times the distance of Transformers' own bf16 logits."""
-        assert self.mean <= 1.1 * hf.mean
-        assert self.max <= 1.1 * hf.max
-
-
-def assert_bf16_close(
-    label: str, megatron: torch.Tensor, hf: torch.Tensor, reference: torch.Tensor
-) -> None:
-    """Check bf16 logits of both sides against Transformers' fp32 logits; see `Distance`."""
-    distance, hf_distance = (Distance.between(logits, reference) for logits in (megatron, hf))
-    print(f"{label}: Megatron-Core {distance}, Transformers {hf_distance}")
-    distance.assert_close_to(hf_distance)
 
 
 def train_mixed_precision(
