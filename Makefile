@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 export PYTHONDONTWRITEBYTECODE =
 export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
 
-.PHONY: demo test test-slow test-all check docs setup clean
+.PHONY: demo test test-slow test-all check docs setup requirements clean
 
 demo: setup
 	$(RUN) exaone-bridge demo
@@ -36,6 +36,15 @@ check: setup
 docs: setup
 	rm -rf docs/_build docs/api
 	$(RUN) --group docs sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+
+# The packages of the lock file without those for development, for `pip install --no-deps -r`.
+REQUIREMENTS ?= src/exaone_bridge/requirements-cpu.txt
+requirements:
+	@{ echo "# Every package that exaone-bridge needs on Linux without a GPU, from uv.lock."; \
+	echo "# pip install --no-deps -r requirements-cpu.txt; docs/compatibility.md says why."; \
+	$(UV) export --quiet --frozen --no-dev --all-extras --no-hashes --no-emit-project \
+	--no-annotate --no-header | sed "s/ or sys_platform == 'never'$$//; \
+	/== '\(never\|win32\|emscripten\)'$$/d"; } > $(REQUIREMENTS)
 
 setup: .venv/.ready
 

@@ -40,6 +40,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
             raise
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            remedy = "`exaone-bridge doctor` prints the command that installs what is missing"
+            _print_error(f"exaone-bridge: {package} is not installed; {remedy}.", error)
+            sys.exit(INVALID_INPUT)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         _print_error(
             f"exaone-bridge: {text} (EXAONE_BRIDGE_TRACEBACK=1 prints the traceback).", error
@@ -112,3 +117,7 @@ def _call(options: Namespace) -> None:
             from exaone_bridge.cli.verify import verify
 
             verify(options, layout_of(options))
+        case "doctor":
+            from exaone_bridge.cli.doctor import doctor
+
+            doctor()

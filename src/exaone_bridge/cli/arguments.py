@@ -63,6 +63,7 @@ def make_parser() -> ArgumentParser:
     )
     for add in (_add_demo, _add_tiny, _add_inspect, _add_import, _add_export, _add_verify):
         add(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -242,6 +243,16 @@ def _add_verify(commands: Any) -> None:
     )
     outputs.add_argument("--name", help="the model's name in the card (default: SOURCE)")
     outputs.add_argument("--note", default="", help="a sentence for the card")
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(
+        commands,
+        "doctor",
+        "Print installed versions, GPUs, and what is missing for which use.\n\n"
+        "Exits with 1 where some commands cannot run. A bug report should hold its output.",
+        "exaone-bridge doctor",
+    )
 
 
 def _add_path(parser: ArgumentParser, name: str, metavar: str, what: str, **more: Any) -> None:
