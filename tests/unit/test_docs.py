@@ -88,7 +88,9 @@ def test_ci_checks_the_docs_before_it_runs_the_tests() -> None:
     assert steps == ["check", "docs", "test-all"]
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tiny", "inspect", "import", "export", "verify", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "tiny", "inspect", "import", "export", "verify", "doctor"]
+)
 def test_the_command_line_page_has_the_help(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

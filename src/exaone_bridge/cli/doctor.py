@@ -119,7 +119,11 @@ def uses(found: Mapping[str, Package], *, has_gpu: bool) -> list[Use]:
         _use("export", [found[name] for name in _EXPORT], pip_resolves=True),
         _use("import, verify", [found[name] for name in _ALL], pip_resolves=has_gpu),
         _training(found, has_gpu),
-        _use("images and videos of EXAONE 4.5", [found[name] for name in _IMAGES], pip_resolves=has_gpu),
+        _use(
+            "images and videos of EXAONE 4.5",
+            [found[name] for name in _IMAGES],
+            pip_resolves=has_gpu,
+        ),
     ]
 
 
