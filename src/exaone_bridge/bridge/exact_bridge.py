@@ -243,6 +243,10 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         for name in save.passthrough_names(description, names, has_source=source is not None):
             yield HFWeightTuple(name, hf_pretrained.state[name])
 
+    def needs_source(self, hf_config: Any) -> bool:
+        """Return whether the config's model has passthrough tensors; see `SavesHuggingFace`."""
+        return bool(self.FAMILY.describe(hf_config_dict(hf_config)).passthrough_tensors)
+
     def save_hf_weights(self, call: SaveCall) -> None:
         """Write a model's weights; see `SavesHuggingFace`."""
         save.save_hf_weights(self, call)

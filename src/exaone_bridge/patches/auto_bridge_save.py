@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from abc import ABC, abstractmethod
@@ -17,7 +18,13 @@ from exaone_bridge.models import is_supported
 from exaone_bridge.patches.patch import patch
 from exaone_bridge.schema.json_types import JSONObject
 
-__all__ = ["SaveCall", "SavesHuggingFace", "save_hf_pretrained", "save_hf_weights"]
+__all__ = [
+    "SaveCall",
+    "SavesHuggingFace",
+    "export_hf_weights",
+    "save_hf_pretrained",
+    "save_hf_weights",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +48,10 @@ class SaveCall:
 
 class SavesHuggingFace(ABC):
     """A model bridge with its own implementation of AutoBridge's saving calls."""
+
+    @abstractmethod
+    def needs_source(self, hf_config: Any) -> bool:
+        """Return whether an export copies passthrough tensors, which only the source has."""
 
     @abstractmethod
     def save_hf_weights(self, call: SaveCall) -> None:
@@ -70,6 +81,7 @@ def save_hf_weights(
     **kwargs: object,
 ) -> None:
     """Save a model's weights through its model bridge."""
+    self = _with_source(self)
     model_bridge = _saving_bridge(self)
     if model_bridge is None:
         original(self, model, path, *args, **kwargs)
@@ -99,6 +111,8 @@ def save_hf_pretrained(
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
     from transformers import PretrainedConfig
 
+    options = _options(original, self, model, path, *args, **kwargs)
+    self = _with_source(self, options.get("source_path"))
     model_bridge = _saving_bridge(self)
     if (
         model_bridge is None
@@ -107,10 +121,42 @@ def save_hf_pretrained(
     ):
         original(self, model, path, *args, **kwargs)
         return
-    options = _options(original, self, model, path, *args, **kwargs)
     source_path = options.pop("source_path")
     own_save = AutoBridge.save_hf_weights.__wrapped__  # Megatron-Bridge's
     model_bridge.save_hf_pretrained(_call(own_save, self, model, path, options), source_path)
+
+
+@patch(
+    "megatron.bridge.models.conversion.auto_bridge:AutoBridge.export_hf_weights",
+    version="Megatron-Bridge 0.6.2",
+    reason="With AutoBridge.from_auto_config, it does not read the passthrough tensors of the "
+    "source.",
+)
+def export_hf_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Yield a model's weights, and the passthrough tensors of its source."""
+    return original(_with_source(self), *args, **kwargs)
+
+
+def _with_source(auto_bridge: Any, source_path: str | Path | None = None) -> Any:
+    """Give an AutoBridge that has a config only the tensors of its source, if it needs them.
+
+    `AutoBridge.from_auto_config` makes such a one. Its `hf_model_id` is the source, or
+    `source_path`, as in AutoBridge's own `save_hf_pretrained`.
+    """
+    from transformers import PretrainedConfig
+
+    config, source = auto_bridge.hf_pretrained, auto_bridge.hf_model_id or source_path
+    if source is None or not isinstance(config, PretrainedConfig) or not is_supported(config):
+        return auto_bridge
+    model_bridge = auto_bridge._model_bridge
+    if not isinstance(model_bridge, SavesHuggingFace) or not model_bridge.needs_source(config):
+        return auto_bridge
+    with_source = copy.copy(auto_bridge)
+    with_source.hf_pretrained = auto_bridge._pretrained_wrapper_cls.from_pretrained(
+        source, trust_remote_code=auto_bridge.trust_remote_code
+    )
+    with_source.hf_pretrained.config = config
+    return with_source
 
 
 def _saving_bridge(auto_bridge: Any) -> SavesHuggingFace | None:

@@ -29,6 +29,7 @@ PATCHES: tuple[Patch, ...] = (
     import_guard.transformer_engine_placeholder,
     auto_bridge_save.save_hf_weights,
     auto_bridge_save.save_hf_pretrained,
+    auto_bridge_save.export_hf_weights,
     pinned_revision.from_hf_pretrained,
     tracked_iteration.load_megatron_model,
     tracked_iteration.from_auto_config,

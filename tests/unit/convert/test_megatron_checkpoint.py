@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import pickle
 import shutil
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +27,7 @@ from exaone_bridge.verification.checks.folders import (
     compare_files,
     compare_tensors,
 )
-
-
-def _alone(target: Callable[..., None], *args: Any) -> None:
-    """In a forked process without a world: AutoBridge starts its own, as in a user's script."""
-    process = multiprocessing.get_context("fork").Process(target=_main, args=(target, args))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, f"{target.__name__} failed: see the captured output"
-
-
-def _main(target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    from exaone_bridge import cpu_runtime
-
-    torch.set_num_threads(1)
-    try:
-        with cpu_runtime():
-            target(*args)
-    except BaseException:
-        traceback.print_exc()
-        raise SystemExit(1) from None
+from tests.helpers.alone import run_alone
 
 
 def _import_ckpt(source: Path, target: Path) -> None:
@@ -105,12 +83,12 @@ def test_import_ckpt_and_export_ckpt(
 ) -> None:
     """The documented calls; the config also from the Megatron checkpoint alone."""
     source = tiny(name)
-    _alone(_import_ckpt, source, tmp_path / "megatron")
-    _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
+    run_alone(_import_ckpt, source, tmp_path / "megatron")
+    run_alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
     _assert_same(source, tmp_path / "exported")
     files = compare_files(source, tmp_path / "exported")
     assert files.passed, files.details
-    _alone(_from_auto_config, tmp_path / "megatron", source, tmp_path / "config.json")
+    run_alone(_from_auto_config, tmp_path / "megatron", source, tmp_path / "config.json")
     assert compare_configs(
         read_json(source / "config.json"), read_json(tmp_path / "config.json")
     ).passed
@@ -122,8 +100,8 @@ def test_without_tokenizer(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> N
     for path in source.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
             path.unlink()
-    _alone(_import_ckpt, source, tmp_path / "megatron")
-    _alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
+    run_alone(_import_ckpt, source, tmp_path / "megatron")
+    run_alone(_export_ckpt, source, tmp_path / "megatron", tmp_path / "exported")
     _assert_same(source, tmp_path / "exported")
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {
         "config.json",

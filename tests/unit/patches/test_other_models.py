@@ -51,7 +51,8 @@ def llama(megatron_bridge: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def _auto_bridge(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return SimpleNamespace(hf_pretrained=AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    return SimpleNamespace(hf_pretrained=config, hf_model_id=str(folder))
 
 
 def _save(folder: Path) -> tuple[Any, ...]:
@@ -109,6 +110,7 @@ def _magnitude(_: Path) -> tuple[Any, ...]:
 CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "AutoBridge.save_hf_weights": _save,
     "AutoBridge.save_hf_pretrained": _save,
+    "AutoBridge.export_hf_weights": lambda folder: (_auto_bridge(folder), [object()]),
     "AutoBridge.save_megatron_model": _save_megatron,
     "AutoBridge.from_hf_pretrained": lambda _: (object, "meta-llama/Llama-3.2-1B"),
     "AutoBridge.load_megatron_model": lambda folder: (_auto_bridge(folder), _checkpoint(folder)),
