@@ -216,7 +216,8 @@ def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, layout)
-    moved = load_weights(folder, HFCheckpoint.open(folder).model, local_model(model))
+    source = HFCheckpoint.open(folder)
+    moved = load_weights(source, source.model, local_model(model))
     return moved.nbytes, moved.sharded_nbytes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from exaone_bridge.schema.parallel_layout import UNEVEN_PIPELINE_FIELDS, Layout
 __all__ = [
     "local_model",
     "log_method",
+    "log_notes",
     "named_tensors",
     "safetensors_folder",
     "source_of",
@@ -49,6 +50,13 @@ def log_method(direction: str, why_not: str | None) -> None:
             else f"by Megatron-Bridge's own code, because {why_not}"
         )
         logger.info("%s: %s", direction, method)
+
+
+def log_notes(notes: Iterable[str]) -> None:
+    """Log on rank 0 what was accepted of a folder although its config says otherwise."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for note in notes:
+            logger.warning("%s", note)
 
 
 def source_of(hf_pretrained: Any) -> StateSource | None:

@@ -26,6 +26,7 @@ from exaone_bridge.bridge.dora_export import DoRAExport
 from exaone_bridge.bridge.eligibility import (
     local_model,
     log_method,
+    log_notes,
     safetensors_folder,
     source_of,
     why_not_planned_load,
@@ -33,13 +34,16 @@ from exaone_bridge.bridge.eligibility import (
 from exaone_bridge.bridge.fp8 import updated_fp8_init_values
 from exaone_bridge.bridge.mapping_registry import make_mapping_registry
 from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
+from exaone_bridge.checkpoint.hf.accept import dtype_of_weights, names_dtype
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.checkpoint.reshard.load import load_weights
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
 from exaone_bridge.schema.hf_files import COMPANION_FILES
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
-from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
+from exaone_bridge.schema.model_family import OUTPUT_LAYER, ModelDescription, ModelFamily
 
 __all__ = ["ExactBridge", "hf_config_dict"]
 
@@ -108,6 +112,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         Raises:
             UnsupportedConfig: the config is not supported.
         """
+        self._complete_dtype(hf_pretrained)
         self.hf_pretrained = hf_pretrained
         self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
         self._variant = self.FAMILY.variant_for(get_model_config(megatron_model[0]))
@@ -119,6 +124,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         Raises:
             UnsupportedConfig: the config is not supported.
         """
+        self._complete_dtype(hf_pretrained)
         config = hf_config_dict(hf_pretrained.config)
         provider: ExactGPTModelProvider = self.provider_of(
             self.FAMILY.read_hf_config(config), config
@@ -160,7 +166,11 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         model = self.describe(hf_pretrained, megatron_model)
         self._check_megatron(model, megatron_model)
         if (source := source_of(hf_pretrained)) is not None:
-            names = [name for name in source.get_all_keys() if not model.is_passthrough(name)]
+            names = [
+                name
+                for name in source.get_all_keys()
+                if not model.is_passthrough(name) and not model.is_redundant(name)
+            ]
             check_coverage(model.hf_shapes, names, where="Hugging Face checkpoint")
         tasks = super().build_conversion_tasks(
             hf_pretrained, megatron_model, weight_dtype=weight_dtype
@@ -189,17 +199,21 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         why = why_not_planned_load(self, model, hf_pretrained, allowed_mismatched_params)
         log_method("Hugging Face -> Megatron-Core", why)
         folder = safetensors_folder(hf_pretrained)
-        if why is not None or folder is None:
+        description = self.describe(hf_pretrained, model)
+        source: HFCheckpoint | None = None
+        if folder is not None and not allowed_mismatched_params:
+            source = HFCheckpoint.open(folder, description.family)
+            log_notes(source.notes)
+        if why is not None or source is None:
             with updated_fp8_init_values(self, model):
                 return super().load_weights_hf_to_megatron(
                     hf_pretrained, megatron_model, allowed_mismatched_params
                 )
-        description = self.describe(hf_pretrained, model)
         self.unquantized_state_dict = None
         here = local_model(model)
         if not here.even_pipeline:  # each rank of an uneven pipeline checks its own stage only
             self._check_megatron(description, unwrap_model(model))
-        load_weights(folder, description, here)
+        load_weights(source, description, here)
         return model
 
     def stream_weights_megatron_to_hf(
@@ -214,6 +228,7 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         model = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         description = self.describe(hf_pretrained, model)
         exported: set[str] = set()
+        embedding: torch.Tensor | None = None
         # These parameters are fp32 in every model, and their tensors need not be.
         dtype = None if kwargs.get("weight_dtype") else getattr(torch, description.config.dtype)
         cast = {
@@ -228,6 +243,8 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
             exported.add(name)
             if dtype is not None and name in cast:
                 weight = weight._replace(weight=weight.weight.to(cast[name]))
+            if name == description.embedding_name:
+                embedding = weight.weight
             yield weight
         if kwargs.get("conversion_tasks") is not None:  # the caller chose what to export
             return
@@ -242,6 +259,12 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         names = [] if source is None else source.get_all_keys()
         for name in save.passthrough_names(description, names, has_source=source is not None):
             yield HFWeightTuple(name, hf_pretrained.state[name])
+        # Megatron-Bridge leaves out every file of the source that is not complete.
+        for name in filter(description.is_redundant, names):
+            if name == OUTPUT_LAYER and embedding is not None:
+                yield HFWeightTuple(name, embedding.clone())
+            else:
+                yield HFWeightTuple(name, hf_pretrained.state[name])
 
     def needs_source(self, hf_config: Any) -> bool:
         """Return whether the config's model has passthrough tensors; see `SavesHuggingFace`."""
@@ -254,6 +277,16 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
     def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
         """Write a model; see `SavesHuggingFace`."""
         save.save_hf_pretrained(self, call, source_path)
+
+    def _complete_dtype(self, hf_pretrained: Any) -> None:
+        """Write the dtype of the weights into a config that names none, as `HFCheckpoint` does."""
+        hf_config = getattr(hf_pretrained, "config", None)
+        if hf_config is None or names_dtype(config := hf_config_dict(hf_config)):
+            return
+        if (folder := safetensors_folder(hf_pretrained)) is not None:
+            found = dtype_of_weights(self.FAMILY.describe(config), read_headers(folder))
+            if found is not None:
+                hf_config.dtype = getattr(torch, found[0])
 
     def _output_bias_task(
         self, megatron_model: list[MegatronModule], weight_dtype: torch.dtype | None

@@ -121,7 +121,11 @@ def _write(bridge: ExactBridge, call: SaveCall, folder: Path) -> None:
 def _export_source(bridge: ExactBridge, call: SaveCall) -> ExportSource:
     model = bridge.describe(call.hf_pretrained, call.model)
     folder = safetensors_folder(call.hf_pretrained)
-    tensors = {} if folder is None else read_headers(folder)
+    tensors = {
+        name: info
+        for name, info in ({} if folder is None else read_headers(folder)).items()
+        if not model.is_redundant(name)
+    }
     names = passthrough_names(model, tensors, has_source=folder is not None)
     files = {name: info.file.name for name, info in tensors.items()}
     return ExportSource(

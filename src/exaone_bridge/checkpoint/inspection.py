@@ -195,6 +195,7 @@ def _to_dict(source: HFCheckpoint, plan: ReshardPlan) -> JSONObject:
         "passthrough": list(source.passthrough),
         "unexpected": list(source.unexpected),
         "missing": source.missing,
+        "notes": source.notes,
         "tensors": {
             name: {
                 "shape": info.shape,
@@ -209,6 +210,7 @@ def _to_dict(source: HFCheckpoint, plan: ReshardPlan) -> JSONObject:
 
 def _lines(source: HFCheckpoint, plan: ReshardPlan) -> Iterator[str]:
     yield str(source.folder)
+    yield from (f"  {note}" for note in source.notes)
     yield from (f"  {name:<36}{value}" for name, value in _summary(source, plan).items())
     yield "Ranks"
     yield from _rank_lines(_ranks(plan))

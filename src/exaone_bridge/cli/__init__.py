@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 
+from exaone_bridge.checkpoint.hf.headers import FOLLOW_LINKS
 from exaone_bridge.cli.arguments import layout_of, make_parser
 from exaone_bridge.errors import BridgeError, ParityFailure
 
@@ -72,7 +73,10 @@ def _run(arguments: list[str]) -> None:
     if not arguments:
         parser.print_help()
         parser.exit(INVALID_INPUT)
-    _call(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if getattr(options, "follow_links", False):
+        os.environ[FOLLOW_LINKS] = "1"  # for every rank, and for what Megatron-Bridge calls
+    _call(options)
     sys.stdout.flush()  # raises BrokenPipeError here, where main() catches it
 
 

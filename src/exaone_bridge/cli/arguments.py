@@ -133,11 +133,12 @@ def _add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         "Describe a checkpoint: its config, its parameter mapping, its parallel layout.\n\n"
-        "Reads no tensor data. Lists unexpected, passthrough and missing tensors, and exits\n"
-        "with 2 where `import` would reject the checkpoint.",
+        "Reads tensors only to compare duplicates. Lists unexpected, passthrough and missing\n"
+        "tensors, and exits with 2 where `import` would reject the checkpoint.",
         "exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4",
     )
     _add_path(parser, "folder", "FOLDER", "a Hugging Face folder")
+    _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -152,6 +153,7 @@ def _add_import(commands: Any) -> None:
     )
     _add_path(parser, "source", "HF_FOLDER", "a Hugging Face folder")
     _add_path(parser, "target", "MEGATRON_FOLDER", "output; must not exist")
+    _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, ep=1, etp=None)
     _add_backend(parser)
     _add_conversion(parser)
@@ -197,6 +199,7 @@ def _add_verify(commands: Any) -> None:
     _add_path(
         parser, "other", "OTHER", f"{model} (default: SOURCE after its round trip)", nargs="?"
     )
+    _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     _add_backend(parser)
     checks = parser.add_argument_group("checks")
@@ -257,6 +260,14 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_path(parser: ArgumentParser, name: str, metavar: str, what: str, **more: Any) -> None:
     parser.add_argument(name, metavar=metavar, type=Path, help=what, **more)
+
+
+def _add_follow_links(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read weights that are links to files outside the folder, which you trust",
+    )
 
 
 def _add_layout(parser: ArgumentParser, **defaults: int | None) -> None:

@@ -99,6 +99,8 @@ def print_report(report: Report) -> None:
             for check in report.checks
         ],
     )
+    for note in report.notes:
+        say(f"{report.source}: {note}.")
     for check in report.checks:
         if not check.ran:
             say(f"{check.name} was not run: {check.details}.")

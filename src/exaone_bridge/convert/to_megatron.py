@@ -85,8 +85,9 @@ def import_checkpoint(
     plan = reshard_plan(source.model, Layout())
     validate_plan(plan, source.shapes)
     check_space(megatron_folder, source.nbytes)
+    notes = tuple(f"{hf_folder}: {note}" for note in source.notes)
     if dry_run:
-        return Summary(len(source.tensors), source.nbytes, 0.0)
+        return Summary(len(source.tensors), source.nbytes, 0.0, notes=notes)
     from exaone_bridge.bridge.registration import supported
     from exaone_bridge.convert.run_config import layers_are_stacked, provider_for, write_beside
     from exaone_bridge.runtime.fork import ForkLauncher
@@ -114,7 +115,14 @@ def import_checkpoint(
         (assets / INDEX).write_text(json.dumps({"weight_map": source.files}))
     base, peak = largest_growth([(base, peak) for _, base, peak in results])
     seconds = time.perf_counter() - started
-    return Summary(len(source.tensors), source.nbytes, seconds, peak_bytes=peak, base_bytes=base)
+    return Summary(
+        len(source.tensors),
+        source.nbytes,
+        seconds,
+        peak_bytes=peak,
+        base_bytes=base,
+        notes=notes,
+    )
 
 
 def _import_rank(

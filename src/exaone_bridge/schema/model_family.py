@@ -21,12 +21,17 @@ from exaone_bridge.schema.param_mapping import (
 )
 
 __all__ = [
+    "FREQUENCIES",
+    "OUTPUT_LAYER",
     "ImageSupport",
     "ModelDescription",
     "ModelFamily",
     "PassthroughTensors",
     "TinyFiles",
 ]
+
+OUTPUT_LAYER = "lm_head.weight"
+FREQUENCIES = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")  # ends of names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,3 +199,20 @@ class ModelDescription:
     def is_passthrough(self, name: str) -> bool:
         """Return whether the tensor of this name goes from source to export untouched."""
         return self.family.is_passthrough(name)
+
+    def is_redundant(self, name: str) -> bool:
+        """Returns whether a checkpoint may have this tensor although the model does not.
+
+        Its values follow from the rest: a tied output layer, or the frequencies of RoPE. No export
+        has it.
+        """
+        return name not in self.hf_shapes and (name == OUTPUT_LAYER or name.endswith(FREQUENCIES))
+
+    @property
+    def embedding_name(self) -> str:
+        """The name of the token embedding."""
+        return next(
+            mapping.hf[0].name
+            for mapping in self.mappings
+            if mapping.megatron == "embedding.word_embeddings.weight"
+        )

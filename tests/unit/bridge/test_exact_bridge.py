@@ -122,8 +122,9 @@ def _count_descriptions(folder: Path, target: Path) -> list[int]:
 
 
 def test_model_is_described_once_per_call(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
+    """A load describes the folder too, because AutoBridge's config may have another dtype."""
     folder, target = tiny("exaone45"), tmp_path / "saved"
-    assert ForkLauncher().first(_count_descriptions, folder, target) == [1, 1, 1]
+    assert ForkLauncher().first(_count_descriptions, folder, target) == [2, 1, 1]
 
 
 def _load_into(folder: Path, layout: Layout, fields: dict[str, Any], change: str) -> None:

@@ -113,6 +113,7 @@ def test_inspect_json_lists_every_tensor(cli: Cli, sharded: Path) -> None:
         "passthrough": [],
         "unexpected": [],
         "missing": {},
+        "notes": [],
     }
     megatron_name = {
         "model.embed_tokens.weight": "embedding.word_embeddings.weight",

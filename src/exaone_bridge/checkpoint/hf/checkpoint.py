@@ -16,6 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.checkpoint.coverage import check_coverage
+from exaone_bridge.checkpoint.hf.accept import (
+    check_redundant,
+    dtype_of_weights,
+    in_model_dtypes,
+    names_dtype,
+)
 from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_headers, read_json
 from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
@@ -40,13 +46,16 @@ class HFCheckpoint:
     Forked processes may use it too.
 
     Attributes:
-        config: `config.json`.
+        config: `config.json`, with the weights' dtype if it names none.
         model: The description of the model that the family makes of it.
-        tensors: Every tensor by name: files in name order, tensors by offset within a file.
+        tensors: Every tensor by name: files in name order, tensors by offset within a file. Those
+            of another dtype than the model's are cast when they are read.
         passthrough: Those of `tensors` that travel from source to export untouched.
         unexpected: Those that the model does not have either; `open` accepts none.
         missing: Name -> shape of tensors that the model has and the folder lacks; `open` accepts
             none.
+        notes: Sentences about what differs from the config, and was accepted because no value
+            changes: duplicates that are left out, casts, a missing dtype.
         reader: Reads the tensors.
     """
 
@@ -57,30 +66,37 @@ class HFCheckpoint:
     passthrough: Mapping[str, TensorInfo]
     unexpected: Mapping[str, TensorInfo]
     missing: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
     reader: TensorReader = field(default_factory=TensorReader, compare=False, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> HFCheckpoint:
+    def open(cls, folder: Path, family: ModelFamily | None = None) -> HFCheckpoint:
         """Read and check a folder, so that a load finds every tensor in the right shape and dtype.
+
+        Command line and AutoBridge both open a folder here, so that they accept the same.
+
+        Args:
+            folder: The folder.
+            family: A variant of the family; None: that of the architecture in config.json.
 
         Raises:
             CheckpointError: See `survey`.
             UnsupportedConfig: See `survey`.
             UnmappedTensors: Keys are missing, or there are unexpected keys.
         """
-        checkpoint = cls.survey(folder)
+        checkpoint = cls.survey(folder, family)
         checkpoint.check_coverage()
         return checkpoint
 
     @classmethod
-    def survey(cls, folder: Path) -> HFCheckpoint:
+    def survey(cls, folder: Path, family: ModelFamily | None = None) -> HFCheckpoint:
         """Read a folder as `open` does, but let keys be missing or unexpected.
 
-        Shapes and dtypes are checked only where the keys are those of the model.
+        Shapes, dtypes and duplicates are checked only where the keys are those of the model.
 
         Raises:
-            CheckpointError: A file is missing, damaged or unsafe, or a tensor has another shape or
-                dtype than config.json says.
+            CheckpointError: A file is missing, damaged or unsafe, a tensor has another shape than
+                config.json says, a cast to its dtype would change a value, or a duplicate differs.
             UnsupportedConfig: A config that is not supported, or an unknown architecture.
         """
         if not folder.is_dir():
@@ -89,19 +105,34 @@ class HFCheckpoint:
             )
         path = folder / "config.json"
         config = read_json(path)
-        model = _family(config, path).describe(config)
+        model = (family or _family(config, path)).describe(config)
         tensors = read_headers(folder)
+        notes: list[str] = []
+        if not names_dtype(config) and (found := dtype_of_weights(model, tensors)) is not None:
+            config = {**config, "dtype": found[0]}
+            model = model.family.describe(config)
+            notes.append(found[1])
         _check_other_weights(
             folder, {file.name for file in {each.file for each in tensors.values()}}
         )
         expected = model.hf_shapes
         others = sorted(tensors.keys() - expected.keys())
+        redundant = {name: tensors[name] for name in others if model.is_redundant(name)}
+        others = [name for name in others if name not in redundant]
         passthrough = {name: tensors[name] for name in others if model.is_passthrough(name)}
         unexpected = {name: tensors[name] for name in others if name not in passthrough}
         missing = {name: expected[name] for name in sorted(expected.keys() - tensors.keys())}
         if not missing and not unexpected:
-            _check_shapes_and_dtypes(model, tensors)
-        return cls(folder, config, model, tensors, passthrough, unexpected, missing)
+            notes += check_redundant(model, tensors, redundant)
+            if not _as_expected(model, tensors):
+                for name, shape in expected.items():
+                    check_shape(tensors[name], shape)
+                cast, casts = in_model_dtypes(model, tensors)
+                tensors |= cast
+                notes += casts
+        if redundant:
+            tensors = {name: info for name, info in tensors.items() if name not in redundant}
+        return cls(folder, config, model, tensors, passthrough, unexpected, missing, tuple(notes))
 
     @property
     def family(self) -> ModelFamily:
@@ -219,21 +250,14 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _check_shapes_and_dtypes(model: ModelDescription, tensors: Mapping[str, TensorInfo]) -> None:
+def _as_expected(model: ModelDescription, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether all tensors of the model have its shapes and dtypes.
+
+    It is one comparison of all, because 60,000 calls would take long.
+    """
     expected, fp32 = model.hf_shapes, model.fp32_names
     model_dtype = SAFETENSORS_DTYPES[model.config.dtype]
     found = [tensors[name] for name in expected]
     of_other_dtype = {info.name for info in found if info.dtype != model_dtype}
     dtypes_match = of_other_dtype <= fp32 and all(tensors[name].dtype == "F32" for name in fp32)
-    if dtypes_match and list(map(_SHAPE, found)) == list(expected.values()):
-        return  # one comparison of all: 60,000 calls would take long
-    for name, shape in expected.items():
-        tensor, dtype = tensors[name], "F32" if name in fp32 else model_dtype
-        check_shape(tensor, shape)
-        if tensor.dtype != dtype:
-            why = "Transformers keeps it in" if name in fp32 else "config.json's dtype makes it"
-            raise CheckpointError(
-                tensor.file,
-                f"tensor {name} has dtype {tensor.dtype}, and {why} {dtype}",
-                remedy="convert it, or correct dtype in config.json",
-            )
+    return dtypes_match and list(map(_SHAPE, found)) == list(expected.values())

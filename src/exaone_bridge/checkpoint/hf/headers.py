@@ -28,6 +28,7 @@ from exaone_bridge.schema.dtypes import DTYPE_BYTES
 from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = [
+    "FOLLOW_LINKS",
     "INDEX",
     "SINGLE_FILE",
     "FileStamp",
@@ -40,6 +41,7 @@ __all__ = [
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+FOLLOW_LINKS: Final = "EXAONE_BRIDGE_FOLLOW_LINKS"  # environment: "1" lets links leave the folder
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _MAX_JSON_BYTES: Final = 100_000_000  # MAX_HEADER_SIZE of safetensors; for index and config too
@@ -82,12 +84,14 @@ class FileStamp(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies on disk: `nbytes` bytes of `file`, row-major and little-endian.
+    """Where a tensor lies on disk, row-major and little-endian, and as what it is read.
 
     Attributes:
         dtype: In safetensors' names: "BF16".
         offset: First byte, counted from the beginning of the file.
+        nbytes: Bytes of the tensor in `dtype`.
         stamp: Of the file when its header was read.
+        cast_from: The dtype in the file, from which readers cast; None: it is `dtype`.
     """
 
     name: str
@@ -97,6 +101,19 @@ class TensorInfo(NamedTuple):
     offset: int
     nbytes: int
     stamp: FileStamp
+    cast_from: str | None = None
+
+    def cast_to(self, dtype: str) -> TensorInfo:
+        """Return the same tensor, which readers cast to this dtype."""
+        nbytes = math.prod(self.shape) * DTYPE_BYTES[dtype]
+        return self._replace(dtype=dtype, nbytes=nbytes, cast_from=self.dtype)
+
+    @property
+    def on_disk(self) -> TensorInfo:
+        """The same tensor as it is in the file."""
+        if self.cast_from is None:
+            return self
+        return self.cast_to(self.cast_from)._replace(cast_from=None)
 
 
 _make_info: Final = functools.partial(tuple.__new__, TensorInfo)  # __new__ without a Python call
@@ -135,7 +152,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
     Of `model.safetensors` and `model.safetensors.index.json` the single file wins, as it does in
     Transformers. Links must not lead out of the folder, except to the blobs of the Hugging Face hub
-    cache that the folder is part of.
+    cache that the folder is part of, or where `FOLLOW_LINKS` is set.
 
     Returns:
         The tensors by name: files in name order, tensors in offset order within a file.
@@ -264,7 +281,8 @@ def _canonical(path: Path, data: bytes, stamp: FileStamp) -> Header | None:
         return None
     offsets = map(data_begin.__add__, ends)
     paths, stamps = itertools.repeat(path), itertools.repeat(stamp)
-    infos = zip(names, dtypes, shapes, paths, offsets, sizes, stamps, strict=False)
+    nothing = itertools.repeat(None)
+    infos = zip(names, dtypes, shapes, paths, offsets, sizes, stamps, nothing, strict=False)
     found = dict(zip(names, map(_make_info, infos), strict=True))
     return None if len(found) < len(names) or "__metadata__" in found else (found, metadata)
 
@@ -324,18 +342,24 @@ def _nbytes(dtype: str, shape: list[int]) -> int | None:
 
 
 def _inside_folder(path: Path) -> Path:
-    """Return `path`, unless it is a link to a file that does not belong to the checkpoint."""
+    """Return `path`, unless it is a link to a file that does not belong to the checkpoint.
+
+    Whoever trusts the folder lets links lead anywhere, by `FOLLOW_LINKS`: the variable reaches
+    every rank, and the calls that Megatron-Bridge makes.
+    """
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     # The hub cache: snapshots/<revision>/<file> links to ../../blobs/<hash>
     # (huggingface_hub.file_download).
     in_hub_cache = (
         folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     )
-    if not target.is_relative_to(folder) and not in_hub_cache:
+    follows = os.environ.get(FOLLOW_LINKS) == "1"
+    if not target.is_relative_to(folder) and not in_hub_cache and not follows:
         raise CheckpointError(
             path,
             f"is a link to {_quote(str(target))}, which is outside the checkpoint's folder",
-            remedy="put the file itself there",
+            remedy="if you trust the folder, follow its links with --follow-links (in Python with "
+            f"{FOLLOW_LINKS}=1 in the environment), or put the file itself there",
         )
     return path
 

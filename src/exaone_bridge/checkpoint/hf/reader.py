@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from exaone_bridge.checkpoint.hf.headers import FileStamp, TensorInfo
 from exaone_bridge.errors import CheckpointError
+from exaone_bridge.schema.dtypes import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -80,23 +81,32 @@ class TensorReader:
         return tensor
 
     def read_into(self, info: TensorInfo, target: torch.Tensor, begin: int = 0) -> None:
-        """Fill a tensor with bytes of a tensor on disk, which are not converted.
+        """Fill a tensor with bytes of a tensor, which has the dtype `info.dtype`.
 
         Args:
             target: [...], a contiguous CPU tensor of any shape and dtype.
-            begin: The first byte to be read, counted from the beginning of the tensor on disk.
+            begin: The first byte to be read, counted from the beginning of the tensor; the first
+                of an element, if the tensor is cast.
 
         Raises:
             CheckpointError: The file cannot be read, or has changed since its header was read.
             ValueError: The tensor on disk has fewer bytes than that.
         """
-        from exaone_bridge.checkpoint.dtypes import byte_view
+        import torch
+
+        from exaone_bridge.checkpoint.dtypes import TORCH_DTYPES, byte_view
 
         if begin + target.nbytes > info.nbytes:
             raise ValueError(
                 f"{info.name} has {info.nbytes} bytes, not {begin + target.nbytes} as wanted."
             )
         if not target.nbytes:
+            return
+        if info.cast_from is not None:
+            size = DTYPE_BYTES[info.dtype]
+            stored = torch.empty(target.nbytes // size, dtype=TORCH_DTYPES[info.cast_from])
+            self.read_into(info.on_disk, stored, begin // size * stored.itemsize)
+            byte_view(target)[:] = byte_view(stored.to(TORCH_DTYPES[info.dtype]))
             return
         descriptor = self._open(info)
         left = byte_view(target)
@@ -108,7 +118,7 @@ class TensorReader:
         _check_unchanged(info, descriptor)
 
     def view(self, info: TensorInfo) -> torch.Tensor:
-        """Map a tensor without reading it; call `release` when it was used.
+        """Map a tensor without reading it, unless it is cast; call `release` when it was used.
 
         Returns:
             [*info.shape]; it must not outlive this reader, nor be written to.
@@ -121,6 +131,8 @@ class TensorReader:
         from exaone_bridge.checkpoint.dtypes import TORCH_DTYPES
 
         dtype = TORCH_DTYPES[info.dtype]
+        if info.cast_from is not None:
+            return self.view(info.on_disk).to(dtype)
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype)
         descriptor = self._open(info)
@@ -141,6 +153,7 @@ class TensorReader:
         Raises:
             CheckpointError: The file has changed since its header was read.
         """
+        info = info.on_disk
         if (mapped := self._maps.get(info.file)) is None:
             return
         _check_unchanged(info, self._descriptors[info.file])

@@ -10,15 +10,14 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
-from exaone_bridge.checkpoint.hf.checkpoint import check_shape
-from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
+from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint, check_shape
+from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.checkpoint.reshard.plan import LocalParam, Rank, ReshardPlan, reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import validate_plan
@@ -149,7 +148,7 @@ def _with_global_layer(name: str, layers: tuple[int, ...]) -> str:
     return f"{before}.layers.{layers[int(number)]}.{after}"
 
 
-def load_weights(folder: Path, model: ModelDescription, local: LocalModel) -> LoadStats:
+def load_weights(source: HFCheckpoint, model: ModelDescription, local: LocalModel) -> LoadStats:
     """Copy this rank's slices from a folder's files straight into its parameters.
 
     No collective is involved: a rank that raises does so alone.
@@ -169,10 +168,8 @@ def load_weights(folder: Path, model: ModelDescription, local: LocalModel) -> Lo
             remedy=BUILD_FROM_CONFIG,
         )
     params = match_params(plan, local)
-    tensors = {
-        name: info for name, info in read_headers(folder).items() if not model.is_passthrough(name)
-    }
-    check_coverage(model.hf_shapes, tensors, where=folder)
+    tensors = source.model_tensors
+    check_coverage(model.hf_shapes, tensors, where=source.folder)
     for name, shape in model.hf_shapes.items():
         check_shape(tensors[name], shape)
     if local.even_pipeline:

@@ -153,6 +153,7 @@ class Report:
         activations: differences in execution order.
         divergence: the first of `activations` that diverges.
         tensors: name -> dtype, shape and SHA-256 of the source's tensors.
+        notes: sentences about what was accepted of the source although its config says otherwise.
         setup: prompts, seed and other settings that the measured values depend on.
         seconds: duration of the whole verification.
     """
@@ -167,6 +168,7 @@ class Report:
     activations: tuple[ActivationDiff, ...] = ()
     divergence: Divergence | None = None
     tensors: Mapping[str, JSONMapping] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     setup: JSONMapping = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""

@@ -185,6 +185,7 @@ def run(session: Session) -> Report:
         activations=arithmetic.activations,
         divergence=arithmetic.divergence,
         tensors={name: digest.to_dict() for name, digest in tensors.items()},
+        notes=checkpoint.notes,
         setup=workload.setup(),
         versions=versions(),
         command=session.command,

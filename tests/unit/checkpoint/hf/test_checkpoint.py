@@ -87,8 +87,8 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (WEIGHTS, "model.norm.weight", "[1, 64]", "[64]", "check that config.json belongs"),
     ),
     "wrong dtype": (
-        set_tensors(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].bfloat16()})),
-        (WEIGHTS, Q_PROJ, "dtype BF16", "makes it F32", "convert it, or correct dtype"),
+        set_tensors(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].double() / 3})),
+        (WEIGHTS, Q_PROJ, "itself in F32", "makes it F32", "most at [", "convert the weights"),
     ),
     "a dtype of no family": (
         set_tensors(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].long()})),
