@@ -107,7 +107,7 @@ def test_verify_passes_and_says_what_differs(
 ) -> None:
     report = verify(accepted[0], quick=True)
     assert report.passed, report.failures()
-    assert report.notes and report.to_json()["notes"] == list(report.notes)
+    assert report.notes and report.to_dict()["notes"] == list(report.notes)
 
 
 def test_import_and_export_equal_what_auto_bridge_saves(
