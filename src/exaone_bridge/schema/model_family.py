@@ -201,7 +201,7 @@ class ModelDescription:
         return self.family.is_passthrough(name)
 
     def is_redundant(self, name: str) -> bool:
-        """Returns whether a checkpoint may have this tensor although the model does not.
+        """Return whether a checkpoint may have this tensor although the model does not.
 
         Its values follow from the rest: a tied output layer, or the frequencies of RoPE. No export
         has it.

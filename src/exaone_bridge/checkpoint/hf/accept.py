@@ -198,7 +198,7 @@ def _check_equal(
 def _worst(
     found: torch.Tensor, expected: torch.Tensor, rounding: float
 ) -> tuple[tuple[int, ...], float] | None:
-    """The index and the size of the largest difference; None if both are equal."""
+    """Find the index [rank of the tensors] and size of the largest difference, if there is one."""
     import torch
 
     at, largest = -1, 0.0
