@@ -169,14 +169,14 @@ def _load_rank(folder: Path, repeats: int) -> dict[str, Least]:
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, Layout())
     files = sorted(folder.glob("*.safetensors"))
-    held = {
+    copies = {
         name: torch.ones_like(tensor) for file in files for name, tensor in load_file(file).items()
     }
 
     def plain() -> None:
         for file in files:
             for name, tensor in load_file(file).items():
-                held[name].copy_(tensor)
+                copies[name].copy_(tensor)
 
     def upstream() -> None:
         MegatronModelBridge.load_weights_hf_to_megatron(
@@ -224,7 +224,7 @@ def _bytes_rank(folder: Path, layout: Layout) -> tuple[int, int]:
 def measure_bytes(run: Run) -> None:
     """Count the bytes that each rank reads."""
     folder = checkpoint(run.work / "b1", SMALL if run.small else B1)
-    whole = 0
+    total = 0
     for tp in (1, 2, 4, 8):
         layout = Layout(tp=tp)
         moved = ForkLauncher(tp).all(_bytes_rank, folder, layout)
@@ -232,14 +232,14 @@ def measure_bytes(run: Run) -> None:
             source = HFCheckpoint.open(folder)
             plan = reshard_plan(source.model, Layout(tp=2))
             sharded = [param for param in plan.params if len(param.shards) > 1]
-            whole = sum(param.hf_nbytes * (len(param.mapping.layers) or 1) for param in sharded)
+            total = sum(param.hf_nbytes * (len(param.mapping.layers) or 1) for param in sharded)
             print(
                 "| TP1: bytes read by the rank; of the files "
                 f"| {moved[0][0]:,}; {source.nbytes:,} |"
             )
             continue
         shares = sorted({nbytes for _, nbytes in moved})
-        text = ", ".join(f"{share * tp / whole:.6f}" for share in shares)
+        text = ", ".join(f"{share * tp / total:.6f}" for share in shares)
         print(
             f"| TP{tp}: bytes a rank reads of sharded tensors, x {tp} / total | {text} |",
             flush=True,
@@ -252,12 +252,12 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = unfilled(bridge, Layout())
     bridge.load_hf_weights(model)
-    held = {
+    copies = {
         name: tensor
         for file in folder.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
-    held = {name: tensor.clone() for name, tensor in held.items()}
+    copies = {name: tensor.clone() for name, tensor in copies.items()}
     torch.set_num_threads(1)
 
     def fresh(name: str) -> Path:
@@ -269,7 +269,7 @@ def _export_rank(folder: Path, work: Path, repeats: int) -> dict[str, float]:
     def baseline(flush: bool) -> None:
         path = fresh("save_file") / "model.safetensors"
         started = time.perf_counter()
-        save_file(held, path, metadata={"format": "pt"})
+        save_file(copies, path, metadata={"format": "pt"})
         if flush:
             from exaone_bridge.checkpoint.staging import sync_to_disk
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 def _make_deterministic(config: Any) -> None:
-    config.model.cross_entropy_loss_fusion = False  # not deterministic, says Megatron-Core
+    config.model.cross_entropy_loss_fusion = False  # not deterministic according to Megatron-Core
     config.dataset.num_workers = 0
 
 

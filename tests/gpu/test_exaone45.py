@@ -32,10 +32,10 @@ from tests.helpers.gpu import (
 from tests.helpers.mtp import mtp_of_megatron, mtp_of_reference, random_tokens
 from tests.helpers.training import (
     assert_gradients_equal,
+    full_sequence_step,
     to_device,
     train_megatron,
     train_transformers,
-    whole_sequence_step,
 )
 
 WIDE_CONFIG = CONFIG | wide("exaone45")
@@ -166,7 +166,7 @@ def test_fp32_gradients_equal_those_of_transformers(nccl: None, tiny: Any, recom
     if recompute:
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform"}
         overrides["recompute_num_layers"] = 1
-    run = train_megatron(folder, Layout(), batches, forward_step=whole_sequence_step, **overrides)
+    run = train_megatron(folder, Layout(), batches, forward_step=full_sequence_step, **overrides)
     assert abs(run.losses[0] - reference.losses[0]) <= 1e-4
     assert all(value.any() for value in reference.gradients.values())
     assert_gradients_equal(run.gradients, reference.gradients, tolerance=1e-3)

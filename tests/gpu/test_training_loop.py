@@ -120,12 +120,12 @@ def runs(
 
 def test_losses_of_a_resumed_run_equal_those_of_an_uninterrupted_run(runs: Runs) -> None:
     """Deterministic kernels make them equal within 1e-6."""
-    whole, resumed = runs.losses("uninterrupted"), runs.losses("resumed")
-    print("uninterrupted", whole, "resumed", resumed)
-    assert sorted(whole) == list(range(1, 11))
+    complete, resumed = runs.losses("uninterrupted"), runs.losses("resumed")
+    print("uninterrupted", complete, "resumed", resumed)
+    assert sorted(complete) == list(range(1, 11))
     assert sorted(resumed) == list(range(6, 11))
-    assert len(set(whole.values())) == 10  # the data are random: no two losses are equal
-    assert max(abs(resumed[step] - whole[step]) for step in resumed) <= 1e-6
+    assert len(set(complete.values())) == 10  # the data are random: no two losses are equal
+    assert max(abs(resumed[step] - complete[step]) for step in resumed) <= 1e-6
 
 
 def test_export_of_a_run_has_the_logits_of_the_trained_model(
@@ -247,5 +247,5 @@ def test_lora_example_exports_adapters_that_equal_the_merged_model(runs: Runs, n
 
 def test_losses_of_consecutive_steps_differ(runs: Runs) -> None:
     """Therefore a resumed run that repeats a step would fail the test above."""
-    whole = runs.losses("uninterrupted")
-    assert max(abs(whole[step] - whole[step - 1]) for step in range(6, 11)) > 1e-4
+    complete = runs.losses("uninterrupted")
+    assert max(abs(complete[step] - complete[step - 1]) for step in range(6, 11)) > 1e-4

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequence
 from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.schema.parallel_layout import Layout
-from tests.helpers.training import device, mean_over_cp, train_megatron, whole_sequence_step
+from tests.helpers.training import device, full_sequence_step, mean_over_cp, train_megatron
 
 SCALE = 0.1  # mtp_loss_scaling_factor
 
@@ -203,7 +203,7 @@ def mtp_of_megatron(
         folder,
         layout,
         batches,
-        forward_step=whole_sequence_step,
+        forward_step=full_sequence_step,
         dtype=dtype,
         inspect=keep_outputs,
         **overrides,

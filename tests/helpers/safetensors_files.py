@@ -27,7 +27,7 @@ def file_bytes(header: bytes | dict[str, object], data_bytes: int = 8) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(range(data_bytes))
 
 
-def refusal(path: Path, fragment: str, read: Callable[[], object]) -> str:
+def rejection_of(path: Path, fragment: str, read: Callable[[], object]) -> str:
     """The message of the CheckpointError of `read`: one line about `path` with `fragment`."""
     with pytest.raises(CheckpointError) as caught:
         read()

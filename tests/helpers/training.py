@@ -86,7 +86,7 @@ def mean_over_cp(loss: torch.Tensor) -> torch.Tensor:
     return loss / parallel_state.get_context_parallel_world_size()
 
 
-def whole_sequence_step(
+def full_sequence_step(
     batches: Iterator[tuple[torch.Tensor, Images]], model: Any
 ) -> tuple[torch.Tensor, Any]:
     """Run a prompt as Megatron-Bridge does for vision models: the model shards it over CP."""

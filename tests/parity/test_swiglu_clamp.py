@@ -70,7 +70,7 @@ def _logits_of_megatron(folder: Path, tokens: torch.Tensor, **overrides: Any) ->
 
 
 def _both(folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The user also asks for the fused paths."""
+    """The user also requests the fused paths."""
     clamped = _logits_of_megatron(
         folder, tokens, activation_func_clamp_value=LIMIT, bias_activation_fusion=True
     )
@@ -78,7 +78,7 @@ def _both(folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("name", ["exaone4", "ernie45", "exaone-moe"])
-def test_clamp_changes_the_logits_as_its_formula_says(
+def test_clamp_changes_the_logits_as_its_formula_does(
     megatron_bridge: Any, tiny: Any, name: str
 ) -> None:
     folder, tokens = tiny(name), random_tokens()[:, :-1]

@@ -97,6 +97,6 @@ def test_the_command_line_page_has_the_help(
     monkeypatch.setenv("COLUMNS", "96")
     with pytest.raises(SystemExit):
         make_parser().parse_args([*command.split(), "--help"])
-    words = capsys.readouterr().out.split()
+    printed = capsys.readouterr().out.split()
     blocks = code_blocks((ROOT / "docs" / "cli.md").read_text(), "text")
-    assert words in [block.split() for block in blocks]
+    assert printed in [block.split() for block in blocks]

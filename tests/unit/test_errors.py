@@ -60,8 +60,8 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         {"names": tuple(f"t{n}" for n in range(9))},
     ),
     (
-        CheckpointError("/a/model.safetensors", "is cut short", remedy="copy it again"),
-        "/a/model.safetensors: is cut short; copy it again.",
+        CheckpointError("/a/model.safetensors", "is truncated", remedy="copy it again"),
+        "/a/model.safetensors: is truncated; copy it again.",
         {"path": Path("/a/model.safetensors")},
     ),
     (
@@ -70,8 +70,8 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         {"path": Path("/a")},
     ),
     (
-        OutputError("/a", "the disk refuses to take more", remedy="free some space"),
-        "/a: the disk refuses to take more; free some space.",
+        OutputError("/a", "the disk takes no more", remedy="free some space"),
+        "/a: the disk takes no more; free some space.",
         {"path": Path("/a")},
     ),
     (

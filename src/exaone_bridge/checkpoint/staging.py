@@ -98,7 +98,7 @@ def target_of(partial: Path) -> Path:
 
 
 def check_space(target: Path, nbytes: int) -> None:
-    """Raise if the disk has no room for what an earlier run has not written of an output yet.
+    """Raise if the disk has no space for what an earlier run has not written of an output yet.
 
     Args:
         target: The output; what exists of it is in `partial_folder(target)`.

@@ -1,7 +1,7 @@
 """The base class of the model providers, and the fields that every family derives in the same way.
 
 Every field is plain data, so that a Megatron checkpoint's `run_config.yaml` builds the same model
-again, and holds the Hugging Face config that the model came from.
+again, and keeps the Hugging Face config that the model came from.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class ExactGPTModelProvider(GPTModelProvider):
 
 
 def is_of_our_model(module: torch.nn.Module) -> bool:
-    """Return whether a Megatron-Core module, or an adapter of one, is in a model of ours.
+    """Return whether a Megatron-Core module, or an adapter of one, is in a model of exaone_bridge.
 
     Their `config` is the provider that built the model.
     """

@@ -55,10 +55,10 @@ def with_present_names(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     target = config.get("_target_")
-    is_ours = isinstance(target, str) and target.startswith("exaone_bridge.")
-    names = _FIELDS if is_ours else {}
+    is_exaone_bridge = isinstance(target, str) and target.startswith("exaone_bridge.")
+    names = _FIELDS if is_exaone_bridge else {}
     renamed = {names.get(key, key): with_present_names(value) for key, value in config.items()}
-    return {**renamed, "_target_": _present_target(target)} if is_ours else renamed
+    return {**renamed, "_target_": _present_target(target)} if is_exaone_bridge else renamed
 
 
 def _present_target(target: Any) -> Any:

@@ -46,8 +46,8 @@ def from_auto_config(
     """Read the config of the tracked iteration, if its provider is one of exaone_bridge."""
     tracked = _tracked(megatron_path)
     run_config = tracked / "run_config.yaml"
-    ours = run_config.is_file() and "exaone_bridge." in run_config.read_text()
-    return original(cls, str(tracked) if ours else megatron_path, *args, **kwargs)
+    exact = run_config.is_file() and "exaone_bridge." in run_config.read_text()
+    return original(cls, str(tracked) if exact else megatron_path, *args, **kwargs)
 
 
 def _tracked(path: str | Path) -> Path:

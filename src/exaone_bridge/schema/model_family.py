@@ -193,7 +193,7 @@ class ModelDescription:
 
     @property
     def passthrough_tensors(self) -> tuple[HFTensor, ...]:
-        """The tensors that a checkpoint of this model holds beside the model."""
+        """The tensors that a checkpoint of this model has beside the model."""
         return self.family.passthrough_tensors(self.config)
 
     def is_passthrough(self, name: str) -> bool:

@@ -97,7 +97,7 @@ class Layout:
     def stage_layers(self, num_layers: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Return the global 0-based layers of each chunk of each pipeline stage.
 
-        The split is Megatron-Core's even one: chunk c of stage p holds the layers that follow those
+        The split is Megatron-Core's even one: chunk c of stage p has the layers that follow those
         of chunk c of stage p - 1, and chunk c + 1 of stage 0 follows chunk c of the last stage.
         """
         size = num_layers // (self.pp * self.vpp)

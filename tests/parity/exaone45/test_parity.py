@@ -148,7 +148,7 @@ def test_batch_of_text_images_and_video_equals_single_prompts(
     assert (logits - expected).abs().max() <= 1e-4
 
 
-def _losses_of_whole_sequences(folder: Path, tokens: torch.Tensor, images: Images) -> torch.Tensor:
+def _losses_of_full_sequences(folder: Path, tokens: torch.Tensor, images: Images) -> torch.Tensor:
     """Call the model as Megatron-Bridge's step for vision models does, with unsharded sequences.
 
     Returns:
@@ -169,7 +169,7 @@ def _losses_of_whole_sequences(folder: Path, tokens: torch.Tensor, images: Image
     return loss
 
 
-def test_model_shards_whole_sequences_over_cp(megatron_bridge: Any, tiny: Any) -> None:
+def test_model_shards_full_sequences_over_cp(megatron_bridge: Any, tiny: Any) -> None:
     tokens, images = image_prompts(read_hf_config(CONFIG), 4, seed=5)
     padding = torch.full((4, 5 - tokens.shape[1] % 4), 7)  # four divides S
     tokens = torch.cat((tokens, padding), dim=1)
@@ -178,7 +178,7 @@ def test_model_shards_whole_sequences_over_cp(megatron_bridge: Any, tiny: Any) -
     expected = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), tokens[:, 1:], reduction="none"
     )
-    shards = fork.all(_losses_of_whole_sequences, folder, tokens, batch_images(images))
+    shards = fork.all(_losses_of_full_sequences, folder, tokens, batch_images(images))
     assert (restore_sequence_order(shards, 1) - expected).abs().max() <= 1e-4
 
 

@@ -16,9 +16,9 @@ from tests.helpers.training import (
     Batches,
     TrainingRun,
     assert_gradients_equal,
+    full_sequence_step,
     train_megatron,
     train_transformers,
-    whole_sequence_step,
 )
 
 
@@ -30,7 +30,7 @@ def reference(megatron_bridge: Any, tiny: Any) -> TrainingRun:
 def _train(
     folder: Any, layout: Layout, batches: Batches | None = None, **overrides: Any
 ) -> list[TrainingRun]:
-    step = functools.partial(train_megatron, forward_step=whole_sequence_step, **overrides)
+    step = functools.partial(train_megatron, forward_step=full_sequence_step, **overrides)
     return ForkLauncher(layout.ranks).all(step, folder, layout, batches or image_batches())
 
 

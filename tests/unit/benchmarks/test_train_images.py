@@ -13,7 +13,7 @@ from tests.helpers.exaone45 import CONFIG
 from tests.helpers.paths import ROOT
 
 
-# A window has six patches: the border of an image of 16 patches cuts windows.
+# A window has six patches: the border of an image of 16 patches crosses windows.
 @pytest.mark.parametrize("side", [12, 16])
 def test_operations_of_an_image_equal_those_that_torch_counts(
     side: int, monkeypatch: pytest.MonkeyPatch

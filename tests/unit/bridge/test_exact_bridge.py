@@ -167,8 +167,8 @@ MISMATCHES: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_load_into_a_model_of_another_config_is_rejected(
     name: str, megatron_bridge: Any, tiny: Any
 ) -> None:
-    fields, change, says = MISMATCHES[name]
-    with pytest.raises(BridgeError, match=says):
+    fields, change, message = MISMATCHES[name]
+    with pytest.raises(BridgeError, match=message):
         ForkLauncher(2).all(_load_into, tiny("exaone4"), Layout(pp=2), fields, change)
 
 

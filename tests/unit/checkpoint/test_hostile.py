@@ -243,18 +243,18 @@ def surroundings(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tries", [200, pytest.param(TRIES, marks=pytest.mark.slow)])
-def test_a_hostile_folder_is_refused_or_read_right(
+def test_a_hostile_folder_is_rejected_or_read_right(
     sound: tuple[Path, Path], tmp_path: Path, tries: int
 ) -> None:
     noise = random.Random(7)
     (tmp_path / "outside").write_bytes((sound[0] / "model.safetensors").read_bytes())
-    room = tmp_path / "room"
-    room.mkdir()
+    parent = tmp_path / "parent"
+    parent.mkdir()
     before, memory = surroundings(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes: Counter[tuple[str, str]] = Counter()
     slowest = 0.0
     for _ in range(tries):
-        folder = room / "model"
+        folder = parent / "model"
         shutil.copytree(noise.choice(sound), folder)
         kind = mutate(noise, folder)
         started = time.perf_counter()
@@ -265,7 +265,7 @@ def test_a_hostile_folder_is_refused_or_read_right(
             message = str(error)
             plain = len(message.splitlines()) == 1 and message.isprintable() and len(message) < 3000
             assert plain, message[:2000]
-            outcomes[kind, "refused"] += 1
+            outcomes[kind, "rejected"] += 1
         slowest = max(slowest, time.perf_counter() - started)
         shutil.rmtree(folder)
     assert surroundings(tmp_path) == before
@@ -275,7 +275,7 @@ def test_a_hostile_folder_is_refused_or_read_right(
         f"memory +{grown / 2**20:.0f} MiB: {dict(outcomes)}"
     )
     assert slowest < SECONDS and grown < MORE_MEMORY
-    assert sum(count for (_, end), count in outcomes.items() if end == "refused") > tries // 2
+    assert sum(count for (_, end), count in outcomes.items() if end == "rejected") > tries // 2
     assert len({kind for kind, _ in outcomes}) == 7
 
 
@@ -312,29 +312,31 @@ def damaged_metadata(noise: random.Random, data: bytes, trace: Path) -> bytes:
     return bytes(changed)
 
 
-def test_a_hostile_megatron_checkpoint_is_refused_or_read_whole(
+def test_a_hostile_megatron_checkpoint_is_rejected_or_read_completely(
     megatron: Path, sound: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Its metadata is a pickle: no code is run, and no file outside is opened."""
     noise = random.Random(8)
     config = json.loads((sound[0] / "config.json").read_text())
-    tries, refused, read = 200, 0, 0
+    tries, rejected, read = 200, 0, 0
     folder = tmp_path / "megatron"
     shutil.copytree(megatron, folder)
     metadata, data_file = (
         folder / "iter_0000000" / ".metadata",
         folder / "iter_0000000" / "__0_0.distcp",
     )
-    whole, bits = metadata.read_bytes(), data_file.read_bytes()
+    sound_metadata, bits = metadata.read_bytes(), data_file.read_bytes()
     for _ in range(tries):
         if noise.random() < 0.7:
-            metadata.write_bytes(damaged_metadata(noise, whole, tmp_path / "ran"))
+            metadata.write_bytes(damaged_metadata(noise, sound_metadata, tmp_path / "ran"))
         else:
-            metadata.write_bytes(whole)
-            cut = bytearray(bits)
+            metadata.write_bytes(sound_metadata)
+            damaged = bytearray(bits)
             for _ in range(noise.choice([1, 20])):
-                cut[noise.randrange(len(cut))] ^= 1 << noise.randrange(8)
-            data_file.write_bytes(cut[: noise.choice([len(cut), noise.randrange(len(cut))])])
+                damaged[noise.randrange(len(damaged))] ^= 1 << noise.randrange(8)
+            data_file.write_bytes(
+                damaged[: noise.choice([len(damaged), noise.randrange(len(damaged))])]
+            )
         try:
             source = MegatronCheckpoint(folder, config)
             for name, spec in source.tensors.items():
@@ -342,11 +344,11 @@ def test_a_hostile_megatron_checkpoint_is_refused_or_read_whole(
             read += 1  # a flipped bit of a weight is a weight
         except BridgeError as error:
             assert len(str(error).splitlines()) == 1
-            refused += 1
+            rejected += 1
         data_file.write_bytes(bits)
     assert not (tmp_path / "ran").exists()
-    print(f"{tries} hostile Megatron checkpoints: {refused} refused, {read} read whole")
-    assert refused > tries // 4 and refused + read == tries
+    print(f"{tries} hostile Megatron checkpoints: {rejected} rejected, {read} read completely")
+    assert rejected > tries // 4 and rejected + read == tries
 
 
 ESCAPES: dict[str, Callable[[Any], None]] = {
@@ -356,7 +358,7 @@ ESCAPES: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_a_chunk_that_lies_elsewhere_is_refused(name: str, megatron: Path, tmp_path: Path) -> None:
+def test_a_chunk_that_lies_elsewhere_is_rejected(name: str, megatron: Path, tmp_path: Path) -> None:
     folder = tmp_path / "megatron"
     shutil.copytree(megatron, folder)
     path = folder / "iter_0000000" / ".metadata"
@@ -371,19 +373,19 @@ def test_a_chunk_that_lies_elsewhere_is_refused(name: str, megatron: Path, tmp_p
     assert not (tmp_path / "output").exists() and not (tmp_path / ".output.partial").exists()
 
 
-def test_chunks_that_overlap_or_leave_gaps_are_refused(
+def test_chunks_that_overlap_or_leave_gaps_are_rejected(
     megatron: Path, sound: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "megatron"
     shutil.copytree(megatron, folder)
     path = folder / "iter_0000000" / ".metadata"
     config = json.loads((sound[0] / "config.json").read_text())
-    for change, says in (
+    for change, message in (
         (lambda chunks: chunks.append(chunks[0]), "used twice"),
         (lambda chunks: chunks.pop(), "of which 0"),
     ):
         metadata = pickle.loads((megatron / "iter_0000000" / ".metadata").read_bytes())
         change(metadata.state_dict_metadata["embedding.word_embeddings.weight"].chunks)
         path.write_bytes(pickle.dumps(metadata))
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=message):
             MegatronCheckpoint(folder, config).read("model.embed_tokens.weight")

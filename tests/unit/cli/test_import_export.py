@@ -119,7 +119,7 @@ def rolled_back(megatron_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_tracked_iteration_is_exported_and_said(
+def test_the_tracked_iteration_is_exported_and_named(
     rolled_back: Path, sharded: Path, cli: Cli, tmp_path: Path
 ) -> None:
     run = cli("export", rolled_back, "tracked")

@@ -121,7 +121,7 @@ def test_set_option_takes_json_or_plain_text(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("layers", "letters"), [(3, "LLL"), (4, "LLLG"), (10, "LLLGLLLGLL")])
-def test_set_num_hidden_layers_repeats_or_cuts_the_layer_pattern(
+def test_set_num_hidden_layers_repeats_or_shortens_the_layer_pattern(
     layers: int, letters: str, cli: Cli, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -112,25 +112,25 @@ def test_killed_at_any_moment(
     run, origin = (_stream, megatron) if way == "stream" else (_world, source)
     began = tmp_path / "began"
     started = time.perf_counter()
-    assert not killed(run, began, (origin, tmp_path / "whole", ranks), 300)
+    assert not killed(run, began, (origin, tmp_path / "complete", ranks), 300)
     lasted = time.perf_counter() - max(
         started, began.stat().st_mtime - time.time() + time.perf_counter()
     )
-    wanted = digests(tmp_path / "whole")
+    wanted = digests(tmp_path / "complete")
     assert len(wanted) >= (12 if way == "stream" else 6)
     noise = random.Random(ranks)
     kills = KILLS if way == "stream" or KILLS > 10 else 2
-    running = whole = 0
+    running = complete = 0
     target = tmp_path / "output"
     for _ in range(kills):
         running += killed(run, began, (origin, target, ranks), noise.uniform(0, 1.1 * lasted))
-        if target.exists():  # it was faster: what is there is whole, and another begins
+        if target.exists():  # it was faster: what is there is complete, and another begins
             assert digests(target) == wanted
-            whole += 1
-            target.rename(tmp_path / f"whole{whole}")
+            complete += 1
+            target.rename(tmp_path / f"complete{complete}")
     print(
         f"{way}, {ranks} ranks: {kills} kills in {lasted:.2f} s, {running} while it ran, "
-        f"{whole} complete before"
+        f"{complete} complete before"
     )
     assert running
     assert not killed(run, began, (origin, target, ranks), 300)
@@ -142,11 +142,11 @@ def test_what_is_there_is_kept_and_what_is_wrong_is_written(
     megatron: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Complete files are kept, with their modification time; truncated and other files are not."""
-    export_checkpoint(megatron, tmp_path / "whole", max_shard_bytes=PARTS)
-    wanted = digests(tmp_path / "whole")
+    export_checkpoint(megatron, tmp_path / "complete", max_shard_bytes=PARTS)
+    wanted = digests(tmp_path / "complete")
     target = tmp_path / "output"
     partial = staging.partial_folder(target)
-    (tmp_path / "whole").rename(partial)
+    (tmp_path / "complete").rename(partial)
     files = sorted(partial.glob("*.safetensors"))
     data = bytearray(files[1].read_bytes())
     data[-5] ^= 1
@@ -200,7 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything(
+def test_a_disk_that_is_too_small_is_rejected_before_anything(
     megatron: Path, source: Path, small_disk: Path
 ) -> None:
     with pytest.raises(
@@ -229,8 +229,8 @@ def test_a_disk_that_fills_up(
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     done = export_checkpoint(megatron, target, workers=workers, max_shard_bytes=PARTS)
     assert done.kept_bytes > 5_000_000
-    export_checkpoint(megatron, tmp_path / "whole", max_shard_bytes=PARTS)
-    assert digests(target) == digests(tmp_path / "whole")
+    export_checkpoint(megatron, tmp_path / "complete", max_shard_bytes=PARTS)
+    assert digests(target) == digests(tmp_path / "complete")
 
 
 @pytest.mark.parametrize("writer", ["a rank", "the parent process"])
@@ -254,7 +254,7 @@ def test_an_import_whose_disk_fills_up_leaves_nothing(
 
 
 def _save_with_a_full_rank(source: Path, target: Path, layout: Layout, full: int) -> None:
-    """One rank's writes are refused (RLIMIT_FSIZE), in the middle."""
+    """One rank's writes fail (RLIMIT_FSIZE), in the middle."""
     if torch.distributed.get_rank() == full:
         right = shards._write
 
@@ -271,7 +271,7 @@ def _save_with_a_full_rank(source: Path, target: Path, layout: Layout, full: int
 def test_one_rank_that_cannot_write_ends_all_of_them(
     full: int, source: Path, tmp_path: Path
 ) -> None:
-    """At once, with the same words; the others do not wait for what it would have sent."""
+    """At once, with the same text; the others do not wait for what it would have sent."""
     started = time.perf_counter()
     with pytest.raises(
         OutputError, match=r"the disk takes no more data \(File too large\); free some space"

@@ -123,7 +123,7 @@ def test_without_tokenizer(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> N
 def test_saved_at_one_layout_loaded_at_another(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, saved: Layout, loaded: Layout
 ) -> None:
-    """387 words: each layout pads the vocabulary differently."""
+    """A vocabulary of 387: each layout pads the vocabulary differently."""
     source = (
         tiny(name)
         if name == "exaone4"
@@ -186,7 +186,9 @@ def test_run_config_is_plain_and_keeps_the_wishes(
 
 
 @pytest.mark.slow
-def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path: Path) -> None:
+def test_streaming_has_one_parameter_in_memory_at_a_time(
+    megatron_bridge: Any, tmp_path: Path
+) -> None:
     """The checkpoint has four times the bound; benchmarks/convert.py shows it at 16 GB."""
     layers = 24
     config = {
@@ -213,34 +215,36 @@ def test_streaming_holds_one_parameter_at_a_time(megatron_bridge: Any, tmp_path:
 @pytest.mark.parametrize(
     "name", ["exaone4", "exaone4-1.2b", "ernie45", "ernie45-300b", "ernie45-dense"]
 )
-def test_streamed_keys_are_the_hosts(
+def test_streamed_keys_are_those_of_megatron_bridge(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
 ) -> None:
     """What is written without a model, against what Megatron-Bridge writes of a model."""
     source = tiny(
         name, dtype="bfloat16", **({"use_bias": True} if name.startswith("ernie") else {})
     )
-    import_checkpoint(source, tmp_path / "ours", Layout(), workers=2)
-    ForkLauncher(1).all(_save, source, tmp_path / "host", Layout())
-    ours, hosts = (
+    import_checkpoint(source, tmp_path / "streamed", Layout(), workers=2)
+    ForkLauncher(1).all(_save, source, tmp_path / "saved", Layout())
+    streamed, saved = (
         pickle.loads((tmp_path / who / "iter_0000000" / ".metadata").read_bytes())
-        for who in ("ours", "host")
+        for who in ("streamed", "saved")
     )
-    assert ours.state_dict_metadata.keys() == hosts.state_dict_metadata.keys()
-    for key, entry in hosts.state_dict_metadata.items():
+    assert streamed.state_dict_metadata.keys() == saved.state_dict_metadata.keys()
+    for key, entry in saved.state_dict_metadata.items():
         if hasattr(entry, "size"):
             assert (
-                ours.state_dict_metadata[key].size,
-                ours.state_dict_metadata[key].properties,
+                streamed.state_dict_metadata[key].size,
+                streamed.state_dict_metadata[key].properties,
             ) == (
                 entry.size,
                 entry.properties,
             )
-    tops = [{path.name for path in (tmp_path / who).iterdir()} - {"hf"} for who in ("ours", "host")]
+    tops = [
+        {path.name for path in (tmp_path / who).iterdir()} - {"hf"} for who in ("streamed", "saved")
+    ]
     assert tops[0] == tops[1]
     inner = [
         {path.name for path in (tmp_path / who / "iter_0000000").iterdir()}
-        for who in ("ours", "host")
+        for who in ("streamed", "saved")
     ]
     assert {file for file in inner[1] if not file.endswith(".distcp")} <= inner[0]
 
@@ -255,7 +259,7 @@ def test_streamed_keys_are_the_hosts(
     ],
     ids=str,
 )
-def test_what_is_streamed_loads_in_the_hosts_loader(
+def test_what_is_streamed_loads_in_megatron_bridge(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str, layout: Layout
 ) -> None:
     source = tiny(name, dtype="bfloat16")
@@ -269,7 +273,7 @@ def test_what_is_streamed_loads_in_the_hosts_loader(
 def test_a_checkpoint_with_optimizer_states_is_read_without_them(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """As training writes it: optimizer states of the same names, cut as the optimizer cuts them."""
+    """As training writes it: optimizer states of the same names, in the optimizer's shards."""
     source = tiny("exaone4")
     import_checkpoint(source, tmp_path / "megatron", Layout())
     path = tmp_path / "megatron" / "iter_0000000" / ".metadata"

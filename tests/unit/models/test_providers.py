@@ -1,4 +1,4 @@
-"""A model provider holds the full model config: the two conversions are inverse."""
+"""A model provider has the full model config: the two conversions are inverse."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_states_are_saved_under_their_own_parameter(megatron_bridge: Any, tiny: 
 
 
 def test_megatron_cores_own_order_is_wrong(megatron_bridge: Any, tiny: Any) -> None:
-    """Should this fail, Megatron-Core has mended it, and `patches/optimizer.py` can go."""
+    """Should this fail, Megatron-Core has fixed it, and `patches/optimizer.py` can go."""
     (found,) = ForkLauncher(1).all(_train_and_save, tiny("ernie45", dtype="bfloat16"), False)
     assert [name for name, checks in found.items() if not all(checks)]
 

@@ -73,7 +73,7 @@ def test_the_device_is_the_cpu() -> None:
         assert torch.cuda.set_device(3) is None
         assert torch.cuda.synchronize() is None and torch.cuda.synchronize(device=CPU) is None
         assert torch.cuda.empty_cache() is None
-        assert not torch.cuda.is_available()  # what asks whether there is a GPU is told the truth
+        assert not torch.cuda.is_available()  # code that checks for a GPU finds none
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def _root(folder: Path, tracked: str | None, *names: str, incomplete: tuple[str,
 
 
 @pytest.mark.parametrize(
-    ("tracked", "names", "incomplete", "chosen", "says"),
+    ("tracked", "names", "incomplete", "chosen", "message"),
     [
         ("0", ["iter_0000000"], [], "iter_0000000", "iteration 0, which latest"),
         ("0\n", ["iter_0000000", "iter_0000010"], [], "iter_0000000", "iter_0000010 is newer"),
@@ -39,13 +39,13 @@ def test_the_tracked_iteration_is_chosen(
     names: list[str],
     incomplete: list[str],
     chosen: str,
-    says: str,
+    message: str,
     tmp_path: Path,
 ) -> None:
     root = _root(tmp_path / "root", tracked, *names, incomplete=tuple(incomplete))
     folder, why = choose_iteration(root)
     assert folder == root / chosen
-    assert says in why and bool(says) == bool(why)
+    assert message in why and bool(message) == bool(why)
     assert is_megatron_checkpoint(root) == bool(names)
 
 
@@ -56,7 +56,7 @@ def test_the_requested_iteration_is_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tracked", "requested", "says"),
+    ("tracked", "requested", "message"),
     [
         ("7", None, r"iteration '7' is named by latest_checkpointed_iteration\.txt.*there are: 0"),
         ("0", 3, r"iteration '3' is requested, and there is no such folder \(there are: 0\)"),
@@ -64,7 +64,7 @@ def test_the_requested_iteration_is_chosen(tmp_path: Path) -> None:
     ],
 )
 def test_an_iteration_that_is_not_there_is_rejected(
-    tracked: str, requested: int | None, says: str, tmp_path: Path
+    tracked: str, requested: int | None, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         choose_iteration(_root(tmp_path / "root", tracked, "iter_0000000"), requested)

@@ -208,7 +208,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
             raise _damaged(
                 index, f"maps tensor {_quote(name)} to {_quote(shard)}, which is not a file name"
             )
-    remedy = "download or copy the whole checkpoint again"
+    remedy = "download or copy the full checkpoint again"
     tensors: dict[str, TensorInfo] = {}
     found: dict[str, object] = {}  # the weight_map of the files themselves
     for shard in sorted(set(weight_map.values())):

@@ -86,7 +86,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    box: Slice
+    bounds: Slice
     file: str
     offset: int  # bytes from the start of the file
     length: int
@@ -161,14 +161,16 @@ class TorchDist:
         # Chunks by parameter, of the tensors whose chunks cover each element once.
         self._by_lead: dict[str, dict[tuple[int, ...], list[_Chunk]]] = {}
 
-    def read_into(self, target: torch.Tensor, key: str, lead: tuple[int, ...], box: Slice) -> None:
+    def read_into(
+        self, target: torch.Tensor, key: str, lead: tuple[int, ...], bounds: Slice
+    ) -> None:
         """Copy a slice of a parameter, converted to the target's dtype.
 
         Args:
-            target: [end - begin of each axis of `box`].
+            target: [end - begin of each axis of `bounds`].
             key: The stored tensor, which may have the parameters of all layers and experts.
             lead: The parameter's indices along the leading axes of `key`.
-            box: The slice along all axes of `key`.
+            bounds: The slice along all axes of `key`.
 
         Raises:
             CheckpointError: A chunk is missing or damaged, or the chunks do not cover the tensor.
@@ -177,22 +179,26 @@ class TorchDist:
         if self._cached[0] != (key, lead):
             self._cached = ((key, lead), {})
         if key not in self._by_lead:
-            validate_cover(stored.shape, [chunk.box for chunk in stored.chunks], self._fault(key))
+            validate_cover(
+                stored.shape, [chunk.bounds for chunk in stored.chunks], self._fault(key)
+            )
             self._by_lead[key] = {}
         for chunk in self._near(key, lead):
             meet = [
-                (max(b, cb), min(e, ce)) for (b, e), (cb, ce) in zip(box, chunk.box, strict=True)
+                (max(b, cb), min(e, ce))
+                for (b, e), (cb, ce) in zip(bounds, chunk.bounds, strict=True)
             ]
             if any(b >= e for b, e in meet):
                 continue
             source = self._chunk(key, chunk)
             there = source[
                 tuple(
-                    slice(b - cb, e - cb) for (b, e), (cb, _) in zip(meet, chunk.box, strict=True)
+                    slice(b - cb, e - cb)
+                    for (b, e), (cb, _) in zip(meet, chunk.bounds, strict=True)
                 )
             ]
             here = target[
-                tuple(slice(b - tb, e - tb) for (b, e), (tb, _) in zip(meet, box, strict=True))
+                tuple(slice(b - tb, e - tb) for (b, e), (tb, _) in zip(meet, bounds, strict=True))
             ]
             here.copy_(there)
 
@@ -202,20 +208,20 @@ class TorchDist:
         if not found:
             for chunk in self.tensors[key].chunks:
                 for place in itertools.product(
-                    *(range(begin, end) for begin, end in chunk.box[: len(lead)])
+                    *(range(begin, end) for begin, end in chunk.bounds[: len(lead)])
                 ):
                     found.setdefault(place, []).append(chunk)
         return found[lead]
 
     def _fault(self, key: str) -> Callable[[Slice, str], CheckpointError]:
-        return lambda box, fault: CheckpointError(
-            self.folder, f"in {key} {box} {fault}", remedy=_RESTORE
+        return lambda bounds, fault: CheckpointError(
+            self.folder, f"in {key} {bounds} {fault}", remedy=_RESTORE
         )
 
     def _chunk(self, key: str, chunk: _Chunk) -> torch.Tensor:
         cached = self._cached[1]
         if chunk not in cached:
-            shape = tuple(end - begin for begin, end in chunk.box)
+            shape = tuple(end - begin for begin, end in chunk.bounds)
             path = self.folder / chunk.file
             try:
                 with path.open("rb", buffering=0) as file:
@@ -255,12 +261,12 @@ def _tensors(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
                 raise ValueError(
                     f"a chunk lies in {info.relative_path!r}, which is not a plain file name"
                 )
-            box = tuple(
+            bounds = tuple(
                 (int(o), int(o + s)) for o, s in zip(chunk.offsets, chunk.sizes, strict=True)
             )
-            if len(box) != len(shape) or any(
-                not 0 <= b <= e <= n for (b, e), n in zip(box, shape, strict=True)
+            if len(bounds) != len(shape) or any(
+                not 0 <= b <= e <= n for (b, e), n in zip(bounds, shape, strict=True)
             ):
                 raise ValueError(f"a chunk of {key} is outside it")
-            chunks.append(_Chunk(box, info.relative_path, int(info.offset), int(info.length)))
+            chunks.append(_Chunk(bounds, info.relative_path, int(info.offset), int(info.length)))
         yield key, StoredTensor(entry.properties.dtype, shape, tuple(chunks))

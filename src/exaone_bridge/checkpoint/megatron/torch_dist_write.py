@@ -142,7 +142,7 @@ def _read(parameter: Parameter, source: HFCheckpoint) -> torch.Tensor:
     result = torch.empty((1,) * len(parameter.lead) + shard.shape, dtype=dtype)
     rows = result.view(shard.shape)
     row_bytes = result.nbytes // shard.shape[0]
-    for copy in shard.copies:  # whole rows, because the parameter is not sharded
+    for copy in shard.copies:  # full rows, because the parameter is not sharded
         first_hf = copy.hf[len(copy.hf) - len(copy.megatron)][0]
         begin, end = copy.megatron[0]
         source.read_into(parameter.names[copy.tensor], rows[begin:end], first_hf * row_bytes)

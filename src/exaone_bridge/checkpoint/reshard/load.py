@@ -238,8 +238,8 @@ def _fill_one(
                 reader.read_into(infos[copy.tensor], target, begin)
             else:
                 _copy(target, source.view(target.shape) if source.dim() != target.dim() else source)
-        for box in local.shard.padding:
-            parameter[tuple(slice(begin, end) for begin, end in box)].zero_()
+        for bounds in local.shard.padding:
+            parameter[tuple(slice(begin, end) for begin, end in bounds)].zero_()
     del views
     for info in infos:
         reader.release(info)
@@ -255,7 +255,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     if _is_bitwise_copy(target, source):
         bits = _INT_OF_SIZE[target.element_size()]  # NumPy has no bfloat16
         # NumPy copies on the calling thread; torch would split each copy over its own threads,
-        # while all of ours are busy.
+        # while all of this pool are busy.
         np.copyto(target.detach().view(bits).numpy(), source.view(bits).numpy())
     else:
         target.copy_(source)

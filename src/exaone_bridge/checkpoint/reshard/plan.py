@@ -44,9 +44,9 @@ _TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 _REPLICATED = (MappingKind.REPLICATED, MappingKind.SQUEEZED)
 
 
-def num_elements(box: Slice) -> int:
+def num_elements(bounds: Slice) -> int:
     """Return the number of elements of a slice."""
-    return math.prod(end - begin for begin, end in box)
+    return math.prod(end - begin for begin, end in bounds)
 
 
 class SliceCopy(NamedTuple):
@@ -255,10 +255,10 @@ class ReshardPlan:
     def padding(self) -> int:
         """Elements of all parameters that no tensor fills; replicas are counted once."""
         return sum(
-            num_elements(box)
+            num_elements(bounds)
             for param in self.params
             for shard in param.shards
-            for box in shard.padding
+            for bounds in shard.padding
         )
 
 

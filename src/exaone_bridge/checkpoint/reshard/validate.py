@@ -69,7 +69,9 @@ def validate_plan(plan: ReshardPlan, shapes: Mapping[str, tuple[int, ...]]) -> P
             )
         parameters += count
         elements += count * sum(math.prod(shape) for shape in param.shapes)
-        padding += count * sum(num_elements(box) for shard in param.shards for box in shard.padding)
+        padding += count * sum(
+            num_elements(bounds) for shard in param.shards for bounds in shard.padding
+        )
     table = [
         name
         for param in plan.params
@@ -134,12 +136,12 @@ def _validate_param(param: ParamPlan) -> None:
 
 
 def _plan_error(place: str) -> Callable[[Slice, str], Exception]:
-    return lambda box, problem: PlanError(place, f"{box} {problem}")
+    return lambda bounds, problem: PlanError(place, f"{bounds} {problem}")
 
 
-def _lengths(box: Slice) -> list[int]:
+def _lengths(bounds: Slice) -> list[int]:
     """Return lengths, without axes of size 1."""
-    return [end - begin for begin, end in box if end - begin != 1]
+    return [end - begin for begin, end in bounds if end - begin != 1]
 
 
 def validate_cover(
@@ -154,22 +156,22 @@ def validate_cover(
         slices: In any order.
         error: Makes the exception that is raised, of the slice at fault and of the problem.
     """
-    for box in slices:
-        if len(box) != len(shape) or any(
-            not 0 <= b < e <= n for (b, e), n in zip(box, shape, strict=True)
+    for bounds in slices:
+        if len(bounds) != len(shape) or any(
+            not 0 <= b < e <= n for (b, e), n in zip(bounds, shape, strict=True)
         ):
-            raise error(box, f"is empty or outside {list(shape)}")
+            raise error(bounds, f"is empty or outside {list(shape)}")
     # Sorted by their beginning along the first axis; `reaching` are those that end after it.
     reaching: list[Slice] = []
-    for box in sorted(slices):
-        reaching = [other for other in reaching if other[0][1] > box[0][0]]
+    for bounds in sorted(slices):
+        reaching = [other for other in reaching if other[0][1] > bounds[0][0]]
         for other in reaching:
             if all(
                 b < other_e and other_b < e
-                for (b, e), (other_b, other_e) in zip(box, other, strict=True)
+                for (b, e), (other_b, other_e) in zip(bounds, other, strict=True)
             ):
-                raise error(box, f"is used twice, by {other} too")
-        reaching.append(box)
+                raise error(bounds, f"is used twice, by {other} too")
+        reaching.append(bounds)
     covered = sum(map(num_elements, slices))
     if covered != math.prod(shape):
         raise error(

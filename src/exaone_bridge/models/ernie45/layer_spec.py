@@ -73,7 +73,7 @@ def ernie45_block_spec(
     """Build the specs of a pipeline stage's layers, and of the final norm.
 
     Args:
-        config: the provider, which has the dense and MoE layers of the whole model.
+        config: the provider, which has the dense and MoE layers of the full model.
         vp_stage: the virtual pipeline stage.
     """
     backend = resolve_backend(config.backend)

@@ -91,7 +91,7 @@ def exaone45_collate(
     Returns:
         input_ids, labels (-100 where the loss is ignored), loss_mask and position_ids, [B, S] each
         ([1, sum of S] with the sequence lengths if packed), and visual_inputs: pixels and grids of
-        the whole batch, in the order of their placeholder tokens.
+        the full batch, in the order of their placeholder tokens.
 
     Raises:
         VisionInputError: the image parts and the images do not match, or `sequence_length` would

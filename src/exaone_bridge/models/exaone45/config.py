@@ -1,6 +1,6 @@
 """EXAONE 4.5's config.json <-> model config. No torch.
 
-config.json holds two more configs: `text_config`, which is an EXAONE 4.0's and is read as such, and
+config.json has two more configs: `text_config`, which is an EXAONE 4.0's and is read as such, and
 `vision_config`. Transformers builds no multi-token prediction; its fields are in `text_config`, as
 in the published config.
 """

@@ -90,7 +90,7 @@ def build_vision_encoder(
 
 
 def dummy_image(vision: VisionConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make a grey image of one feature.
+    """Make a dummy image of one feature.
 
     Args:
         vision: the vision config.

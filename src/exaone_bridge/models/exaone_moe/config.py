@@ -38,7 +38,7 @@ __all__ = [
     "write_hf_config",
 ]
 
-# The second is how the first release of the 236B spells it.
+# The second is how the first release of the 236B names it.
 ARCHITECTURES, MODEL_TYPE = ("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"), "exaone_moe"
 
 # What Transformers takes where config.json has no such key

@@ -32,7 +32,7 @@ details { margin-top: 1rem; } summary { cursor: pointer; } code { font-size: .85
 
 
 def html_of(report: Report) -> str:
-    """Return the whole page."""
+    """Return the full page."""
     setting = ", ".join(
         (
             f"{report.parameters:,} parameters",

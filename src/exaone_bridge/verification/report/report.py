@@ -41,7 +41,7 @@ _ARITHMETIC = ("logits", "gradients")
 
 
 class Status(StrEnum):
-    """The result of a check, or of a whole report."""
+    """The result of a check, or of a full report."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -155,7 +155,7 @@ class Report:
         tensors: name -> dtype, shape and SHA-256 of the source's tensors.
         notes: sentences about what was accepted of the source although its config says otherwise.
         setup: prompts, seed and other settings that the measured values depend on.
-        seconds: duration of the whole verification.
+        seconds: duration of the full verification.
     """
 
     source: str

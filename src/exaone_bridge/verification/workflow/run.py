@@ -61,7 +61,7 @@ from exaone_bridge.verification.workflow.workload import Workload, make_workload
 
 __all__ = ["ArithmeticResult", "Session", "compare_arithmetic", "run"]
 
-_NEEDS_WHOLE_MODEL = "it needs the whole model in memory (--no-stream)"
+_NEEDS_FULL_MODEL = "it needs the full model in memory (--no-stream)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +214,7 @@ def _options(session: Session, source: Checkpoint, other: Checkpoint | None) -> 
 def _not_run(
     options: VerifyOptions, workload: Workload, without_reference: str | None
 ) -> list[Check]:
-    """List the requested checks that need a reference, or the whole model in memory."""
+    """List the requested checks that need a reference, or the full model in memory."""
     requested = {
         "generation": options.generation,
         "logits": without_reference is not None,
@@ -222,7 +222,7 @@ def _not_run(
     }
     if without_reference is None and not workload.layerwise:
         return []
-    reason = without_reference or _NEEDS_WHOLE_MODEL
+    reason = without_reference or _NEEDS_FULL_MODEL
     return [Check.not_run(name, reason) for name, wanted in requested.items() if wanted]
 
 

@@ -36,7 +36,7 @@ Images = dict[str, torch.Tensor]  # the arguments of `forward` with a prompt's p
 _MAX_LENGTH = 512  # tokens of a prompt that a laptop computes within a minute
 _LARGE_MODEL = 2e8  # parameters from which on it computes 64 tokens
 _PLAIN_PROMPT = 24  # tokens of the prompt for generation that needs no tokenizer
-_MAX_WHOLE = 2**31  # bytes of fp32 weights up to which the whole model is in memory
+_MAX_FULL = 2**31  # bytes of fp32 weights up to which the full model is in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def batch_images(images: Sequence[Images], copies: int = 1) -> Images:
     """Concatenate the images of all prompts, as a batch has them.
 
     Args:
-        copies: how many times the whole batch is repeated.
+        copies: how many times the full batch is repeated.
 
     Returns:
         Argument name -> [copies * total, ...].
@@ -120,7 +120,7 @@ def batch_images(images: Sequence[Images], copies: int = 1) -> Images:
 
 
 def random_prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Draw tokens from the whole vocabulary.
+    """Draw tokens from the full vocabulary.
 
     Returns:
         int64 [count, length].
@@ -149,7 +149,7 @@ def prompt_length(
 def make_workload(checkpoint: HFCheckpoint, layout: Layout, options: VerifyOptions) -> Workload:
     """Make prompts that fit the model, and reject what cannot run before anything expensive starts.
 
-    Generation and gradients need the whole model in memory: layer by layer there is none, and only
+    Generation and gradients need the full model in memory: layer by layer there is none, and only
     one prompt of each length.
 
     Raises:
@@ -163,7 +163,7 @@ def make_workload(checkpoint: HFCheckpoint, layout: Layout, options: VerifyOptio
         raise UnsupportedConfig("--dtype", got=options.dtype, known=MODEL_DTYPES, where="verify")
     layerwise = options.stream
     if layerwise is None:
-        layerwise = checkpoint.num_elements * 4 > _MAX_WHOLE
+        layerwise = checkpoint.num_elements * 4 > _MAX_FULL
     if layerwise:
         options = dataclasses.replace(options, count=1, generation=False, gradients=False)
     batches = _token_batches(checkpoint, options)

@@ -41,11 +41,11 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         set_bytes(lambda data: b""),
         (WEIGHTS, "0 bytes long", "download or copy it again"),
     ),
-    "cut in the header": (
+    "truncated in the header": (
         set_bytes(lambda data: data[:100]),
         (WEIGHTS, "the file has 100", "copy it again"),
     ),
-    "cut in the data": (
+    "truncated in the data": (
         set_bytes(lambda data: data[:-1]),
         (WEIGHTS, "its header is not valid", "copy it again"),
     ),
@@ -131,7 +131,7 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         config_text("{'a': 1}"),
         ("config.json", "not valid JSON", "copy it again"),
     ),
-    "config cut": (
+    "config truncated": (
         config_text('{"architectures": ["Exaone4'),
         ("config.json", "not valid JSON", "copy it again"),
     ),
@@ -148,7 +148,7 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         set_rope(rope_type="yarn"),
         ("rope_type is 'yarn'", "one of 'default', 'llama3'"),
     ),
-    "unknown rope_type, old spelling": (
+    "unknown rope_type, old name": (
         set_config(
             rope_parameters=..., rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0}
         ),
@@ -166,7 +166,7 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         set_config(layer_types=["sliding_attention"] * 9),
         ("layer_types is '9 entries'", "one entry for each of num_hidden_layers=8"),
     ),
-    "layer_types of another word": (
+    "layer_types of another name": (
         set_config(layer_types=["full_attention"] * 7 + ["chunked_attention"]),
         ("layer_types", "chunked_attention", "a list of 'full_attention' and 'sliding_attention'"),
     ),
@@ -265,7 +265,7 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
             "download or copy that file again",
         ),
     ),
-    "shard cut": (
+    "shard truncated": (
         in_shards(
             lambda folder, index: os.truncate(folder / "model-00003-of-00003.safetensors", 5000)
         ),
@@ -273,11 +273,11 @@ THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "tensor in another shard": (
         in_shards(misplace),
-        (INDEX, Q_PROJ, "according to this index", "copy the whole checkpoint again"),
+        (INDEX, Q_PROJ, "according to this index", "copy the full checkpoint again"),
     ),
     "tensor not in the index": (
         in_shards(lambda folder, index: index["weight_map"].pop(Q_PROJ)),
-        (INDEX, Q_PROJ, "is missing according to this index", "copy the whole checkpoint again"),
+        (INDEX, Q_PROJ, "is missing according to this index", "copy the full checkpoint again"),
     ),
     "index without a map": (
         in_shards(lambda folder, index: index.pop("weight_map")),

@@ -17,7 +17,7 @@ from tests.helpers.safetensors_files import (
     B,
     entry,
     file_bytes,
-    refusal,
+    rejection_of,
 )
 
 # Folders. Each damage starts from a sound one: tensor a in A, tensor b in B.
@@ -136,30 +136,30 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ("damage", "file", "fragment"),
     [pytest.param(*case, id=ascii(name)) for name, case in BAD_FOLDERS.items()],
 )
-def test_a_damaged_folder_is_refused(
+def test_a_damaged_folder_is_rejected(
     sharded: Path, damage: Callable[[Path], object], file: str, fragment: str
 ) -> None:
     assert list(read_headers(sharded)) == ["a", "b"]
     damage(sharded)
-    refusal(sharded / file, fragment, lambda: read_headers(sharded))
+    rejection_of(sharded / file, fragment, lambda: read_headers(sharded))
 
 
-def test_what_is_no_checkpoint_folder_is_refused(sharded: Path, tmp_path: Path) -> None:
-    refusal(tmp_path / "absent", "is not a folder", lambda: read_headers(tmp_path / "absent"))
-    refusal(sharded / A, "is not a folder", lambda: read_headers(sharded / A))
-    refusal(tmp_path, f"has neither {SINGLE} nor {INDEX}", lambda: read_headers(tmp_path))
+def test_what_is_not_a_checkpoint_folder_is_rejected(sharded: Path, tmp_path: Path) -> None:
+    rejection_of(tmp_path / "absent", "is not a folder", lambda: read_headers(tmp_path / "absent"))
+    rejection_of(sharded / A, "is not a folder", lambda: read_headers(sharded / A))
+    rejection_of(tmp_path, f"has neither {SINGLE} nor {INDEX}", lambda: read_headers(tmp_path))
     os.mkfifo(tmp_path / SINGLE)
-    refusal(tmp_path, f"has neither {SINGLE} nor {INDEX}", lambda: read_headers(tmp_path))
+    rejection_of(tmp_path, f"has neither {SINGLE} nor {INDEX}", lambda: read_headers(tmp_path))
 
 
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "a.pt", "b.pth", "c.ckpt"]
 )
-def test_pickles_are_refused_and_ignored_beside_safetensors(
+def test_pickles_are_rejected_and_ignored_beside_safetensors(
     sharded: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02.")
-    message = refusal(
+    message = rejection_of(
         tmp_path, "rejected because loading them runs code", lambda: read_headers(tmp_path)
     )
     assert name in message and "save_pretrained" in message
@@ -219,23 +219,23 @@ def test_the_hub_cache_is_followed(hub: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place", ["models--org--other/blobs", "models--org--name", "models--org--name/blobs/deeper"]
 )
-def test_a_hub_cache_link_to_another_place_is_refused(
+def test_a_hub_cache_link_to_another_place_is_rejected(
     hub: Path, tmp_path: Path, place: str
 ) -> None:
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "f").write_bytes((hub / A).read_bytes())
     (hub / A).unlink()
     (hub / A).symlink_to(tmp_path / place / "f")
-    refusal(hub / A, "outside the checkpoint's folder", lambda: read_headers(hub))
+    rejection_of(hub / A, "outside the checkpoint's folder", lambda: read_headers(hub))
 
 
-def test_a_hub_cache_blob_that_links_on_is_refused(hub: Path, tmp_path: Path) -> None:
+def test_a_hub_cache_blob_that_links_on_is_rejected(hub: Path, tmp_path: Path) -> None:
     blob = (hub / A).resolve()
     blob.rename(tmp_path / "elsewhere")
     blob.symlink_to(tmp_path / "elsewhere")
-    refusal(hub / A, "outside the checkpoint's folder", lambda: read_headers(hub))
+    rejection_of(hub / A, "outside the checkpoint's folder", lambda: read_headers(hub))
 
 
 def test_blobs_are_no_home_to_other_folders(hub: Path) -> None:
     other = hub.parent.rename(hub.parent.parent / "copies") / hub.name
-    refusal(other / INDEX, "outside the checkpoint's folder", lambda: read_headers(other))
+    rejection_of(other / INDEX, "outside the checkpoint's folder", lambda: read_headers(other))

@@ -1,4 +1,4 @@
-"""Random damage of a header: the reader refuses, or agrees with safetensors."""
+"""Random damage of a header: the reader rejects, or agrees with safetensors."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def changed_values(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def changed_text(draw: st.DrawFn) -> bytes:
-    """SOUND with pieces of its text cut out and tokens put in; the header's size is right again."""
+    """SOUND with pieces of its text removed and tokens inserted; the header's size is right."""
     text = json.dumps(SOUND, ensure_ascii=draw(st.booleans()), separators=(",", ":"))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(text)))
@@ -144,20 +144,20 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(content=file_bytes(SOUND, 32))
 @example(content=AS_WRITTEN)
 @settings(max_examples=1500, deadline=None)
-def test_random_damage_is_refused_or_safetensors_agrees(scratch: Path, content: bytes) -> None:
+def test_random_damage_is_rejected_or_safetensors_agrees(scratch: Path, content: bytes) -> None:
     scratch.write_bytes(content)
     try:
         tensors, metadata = read_file_header(scratch)
     except CheckpointError as error:
         assert len(str(error).splitlines()) == 1
-        assert content not in (file_bytes(SOUND, 32), AS_WRITTEN), "the sound file was refused"
+        assert content not in (file_bytes(SOUND, 32), AS_WRITTEN), "the sound file was rejected"
         return
     try:
         assert by_us(tensors) == by_safetensors(scratch)
         with safe_open(scratch, framework="np") as file:
             assert metadata == (file.metadata() or {})
     except SafetensorError as error:
-        pytest.fail(f"accepted what safetensors refuses: {error}")
+        pytest.fail(f"accepted what safetensors rejects: {error}")
 
 
 def entry_text(name: str, dtype: str, shape: str, begin: int, end: int) -> str:
@@ -218,8 +218,10 @@ LIKE_WRITTEN = [
 
 
 @pytest.mark.parametrize("text", LIKE_WRITTEN)
-def test_almost_canonical_header_is_refused_or_safetensors_agrees(scratch: Path, text: str) -> None:
-    test_random_damage_is_refused_or_safetensors_agrees.hypothesis.inner_test(
+def test_almost_canonical_header_is_rejected_or_safetensors_agrees(
+    scratch: Path, text: str
+) -> None:
+    test_random_damage_is_rejected_or_safetensors_agrees.hypothesis.inner_test(
         scratch, file_bytes(f"{{{text}}}".encode())
     )
 

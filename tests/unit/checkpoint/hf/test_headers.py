@@ -30,7 +30,7 @@ from tests.helpers.safetensors_files import (
     by_us,
     entry,
     file_bytes,
-    refusal,
+    rejection_of,
 )
 
 
@@ -64,20 +64,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, folder / SINGLE, metadata={"format": "pt", "who": "ü"})
     (folder / "sharded").mkdir()
     shards = {B: list(tensors)[::2], A: list(tensors)[1::2]}
-    for shard, held in shards.items():
+    for shard, names_in_shard in shards.items():
         save_file(
-            {name: tensors[name] for name in held},
+            {name: tensors[name] for name in names_in_shard},
             folder / "sharded" / shard,
             metadata={"format": "pt"},
         )
-    weight_map = {name: shard for shard, held in shards.items() for name in held}
+    weight_map = {
+        name: shard for shard, names_in_shard in shards.items() for name in names_in_shard
+    }
     (folder / "sharded" / INDEX).write_text(
         json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
     )
     return folder
 
 
-def test_a_single_file_is_what_safetensors_says(saved: Path) -> None:
+def test_a_single_file_is_what_safetensors_reads(saved: Path) -> None:
     tensors, metadata = read_file_header(saved / SINGLE)
     assert by_us(tensors) == by_safetensors(saved / SINGLE)
     assert {info.dtype for info in tensors.values()} == DTYPE_BYTES.keys()
@@ -88,12 +90,15 @@ def test_a_single_file_is_what_safetensors_says(saved: Path) -> None:
     assert read_headers(saved) == tensors
 
 
-def test_a_sharded_folder_is_what_safetensors_says(saved: Path) -> None:
+def test_a_sharded_folder_is_what_safetensors_reads(saved: Path) -> None:
     folder = saved / "sharded"
     tensors = read_headers(folder)
     assert by_us(tensors) == by_safetensors(folder / A) | by_safetensors(folder / B)
-    places = [(info.file, info.offset, info.nbytes) for info in tensors.values()]
-    assert places == sorted(places) and {place[0] for place in places} == {folder / A, folder / B}
+    positions = [(info.file, info.offset, info.nbytes) for info in tensors.values()]
+    assert positions == sorted(positions) and {file for file, _, _ in positions} == {
+        folder / A,
+        folder / B,
+    }
 
 
 def test_only_the_header_is_read(tmp_path: Path) -> None:
@@ -141,7 +146,7 @@ RAW_FILES: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs.github.com/spec/v1\n",
         "and may have 100000000",
     ),
-    "cut short": (file_bytes({"a": entry()})[:-1], NOT_VALID),
+    "truncated": (file_bytes({"a": entry()})[:-1], NOT_VALID),
     "trailing byte": (file_bytes({"a": entry()}) + b"\0", NOT_VALID),
 }
 BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
@@ -250,36 +255,38 @@ BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
         for name, (header, fragment) in BAD_HEADERS.items()
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, fragment: str) -> None:
+def test_a_damaged_file_is_rejected(tmp_path: Path, content: bytes, fragment: str) -> None:
     path = tmp_path / SINGLE
     path.write_bytes(content)
-    refusal(path, fragment, lambda: read_file_header(path))
-    refusal(path, fragment, lambda: read_headers(tmp_path))
+    rejection_of(path, fragment, lambda: read_file_header(path))
+    rejection_of(path, fragment, lambda: read_headers(tmp_path))
 
 
 def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / SINGLE
     path.write_bytes((100_000_001).to_bytes(8, "little") + b"{}")
     os.truncate(path, 100_000_100)
-    refusal(path, "claims 100000001 bytes, and may have 100000000", lambda: read_file_header(path))
+    rejection_of(
+        path, "claims 100000001 bytes, and may have 100000000", lambda: read_file_header(path)
+    )
 
 
 @pytest.mark.parametrize("read", [read_file_header, read_json])
-def test_what_is_no_readable_file_is_refused(
+def test_what_is_not_a_readable_file_is_rejected(
     tmp_path: Path, read: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, broken, good = tmp_path / "pipe", tmp_path / "broken", tmp_path / "good"
     os.mkfifo(pipe)
     broken.symlink_to(tmp_path / "nowhere")
     for path in (tmp_path / "absent", tmp_path, pipe, broken, tmp_path / ("x" * 5000)):
-        refusal(path, "is missing or is not a file", lambda path=path: read(path))
+        rejection_of(path, "is missing or is not a file", lambda path=path: read(path))
 
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     good.write_bytes(file_bytes({"a": entry()}))
     monkeypatch.setattr(headers, "open", denied, raising=False)
-    refusal(good, "cannot be read (Permission denied)", lambda: read(good))
+    rejection_of(good, "cannot be read (Permission denied)", lambda: read(good))
 
 
 @pytest.mark.parametrize(
@@ -294,10 +301,10 @@ def test_what_is_no_readable_file_is_refused(
         (b'{"a": ' + b"[" * 100_000, "nested too deep"),
     ],
 )
-def test_bad_json_is_refused(tmp_path: Path, content: bytes, fragment: str) -> None:
+def test_bad_json_is_rejected(tmp_path: Path, content: bytes, fragment: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    refusal(path, fragment, lambda: read_json(path))
+    rejection_of(path, fragment, lambda: read_json(path))
 
 
 def test_json_is_read_as_json_does(tmp_path: Path) -> None:
@@ -306,11 +313,11 @@ def test_json_is_read_as_json_does(tmp_path: Path) -> None:
     path.write_text(json.dumps(value))
     assert read_json(path) == value
     os.truncate(path, 100_000_001)
-    refusal(path, "is 100000001 bytes long", lambda: read_json(path))
+    rejection_of(path, "is 100000001 bytes long", lambda: read_json(path))
 
 
 def test_what_safetensors_writes_is_canonical(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the file with a name that has a newline, which JSON spells with an escape."""
+    """But for the file with a name that has a newline, which JSON writes with an escape."""
     monkeypatch.setattr(headers, "_validated", None)
     by_file = {path: path.read_bytes().count(b"\\n") for path in saved.rglob("*.safetensors")}
     assert sorted(by_file.values()) == [0, 1, 1]

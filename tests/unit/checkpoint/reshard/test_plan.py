@@ -86,11 +86,11 @@ def test_every_element_arrives_once_and_comes_back(
             parameter = np.zeros(local.shard.shape, dtype=np.int64)
             tensors = [tensor.numbered(*local.indices).name for tensor in local.param.mapping.hf]
             for copy in local.shard.copies:
-                box = source[tensors[copy.tensor]][tuple(slice(*span) for span in copy.hf)]
+                bounds = source[tensors[copy.tensor]][tuple(slice(*span) for span in copy.hf)]
                 into = parameter[tuple(slice(*span) for span in copy.megatron)]
                 assert (into == 0).all()  # nothing is filled twice
-                into[...] = box.reshape(into.shape)
-                read += box.size * local.param.itemsizes[copy.tensor]
+                into[...] = bounds.reshape(into.shape)
+                read += bounds.size * local.param.itemsizes[copy.tensor]
                 target = back[tensors[copy.tensor]][tuple(slice(*span) for span in copy.hf)]
                 target[...] = into.reshape(target.shape)
             assert (parameter == 0).sum() == sum(map(num_elements, local.shard.padding))

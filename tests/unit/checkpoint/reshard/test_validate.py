@@ -47,13 +47,14 @@ def copies(
 
 
 def moved(copy: SliceCopy, by: int, side: str) -> SliceCopy:
-    box = getattr(copy, side)
-    return copy._replace(**{side: ((box[0][0] + by, box[0][1] + by), *box[1:])})
+    bounds = getattr(copy, side)
+    return copy._replace(**{side: ((bounds[0][0] + by, bounds[0][1] + by), *bounds[1:])})
 
 
 def shorter(copy: SliceCopy) -> SliceCopy:
     return SliceCopy(
-        copy.tensor, *(((box[0][0], box[0][1] - 1), *box[1:]) for box in (copy.hf, copy.megatron))
+        copy.tensor,
+        *(((bounds[0][0], bounds[0][1] - 1), *bounds[1:]) for bounds in (copy.hf, copy.megatron)),
     )
 
 
@@ -225,11 +226,13 @@ SLICES = st.lists(
 @settings(max_examples=300)
 def test_cover_agrees_with_counting(slices: list[Any]) -> None:
     counts = np.zeros((4, 3), dtype=int)
-    good = all(b < e <= n for box in slices for (b, e), n in zip(box, counts.shape, strict=True))
-    for box in slices if good else ():
-        counts[slice(*box[0]), slice(*box[1])] += 1
+    good = all(
+        b < e <= n for bounds in slices for (b, e), n in zip(bounds, counts.shape, strict=True)
+    )
+    for bounds in slices if good else ():
+        counts[slice(*bounds[0]), slice(*bounds[1])] += 1
     if good and (counts == 1).all():
-        validate_cover((4, 3), slices, lambda box, fault: AssertionError(fault))
+        validate_cover((4, 3), slices, lambda bounds, fault: AssertionError(fault))
     else:
         with pytest.raises(LookupError):
-            validate_cover((4, 3), slices, lambda box, fault: LookupError(fault))
+            validate_cover((4, 3), slices, lambda bounds, fault: LookupError(fault))

@@ -37,7 +37,7 @@ def _example(*parts: Any, answer: str = "yes", **fields: Any) -> dict[str, Any]:
 
 
 def test_collate_is_registered_before_and_after_import(megatron_bridge: Any, collate: Any) -> None:
-    """Megatron-Bridge has none of its own; ours is used for examples without images too."""
+    """Megatron-Bridge has none; that of exaone_bridge serves examples without images too."""
     from megatron.bridge.data.collators import registry
 
     from exaone_bridge.patches.vlm_data import collators
@@ -102,16 +102,16 @@ def test_collate_with_max_pixels_resizes_images(processor: Any, collate: Any) ->
 
 
 def test_collate_of_inconsistent_conversation_raises(processor: Any, collate: Any) -> None:
-    picture = Image.new("RGB", (32, 32))
-    part = {"type": "image", "image": picture}
+    image = Image.new("RGB", (32, 32))
+    part = {"type": "image", "image": image}
     with pytest.raises(VisionInputError, match="`images` has 1 more than its conversation"):
-        collate([_example(part, images=[picture])], processor)
+        collate([_example(part, images=[image])], processor)
     with pytest.raises(VisionInputError, match="list `images` has no other left"):
         collate([_example({"type": "image"})], processor)
     placeholder = {"type": "text", "text": "<|image_pad|>"}
     with pytest.raises(VisionInputError, match="yields 2 tokens with image_token_id=67 for 1 imag"):
         collate([_example(part, placeholder)], processor)
-    text = {"type": "text", "text": "word " * 9}
+    text = {"type": "text", "text": "token " * 9}
     with pytest.raises(VisionInputError, match="has images beyond the 40 that are kept"):
         collate([_example(text, part)], processor, sequence_length=40)
 

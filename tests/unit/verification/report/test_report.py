@@ -31,7 +31,7 @@ GOOD, BAD = (
     Check("tensors", "91 tensors bitwise equal", True),
     Check("config", "1 of 2 keys differ", False, "a: 1, then 2"),
 )
-SKIPPED = Check.not_run("generation", "it needs the whole model")
+SKIPPED = Check.not_run("generation", "it needs the full model")
 LOGITS = Check(
     "logits",
     "max |difference| nan",
@@ -102,7 +102,7 @@ def test_a_report_is_short_where_it_is_shown(tmp_path: Path) -> None:
         "m against <n>, TP1 x PP1, float32: failed",
         "  tensors     passed   91 tensors bitwise equal",
         "  config      failed   a: 1, then 2",
-        "  generation  not run  it needs the whole model",
+        "  generation  not run  it needs the full model",
     ]
     shown = found._repr_html_()
     assert "m against &lt;n&gt;" in shown and "a: 1, then 2" in shown and len(shown) < 5000
@@ -220,7 +220,7 @@ def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:
     assert "| tensors | 91 tensors bitwise equal | equal | passed |" in first
     assert "1 verifications" in first
     write_card(report(GOOD, SKIPPED, dtype="bfloat16"), path, name="M-1B")
-    assert path.read_text().count("\n## ") == 2 and "it needs the whole model" in path.read_text()
+    assert path.read_text().count("\n## ") == 2 and "it needs the full model" in path.read_text()
     write_card(report(GOOD, BAD, seconds=2.0), path, name="M-1B")
     text = path.read_text()
     assert text.count("\n## ") == 2 and "1 of 2 keys differ" in text

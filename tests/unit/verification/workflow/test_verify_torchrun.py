@@ -68,21 +68,21 @@ def _apart(folder: Path) -> list[str]:
         "WORLD_SIZE": str(dist.get_world_size()),
         "MASTER_PORT": "1",
     }
-    said, launcher = [], choose_launcher()
+    messages, launcher = [], choose_launcher()
     for target, arguments in (
         (export_checkpoint, (folder / "nowhere", folder / "out")),
         (os._exit, (3,)),
     ):
         with pytest.raises(BridgeError) as raised:
             launcher.subprocess(target, *arguments)
-        said.append(f"{type(raised.value).__name__}: {raised.value}")
+        messages.append(f"{type(raised.value).__name__}: {raised.value}")
     assert (
         launcher.subprocess(os.getenv, "MASTER_PORT")
         is launcher.subprocess(os.getenv, "RANK")
         is None
     )
     assert launcher.subprocess(os.path.basename, "a/b") == "b"
-    return said
+    return messages
 
 
 def test_a_process_of_its_own_answers_every_rank(megatron_bridge: Any, tmp_path: Path) -> None:
