@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +69,8 @@ class Inspection:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        import html
+
         return f"<pre>{html.escape(repr(self))}</pre>"
 
     def summary(self) -> dict[str, str]:
