@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from exaone_bridge.checkpoint.dtypes import byte_view
+from exaone_bridge.checkpoint.hf.diagnose import check_is_megatron_folder
 from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, TensorSpec, read_json
 from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.checkpoint.hf.shards import (
@@ -71,12 +72,7 @@ def export_checkpoint(
     started = time.perf_counter()
     megatron_folder, hf_folder = Path(megatron_folder), Path(hf_folder)
     check_new_output(hf_folder)
-    if not megatron_folder.is_dir():
-        raise CheckpointError(
-            megatron_folder,
-            "this folder does not exist",
-            remedy="name a Megatron checkpoint folder",
-        )
+    check_is_megatron_folder(megatron_folder)
     from exaone_bridge.runtime.fork import ForkLauncher
 
     chosen, why = choose_iteration(megatron_folder, iteration)

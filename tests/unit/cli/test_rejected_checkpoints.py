@@ -35,14 +35,14 @@ def test_export_of_a_hugging_face_folder_is_rejected(
 ) -> None:
     rejected(
         ["export", tiny("exaone4"), tmp_path / "output"],
-        *("not a Megatron-Bridge checkpoint", "that `import` wrote"),
+        *("is a Hugging Face folder", "`exaone-bridge import`"),
     )
 
 
 def test_import_of_a_megatron_checkpoint_is_rejected(
     megatron_folder: Path, tmp_path: Path, rejected: Rejected
 ) -> None:
-    rejected(["import", megatron_folder, tmp_path / "output"], "config.json", "missing")
+    rejected(["import", megatron_folder, tmp_path / "output"], "is a Megatron checkpoint")
 
 
 def iteration(folder: Path) -> Path:

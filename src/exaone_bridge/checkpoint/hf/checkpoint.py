@@ -22,6 +22,7 @@ from exaone_bridge.checkpoint.hf.accept import (
     in_model_dtypes,
     names_dtype,
 )
+from exaone_bridge.checkpoint.hf.diagnose import check_config, check_is_hf_folder, explain
 from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_headers, read_json
 from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
@@ -99,12 +100,10 @@ class HFCheckpoint:
                 config.json says, a cast to its dtype would change a value, or a duplicate differs.
             UnsupportedConfig: A config that is not supported, or an unknown architecture.
         """
-        if not folder.is_dir():
-            raise CheckpointError(
-                folder, "this folder does not exist", remedy="name a Hugging Face model folder"
-            )
+        check_is_hf_folder(folder)
         path = folder / "config.json"
         config = read_json(path)
+        check_config(config, path)
         model = (family or _family(config, path)).describe(config)
         tensors = read_headers(folder)
         notes: list[str] = []
@@ -185,7 +184,8 @@ class HFCheckpoint:
             UnmappedTensors: Keys are missing, or there are unexpected keys.
         """
         # Names that both sides have need no second look.
-        check_coverage(self.missing, self.unexpected, where=self.folder)
+        remedy = explain(self.missing, self.unexpected)
+        check_coverage(self.missing, self.unexpected, where=self.folder, remedy=remedy)
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor [...] into memory of its own; see `TensorReader.read`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exaone_bridge.errors import CheckpointError
+from exaone_bridge.checkpoint.hf.diagnose import check_is_hf_folder
 from exaone_bridge.runtime.launch import Launcher
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.schema.iterations import (
@@ -41,12 +41,8 @@ def as_hf_folder(path: Path, launcher: Launcher, progress: Progress) -> Iterator
     Raises:
         CheckpointError: the path is not a folder, or the checkpoint cannot be exported.
     """
-    if not path.is_dir():
-        raise CheckpointError(
-            path,
-            "this folder does not exist",
-            remedy="name a Hugging Face folder or a Megatron checkpoint",
-        )
+    if not is_megatron_checkpoint(path):
+        check_is_hf_folder(path)
     path = path.resolve()
     if not is_megatron_checkpoint(path):
         yield Checkpoint(path.name, path)

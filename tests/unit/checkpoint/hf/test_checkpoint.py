@@ -228,7 +228,6 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "remote code": (
         set_config(
-            architectures=["ExaoneForCausalLM"],
             auto_map={"AutoModelForCausalLM": "modeling_exaone.M"},
         ),
         ("auto_map", "modeling_exaone.M", "trust_remote_code", "take it out of config.json"),
