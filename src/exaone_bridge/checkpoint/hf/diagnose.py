@@ -50,13 +50,17 @@ _FP8_REMEDY: Final = (
 _ORIGINAL_REMEDY: Final = "use the model that was quantized"
 
 
-def check_is_hf_folder(path: Path) -> None:
+def check_is_hf_folder(path: Path, *, remedy: str = _NO_MODEL) -> None:
     """Raise if a path is not a Hugging Face folder with a model's weights, and say what it is.
+
+    Args:
+        path: The path.
+        remedy: For a path that does not exist, or is a file of any kind.
 
     Raises:
         CheckpointError: It is something else, or does not exist.
     """
-    _check_is_folder(path, _NO_MODEL)
+    _check_is_folder(path, remedy)
     names = {each.name for each in path.iterdir()}
     weights = {name for name in names if name.endswith(".safetensors")} - {
         "adapter_model.safetensors"

@@ -42,7 +42,7 @@ def as_hf_folder(path: Path, launcher: Launcher, progress: Progress) -> Iterator
         CheckpointError: the path is not a folder, or the checkpoint cannot be exported.
     """
     if not is_megatron_checkpoint(path):
-        check_is_hf_folder(path)
+        check_is_hf_folder(path, remedy="name a Hugging Face folder or a Megatron checkpoint")
     path = path.resolve()
     if not is_megatron_checkpoint(path):
         yield Checkpoint(path.name, path)
