@@ -167,7 +167,7 @@ def test_hub_id_is_rejected_with_the_command_that_downloads_it(
 
 
 def test_hugging_face_folder_is_no_megatron_checkpoint(tiny: Any) -> None:
-    with pytest.raises(BridgeError, match="is a Hugging Face folder.*`exaone-bridge import`"):
+    with pytest.raises(BridgeError, match=r"is a Hugging Face folder.*`exaone-bridge import`"):
         check_is_megatron_folder(tiny("exaone4"))
 
 
@@ -176,5 +176,5 @@ def test_remaining_faults_keep_their_remedy(tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny("exaone4"), folder)
     config = json.loads((folder / "config.json").read_text())
     set_config(num_hidden_layers=9, layer_types=[*config["layer_types"], "full_attention"])(folder)
-    with pytest.raises(BridgeError, match="11 missing keys.*check that config.json belongs"):
+    with pytest.raises(BridgeError, match=r"11 missing keys.*check that config.json belongs"):
         HFCheckpoint.open(folder)
