@@ -64,7 +64,7 @@ def save_hf_weights(bridge: ExactBridge, call: SaveCall) -> None:
 
 
 def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | Path | None) -> None:
-    """Write config, tokenizer, further files and weights into a new folder.
+    """Write config, tokenizer, further files and weights into a folder, which may exist.
 
     Args:
         source_path: the folder of custom modeling files; None: that of `call.hf_pretrained`.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -34,6 +35,19 @@ __all__ = [
 ]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of a rename where it is not possible, as between mount points and on object stores.
+_NO_RENAME = (errno.EXDEV, errno.ENOTSUP, errno.ENOSYS)
+_INSIDE = ".partial"  # in an existing target
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+# Without these a folder is no checkpoint. They are written in this order.
+_LAST = (
+    ".metadata",
+    "run_config.yaml",
+    "latest_checkpointed_iteration.txt",
+    _INDEX,
+    "config.json",
+)
 _LOCK_ATTEMPTS, _LOCK_INTERVAL = 20, 0.1  # seconds
 _INVALID_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig, UnsupportedLayout)
 
@@ -60,8 +74,53 @@ def _publish(folder: Path, target: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         sync_to_disk(path)
     check_new_output(target)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        target.mkdir()
+        _move_files(folder, target)
     sync_to_disk(target.absolute().parent)
+
+
+def _move_files(folder: Path, target: Path) -> None:
+    """Move a complete folder's files into an existing one; those that make it whole are the last.
+
+    Weights that the folder replaces are removed, index and config first, so that old and new
+    weights are never taken for one model.
+    """
+    files = sorted((path for path in folder.rglob("*") if not path.is_dir()), key=_moving_order)
+    new = {str(path.relative_to(folder)) for path in files}
+    if any(_WEIGHTS.fullmatch(name) for name in new):
+        for path in sorted(target.iterdir(), key=_moving_order, reverse=True):
+            is_old = _WEIGHTS.fullmatch(path.name) and path.name not in new
+            if is_old or path.name == _INDEX or (path.name in _LAST and path.name in new):
+                path.unlink()
+    for path in files:
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        use_umask_permissions(path)
+        sync_to_disk(path)
+        _move_file(path, place)
+    shutil.rmtree(folder)
+    sync_to_disk(target)
+
+
+def _moving_order(path: Path) -> int:
+    return _LAST.index(path.name) if path.name in _LAST else -1
+
+
+def _move_file(path: Path, place: Path) -> None:
+    try:
+        path.replace(place)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        place.unlink(missing_ok=True)  # it may be a link
+        shutil.copyfile(path, place)
+        sync_to_disk(place)
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -88,12 +147,16 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def partial_folder(target: Path) -> Path:
-    """Return where `resumable` writes an output until it is complete."""
+    """Return where `resumable` writes an output until it is complete: inside an existing one."""
+    if target.is_dir():
+        return target.resolve() / _INSIDE
     return target.absolute().parent / f".{target.name}.partial"
 
 
 def target_of(partial: Path) -> Path:
     """Return the output that a folder will be: the inverse of `partial_folder`."""
+    if partial.name == _INSIDE:
+        return partial.parent
     return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
 
 
@@ -109,7 +172,7 @@ def check_space(target: Path, nbytes: int) -> None:
     """
     folder = partial_folder(target)
     there = sum(path.stat().st_blocks * 512 for path in folder.glob("*")) if folder.is_dir() else 0
-    free = shutil.disk_usage(target.absolute().parent).free
+    free = shutil.disk_usage(folder if folder.is_dir() else target.absolute().parent).free
     if free + there < nbytes:
         raise OutputError(
             target,
@@ -139,11 +202,16 @@ def full_disk_as_output_error(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def resumable(target: Path) -> Iterator[Path]:
+def resumable(target: Path, *, merge: bool = False) -> Iterator[Path]:
     """Create or reopen a folder that is renamed to `target` at the end of the body.
 
     If the body raises because its input is invalid, the folder is removed; after any other
     exception, or if the process is killed, it stays for the next run.
+
+    Args:
+        target: The output.
+        merge: Accept an existing folder: it keeps its other files, and gets the new ones at the
+            end of the body.
 
     Yields:
         `partial_folder(target)`, with the safetensors files that an earlier run has left.
@@ -152,20 +220,23 @@ def resumable(target: Path) -> Iterator[Path]:
         CheckpointError: The target exists, before or after the body, or another process writes it.
         OutputError: The disk is full.
     """
-    check_new_output(target)
+    merge = merge and target.is_dir()
+    if not merge:
+        check_new_output(target)
     folder = partial_folder(target)
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         _lock(descriptor, target)
-        check_new_output(target)  # by the process that had the lock
+        if not merge:
+            check_new_output(target)  # by the process that had the lock
         for path in folder.iterdir():  # only safetensors files are compared before they are kept
             if path.suffix != ".safetensors":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             with full_disk_as_output_error(target):
                 yield folder
-                _publish(folder, target)
+                (_move_files if merge else _publish)(folder, target)
         except _INVALID_INPUT:
             shutil.rmtree(folder, ignore_errors=True)
             raise

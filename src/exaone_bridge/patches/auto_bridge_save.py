@@ -59,7 +59,7 @@ class SavesHuggingFace(ABC):
 
     @abstractmethod
     def save_hf_pretrained(self, call: SaveCall, source_path: str | Path | None) -> None:
-        """Write config, tokenizer, other files and weights into `call.path`, a new folder.
+        """Write config, tokenizer, other files and weights into `call.path`, which may exist.
 
         Args:
             source_path: the folder of custom modeling files; None: that of `call.hf_pretrained`.
@@ -104,9 +104,9 @@ def save_hf_pretrained(
     *args: object,
     **kwargs: object,
 ) -> None:
-    """Save a model through its model bridge, unless the folder exists or there is only a config.
+    """Save a model through its model bridge, unless there is only a config.
 
-    The original then writes config and tokenizer, and calls `save_hf_weights`.
+    The original then writes the config, and calls `save_hf_weights`.
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
     from transformers import PretrainedConfig
@@ -114,11 +114,7 @@ def save_hf_pretrained(
     options = _options(original, self, model, path, *args, **kwargs)
     self = _with_source(self, options.get("source_path"))
     model_bridge = _saving_bridge(self)
-    if (
-        model_bridge is None
-        or isinstance(self.hf_pretrained, PretrainedConfig)
-        or _on_any_rank(Path(path).exists())
-    ):
+    if model_bridge is None or isinstance(self.hf_pretrained, PretrainedConfig):
         original(self, model, path, *args, **kwargs)
         return
     source_path = options.pop("source_path")
@@ -189,9 +185,3 @@ def _call(
         weight_dtype=options["weight_dtype"],
         save_weights=functools.partial(save, auto_bridge, model, **options),
     )
-
-
-def _on_any_rank(condition: bool) -> bool:
-    found: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(found, condition)
-    return any(found)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from exaone_bridge.checkpoint.staging import check_new_output, staged
+from exaone_bridge.checkpoint.staging import (
+    check_new_output,
+    partial_folder,
+    resumable,
+    staged,
+    target_of,
+)
 from exaone_bridge.errors import CheckpointError
 
 MODE = stat.S_IMODE
@@ -140,3 +149,133 @@ def test_two_outputs_can_be_staged_at_once(tmp_path: Path) -> None:
 def test_check_new_output_creates_nothing(tmp_path: Path) -> None:
     check_new_output(tmp_path / "output")
     assert names_in(tmp_path) == []
+
+
+# --- folders that exist, and renames that are not possible ---
+
+
+def on_other_devices(monkeypatch: pytest.MonkeyPatch, mounts: list[Path]) -> None:
+    """Let renames over the border of these folders raise EXDEV, as those of mount points do."""
+    for name in ("rename", "replace"):
+        original = getattr(os, name)
+
+        def rename(source: Path, place: Path, original: Callable[..., None] = original) -> None:
+            for mount in mounts:
+                inside = [mount in Path(path).resolve().parents for path in (source, place)]
+                if inside[0] != inside[1] or mount in (Path(source), Path(place)):
+                    raise OSError(errno.EXDEV, "Invalid cross-device link")
+            original(source, place)
+
+        monkeypatch.setattr(os, name, rename)
+
+
+def write_model(folder: Path, shards: int, value: str) -> None:
+    for number in range(shards):
+        name = f"model-0000{number + 1}-of-0000{shards}.safetensors"
+        (folder / (name if shards > 1 else "model.safetensors")).write_text(value)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(value)
+    (folder / "config.json").write_text(value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", ".", "mount point"])
+def test_an_existing_folder_gets_the_files_at_the_end(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "notes").write_text("kept")
+    write_model(real, 3, "old")
+    target = real
+    if kind == "link":
+        target = tmp_path / "link"
+        target.symlink_to("real")
+    elif kind == ".":
+        monkeypatch.chdir(real)
+        target = Path()
+    elif kind == "mount point":
+        on_other_devices(monkeypatch, [real])
+    with resumable(target, merge=True) as folder:
+        assert folder == partial_folder(target) == real / ".partial"
+        assert target_of(folder) == real
+        write_model(folder, 2, "new")
+        assert (real / "config.json").read_text() == "old"
+    assert names_in(real) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "notes",
+    ]
+    assert {path.read_text() for path in real.iterdir()} == {"new", "kept"}
+    assert names_in(tmp_path) == sorted(
+        [f"real/{name}" for name in names_in(real)]
+        + ["real"]
+        + (["link"] if kind == "link" else [])
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 3), (3, 1), (1, 3), (1, 1)])
+def test_old_and_new_weights_are_never_taken_for_one_model(
+    old: int, new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files move one by one; before each move, the folder lacks its config or its index."""
+    write_model(tmp_path, old, "old")
+    seen: list[set[str]] = []
+    replace = os.replace
+
+    def watched(source: Path, place: Path) -> None:
+        seen.append(set(names_in(tmp_path)))
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with resumable(tmp_path, merge=True) as folder:
+        write_model(folder, new, "new")
+    assert len(seen) == new + (2 if new > 1 else 1)
+    assert not any("config.json" in names for names in seen)
+    assert not any("model.safetensors.index.json" in names for names in seen[:-1])
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
+
+
+def test_weights_alone_get_their_index_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, 2, "old")
+    places: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (places.append(Path(b).name), replace(a, b)))
+    with resumable(tmp_path, merge=True) as folder:
+        write_model(folder, 2, "new")
+        (folder / "config.json").unlink()
+    assert len(places) == 3 and places[-1] == "model.safetensors.index.json"
+    assert (tmp_path / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("stage_output", [staged, resumable])
+def test_without_renames_the_files_move_one_by_one(
+    stage_output: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on object stores that are mounted; index and config are the last that are written."""
+    target, written = tmp_path / "output", []
+    on_other_devices(monkeypatch, [target])
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: (written.append(b.name), copy(a, b)))
+    with stage_output(target) as folder:
+        write_model(folder, 2, "new")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("new")
+    assert written[-2:] == ["model.safetensors.index.json", "config.json"] and len(written) == 5
+    assert (target / "deep" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_an_interrupted_merge_leaves_the_existing_folder_as_it_was(tmp_path: Path) -> None:
+    write_model(tmp_path, 2, "old")
+    merging = resumable(tmp_path, merge=True)
+    write_model(merging.__enter__(), 2, "new")
+    assert not merging.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert {path.read_text() for path in tmp_path.glob("*.*") if path.is_file()} == {"old"}
+    with resumable(tmp_path, merge=True) as folder:
+        assert len(list(folder.glob("*.safetensors"))) == 2  # an earlier run's are kept
+        write_model(folder, 2, "new")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}

@@ -135,7 +135,7 @@ def test_killed_at_any_moment(
     assert running
     assert not killed(run, began, (origin, target, ranks), 300)
     assert digests(target) == wanted
-    assert not staging.partial_folder(target).exists()
+    assert sorted(tmp_path.glob(".*")) == []
 
 
 def test_what_is_there_is_kept_and_what_is_wrong_is_written(

@@ -31,11 +31,8 @@ from exaone_bridge.checkpoint.reshard.plan import LocalParam, ShardSpec, writer_
 from exaone_bridge.checkpoint.staging import (
     check_space,
     full_disk_as_output_error,
-    partial_folder,
     resumable,
-    sync_to_disk,
     target_of,
-    use_umask_permissions,
 )
 from exaone_bridge.errors import BridgeError, OutputError
 from exaone_bridge.schema.model_family import ModelDescription
@@ -89,34 +86,26 @@ def raise_on_all_ranks() -> Iterator[None]:
 def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
     """Let all ranks write a folder that gets its name when all of them have finished.
 
-    If the folder exists it keeps its other files; each new file then gets its name at the end, the
-    index last.
+    Parent folders are created. If the folder exists, as a link to one and a mount point do, it
+    keeps its other files; each new file then gets its name at the end, index and config last.
 
     Args:
         target: The output, the same on every rank.
         write: Called on every rank with the folder to write into.
     """
     with contextlib.ExitStack() as stack:
-        exists = target.is_dir() and not target.is_symlink()
-        place = target.with_name(f"{target.name}.weights") if exists else target
+        folder: list[Path | None] = [None]
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
-                stack.enter_context(_merged(target, place) if exists else resumable(place))
-        write(partial_folder(place))
+                with contextlib.suppress(FileExistsError, NotADirectoryError):
+                    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+                folder = [stack.enter_context(resumable(target, merge=True))]
+        dist.broadcast_object_list(folder, src=0)
+        if folder[0] is not None:
+            write(folder[0])
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 stack.close()
-
-
-@contextlib.contextmanager
-def _merged(target: Path, place: Path) -> Iterator[None]:
-    with resumable(place) as folder:
-        yield
-        for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
-            use_umask_permissions(path)
-            sync_to_disk(path)
-            path.replace(target / path.name)
-    place.rmdir()
 
 
 def save_weights(
