@@ -60,7 +60,9 @@ def register() -> None:
     from megatron.core.models.gpt import GPTModel
 
     from exaone_bridge.patches.table import PATCHES
+    from exaone_bridge.patches.tested_versions import warn_of_newer_versions
 
+    warn_of_newer_versions()
     # run_config.yaml of a checkpoint names our providers and layer specs.
     register_allowed_target_prefix("exaone_bridge.")
     for patch in PATCHES:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import exaone_bridge
 from exaone_bridge.errors import ParityFailure
+from exaone_bridge.patches.fingerprints import fingerprint, known_fingerprints
+from exaone_bridge.patches.tested_versions import TESTED, newer_than_tested, release
 
 __all__ = ["Package", "Use", "doctor", "packages", "uses"]
 
@@ -74,7 +76,8 @@ def doctor() -> None:
     """Print the environment, for a reader and for a bug report.
 
     Raises:
-        ParityFailure: `export`, `import` or `verify` cannot run; everything has been printed.
+        ParityFailure: `export`, `import` or `verify` cannot run, or a patch changes code that it
+            was not written for; everything has been printed.
     """
     found = packages()
     gpu_count, torch_line = _of_torch()
@@ -93,11 +96,36 @@ def doctor() -> None:
         print(f"{use.name}: {'; '.join(use.faults) or 'ready'}")
         for remedy in use.remedies:
             print(f"    {remedy}")
-    if any(use.faults for use in answers[:2]):
+    is_proved = _print_patches(found)
+    if any(use.faults for use in answers[:2]) or not is_proved:
         raise ParityFailure(
-            "exaone-bridge: some commands cannot run in this environment; "
-            "the lines above have the remedy."
+            "exaone-bridge: this environment is not one that exaone-bridge was made for; "
+            "the lines above have the reasons and the remedies."
         )
+
+
+def _print_patches(found: Mapping[str, Package]) -> bool:
+    """Print newer versions than those that were tested, and the patches whose code has changed."""
+    for name, version in newer_than_tested().items():
+        print(f"{name} {version} is newer than {TESTED[name]}, which was tested.")
+    known = {
+        target: fingerprints
+        for target, fingerprints in known_fingerprints().items()
+        if found[_package_of(target)].installed is not None
+    }
+    changed = [target for target in known if fingerprint(target) not in known[target]]
+    print(f"\npatches: {len(known) - len(changed)} of {len(known)} change the code that they know")
+    for target in changed:
+        print(f"    {target} is different, or absent")
+    if changed:
+        print(f"    {_install([found[name] for name in sorted(set(map(_package_of, changed)))])}")
+    return not changed
+
+
+def _package_of(target: str) -> str:
+    """Return the name in the package index of the module that a patch changes."""
+    root, second = target.split(".")[:2]
+    return f"{root}-{second}" if root == "megatron" else root
 
 
 def packages() -> dict[str, Package]:
@@ -175,18 +203,10 @@ def _fits(version: str, specifier: str) -> bool:
     """Whether a version is in the range; `packaging` may not be installed yet."""
     for one in filter(None, specifier.split(",")):
         operator, bound = re.match(r"([<>=]+)(.*)", one).groups()  # type: ignore[union-attr]
-        pair = tuple(_release(text) for text in (version, bound))
+        pair = tuple(release(text) for text in (version, bound))
         if not _COMPARISONS[operator](*pair):
             return False
     return True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version: (0, 19, 2) of "0.19.2rc0+cu13", without final zeros."""
-    numbers = [int(number) for number in re.findall(r"\d+", re.match(r"[\d.]*", version)[0])]  # type: ignore[index]
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _of_driver() -> Iterator[str]:

@@ -54,7 +54,9 @@ _INTRODUCTION = """\
 `import exaone_bridge` changes the following functions of Megatron-Bridge, Megatron-Core and
 Transformers, when Megatron-Bridge is imported. The original stays reachable as `__wrapped__`.
 Every patch acts on EXAONE and ERNIE only: with other models each function does what it does without
-exaone_bridge. `exaone_bridge.patches.table` writes this page.
+exaone_bridge. `exaone_bridge.patches.table` writes this page, and
+`exaone_bridge.patches.fingerprints` records the source of these functions, by which
+`exaone-bridge doctor` finds those that differ.
 """
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import exaone_bridge
+from exaone_bridge.cli import doctor
 from exaone_bridge.cli.doctor import REQUIREMENTS, Package, packages, uses
 from tests.helpers.cli import Cli
 
@@ -51,7 +52,7 @@ def test_doctor_runs_where_nothing_else_is_installed() -> None:
     ):
         assert missing in done.stdout
     assert f"pip install --no-deps -r {REQUIREMENTS}" in done.stdout and REQUIREMENTS.is_file()
-    assert done.stderr.endswith("the lines above have the remedy.\n")
+    assert done.stderr.endswith("the lines above have the reasons and the remedies.\n")
 
 
 def test_other_commands_name_doctor_where_a_package_is_missing(tmp_path: Path) -> None:
@@ -97,3 +98,17 @@ def test_training_needs_a_gpu_and_names_transformer_engine(installed: dict[str, 
     training = uses(installed, has_gpu=True)[2]
     assert training.faults == ("missing: transformer-engine (models use the torch backend)",)
     assert "transformer-engine[pytorch]" in training.remedies[0]
+
+
+def test_doctor_names_a_changed_patch(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = "megatron.bridge.models.gpt_provider:mtp_block_spec"
+    monkeypatch.setattr(doctor, "known_fingerprints", lambda: {target: ["another"]})
+    run = cli("doctor")
+    assert run.code == 1
+    assert f"patches: 0 of 1 change the code that they know\n    {target}" in run.out
+    assert 'pip install "megatron-bridge' in run.out
+
+
+def test_doctor_names_a_newer_version(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "newer_than_tested", lambda: {"megatron-bridge": "0.7.0"})
+    assert "megatron-bridge 0.7.0 is newer than 0.6.2, which was tested." in cli("doctor").out
