@@ -41,7 +41,7 @@ def main() -> None:
         from exaone_bridge.runtime.model import forward_logits
         from exaone_bridge.verification.workflow.workload import random_prompts
 
-        logits, _ = forward_logits(model, random_prompts(2048, 4, 200))
+        logits = forward_logits(model, random_prompts(2048, 4, 200))
         torch.save(logits, logits_file)
 
     options, config = module.configure(arguments)

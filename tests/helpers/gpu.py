@@ -98,7 +98,7 @@ def logits_of(model: list[Any], runs: Prompts) -> torch.Tensor | None:
     """Return the fp32 logits of a Megatron-Core model, or None before the last pipeline stage."""
     from exaone_bridge.runtime.model import forward_logits
 
-    found = [forward_logits(model, tokens, images)[0] for tokens, images in runs]
+    found = [forward_logits(model, tokens, images) for tokens, images in runs]
     logits = [each.flatten(0, 1) for each in found if each is not None]
     return torch.cat(logits) if logits else None
 

@@ -82,7 +82,7 @@ def packing_error(
     generator = torch.Generator().manual_seed(3)
     sequences = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     packed = packed_logits(model, sequences, vocab_size)
-    separate = [forward_logits(model, sequence[None])[0] for sequence in sequences]
+    separate = [forward_logits(model, sequence[None]) for sequence in sequences]
     errors = torch.cat(
         [
             (together - alone[0]).abs()

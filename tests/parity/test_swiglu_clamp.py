@@ -64,7 +64,7 @@ def _logits_of_megatron(folder: Path, tokens: torch.Tensor, **overrides: Any) ->
     from exaone_bridge.runtime.model import build, forward_logits
 
     model = build(AutoBridge.from_hf_pretrained(folder), Layout(), **overrides)
-    logits = forward_logits(model, tokens)[0]
+    logits = forward_logits(model, tokens)
     assert logits is not None
     return logits
 

@@ -117,6 +117,10 @@ def _call(options: Namespace) -> None:
                 workers=options.workers,
                 dry_run=options.dry_run,
             )
+        case "generate":
+            from exaone_bridge.cli.generate import generate
+
+            generate(options, layout_of(options))
         case "verify":
             from exaone_bridge.cli.verify import verify
 

@@ -61,7 +61,15 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True
     )
-    for add in (_add_demo, _add_tiny, _add_inspect, _add_import, _add_export, _add_verify):
+    for add in (
+        _add_demo,
+        _add_tiny,
+        _add_inspect,
+        _add_import,
+        _add_export,
+        _add_generate,
+        _add_verify,
+    ):
         add(commands)
     _add_doctor(commands)
     return parser
@@ -184,6 +192,40 @@ def _add_export(commands: Any) -> None:
         "--drop-passthrough", action="store_true", help="leave out passthrough tensors"
     )
     _add_conversion(parser)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        "Continue a prompt greedily with Megatron-Core, at any layout.\n\n"
+        "Prints the text as it grows. There is no key-value cache: each token takes a pass over\n"
+        "the whole sequence, as in training.",
+        'exaone-bridge generate /models/EXAONE-4.0-1.2B --chat "Who are you?" --max-new-tokens 64',
+    )
+    _add_path(parser, "source", "SOURCE", "a Hugging Face folder or a Megatron checkpoint")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="a plain prompt")
+    prompt.add_argument("--chat", metavar="TEXT", help="a user's message, by the chat template")
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="an image before the message of --chat (repeatable)",
+    )
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="enable_thinking of the chat template (default: the template's)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, default=128, help="default: 128"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
+    _add_backend(parser)
 
 
 def _add_verify(commands: Any) -> None:

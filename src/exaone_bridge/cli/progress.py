@@ -20,12 +20,12 @@ from rich.progress import Progress as RichProgress
 
 from exaone_bridge.cli.show import console, quiet, say
 from exaone_bridge.convert.progress import Summary
-from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.runtime.progress import NoProgress, Progress
 
 __all__ = ["conversion", "say_summary"]
 
 
-class _Conversion:
+class _Conversion(NoProgress):
     """Shows a conversion's stages and bytes: on a bar, or in lines where there is no terminal."""
 
     def __init__(self, command: str, drawn: RichProgress, task: TaskID) -> None:

@@ -35,7 +35,7 @@ from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.iterations import choose_iteration
 
-__all__ = ["export_checkpoint"]
+__all__ = ["assets_of", "export_checkpoint"]
 
 
 def export_checkpoint(
@@ -79,7 +79,7 @@ def export_checkpoint(
     notes = (f"{megatron_folder}: {why}",) if why else ()
     config = read_run_config(chosen).hf_config()
     source = MegatronCheckpoint(chosen, config)
-    assets = _assets_of(megatron_folder)
+    assets = assets_of(megatron_folder)
     passthrough: dict[str, TensorInfo] = {}
     if drop_passthrough:
         family = source.model.family
@@ -124,7 +124,7 @@ def export_checkpoint(
     )
 
 
-def _assets_of(megatron_folder: Path) -> Path:
+def assets_of(megatron_folder: Path) -> Path:
     """Return the folder of what Megatron does not store: in the checkpoint or by an iteration."""
     beside = megatron_folder.absolute().parent / ASSETS
     inside = megatron_folder / ASSETS

@@ -63,6 +63,9 @@ class _RankProgress:
         if time.monotonic() - self._reported_at >= _SECONDS_BETWEEN_REPORTS:
             self.flush()
 
+    def output(self, text: str) -> None:
+        self._send("output", text)
+
     def flush(self) -> None:
         if self._unreported:
             self._send("advance", self._unreported)
@@ -248,6 +251,8 @@ def _collect(
                     progress.total(nbytes)
                 case "advance", nbytes:
                     progress.advance(nbytes)
+                case "output", text:
+                    progress.output(text)
                 case "error", error:
                     raise error
                 case "done", result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import pickle
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exaone_bridge.errors import CheckpointError
@@ -104,31 +103,6 @@ def load_megatron(
         ) from error
 
 
-@contextlib.contextmanager
-def _hidden_states(
-    model: list[MegatronModule], into: dict[int, list[torch.Tensor]]
-) -> Iterator[None]:
-    """Collect each layer's output [S, B, H], unsharded, by global 0-based layer number."""
-
-    def keep(layer: torch.nn.Module, _: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if layer.config.sequence_parallel:
-            hidden = _gathered(hidden, dim=0)
-        hidden = over_context(hidden, dim=0)
-        into.setdefault(layer.layer_number - 1, []).append(hidden.detach().clone())
-
-    handles = [
-        layer.register_forward_hook(keep)
-        for chunk in unwrap_model(model)
-        for layer in chunk.decoder.layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return all_gather_cat(tensor, parallel_state.get_tensor_model_parallel_group(), dim)
 
@@ -139,7 +113,10 @@ def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _run_stage(
-    batches: Iterator[tuple[torch.Tensor, Images]], model: MegatronModule, vocab_size: int
+    batches: Iterator[tuple[torch.Tensor, Images]],
+    model: MegatronModule,
+    vocab_size: int,
+    at: int | None,
 ) -> tuple[torch.Tensor, Any]:
     tokens, images = next(batches)
     group = parallel_state.get_context_parallel_group()
@@ -147,25 +124,33 @@ def _run_stage(
     output = model(tokens[:, positions], positions[None], None, **images)
 
     def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-        return over_context(_gathered(tensor, dim=-1)[..., :vocab_size].float(), dim=1).cpu()
+        found = over_context(tensor, dim=1)
+        if at is not None:
+            found = found[:, at : at + 1]
+        return _gathered(found, dim=-1)[..., :vocab_size].float().cpu()
 
     return output, logits
 
 
 @torch.no_grad()
 def forward_logits(
-    model: list[MegatronModule], tokens: torch.Tensor, images: Sequence[Images] = ()
-) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
+    model: list[MegatronModule],
+    tokens: torch.Tensor,
+    images: Sequence[Images] = (),
+    *,
+    at: int | None = None,
+) -> torch.Tensor | None:
     """Run Megatron-Core's schedule over prompts of equal length, one prompt in each microbatch.
 
     Args:
         model: this rank's chunks.
         tokens: [N, S] int64, the same on every rank.
         images: the images of each prompt; empty: no prompt has any.
+        at: the only position whose logits are computed; None: all are.
 
     Returns:
-        The logits [N, S, V] in fp32 on ranks of the last pipeline stage, None elsewhere; and the
-        output [N, S, H] of each of this rank's layers, by global 0-based layer number.
+        The logits [N, S, V], or [N, 1, V] at one position, in fp32 on ranks of the last pipeline
+        stage, None elsewhere.
     """
     config = get_model_config(model[0])
     count, length = tokens.shape
@@ -182,20 +167,14 @@ def forward_logits(
     batches = list(zip(padded.split(1), inputs, strict=True))
     for chunk in model:
         chunk.eval()
-    hidden: dict[int, list[torch.Tensor]] = {}
-    with _hidden_states(model, hidden):
-        outputs = get_forward_backward_func()(
-            forward_step_func=functools.partial(_run_stage, vocab_size=config.vocab_size),
-            data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
-            model=model if len(model) > 1 else model[0],
-            num_microbatches=len(padded),
-            seq_length=padded.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    layers = {
-        layer: torch.cat(parts, dim=1).transpose(0, 1)[:count, :length].float().cpu()
-        for layer, parts in hidden.items()
-    }
-    return (torch.cat(outputs)[:count, :length] if outputs else None), layers
+    outputs = get_forward_backward_func()(
+        forward_step_func=functools.partial(_run_stage, vocab_size=config.vocab_size, at=at),
+        data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(padded),
+        seq_length=padded.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return torch.cat(outputs)[:count, :length] if outputs else None

@@ -22,6 +22,9 @@ class Progress(Protocol):
     def advance(self, nbytes: int) -> None:
         """Report that this rank has processed `nbytes` more bytes."""
 
+    def output(self, text: str) -> None:
+        """Report a piece of the text that the work produces."""
+
 
 class NoProgress:
     """A `Progress` that drops every report."""
@@ -34,6 +37,9 @@ class NoProgress:
 
     def advance(self, nbytes: int) -> None:
         """Drop the report."""
+
+    def output(self, text: str) -> None:
+        """Drop the text."""
 
 
 NO_PROGRESS = NoProgress()

@@ -51,7 +51,7 @@ def _logits_of_megatron(
     model = build(bridge, layout)
     if exported is not None:
         bridge.save_hf_pretrained(model, exported, show_progress=False)
-    return forward_logits(model, tokens)[0]
+    return forward_logits(model, tokens)
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_group": 2, "topk_group": 1}, {"norm_topk_prob": False}])

@@ -171,7 +171,7 @@ def _replays(folder: Path, tokens: torch.Tensor) -> dict[str, Any]:
         RouterReplay.clear_global_router_replay_action()
         if action is not None:
             RouterReplay.set_global_router_replay_action(action)
-        logits = forward_logits(model, prompt)[0]
+        logits = forward_logits(model, prompt)
         assert logits is not None
         found[name] = logits, [*weights]
 

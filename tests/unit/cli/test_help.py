@@ -14,7 +14,7 @@ import pytest
 from exaone_bridge.cli.arguments import make_parser
 from tests.helpers.cli import Cli
 
-COMMANDS = ["demo", "tiny", "inspect", "import", "export", "verify", "doctor"]
+COMMANDS = ["demo", "tiny", "inspect", "import", "export", "generate", "verify", "doctor"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

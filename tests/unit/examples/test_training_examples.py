@@ -159,7 +159,7 @@ def _train_and_export_adapter(
             if ".adapter.linear_out" in name:
                 parameter.normal_(std=0.02)
     lora.export(bridge, model, peft, hf_path, output)
-    return forward_logits(model, tokens)[0]
+    return forward_logits(model, tokens)
 
 
 def test_lora_exports_have_the_logits_of_the_trained_model(

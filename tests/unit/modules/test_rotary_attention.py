@@ -19,7 +19,7 @@ def _logits(folder: Path) -> torch.Tensor:
     from exaone_bridge.runtime.model import build, forward_logits
 
     model = build(AutoBridge.from_hf_pretrained(folder), Layout(), backend="torch")
-    logits = forward_logits(model, torch.arange(40)[None])[0]
+    logits = forward_logits(model, torch.arange(40)[None])
     assert logits is not None
     return logits
 

@@ -37,7 +37,7 @@ def _adapted(
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, layout)
-    found: dict[str, Any] = {"base": forward_logits(model, tokens)[0]}
+    found: dict[str, Any] = {"base": forward_logits(model, tokens)}
     peft = {"lora": LoRA, "dora": DoRA}[kind](dim=4, alpha=8, target_modules=targets)
     model = peft(model, training=False)
     torch.manual_seed(
@@ -50,7 +50,7 @@ def _adapted(
                     parameter.normal_(std=std)
                 elif name.endswith(".adapter.weight_magnitude"):
                     parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-    found["adapted"] = forward_logits(model, tokens)[0]
+    found["adapted"] = forward_logits(model, tokens)
     bridge.save_hf_pretrained(model, output / "merged", show_progress=False)
     try:
         bridge.save_hf_adapter(model, output / "adapter", peft, str(folder), show_progress=False)
@@ -60,7 +60,7 @@ def _adapted(
         for module in chunk.modules():
             if isinstance(module, AdapterWrapper):
                 module.disable_adapter_layers()
-    found["disabled"] = forward_logits(model, tokens)[0]
+    found["disabled"] = forward_logits(model, tokens)
     return found
 
 

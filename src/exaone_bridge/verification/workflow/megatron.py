@@ -186,7 +186,7 @@ def capture_megatron(
     count, length = batch.tokens.shape
     captured: dict[str, list[torch.Tensor]] = {}
     with megatron_hooks(model, points, captured):
-        logits, _ = forward_logits(model, batch.tokens, batch.images)
+        logits = forward_logits(model, batch.tokens, batch.images)
     vision = {point.hf for point in points if point.capture is Capture.PATCHES}
     values = {
         name: _images_before_videos(parts, batch.images)
