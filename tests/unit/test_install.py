@@ -22,7 +22,7 @@ from tests.helpers.paths import ROOT
 UV = os.environ.get("UV") or shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
 REQUIREMENTS = ROOT / "src" / "exaone_bridge" / "requirements-cpu.txt"
 WHEEL = "exaone_bridge-0.1.0-py3-none-any.whl"
-# What `override-dependencies` of pyproject.toml leaves out, in versions that Megatron-Bridge accepts.
+# What `override-dependencies` of pyproject.toml leaves out, in versions Megatron-Bridge accepts.
 NOT_ON_A_LAPTOP = {
     "comet-ml": "3.50.0",
     "diffusers": "0.36.0",

@@ -121,7 +121,7 @@ def _read_prompt(
     images: Sequence[Path],
     template: dict[str, Any],
 ) -> tuple[Any, torch.Tensor, Images | None]:
-    """The tokenizer, the prompt's token ids [S], and the arguments of `forward` with its images."""
+    """Return tokenizer, token ids [S] and the arguments of `forward` with the images."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -150,7 +150,7 @@ def _read_prompt(
 
 
 def _stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
-    """The tokens that end a generation: those of generation_config.json, else the tokenizer's."""
+    """Return the tokens that end a generation, of generation_config.json or the tokenizer."""
     stop = tokenizer.eos_token_id
     if (folder / "generation_config.json").is_file():
         stop = GenerationConfig.from_pretrained(folder).eos_token_id or stop
