@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 
 from exaone_bridge.checkpoint.hf.headers import FOLLOW_LINKS
-from exaone_bridge.cli.arguments import layout_of, make_parser
+from exaone_bridge.cli.arguments import find_models, layout_of, make_parser
 from exaone_bridge.errors import BridgeError, ParityFailure
 
 __all__ = ["main"]
@@ -76,6 +76,7 @@ def _run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if getattr(options, "follow_links", False):
         os.environ[FOLLOW_LINKS] = "1"  # for every rank, and for what Megatron-Bridge calls
+    find_models(options)
     _call(options)
     sys.stdout.flush()  # raises BrokenPipeError here, where main() catches it
 

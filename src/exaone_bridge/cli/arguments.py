@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 from exaone_bridge.errors import BridgeError
 from exaone_bridge.models import FAMILIES
+from exaone_bridge.schema.hf_snapshot import is_hub_id, snapshot_folder
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["TINY_CONFIGS", "UsageError", "layout_of", "make_parser"]
+__all__ = ["TINY_CONFIGS", "UsageError", "find_models", "layout_of", "make_parser"]
 
 TINY_CONFIGS = {name: config for family in FAMILIES for name, config in family.tiny.items()}
 
@@ -73,6 +74,24 @@ def make_parser() -> ArgumentParser:
         add(commands)
     _add_doctor(commands)
     return parser
+
+
+def find_models(options: Namespace) -> None:
+    """Replace ids on the Hugging Face Hub by the folders of their snapshots, downloaded if needed.
+
+    Raises:
+        CheckpointError: a snapshot is neither in the cache nor can it be downloaded.
+        UsageError: a revision of folders.
+    """
+    ids = {
+        name: str(path)
+        for name in getattr(options, "models", ())
+        if (path := getattr(options, name)) is not None and is_hub_id(path)
+    }
+    if not ids and getattr(options, "revision", None) is not None:
+        raise UsageError("--revision: a folder has none; name an id on the Hugging Face Hub.")
+    for name, hub_id in ids.items():
+        setattr(options, name, snapshot_folder(hub_id, options.revision))
 
 
 def layout_of(options: Namespace) -> Layout:
@@ -145,7 +164,7 @@ def _add_inspect(commands: Any) -> None:
         "tensors, and exits with 2 where `import` would reject the checkpoint.",
         "exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4",
     )
-    _add_path(parser, "folder", "FOLDER", "a Hugging Face folder")
+    _add_models(parser, folder=("FOLDER", "a Hugging Face folder"))
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -159,7 +178,7 @@ def _add_import(commands: Any) -> None:
         "The checkpoint loads at any layout; its run_config.yaml records the one given here.",
         "exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2",
     )
-    _add_path(parser, "source", "HF_FOLDER", "a Hugging Face folder")
+    _add_models(parser, source=("HF_FOLDER", "a Hugging Face folder"))
     _add_path(parser, "target", "MEGATRON_FOLDER", "output; must not exist")
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, ep=1, etp=None)
@@ -203,7 +222,7 @@ def _add_generate(commands: Any) -> None:
         "the whole sequence, as in training.",
         'exaone-bridge generate /models/EXAONE-4.0-1.2B --chat "Who are you?" --max-new-tokens 64',
     )
-    _add_path(parser, "source", "SOURCE", "a Hugging Face folder or a Megatron checkpoint")
+    _add_models(parser, source=("SOURCE", "a Hugging Face folder or a Megatron checkpoint"))
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="a plain prompt")
     prompt.add_argument("--chat", metavar="TEXT", help="a user's message, by the chat template")
@@ -237,9 +256,11 @@ def _add_verify(commands: Any) -> None:
         "exaone-bridge verify tiny-model --tp 2 --pp 2 --report report.html",
     )
     model = "a Hugging Face folder or a Megatron checkpoint"
-    _add_path(parser, "source", "SOURCE", model, nargs="?")
-    _add_path(
-        parser, "other", "OTHER", f"{model} (default: SOURCE after its round trip)", nargs="?"
+    _add_models(
+        parser,
+        nargs="?",
+        source=("SOURCE", model),
+        other=("OTHER", f"{model} (default: SOURCE after its round trip)"),
     )
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
@@ -310,6 +331,16 @@ def _add_follow_links(parser: ArgumentParser) -> None:
         action="store_true",
         help="read weights that are links to files outside the folder, which you trust",
     )
+
+
+def _add_models(
+    parser: ArgumentParser, *, nargs: str | None = None, **models: tuple[str, str]
+) -> None:
+    """Add arguments that name a model: by a folder, or by its id on the Hugging Face Hub."""
+    for name, (metavar, what) in models.items():
+        _add_path(parser, name, metavar, f"{what}, or an id on the Hugging Face Hub", nargs=nargs)
+    parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
+    parser.set_defaults(models=tuple(models))
 
 
 def _add_layout(parser: ArgumentParser, **defaults: int | None) -> None:

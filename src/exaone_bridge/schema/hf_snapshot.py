@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.errors import CheckpointError
 
-__all__ = ["snapshot_folder"]
+__all__ = ["is_hub_id", "snapshot_folder"]
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 
 _NOT_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+
+
+def is_hub_id(path: Path) -> bool:
+    """Return whether a path that does not exist looks like the id of a model on the Hub."""
+    there = path.exists() or path.parent.is_dir()
+    return not there and _HUB_ID.fullmatch(str(path)) is not None
 
 
 def snapshot_folder(name: str | Path, revision: str | None = None, **download: Any) -> Path:
@@ -38,10 +47,10 @@ def snapshot_folder(name: str | Path, revision: str | None = None, **download: A
         except Exception as error:  # of the network, the Hub, the name or the cache
             reasons.append(error)
     wanted = "" if revision is None else f" of revision {revision}"
+    command = f"hf download {name}" + ("" if revision is None else f" --revision {revision}")
     raise CheckpointError(
         folder,
         f"there is no such folder, and a snapshot{wanted} is neither in the cache of the Hugging "
         f"Face Hub nor can it be downloaded ({type(reasons[0]).__name__})",
-        remedy="check the name and the revision, or download the snapshot with `hf download` and "
-        "name its folder",
+        remedy=f"run `{command}` where the Hub can be reached, or name a folder",
     ) from reasons[0]

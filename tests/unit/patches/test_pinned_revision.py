@@ -13,30 +13,9 @@ from exaone_bridge.errors import BridgeError
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.hf_snapshot import snapshot_folder
 from tests.helpers.cli import read_tensors, same_bits
+from tests.helpers.hub import MAIN, MODEL, PINNED, hub
 
-MODEL, PINNED, MAIN = "owner/model", "a" * 40, "b" * 40
-
-
-@pytest.fixture
-def hub(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the cached model, with two revisions of other weights; `main` is the second."""
-    folder = tmp_path / "hub" / "models--owner--model"
-    for number, commit in enumerate((PINNED, MAIN)):
-        snapshot = folder / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        (folder / "blobs").mkdir(exist_ok=True)
-        for path in tiny("exaone4-1.2b", seed=number).iterdir():
-            blob = folder / "blobs" / f"{number}{path.name}"
-            shutil.copy(path, blob)
-            (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-        config = json.loads((snapshot / "config.json").read_text())
-        (snapshot / "config.json").unlink()
-        (snapshot / "config.json").write_text(json.dumps(config | {"x_revision": number}))
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(MAIN)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return folder
+__all__ = ["hub"]
 
 
 def _load_and_save(target: Path, kwargs: dict[str, str]) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Final
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.schema.hf_snapshot import is_hub_id
 from exaone_bridge.schema.iterations import is_megatron_checkpoint
 from exaone_bridge.schema.json_types import JSONMapping
 
 __all__ = ["check_config", "check_is_hf_folder", "check_is_megatron_folder", "explain"]
 
 _ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z")
-_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD: Final = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX: Final = "model.safetensors.index.json"
 _NO_MODEL: Final = "name a Hugging Face model folder"
@@ -114,12 +114,11 @@ def _check_is_folder(path: Path, remedy: str) -> None:
     if path.is_dir():
         return
     if not path.exists():
-        text = str(path)
-        if _HUB_ID.fullmatch(text) and not path.parent.is_dir():
+        if is_hub_id(path):
             raise CheckpointError(
                 path,
                 "is the name of a model on the Hugging Face hub, and a folder is wanted",
-                remedy=f"download it (hf download {text} --local-dir {path.name}), "
+                remedy=f"download it (hf download {path} --local-dir {path.name}), "
                 "and name that folder",
             )
         raise CheckpointError(path, "this folder does not exist", remedy=remedy)
