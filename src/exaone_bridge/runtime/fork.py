@@ -38,6 +38,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TIMEOUT = timedelta(minutes=30)  # of collectives
 _SECONDS_TO_END = 30  # for a rank that has sent its result
 _SECONDS_BETWEEN_REPORTS = 0.1
+_INHERITED: list[object] = []  # on a rank: the process groups of the process that forked it
 
 
 class RankFailure(BridgeError):
@@ -87,7 +88,9 @@ class ForkLauncher(Launcher):
         """
         self._ranks, self._megatron = ranks, megatron
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         """Do nothing: forked ranks end with the call that forked them."""
 
     def all[T](
@@ -186,6 +189,7 @@ def _rank_main(
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        _leave_inherited_groups()
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",
@@ -217,6 +221,21 @@ def _runtime(megatron: bool) -> AbstractContextManager[None]:
     from exaone_bridge.runtime.cpu import cpu_runtime
 
     return cpu_runtime()
+
+
+def _leave_inherited_groups() -> None:
+    """Leave the process groups of a caller that is a rank itself; the caller's stay as they are."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    # Their threads have not been forked, and would be waited for if the groups were freed.
+    _INHERITED.extend(dist.distributed_c10d._world.pg_map)
+    if "megatron.core.parallel_state" in sys.modules:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _collect(

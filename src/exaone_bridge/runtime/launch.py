@@ -72,7 +72,9 @@ class Launcher(ABC):
         return self
 
     @abstractmethod
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         """End what this launcher has started."""
 
 

@@ -57,17 +57,23 @@ class TorchrunLauncher(Launcher):
             )
         self._initialised_here = False
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         """Wait for all ranks, then leave the process group if it was initialised here.
 
         torchrun ends every rank as soon as one of them ends with an error; waiting lets rank 0
-        finish what it writes.
+        finish what it writes. After an error that other ranks may not have, nothing waits: they
+        may never arrive.
         """
         import torch.distributed as dist
 
-        if error_type is not None or not dist.is_initialized():
+        if not dist.is_initialized():
             return
-        dist.barrier()
+        if error is not None and is_local_to_rank(error):
+            return  # another rank may be in a collective of this group
+        if error is None or isinstance(error, BridgeError):
+            dist.barrier()
         if self._initialised_here:
             dist.destroy_process_group()
             self._initialised_here = False
@@ -111,7 +117,12 @@ class TorchrunLauncher(Launcher):
         self._initialise()
         try:
             # Megatron-Core prints while it builds a model; stdout is for the caller's report.
-            with full_fp32(), cpu_runtime(), contextlib.redirect_stdout(sys.stderr):
+            with (
+                full_fp32(),
+                cpu_runtime(),
+                _restored_process(),
+                contextlib.redirect_stdout(sys.stderr),
+            ):
                 result = _call(fn, args, progress)
         except Exception as error:
             error.add_note(_LOCAL_TO_RANK)
@@ -128,13 +139,14 @@ class TorchrunLauncher(Launcher):
         outcome: list[Any] = [None]
         if is_rank_zero():
             try:
-                with full_fp32():
+                with full_fp32(), _restored_process():
                     outcome = [(True, _call(fn, args, progress))]
             except Exception as error:  # the other ranks wait for an outcome, and raise the same
                 outcome = [(False, error)]
         dist.broadcast_object_list(outcome, src=0)
         succeeded, value = outcome[0]
         if not succeeded:
+            dist.barrier()  # every rank has the error before one of them leaves the group
             raise value
         return value
 
@@ -162,6 +174,22 @@ class TorchrunLauncher(Launcher):
             dist.broadcast_object_list(shared, src=0)
             yield Path(shared[0])
             dist.barrier()
+
+
+@contextlib.contextmanager
+def _restored_process() -> Iterator[None]:
+    """Restore the environment and Megatron-Core's parallel state: the caller's script goes on."""
+    from megatron.core import parallel_state
+
+    environment, initialised = dict(os.environ), parallel_state.is_initialized()
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - environment.keys():  # Megatron-Bridge sets some
+            del os.environ[name]
+        os.environ.update(environment)
+        if not initialised:
+            parallel_state.destroy_model_parallel()
 
 
 def _call[T](fn: Callable[..., T], args: tuple[Any, ...], progress: Progress | None) -> T:

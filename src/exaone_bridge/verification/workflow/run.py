@@ -119,9 +119,11 @@ def run(session: Session) -> Report:
         BridgeError: the input cannot be verified.
     """
     started = time.perf_counter()
-    launcher = session.launcher or choose_launcher(session.layout.ranks)
     progress = session.progress
     with contextlib.ExitStack() as stack:
+        launcher = session.launcher
+        if launcher is None:  # else its owner ends it
+            launcher = stack.enter_context(choose_launcher(session.layout.ranks))
         source = stack.enter_context(as_hf_folder(session.source, launcher, progress))
         other: Checkpoint | None = None
         if session.other is not None:
