@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import pickle
 import re
@@ -27,6 +29,7 @@ _VARIABLES = re.compile(
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 _TIMEOUT = timedelta(hours=1)  # of collectives: ranks wait in one while rank 0 runs Transformers
+_GROUPS = itertools.count()  # a group must not find the keys of an earlier one in the store
 _LOCAL_TO_RANK = "This rank raised it; the other ranks may not have."
 
 
@@ -100,7 +103,15 @@ class TorchrunLauncher(Launcher):
                 )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device else "gloo", timeout=_TIMEOUT, device_id=device)
+        store, rank, world_size = _rendezvous()
+        dist.init_process_group(
+            "nccl" if device else "gloo",
+            store=dist.PrefixStore(f"exaone_bridge/{next(_GROUPS)}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+            device_id=device,
+        )
         self._initialised_here = True
 
     def all[T](
@@ -174,6 +185,17 @@ class TorchrunLauncher(Launcher):
             dist.broadcast_object_list(shared, src=0)
             yield Path(shared[0])
             dist.barrier()
+
+
+@functools.cache
+def _rendezvous() -> tuple[Any, int, int]:
+    """Return torchrun's store, this rank and the number of ranks.
+
+    The store stays: a rank that connects again could reach the one that rank 0 is about to close.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=_TIMEOUT))
 
 
 @contextlib.contextmanager

@@ -71,6 +71,9 @@ def _call_under_torchrun(source: Path, rank: int, port: str) -> None:
     with pytest.raises(ValueError, match="on every rank"), TorchrunLauncher() as launcher:
         launcher.first(_fail)
     assert _state() == before
+    dist.init_process_group("gloo")  # the script's own
+    assert TorchrunLauncher(2).all(os.getpid)[rank] == os.getpid()
+    dist.barrier()
 
 
 def test_torchruns_ranks_are_left_as_they_were(megatron_bridge: Any, tiny: Any) -> None:
