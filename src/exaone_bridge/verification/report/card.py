@@ -9,7 +9,7 @@ from pathlib import Path
 from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.report.report import Report
 
-__all__ = ["card_section", "displayed_command", "write_card"]
+__all__ = ["card_section", "displayed_command", "prompts_of", "write_card"]
 
 _HEAD = (
     "<!-- Written by `exaone-bridge verify --card`. Do not edit: run the commands below again. -->"
@@ -60,7 +60,7 @@ def card_section(report: Report, note: str = "") -> tuple[str, str]:
         lines += [note, ""]
     lines += [
         f"- Shape: {_shape(report.model)}.",
-        f"- Prompts: {_prompts(report)}.",
+        f"- Prompts: {prompts_of(report)}.",
         f"- Versions: {versions}.",
     ]
     if report.command:
@@ -125,7 +125,8 @@ def _vision(vision: JSONMapping) -> str:
     )
 
 
-def _prompts(report: Report) -> str:
+def prompts_of(report: Report) -> str:
+    """Return the prompts of a report in words: 3 of 65 tokens, 1 of 8 tokens with 1 image."""
     shapes = report.setup.get("prompts", [])
     media = [report.setup.get(kind, [0] * len(shapes)) for kind in _MEDIA]
     text = ", ".join(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,6 +121,17 @@ class ActivationDiff:
         """Whether the difference is above the threshold; NaN is."""
         return not self.difference <= self.threshold
 
+    @property
+    def share(self) -> float:
+        """The difference, as a multiple of the threshold; NaN if either is."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.threshold if self.threshold else math.inf
+
+    def nearness_key(self) -> tuple[bool, float]:
+        """Sort key: activations that diverge come first, then those nearest to the threshold."""
+        return not self.diverges, -self.share if self.share == self.share else -math.inf
+
     def to_dict(self) -> JSONObject:
         """Return the difference as the JSON report has it."""
         return dataclasses.asdict(self) | {"diverges": self.diverges}
@@ -156,6 +168,11 @@ class Report:
         notes: sentences about what was accepted of the source although its config says otherwise.
         setup: prompts, seed and other settings that the measured values depend on.
         seconds: duration of the full verification.
+        date: of its start, in ISO 8601 with the time zone.
+        host: name of the machine.
+        device: name of the GPU or CPU.
+        folder, other_folder: the folders, as absolute paths.
+        revision, other_revision: the Hub's commits of the folders; empty: they do not tell.
     """
 
     source: str
@@ -173,6 +190,13 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     seconds: float = 0.0
+    date: str = ""
+    host: str = ""
+    device: str = ""
+    folder: str = ""
+    revision: str = ""
+    other_folder: str = ""
+    other_revision: str = ""
 
     @property
     def passed(self) -> bool:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
@@ -36,6 +38,7 @@ from exaone_bridge.verification.checks.folders import (
 from exaone_bridge.verification.checks.generation import compare_generation
 from exaone_bridge.verification.checks.gradients import Gradients, compare_gradients
 from exaone_bridge.verification.checks.logits import compare_half_precision, compare_logits
+from exaone_bridge.verification.report.provenance import device, revision
 from exaone_bridge.verification.report.report import (
     ActivationDiff,
     Check,
@@ -118,7 +121,7 @@ def run(session: Session) -> Report:
     Raises:
         BridgeError: the input cannot be verified.
     """
-    started = time.perf_counter()
+    started, date = time.perf_counter(), datetime.now().astimezone()
     progress = session.progress
     with contextlib.ExitStack() as stack:
         launcher = session.launcher
@@ -172,6 +175,7 @@ def run(session: Session) -> Report:
                 checkpoint.model_config,
                 workload,
             )
+        device_name = launcher.first(device)
     return Report(
         source=source.name,
         other=None if other is None else other.name,
@@ -192,6 +196,13 @@ def run(session: Session) -> Report:
         versions=versions(),
         command=session.command,
         seconds=time.perf_counter() - started,
+        date=date.isoformat(timespec="seconds"),
+        host=platform.node(),
+        device=device_name,
+        folder=str(session.source.absolute()),
+        revision=revision(session.source),
+        other_folder="" if session.other is None else str(session.other.absolute()),
+        other_revision="" if session.other is None else revision(session.other),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,9 +16,11 @@ import pytest
 
 from exaone_bridge.verification.activations.divergence import CAUSES, first_divergence
 from exaone_bridge.verification.activations.probe_points import VISION_PREFIX
+from exaone_bridge.verification.report import numbers
 from exaone_bridge.verification.report.card import displayed_command, write_card
 from exaone_bridge.verification.report.html import html_of
-from exaone_bridge.verification.report.plot import activation_plot
+from exaone_bridge.verification.report.plot import activation_plot, plot_image
+from exaone_bridge.verification.report.provenance import device, revision
 from exaone_bridge.verification.report.report import (
     ActivationDiff,
     Check,
@@ -178,38 +181,115 @@ def test_the_schema_has_every_field_of_a_report() -> None:
 
 def test_the_html_has_everything_and_needs_no_other_file() -> None:
     bad = Check("config", "1 <b> of 2", False, "a & b")
-    found = report(GOOD, bad, SKIPPED, diverging=8, other="<other>")
+    found = report(GOOD, bad, SKIPPED, diverging=8, other="<other>", folder="/models/m")
     page = html_of(found)
     assert "&lt;other&gt;" in page and "1 &lt;b&gt; of 2" in page and "a &amp; b" in page
     assert "Hidden states diverge at layer 1, router" in page
     assert all(escape(cause) in page for cause in CAUSES["router"])
-    assert page.count('class="badge passed"') > 5 and 'class="badge failed"' in page
+    assert 'class="badge passed"' in page and 'class="badge failed"' in page
     assert "not run" in page and activation_plot(found.activations) in page
-    assert not re.search(r'(src|href)="', page)
+    assert not re.search(r'(src|href)="(?!#)', page) and "prefers-color-scheme: dark" in page
+
+
+def test_the_html_says_when_where_and_with_what_it_was_made() -> None:
+    commit = "0f6c" * 10
+    found = report(GOOD, date="2026-03-01T09:05:00+00:00", host="node-7", device="NVIDIA H100")
+    found = dataclasses.replace(found, folder="/hub/m", revision=commit, seconds=200.0)
+    page = html_of(found)
+    for text in ("1 March 2026, 09:05 UTC", "node-7", "NVIDIA H100", "/hub/m", commit):
+        assert f"<dd>{text}</dd>" in page
+    assert "<dd>3 min 20 s</dd>" in page and "<dd>345,920</dd>" in page
+    assert "was converted to Megatron-Core and back without a change" in page
+    assert 'href="#reading"' in page and 'id="reading"' in page
+
+
+def test_the_html_sorts_by_nearness_and_explains_what_it_has() -> None:
+    shares = (0.2, 0.9, 3.0, float("nan"), 0.5)
+    diffs = [
+        ActivationDiff(f"model.layers.{n}", n, "layer", share * 1e-5, 1e-5)
+        for n, share in enumerate(shares)
+    ]
+    metrics = {"relative": 7e-7, "threshold": 1e-5}
+    logits = Check("logits", "max |difference| 4.5e-06", True, metrics=metrics)
+    page = html_of(report(GOOD, logits, BAD, activations=tuple(diffs), divergence=None))
+    checks, _, rest = page.partition("Nearest to the threshold</h2>")
+    assert re.findall(r'class="name">(\w+)<', checks) == ["config", "logits", "tensors"]
+    assert "max |difference| 4.5 \u00d7 10\u207b\u2076" in checks and "</span>7%" in checks
+    assert re.findall(r"<td>layer (\d)", rest) == ["3", "2", "1", "4", "0"]
+    meanings = re.findall(r"<dt>([\w ]+)</dt>", rest.partition('id="reading"')[2])
+    assert meanings == ["tensors", "config", "logits", "nearness to the threshold"]
+    assert "</i>3 within the threshold<" in page and "</i>2 above it<" in page
+    passing = html_of(report(GOOD, activations=tuple(diffs[:2]), divergence=None))
+    assert "above it<" not in passing and "<dt>logits</dt>" not in passing
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.36, "0.36"),
+        (91234.0, "91,000"),
+        (4.5e-06, "4.5 \u00d7 10\u207b\u2076"),
+        (float("nan"), "NaN"),
+        (float("inf"), "infinite"),
+    ],
+)
+def test_numbers_are_written_for_people(value: float, text: str) -> None:
+    assert numbers.number(value) == text
+    assert numbers.readable(f"max {4.5e-06:.1e}, KL {0.74:.1e}") == (
+        "max 4.5 \u00d7 10\u207b\u2076, KL 0.74"
+    )
+    assert [numbers.nearness(share) for share in (0.0, 1e-4, 0.07, 120.0)] == (
+        ["0%", "under 1%", "7%", "120 times"]
+    )
+    assert [numbers.count(each) for each in (345920, 1279391488)] == ["345,920", "1.28 billion"]
+    assert [numbers.duration(each) for each in (4.21, 200, 7500)] == (
+        ["4.2 s", "3 min 20 s", "2 h 5 min"]
+    )
+    assert [numbers.size(each) for each in (12, 2558000000)] == ["12 bytes", "2.56 GB"]
+
+
+def test_a_downloaded_folder_tells_its_revision(tmp_path: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / commit
+    local, clone = tmp_path / "local", tmp_path / "clone"
+    metadata = local / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    for folder in (snapshot, metadata.parent, clone / ".git" / "refs" / "heads"):
+        folder.mkdir(parents=True)
+    metadata.write_text(f"{commit}\netag\n1.0\n")
+    (clone / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (clone / ".git" / "refs" / "heads" / "main").write_text(f"{commit}\n")
+    assert [revision(each) for each in (snapshot, local, clone)] == [commit] * 3
+    assert revision(tmp_path) == revision(tmp_path / "missing") == ""
+    assert device()
 
 
 @pytest.mark.parametrize("layers", [1, 3, 80])
 @pytest.mark.parametrize("diverging", [None, 3])
 def test_the_plot_has_a_mark_for_every_activation(layers: int, diverging: int | None) -> None:
     every = activations(diverging, layers)
-    image = ElementTree.fromstring(activation_plot(every))
-    marks = [element for element in image.iter() if element.tag.endswith("circle")]
+    marks = _marks(activation_plot(every))
     above = sum(each.diverges for each in every)
     assert len(marks) == len(every)
-    colours = [mark.attrib["fill"] for mark in marks]
-    assert len(set(colours)) == (1 if diverging is None else 2)
-    assert colours.count(colours[-1]) == (above or len(every))
+    kinds = [mark.attrib["class"] for mark in marks]
+    assert kinds.count("above") == above == (0 if diverging is None else len(every) - 3)
     bottom, height = float(marks[0].attrib["cy"]), [float(mark.attrib["cy"]) for mark in marks]
     assert bottom == max(height)  # equal activations are at the bottom
+    assert len(_marks(plot_image(every))) == len(every) + (1 if diverging is None else 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, float("nan"), float("inf")])
 def test_the_plot_takes_any_number(value: float) -> None:
     for threshold in (1e-5, value):
         diff = ActivationDiff("logits", None, "output layer", value, threshold)
-        image = ElementTree.fromstring(activation_plot((diff,)))
-        (mark,) = [element for element in image.iter() if element.tag.endswith("circle")]
+        (mark,) = _marks(activation_plot((diff,)))
         assert 0 < float(mark.attrib["cy"]) < 460
+        assert html_of(report(GOOD, activations=(diff,), divergence=None))
+
+
+def _marks(image: str) -> list[ElementTree.Element]:
+    elements = ElementTree.fromstring(image).iter()
+    return [element for element in elements if element.tag.endswith("circle")]
 
 
 def test_a_card_grows_and_a_section_is_replaced(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,9 @@ def test_verify_is_a_function_of_the_package() -> None:
 def test_every_check_passes(name: str, layout: Layout, megatron_bridge: Any, tiny: Any) -> None:
     report = exaone_bridge.verify(tiny(name), layout=layout, gradients=True)
     assert report.passed, report.failures()
+    assert report.folder == str(tiny(name)) and report.other_folder == report.revision == ""
+    assert report.device and report.host == platform.node()
+    assert abs(time.time() - datetime.fromisoformat(report.date).timestamp()) < 3600
     names = ("tensors", "config", "files", "generation", "logits", "gradients")
     assert tuple(statuses(report)) == names
     assert report.check("generation").metrics["prompts"] == ["plain", *CHATS]
