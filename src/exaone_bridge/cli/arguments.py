@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,6 +60,13 @@ def make_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        metavar="SHELL",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print the completion script of bash, zsh or tcsh and exit",
+    )
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True
     )
@@ -110,6 +118,29 @@ class _Version(argparse.Action):
 
         print(__version__)
         parser.exit()
+
+
+class _Completion(argparse.Action):
+    def __call__(self, parser: ArgumentParser, _: object, shell: Any, __: object = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            raise UsageError(
+                "--print-completion needs shtab; run `pip install 'exaone-bridge[completion]'`."
+            ) from None
+        for action in _actions(parser):
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _actions(parser: ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)
 
 
 def _command(commands: Any, name: str, description: str, example: str) -> ArgumentParser:
@@ -181,7 +212,7 @@ def _add_import(commands: Any) -> None:
     _add_models(parser, source=("HF_FOLDER", "a Hugging Face folder"))
     _add_path(parser, "target", "MEGATRON_FOLDER", "output; must not exist")
     _add_follow_links(parser)
-    _add_layout(parser, tp=1, pp=1, vpp=1, ep=1, etp=None)
+    _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
     _add_backend(parser)
     _add_conversion(parser)
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import Progress as RichProgress
 from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -71,7 +72,10 @@ def say(line: str) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table. The first column is aligned left, the others right."""
+    """Print a table; where its words do not fit the terminal's width, a list.
+
+    The first column is aligned left, the others right.
+    """
     drawn = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
         drawn.add_column(
@@ -79,4 +83,14 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         )
     for row in rows:
         drawn.add_row(*map(Text, row))
-    console.print(drawn)
+    cells = zip(columns, *rows, strict=True)
+    words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in cells]
+    words[0] = max(len(row[0]) for row in (columns, *rows))  # it is not wrapped
+    if sum(words) + 3 * len(words) + 1 <= console.width:
+        console.print(drawn)
+        return
+    console.print(Text(title))
+    for row in rows:
+        lines = [f"{name}: {cell}" for name, cell in zip(columns[1:], row[1:], strict=True) if cell]
+        console.print(Text(row[0], style="bold"))
+        console.print(Padding(Text("\n".join(lines)), (0, 0, 0, 2)))
