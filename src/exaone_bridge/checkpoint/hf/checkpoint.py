@@ -195,8 +195,8 @@ class HFCheckpoint:
         """Map a tensor [...] without reading it; see `TensorReader.view`."""
         return self.reader.view(self.tensors[name])
 
-    def read_into(self, name: str, target: torch.Tensor, begin: int = 0) -> None:
-        """Fill a tensor [...] with bytes from `begin` on; see `TensorReader.read_into`."""
+    def read_into(self, name: str, target: torch.Tensor | memoryview, begin: int = 0) -> None:
+        """Fill a tensor [...], or its bytes, from `begin` on; see `TensorReader.read_into`."""
         self.reader.read_into(self.tensors[name], target, begin)
 
     def release(self, name: str) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from exaone_bridge.checkpoint.dtypes import TORCH_DTYPES
+from exaone_bridge.checkpoint.dtypes import TORCH_DTYPES, byte_view
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.megatron.torch_dist import key_of
@@ -140,12 +140,13 @@ def _read(parameter: Parameter, source: HFCheckpoint) -> torch.Tensor:
     shard = parameter.param.shards[0]
     dtype = TORCH_DTYPES[source.tensors[parameter.names[0]].dtype]
     result = torch.empty((1,) * len(parameter.lead) + shard.shape, dtype=dtype)
-    rows = result.view(shard.shape)
+    data = byte_view(result)  # one view for all rows: those of a slice would take longer than it
     row_bytes = result.nbytes // shard.shape[0]
     for copy in shard.copies:  # full rows, because the parameter is not sharded
         first_hf = copy.hf[len(copy.hf) - len(copy.megatron)][0]
         begin, end = copy.megatron[0]
-        source.read_into(parameter.names[copy.tensor], rows[begin:end], first_hf * row_bytes)
+        rows = data[begin * row_bytes : end * row_bytes]
+        source.read_into(parameter.names[copy.tensor], rows, first_hf * row_bytes)
     return result
 
 

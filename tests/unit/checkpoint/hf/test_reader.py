@@ -114,6 +114,9 @@ def test_read_view_and_read_into_agree(checkpoint: HFCheckpoint) -> None:
         half = torch.empty(weight.numel() // 2, dtype=weight.dtype)
         checkpoint.read_into(name, half, weight.nbytes - half.nbytes)
         assert torch.equal(half, weight.flatten()[-half.numel() :])
+        content = bytearray(half.nbytes)
+        checkpoint.read_into(name, memoryview(content), weight.nbytes - half.nbytes)
+        assert content == half.numpy().tobytes()
     with pytest.raises(ValueError, match="has 256 bytes, not 260"):
         checkpoint.read_into("model.norm.weight", torch.empty(1), 256)
 
