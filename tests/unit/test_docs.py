@@ -89,7 +89,19 @@ def test_ci_checks_the_docs_before_it_runs_the_tests() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "tiny", "inspect", "import", "export", "generate", "verify", "doctor"]
+    "command",
+    [
+        "",
+        "demo",
+        "tiny",
+        "inspect",
+        "import",
+        "export",
+        "generate",
+        "perplexity",
+        "verify",
+        "doctor",
+    ],
 )
 def test_the_command_line_page_has_the_help(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

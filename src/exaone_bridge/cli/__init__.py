@@ -122,6 +122,10 @@ def _call(options: Namespace) -> None:
             from exaone_bridge.cli.generate import generate
 
             generate(options, layout_of(options))
+        case "perplexity":
+            from exaone_bridge.cli.perplexity import perplexity
+
+            perplexity(options, layout_of(options))
         case "verify":
             from exaone_bridge.cli.verify import verify
 

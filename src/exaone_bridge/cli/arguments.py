@@ -77,6 +77,7 @@ def make_parser() -> ArgumentParser:
         _add_import,
         _add_export,
         _add_generate,
+        _add_perplexity,
         _add_verify,
     ):
         add(commands)
@@ -274,6 +275,35 @@ def _add_generate(commands: Any) -> None:
         "--max-new-tokens", metavar="N", type=_positive, default=128, help="default: 128"
     )
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
+    _add_backend(parser)
+
+
+def _add_perplexity(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "perplexity",
+        "Compute the perplexity of a text with Megatron-Core, and with Transformers beside it.\n\n"
+        "The text is split into windows. In fp32 (--dtype float32), the exit code is 1 if the\n"
+        "losses differ by more than 1e-4 nats per token.",
+        "exaone-bridge perplexity /models/EXAONE-4.0-1.2B --text book.txt --length 2048",
+    )
+    _add_models(parser, source=("SOURCE", "a Hugging Face folder or a Megatron checkpoint"))
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="in UTF-8")
+    parser.add_argument(
+        "--length",
+        metavar="N",
+        type=_positive,
+        default=1024,
+        help="predicted tokens of a window (default: 1024)",
+    )
+    parser.add_argument(
+        "--transformers",
+        action=argparse.BooleanOptionalAction,
+        help="run Transformers too (default: if SOURCE is a Hugging Face folder)",
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     _add_backend(parser)
 

@@ -5,27 +5,23 @@ Standard output has the text alone; stages go to standard error.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from exaone_bridge.checkpoint.hf.writer import write_config_json
-from exaone_bridge.checkpoint.megatron.run_config import read_run_config
+from exaone_bridge.cli.model_files import model_files
 from exaone_bridge.cli.show import quiet
-from exaone_bridge.convert.to_hf import assets_of
-from exaone_bridge.errors import CheckpointError, UnsupportedConfig
-from exaone_bridge.runtime.launch import Launcher, choose_launcher, is_rank_zero
+from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
 from exaone_bridge.runtime.progress import NoProgress
 from exaone_bridge.schema.dtypes import MODEL_DTYPES
-from exaone_bridge.schema.hf_files import copy_companion_files
-from exaone_bridge.schema.iterations import choose_iteration, is_megatron_checkpoint
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["generate"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["generate", "read_dtype"]
 
 
 class _Printed(NoProgress):
@@ -50,26 +46,15 @@ def generate(options: Namespace, layout: Layout) -> None:
     if options.image and options.chat is None:
         wanted = "together with --chat"
         raise UnsupportedConfig("--image", got="--prompt", wanted=wanted, where="command line")
-    if options.dtype is not None and options.dtype not in MODEL_DTYPES:
-        raise UnsupportedConfig(
-            "--dtype", got=options.dtype, known=MODEL_DTYPES, where="command line"
-        )
-    if not options.source.is_dir():
-        raise CheckpointError(
-            options.source,
-            "this folder does not exist",
-            remedy="name a Hugging Face folder or a Megatron checkpoint",
-        )
+    dtype = read_dtype(options.dtype)
     template = {} if options.thinking is None else {"enable_thinking": options.thinking}
     progress = _Printed()
     quiet()
     with (
         choose_launcher(layout.ranks) as launcher,
-        _model_files(options.source, launcher) as (folder, megatron),
+        model_files(options.source, launcher) as (folder, megatron),
     ):
         progress.stage("importing Megatron-Core (half a minute)")
-        import torch
-
         from exaone_bridge.runtime.generate import generate as run
 
         work = functools.partial(
@@ -81,12 +66,27 @@ def generate(options: Namespace, layout: Layout) -> None:
             images=options.image,
             template=template,
             backend=options.backend,
-            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            dtype=dtype,
             most=options.max_new_tokens,
         )
         launcher.all(work, progress=progress)
     if is_rank_zero():
         print(flush=True)
+
+
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of an option; None: the checkpoint's.
+
+    Raises:
+        UnsupportedConfig: no model has this dtype.
+    """
+    if name is None:
+        return None
+    if name not in MODEL_DTYPES:
+        raise UnsupportedConfig("--dtype", got=name, known=MODEL_DTYPES, where="command line")
+    import torch
+
+    return getattr(torch, name)
 
 
 def _messages(options: Namespace) -> str | list[dict[str, Any]]:
@@ -96,18 +96,3 @@ def _messages(options: Namespace) -> str | list[dict[str, Any]]:
         return [{"role": "user", "content": options.chat}]
     parts = [{"type": "image"} for _ in options.image]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": options.chat}]}]
-
-
-@contextlib.contextmanager
-def _model_files(source: Path, launcher: Launcher) -> Iterator[tuple[Path, Path | None]]:
-    """Yield a folder with config and tokenizer, and the iteration of a Megatron checkpoint."""
-    if not is_megatron_checkpoint(source):
-        yield source, None
-        return
-    iteration, _ = choose_iteration(source)
-    with launcher.folder() as folder:
-        if is_rank_zero():
-            write_config_json(folder, read_run_config(iteration).hf_config())
-            if (assets := assets_of(source)).is_dir():
-                copy_companion_files(assets, folder)
-        yield folder, iteration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequenc
 from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["build", "forward_logits", "load_megatron", "over_context"]
+__all__ = ["build", "forward_logits", "forward_losses", "load_megatron", "over_context"]
 
 
 # A prompt's pixel values and grids, by the names of the model's arguments.
@@ -112,27 +113,36 @@ def over_context(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return all_gather_sequence(tensor, parallel_state.get_context_parallel_group(), dim)
 
 
-def _run_stage(
-    batches: Iterator[tuple[torch.Tensor, Images]],
-    model: MegatronModule,
-    vocab_size: int,
-    at: int | None,
-) -> tuple[torch.Tensor, Any]:
-    tokens, images = next(batches)
-    group = parallel_state.get_context_parallel_group()
-    positions = local_positions(group.rank(), group.size(), tokens.shape[1], tokens.device)
-    output = model(tokens[:, positions], positions[None], None, **images)
+@dataclass(frozen=True, slots=True)
+class _Microbatch:
+    """One prompt: tokens [1, S], and labels [1, S] where losses are wanted in place of logits."""
 
-    def logits(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+    tokens: torch.Tensor
+    images: Images
+    labels: torch.Tensor | None = None
+
+
+def _run_stage(
+    batches: Iterator[_Microbatch], model: MegatronModule, vocab_size: int, at: int | None
+) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    group = parallel_state.get_context_parallel_group()
+    length, device = batch.tokens.shape[1], batch.tokens.device
+    positions = local_positions(group.rank(), group.size(), length, device)
+    labels = None if batch.labels is None else batch.labels[:, positions]
+    output = model(batch.tokens[:, positions], positions[None], None, labels=labels, **batch.images)
+
+    def collect(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         found = over_context(tensor, dim=1)
+        if batch.labels is not None:
+            return found.float().cpu()
         if at is not None:
             found = found[:, at : at + 1]
         return _gathered(found, dim=-1)[..., :vocab_size].float().cpu()
 
-    return output, logits
+    return output, collect
 
 
-@torch.no_grad()
 def forward_logits(
     model: list[MegatronModule],
     tokens: torch.Tensor,
@@ -152,6 +162,31 @@ def forward_logits(
         The logits [N, S, V], or [N, 1, V] at one position, in fp32 on ranks of the last pipeline
         stage, None elsewhere.
     """
+    return _forward(model, tokens, images, at=at)
+
+
+def forward_losses(model: list[MegatronModule], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Run prompts of equal length, and compute the cross entropy of each next token.
+
+    Args:
+        model: this rank's chunks.
+        tokens: [N, S + 1] int64, the same on every rank.
+
+    Returns:
+        The cross entropy [N, S] in nats, fp32, on ranks of the last pipeline stage, None elsewhere.
+    """
+    return _forward(model, tokens[:, :-1], labels=tokens[:, 1:])
+
+
+@torch.no_grad()
+def _forward(
+    model: list[MegatronModule],
+    tokens: torch.Tensor,
+    images: Sequence[Images] = (),
+    *,
+    labels: torch.Tensor | None = None,
+    at: int | None = None,
+) -> torch.Tensor | None:
     config = get_model_config(model[0])
     count, length = tokens.shape
     # Interleaved stages require a multiple of pp microbatches, sequence parallelism a multiple of
@@ -161,18 +196,24 @@ def forward_logits(
     tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
     extra_positions = -length % (2 * tp * cp)
     device = next(model[0].parameters()).device
-    padded = torch.nn.functional.pad(tokens, (0, extra_positions, 0, extra_prompts)).to(device)
+
+    def padded(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes = (0, extra_positions, 0, extra_prompts)
+        return torch.nn.functional.pad(values, sizes).to(device).split(1)
+
+    prompts = padded(tokens)
     inputs = [{name: value.to(device) for name, value in each.items()} for each in images]
-    inputs += [{}] * (len(padded) - len(inputs))
-    batches = list(zip(padded.split(1), inputs, strict=True))
+    inputs += [{}] * (len(prompts) - len(inputs))
+    targets = [None] * len(prompts) if labels is None else padded(labels)
+    batches = list(map(_Microbatch, prompts, inputs, targets))
     for chunk in model:
         chunk.eval()
     outputs = get_forward_backward_func()(
         forward_step_func=functools.partial(_run_stage, vocab_size=config.vocab_size, at=at),
         data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
         model=model if len(model) > 1 else model[0],
-        num_microbatches=len(padded),
-        seq_length=padded.shape[1],
+        num_microbatches=len(batches),
+        seq_length=length + extra_positions,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,

@@ -14,7 +14,17 @@ import pytest
 from exaone_bridge.cli.arguments import make_parser
 from tests.helpers.cli import Cli
 
-COMMANDS = ["demo", "tiny", "inspect", "import", "export", "generate", "verify", "doctor"]
+COMMANDS = [
+    "demo",
+    "tiny",
+    "inspect",
+    "import",
+    "export",
+    "generate",
+    "perplexity",
+    "verify",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

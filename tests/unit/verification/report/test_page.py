@@ -1,4 +1,4 @@
-"""The HTML report in a browser: at three widths, light and dark, with the values under the pointer."""
+"""The HTML report in a browser: three widths, light and dark, values under the pointer."""
 
 from __future__ import annotations
 

@@ -1,0 +1,45 @@
+"""The files of a model that is given by a Hugging Face folder or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from exaone_bridge.checkpoint.hf.writer import write_config_json
+from exaone_bridge.checkpoint.megatron.run_config import read_run_config
+from exaone_bridge.convert.to_hf import assets_of
+from exaone_bridge.errors import CheckpointError
+from exaone_bridge.runtime.launch import Launcher, is_rank_zero
+from exaone_bridge.schema.hf_files import copy_companion_files
+from exaone_bridge.schema.iterations import choose_iteration, is_megatron_checkpoint
+
+__all__ = ["model_files"]
+
+
+@contextlib.contextmanager
+def model_files(source: Path, launcher: Launcher) -> Iterator[tuple[Path, Path | None]]:
+    """Yield a folder with config and tokenizer, and the iteration of a Megatron checkpoint.
+
+    Of a Megatron checkpoint the folder is temporary and has no weights; the iteration is None for a
+    Hugging Face folder.
+
+    Raises:
+        CheckpointError: the source does not exist or is damaged.
+    """
+    if not source.is_dir():
+        raise CheckpointError(
+            source,
+            "this folder does not exist",
+            remedy="name a Hugging Face folder or a Megatron checkpoint",
+        )
+    if not is_megatron_checkpoint(source):
+        yield source, None
+        return
+    iteration, _ = choose_iteration(source)
+    with launcher.folder() as folder:
+        if is_rank_zero():
+            write_config_json(folder, read_run_config(iteration).hf_config())
+            if (assets := assets_of(source)).is_dir():
+                copy_companion_files(assets, folder)
+        yield folder, iteration
