@@ -19,6 +19,7 @@ from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
 from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.schema.size_text import size_text
 
 __all__ = ["Inspection", "inspect", "without_garbage_collection"]
 
@@ -235,7 +236,7 @@ def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
     summary = {
         "family": source.family.name,
         "parameters": f"{source.num_elements:,} in {len(source.tensors)} tensors, "
-        f"{model_config.dtype}, {source.nbytes / 1e9:.2f} GB",
+        f"{model_config.dtype}, {size_text(source.nbytes)}",
         "layers (L sliding-window, G full)": attention_pattern(model_config.windows),
     }
     if (moe := model_config.moe) is not None:
@@ -248,7 +249,7 @@ def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
         "sliding window": str(next((window for window in model_config.windows if window), "-")),
         "heads / KV heads x head width": heads,
         "embeddings": "tied" if model_config.tied else "untied",
-        "layout": f"{plan.layout}, {plan.layout.ranks} ranks",
+        "layout": f"{plan.layout}, {plan.layout.ranks} rank{'s' * (plan.layout.ranks > 1)}",
         "vocabulary padding": f"{plan.padding:,} elements",
     }
 

@@ -53,10 +53,11 @@ _INVALID_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig
 
 
 def check_new_output(target: Path) -> None:
-    """Raise if an output exists already, or if there is no folder to create it in.
+    """Raise if an output exists already, or cannot be created; a folder is, to find out.
 
     Raises:
-        CheckpointError: Either is the case.
+        CheckpointError: It exists already, or there is no folder to create it in.
+        OutputError: That folder cannot be written.
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(
@@ -66,6 +67,16 @@ def check_new_output(target: Path) -> None:
         raise CheckpointError(
             target, "the folder to create it in does not exist", remedy="create that folder first"
         )
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent)).rmdir()
+    except OSError as error:
+        if error.errno in _DISK_FULL:  # what an earlier run has written may be enough
+            return
+        raise OutputError(
+            target,
+            f"cannot be created ({error.strerror or error})",
+            remedy="change the permissions of the folder that it is to be in, or name another one",
+        ) from error
 
 
 def _publish(folder: Path, target: Path) -> None:

@@ -94,7 +94,7 @@ def _call(options: Namespace) -> None:
         case "inspect":
             from exaone_bridge.cli.inspect import inspect
 
-            inspect(options.folder, layout_of(options), as_json=options.json)
+            inspect(options.folder, layout_of(options), json=options.json)
         case "import":
             from exaone_bridge.cli.convert import import_
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exaone_bridge.errors import BridgeError
+from exaone_bridge.cli.outputs import STANDARD_OUTPUT
+from exaone_bridge.errors import BridgeError, UnsupportedConfig
 from exaone_bridge.models import FAMILIES
+from exaone_bridge.schema.dtypes import DTYPE_ALIASES, MODEL_DTYPES
 from exaone_bridge.schema.hf_snapshot import is_hub_id, snapshot_folder
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
@@ -28,6 +30,7 @@ _SIZES = {
     "cp": "context-parallel size",
 }
 _MAX_WORKERS = 256
+_BACKENDS = ("auto", "torch", "transformer_engine")
 
 
 class UsageError(BridgeError):
@@ -37,6 +40,16 @@ class UsageError(BridgeError):
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; `{self.prog} --help` lists the arguments.")
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        options: Namespace = super().parse_args(*args, **kwargs)
+        if options.command == "inspect" and options.folder is None:
+            if options.json in (None, STANDARD_OUTPUT):
+                raise UsageError(
+                    "FOLDER is missing; `exaone-bridge inspect --help` lists the arguments."
+                )
+            options.folder, options.json = options.json, STANDARD_OUTPUT  # inspect --json FOLDER
+        return options
 
     def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file)  # argparse's own hides a BrokenPipeError
@@ -196,10 +209,17 @@ def _add_inspect(commands: Any) -> None:
         "tensors, and exits with 2 where `import` would reject the checkpoint.",
         "exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4",
     )
-    _add_models(parser, folder=("FOLDER", "a Hugging Face folder"))
+    _add_models(parser, nargs="?", folder=("FOLDER", "a Hugging Face folder"))
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=STANDARD_OUTPUT,
+        help="JSON instead of text; without FILE or with `-` on standard output",
+    )
 
 
 def _add_import(commands: Any) -> None:
@@ -328,7 +348,12 @@ def _add_verify(commands: Any) -> None:
     _add_backend(parser)
     checks = parser.add_argument_group("checks")
     flag: JSONObject = {"action": "store_true"}
-    checks.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
+    checks.add_argument(
+        "--dtype",
+        type=_dtype,
+        default="float32",
+        help="float32 (default), bfloat16, float16, or fp32, bf16, fp16",
+    )
     checks.add_argument("--quick", help="one prompt of each length, no generation", **flag)
     checks.add_argument(
         "--count",
@@ -363,7 +388,8 @@ def _add_verify(commands: Any) -> None:
         "--self-test", help="inject faults into tiny models; show that each is caught", **flag
     )
     outputs = parser.add_argument_group("outputs")
-    for name, what in (("json", "as JSON"), ("report", "as one HTML file")):
+    json_text = "as JSON; `-` is standard output"
+    for name, what in (("json", json_text), ("report", "as one HTML file")):
         outputs.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"the report {what}")
     outputs.add_argument(
         "--card", metavar="FILE", type=Path, help="a model card (Markdown), written or extended"
@@ -416,7 +442,10 @@ def _add_layout(parser: ArgumentParser, **defaults: int | None) -> None:
 
 def _add_backend(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--backend", default="auto", help="auto (default), transformer_engine or torch"
+        "--backend",
+        type=_backend,
+        default="auto",
+        help="auto (default), transformer_engine or torch",
     )
 
 
@@ -429,6 +458,19 @@ def _add_conversion(parser: ArgumentParser) -> None:
         help="processes, each with one or two tensors in memory (default: 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+
+
+def _dtype(text: str) -> str:
+    dtype = DTYPE_ALIASES.get(text, text)
+    if dtype not in MODEL_DTYPES:
+        raise UnsupportedConfig("--dtype", got=text, known=MODEL_DTYPES, where="command line")
+    return dtype
+
+
+def _backend(text: str) -> str:
+    if text not in _BACKENDS:
+        raise UnsupportedConfig("backend", got=text, known=_BACKENDS, where="command line")
+    return text
 
 
 def _positive(text: str) -> int:

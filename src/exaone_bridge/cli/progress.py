@@ -21,6 +21,7 @@ from rich.progress import Progress as RichProgress
 from exaone_bridge.cli.show import console, quiet, say
 from exaone_bridge.convert.progress import Summary
 from exaone_bridge.runtime.progress import NoProgress, Progress
+from exaone_bridge.schema.size_text import size_text
 
 __all__ = ["conversion", "say_summary"]
 
@@ -46,7 +47,7 @@ class _Conversion(NoProgress):
         self._drawn.advance(self._task, nbytes)
         if self._total and (tenths := self._done * 10 // self._total) > self._tenths:
             self._tenths = tenths
-            self._line(f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB")
+            self._line(f"{size_text(self._done)} of {size_text(self._total)}")
 
     def _line(self, text: str) -> None:
         if not console.is_terminal:
@@ -82,15 +83,13 @@ def say_summary(folder: object, done: Summary, *, dry_run: bool) -> None:
     """
     for note in done.notes:
         say(note)
-    size = f"{done.tensors} tensors, {done.nbytes / 1e9:.2f} GB"
+    size = f"{done.tensors} tensors, {size_text(done.nbytes)}"
     if dry_run:
         say(f"{folder}: {size} would be written; nothing was")
         return
-    kept = (
-        f", {done.kept_bytes / 1e9:.2f} GB of them from an earlier run" if done.kept_bytes else ""
-    )
-    rate = done.nbytes / 1e9 / max(done.seconds, 1e-9)
+    kept = f", {size_text(done.kept_bytes)} of them from an earlier run" if done.kept_bytes else ""
+    rate = size_text(done.nbytes / max(done.seconds, 1e-9))
     used = (done.peak_bytes - done.base_bytes) / 2**20
     peak = f"peak memory {done.peak_bytes / 2**30:.2f} GiB per process"
     peak += f" ({used:.0f} MiB of it for tensors)"
-    say(f"{folder}: {size}{kept}, {done.seconds:.1f} s, {rate:.2f} GB/s, {peak}")
+    say(f"{folder}: {size}{kept}, {done.seconds:.1f} s, {rate}/s, {peak}")

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from exaone_bridge.runtime.progress import NO_PROGRESS, NoProgress, Progress
 
-__all__ = ["console", "quiet", "say", "stages", "table"]
+__all__ = ["console", "on_stderr", "quiet", "say", "stages", "table"]
 
 console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has no width of its own
 
@@ -64,6 +64,16 @@ def stages(command: str, *, quiet_libraries: bool = True, shown: bool = True) ->
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with RichProgress(*columns, console=console, transient=True) as drawn:
         yield _Stages(command, drawn, drawn.add_task(command))
+
+
+@contextlib.contextmanager
+def on_stderr(condition: bool) -> Iterator[None]:
+    """Print on standard error in the body, if standard output is for something else."""
+    before, console.stderr = console.stderr, condition or console.stderr
+    try:
+        yield
+    finally:
+        console.stderr = before
 
 
 def say(line: str) -> None:

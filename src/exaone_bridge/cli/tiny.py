@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.cli.arguments import TINY_CONFIGS
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.models import family_of
 from exaone_bridge.schema.hf_config import language_config, with_num_layers
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
+from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["tiny"]
+
+# Fields of Transformers 4, which Transformers 5 reads under other names.
+_OTHER_SPELLINGS = ("rope_theta", "rope_scaling", "torch_dtype", "sliding_window_pattern")
 
 
 def tiny(model: str, folder: Path, settings: list[str], seed: int) -> None:
@@ -43,6 +49,30 @@ def _rejected(field: str, got: object, **expected: Any) -> UnsupportedConfig:
     return UnsupportedConfig(field, got=got, where="command line", **expected)
 
 
+def _check_field(setting: str, outer: list[str], field: str, family: ModelFamily) -> None:
+    """Raise if neither a tiny config of the family nor Transformers' config class has a field."""
+    if outer and not outer[-1].endswith("_config"):
+        return  # of RoPE: the family's reader checks it
+    known = set(_OTHER_SPELLINGS)
+    model_type = None
+    for config in family.tiny.values():
+        part: Any = config
+        for name in outer:
+            part = part.get(name, {})
+        known |= part.keys()
+        model_type = part.get("model_type", model_type)
+    if field in known:
+        return
+    from transformers import CONFIG_MAPPING
+
+    if model_type in CONFIG_MAPPING:
+        known |= CONFIG_MAPPING[model_type]().to_dict().keys()
+    if field not in known:
+        close = difflib.get_close_matches(field, known, n=1)
+        remedy = f"the nearest is {close[0]}" if close else ""
+        raise _rejected("--set", setting, wanted="a field of this model's config", remedy=remedy)
+
+
 def _with_settings(config: JSONMapping, settings: list[str]) -> JSONObject:
     changed: JSONObject = json.loads(json.dumps(config))  # a deep copy
     names = set()
@@ -56,6 +86,7 @@ def _with_settings(config: JSONMapping, settings: list[str]) -> JSONObject:
             if not isinstance(target := target.get(name), dict):
                 wanted = "a field of config.json, with dots between nested names"
                 raise _rejected("--set", setting, wanted=wanted)
+        _check_field(setting, outer, field, family_of(config["architectures"], where="tiny"))
         try:
             target[field] = json.loads(text)
         except ValueError:

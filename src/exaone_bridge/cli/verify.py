@@ -7,8 +7,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from exaone_bridge.cli.show import say, stages, table
-from exaone_bridge.errors import ParityFailure, UnsupportedConfig
+from exaone_bridge.cli.arguments import UsageError
+from exaone_bridge.cli.outputs import STANDARD_OUTPUT, check_outputs, unwritable, write_json
+from exaone_bridge.cli.show import on_stderr, say, stages, table
+from exaone_bridge.errors import ParityFailure
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.report.report import Report
 
@@ -23,16 +25,24 @@ def verify(options: Namespace, layout: Layout) -> None:
         layout: the layout of the Megatron-Core side.
 
     Raises:
-        UnsupportedConfig: an argument makes no sense; nothing has been computed by then.
-        ParityFailure: a check fails; reports have been written and printed by then.
+        BridgeError: an argument makes no sense, or a report cannot be written, which is found
+            before anything is computed.
+        ParityFailure: a check fails; reports have been printed and written by then.
     """
-    if options.self_test:
-        _self_test(options.json)
-        return
+    with on_stderr(options.json == STANDARD_OUTPUT):
+        if options.self_test:
+            _self_test(options.json)
+        else:
+            _verify(options, layout)
+
+
+def _verify(options: Namespace, layout: Layout) -> None:
     if options.source is None:
-        wanted = "a folder (or --self-test)"
-        raise UnsupportedConfig("SOURCE", got=None, wanted=wanted, where="command line")
-    _check_outputs(options.json, options.report, options.card)
+        raise UsageError(
+            "SOURCE is missing, the folder to verify (only --self-test needs none); "
+            "`exaone-bridge verify --help` lists the arguments."
+        )
+    check_outputs([options.json, options.report, options.card])
     from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
     from exaone_bridge.verification import verify as run_verification
 
@@ -57,29 +67,33 @@ def verify(options: Namespace, layout: Layout) -> None:
                 progress=progress,
             )
         if is_rank_zero():
+            print_report(report)  # first: a report that cannot be written must not hide the result
             _write(report, options)
-            print_report(report)
     if not report.passed:
         raise ParityFailure(report.failures() if is_rank_zero() else "")
 
 
 def _write(report: Report, options: Namespace) -> None:
-    if options.json is not None:
-        report.write_json(options.json)
-    if options.report is not None:
-        report.write_html(options.report)
-    if options.card is not None:
-        from exaone_bridge.verification.report.card import write_card
+    """Write the reports.
 
-        write_card(report, options.card, name=options.name or report.source, note=options.note)
+    Raises:
+        OutputError: one cannot be written, and all checks passed.
+        ParityFailure: one cannot be written, and a check failed.
+    """
+    try:
+        if options.json is not None:
+            write_json(report.to_dict(), options.json)
+        if options.report is not None:
+            report.write_html(options.report)
+        if options.card is not None:
+            from exaone_bridge.verification.report.card import write_card
 
-
-def _check_outputs(*paths: Path | None) -> None:
-    """Reject an output that cannot be written before the verification runs, not after."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            wanted = "a file in a folder that exists"
-            raise UnsupportedConfig("output", got=str(path), wanted=wanted, where="command line")
+            write_card(report, options.card, name=options.name or report.source, note=options.note)
+    except OSError as error:
+        problem = unwritable(error.filename or "report", error)
+        if report.passed:
+            raise problem from error
+        raise ParityFailure(f"{report.failures()}\nexaone-bridge: {problem}") from error
 
 
 def print_report(report: Report) -> None:
@@ -103,13 +117,13 @@ def print_report(report: Report) -> None:
         say(f"{report.source}: {note}.")
     for check in report.checks:
         if not check.ran:
-            say(f"{check.name} was not run: {check.details}.")
+            say(f"The check of {check.name} was not run: {check.details}.")
 
 
 def _self_test(json_: Path | None) -> None:
     from exaone_bridge.verification.self_test.run import self_test
 
-    _check_outputs(json_)
+    check_outputs([json_])
     with stages("self-test") as progress:
         progress.stage("importing Megatron-Core (half a minute)")
         result = self_test(progress=progress)
@@ -121,6 +135,6 @@ def _self_test(json_: Path | None) -> None:
     )
     say(result.summary())
     if json_ is not None:
-        result.write_json(json_)
+        write_json(result.to_dict(), json_)
     if not result.passed:
         raise ParityFailure(result.failures())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from exaone_bridge.checkpoint.dtypes import byte_view
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_file_header
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, shard_layout
@@ -27,6 +26,8 @@ def write_passthrough(source: HFCheckpoint, folder: Path) -> None:
     """Copy the passthrough tensors of a source to a folder, if it or its config has any."""
     if not source.passthrough and not source.model.passthrough_tensors:
         return
+    from exaone_bridge.checkpoint.dtypes import byte_view
+
     layout = shard_layout(source.passthrough.values(), PASSTHROUGH_FILE)
     with ShardWriter.create(folder, layout) as writer:
         for name in source.passthrough:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from exaone_bridge.checkpoint.dtypes import byte_view
 from exaone_bridge.checkpoint.hf.diagnose import check_is_megatron_folder
 from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, TensorSpec, read_json
 from exaone_bridge.checkpoint.hf.reader import TensorReader
@@ -21,7 +19,6 @@ from exaone_bridge.checkpoint.hf.shards import (
 )
 from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.megatron.run_config import read_run_config
-from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
 from exaone_bridge.checkpoint.staging import (
     check_new_output,
     check_space,
@@ -34,6 +31,9 @@ from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.iterations import choose_iteration
+
+if TYPE_CHECKING:
+    from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
 
 __all__ = ["assets_of", "export_checkpoint"]
 
@@ -51,6 +51,7 @@ def export_checkpoint(
 ) -> Summary:
     """Convert a Megatron checkpoint to a Hugging Face folder with weights, config and tokenizer.
 
+    What is given is checked before torch is imported.
     An interrupted export is continued: what it has written is compared, and kept where it is right.
 
     Args:
@@ -73,6 +74,7 @@ def export_checkpoint(
     megatron_folder, hf_folder = Path(megatron_folder), Path(hf_folder)
     check_new_output(hf_folder)
     check_is_megatron_folder(megatron_folder)
+    from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
     from exaone_bridge.runtime.fork import ForkLauncher
 
     chosen, why = choose_iteration(megatron_folder, iteration)
@@ -144,6 +146,10 @@ def _export_rank(
     Returns:
         The bytes that an earlier run has written, and the bytes of memory before and at most.
     """
+    import torch.distributed as dist
+
+    from exaone_bridge.checkpoint.dtypes import byte_view
+
     base, reader = memory_used(), TensorReader()
     with full_disk_as_output_error(target), writer:
         for name in shares[dist.get_rank()]:

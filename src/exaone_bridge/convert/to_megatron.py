@@ -9,19 +9,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import INDEX
 from exaone_bridge.checkpoint.hf.writer import write_config_json
-from exaone_bridge.checkpoint.megatron.torch_dist_write import (
-    Parameter,
-    WrittenParam,
-    parameters_of,
-    write_metadata,
-    write_parameters,
-)
 from exaone_bridge.checkpoint.reshard.plan import check_layout, reshard_plan
 from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.checkpoint.staging import (
@@ -35,6 +27,9 @@ from exaone_bridge.convert.progress import Summary, balanced, largest_growth, me
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
+
+if TYPE_CHECKING:
+    from exaone_bridge.checkpoint.megatron.torch_dist_write import Parameter, WrittenParam
 
 __all__ = ["import_checkpoint"]
 
@@ -89,6 +84,7 @@ def import_checkpoint(
     if dry_run:
         return Summary(len(source.tensors), source.nbytes, 0.0, notes=notes)
     from exaone_bridge.bridge.registration import supported
+    from exaone_bridge.checkpoint.megatron.torch_dist_write import parameters_of, write_metadata
     from exaone_bridge.convert.run_config import layers_are_stacked, provider_for, write_beside
     from exaone_bridge.runtime.fork import ForkLauncher
 
@@ -138,6 +134,10 @@ def _import_rank(
     Returns:
         Where each parameter is, and the bytes of memory before and at most.
     """
+    import torch.distributed as dist
+
+    from exaone_bridge.checkpoint.megatron.torch_dist_write import write_parameters
+
     base, written = memory_used(), []
     with full_disk_as_output_error(target):
         path = iteration / f"__{dist.get_rank()}_0.distcp"

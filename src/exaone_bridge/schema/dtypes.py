@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["CONFIG_DTYPES", "DTYPE_BYTES", "MODEL_DTYPES", "SAFETENSORS_DTYPES", "itemsize"]
+__all__ = [
+    "CONFIG_DTYPES",
+    "DTYPE_ALIASES",
+    "DTYPE_BYTES",
+    "MODEL_DTYPES",
+    "SAFETENSORS_DTYPES",
+    "itemsize",
+]
 
 # Name in config.json -> name in a safetensors header, for the types that a model may have.
 SAFETENSORS_DTYPES: Final[Mapping[str, str]] = {
@@ -21,6 +28,14 @@ CONFIG_DTYPES: Final[Mapping[str, str]] = {
     safetensors: config for config, safetensors in SAFETENSORS_DTYPES.items()
 }
 MODEL_DTYPES: Final = tuple(SAFETENSORS_DTYPES)
+# Other names of these types, as Megatron and torch have them -> name in config.json.
+DTYPE_ALIASES: Final[Mapping[str, str]] = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 # Name in a safetensors header -> bytes per element, in the order of safetensors' own enum, by which
 # its writer sorts. The other types of safetensors (complex, MX scales, floats of less than a byte)

@@ -19,7 +19,7 @@ INSPECT += ["--ep", "03", "--etp", "1"]
 
 def test_every_option_of_inspect_reaches_the_layout() -> None:
     options = make_parser().parse_args(INSPECT)
-    assert (options.folder, options.json) == (Path("folder"), True)
+    assert (options.folder, options.json) == (Path("folder"), Path("-"))
     assert layout_of(options) == Layout(tp=2, pp=4, vpp=2, sp=True, ep=3, etp=1)
     assert layout_of(make_parser().parse_args(["inspect", "folder"])) == Layout()
 
@@ -28,7 +28,8 @@ def test_every_option_of_inspect_reaches_the_layout() -> None:
     "arguments",
     [["inspect"], ["inspect", "x", "y"], ["nonsense"], ["inspect", "x", "--tp"],
      ["inspect", "x", "--tp", "0"], ["inspect", "x", "--tp", "-1"], ["inspect", "x", "--tp", "two"],
-     ["inspect", "x", "--tpp", "2"], ["inspect", "x", "--t", "2"], ["inspect", "x", "--json=yes"],
+     ["inspect", "x", "--tpp", "2"], ["inspect", "x", "--t", "2"], ["verify"],
+     ["verify", "--json", "-"],
      ["inspect", "-x"], ["import", "x", "y", "--workers", "257"], ["verify", "x", "--seed", "-1"],
      ["export", "x", "y", "--workers", "9" * 30], ["tiny", "exaone4", "x", "--seed", "one"]],
     ids=" ".join,

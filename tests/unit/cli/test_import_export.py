@@ -227,7 +227,7 @@ def test_dry_run_writes_nothing(
     source = sharded if command == "import" else megatron_folder
     run = cli(command, source, tmp_path / "output", "--dry-run")
     assert run.code == 0
-    assert "91 tensors, 0.00 GB would be written; nothing was" in " ".join(run.out.split())
+    assert "91 tensors, 1.38 MB would be written; nothing was" in " ".join(run.out.split())
     assert snapshot(tmp_path) == before
 
 
@@ -236,10 +236,10 @@ def test_import_prints_its_stages_and_a_summary(
 ) -> None:
     run = cli("import", sharded, tmp_path / "megatron")
     (line,) = [line for line in run.out.splitlines() if line.startswith(str(tmp_path / "megatron"))]
-    summary = r"91 tensors, 0\.00 GB, \d+\.\d s, \d\.\d\d GB/s, "
+    summary = r"91 tensors, 1\.38 MB, \d+\.\d s, \d+\.\d\d [KM]B/s, "
     summary += r"peak memory \d+\.\d\d GiB per process \(\d+ MiB of it"
     assert re.search(summary, line), line
-    assert "import: writing the Megatron checkpoint" in run.out and "0.00 of 0.00 GB" in run.out
+    assert "import: writing the Megatron checkpoint" in run.out and "1.38 MB of 1.38 MB" in run.out
 
 
 _WITHOUT_MEGATRON = """

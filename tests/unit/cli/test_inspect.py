@@ -36,7 +36,7 @@ def test_inspect_prints_the_model_config_and_the_parameter_mappings(cli: Cli, ti
         "layers (L sliding-window, G full)": "LLLGLLLG",
         "RoPE (R applied, - none)": "RRR-RRR-",
         "embeddings": "untied",
-        "layout": "TP1 x PP1, 1 ranks",
+        "layout": "TP1 x PP1, 1 rank",
     }
     assert {name: summary[name] for name in expected} == expected
     tensors = read_tensors(tiny("exaone4"))
@@ -248,3 +248,18 @@ def test_output_to_a_closed_pipe_ends_without_a_traceback(tiny: Any) -> None:
                 command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120, check=False
             )
         assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments", [["--json", "."], [".", "--json"], [".", "--json", "-"]])
+def test_inspect_prints_json(
+    arguments: list[str], tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny("exaone4"))
+    run = cli("inspect", *arguments)
+    assert run.code == 0 and json.loads(run.out)["family"] == "exaone4"
+
+
+def test_inspect_writes_json(tiny: Any, cli: Cli, tmp_path: Path) -> None:
+    run = cli("inspect", tiny("exaone4"), "--json", "description.json")
+    assert (run.code, run.out) == (0, "")
+    assert json.loads((tmp_path / "description.json").read_text())["family"] == "exaone4"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from exaone_bridge.cli.arguments import make_parser
 from tests.helpers.cli import Cli, Rejected, Snapshot, arguments_of
 from tests.helpers.damage import INDEX, WEIGHTS, set_config
 
@@ -199,7 +200,7 @@ def test_missing_backend_is_rejected(
     folder = tiny("exaone4")
     output = [] if command == "verify" else [tmp_path / "output"]
     fragments = (
-        NO_TE if TRANSFORMER_ENGINE is None else ("one of 'auto', 'torch', 'transformer_engine'",)
+        ("one of 'auto', 'torch', 'transformer_engine'",) if backend == "nonsense" else NO_TE
     )
     rejected(
         [command, folder, *output, "--backend", backend], f"backend is '{backend}'", *fragments
@@ -207,7 +208,11 @@ def test_missing_backend_is_rejected(
 
 
 VERIFY_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "no source": ([], ("SOURCE", "a folder")),
+    "no source": ([], ("SOURCE is missing, the folder to verify",)),
+    "a report that cannot be written": (
+        ["{source}", "--card", "/proc/card.md"],
+        ("/proc/card.md: cannot be written", "name a file that you can write"),
+    ),
     "no such other": (
         ["{source}", "nowhere"],
         ("nowhere", "does not exist", "a Megatron checkpoint"),
@@ -258,20 +263,21 @@ def test_input_is_rejected_before_megatron_is_imported(
     runs = [["inspect", str(folder)] for folder in folders]
     runs += [["inspect", valid, *options] for options in layouts] + [["inspect", missing]]
     runs += [["tiny", "nonsense", output], ["tiny", "exaone4", output, "--set", "nonsense"]]
-    no_torch = len(runs)
     runs += [["import", str(folder), output] for folder in folders]
+    runs += [["import", missing, output], ["import", valid, existing], ["verify"]]
+    runs += [["export", missing, output], ["export", valid, output], ["export", valid, existing]]
+    runs += [["export", valid, str(tmp_path / "no" / "output")]]
+    runs += [[command, valid, output, "--backend", "x"] for command in ("import", "verify")]
+    runs += [["verify", valid, "--dtype", "int8"], ["verify", valid, "--json", "/proc/x"]]
+    runs += [["import", valid, "/proc/output", "--dry-run"]]
+    no_torch = len(runs)
     runs += [["verify", str(folder)] for folder in folders]
     runs += [
         [command, valid, *more, *options]
         for command, *more in (["import", output], ["verify"])
         for options in layouts
     ]
-    runs += [["import", missing, output], ["import", valid, existing], ["verify", missing]]
-    runs += [
-        ["export", missing, output],
-        ["export", valid, existing],
-        ["export", valid, str(tmp_path / "no" / "output")],
-    ]
+    runs += [["verify", missing]]
     runs += [
         ["tiny", "exaone4", existing],
         ["demo", "--vpp", "2", "--pp", "1"],
@@ -295,6 +301,20 @@ def test_input_is_rejected_before_megatron_is_imported(
         assert "megatron" not in slow, arguments
         assert slow == [] or number >= no_torch, arguments
     assert not Path(output).exists()
+
+
+@pytest.mark.parametrize("command", ["import", "tiny"])
+def test_unwritable_output_is_rejected(command: str, tiny: Any, rejected: Rejected) -> None:
+    arguments = {"import": ["import", tiny("exaone4"), "/proc/output", "--dry-run"]}
+    arguments["tiny"] = ["tiny", "exaone4", "/proc/output"]
+    rejected(arguments[command], "/proc/output: cannot be created", "change the permissions")
+
+
+@pytest.mark.parametrize(
+    ("alias", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
+)
+def test_dtype_has_aliases(alias: str, dtype: str) -> None:
+    assert make_parser().parse_args(["verify", "model", "--dtype", alias]).dtype == dtype
 
 
 def test_installed_command_exits_with_2(tmp_path: Path) -> None:

@@ -104,12 +104,12 @@ def test_seed_decides_the_weights_and_nothing_else(
 def test_set_option_takes_json_or_plain_text(cli: Cli, tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 5000.0}
     settings = ["dtype=bfloat16", "tie_word_embeddings=true", "rms_norm_eps=1e-6"]
-    settings += ["my_field=a=b", "nothing=null", f"rope_parameters={json.dumps(rope)}"]
+    settings += ["hidden_act=silu", "pad_token_id=null", f"rope_parameters={json.dumps(rope)}"]
     options = [argument for setting in settings for argument in ("--set", setting)]
     run = cli("tiny", "exaone4", tmp_path / "model", *options)
     assert run.code == 0 and "8 layers, bfloat16" in run.out
     wanted = {"dtype": "bfloat16", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
-    wanted |= {"my_field": "a=b", "nothing": None, "rope_parameters": rope}
+    wanted |= {"hidden_act": "silu", "pad_token_id": None, "rope_parameters": rope}
     config, stock = read_config(tmp_path / "model"), EXAONE4.tiny["exaone4"]
     assert {field: config[field] for field in wanted} == wanted
     assert {
@@ -167,6 +167,10 @@ def test_every_list_of_layers_follows_the_number_of_layers(cli: Cli, tmp_path: P
 
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no equals": (["num_hidden_layers"], ("--set is 'num_hidden_layers'", "field=value")),
+    "unknown field": (
+        ["num_hidden_layer=3"],
+        ("--set is 'num_hidden_layer=3'", "the nearest is num_hidden_layers"),
+    ),
     "no field": (["=3"], ("--set is '=3'", "field=value")),
     "rope": (['rope_parameters={"rope_type": "yarn"}'], ("rope_type is 'yarn'", "'llama3'")),
     "rope of text": (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from exaone_bridge.verification.report.report import Check, Report
 from tests.helpers.cli import Cli, Run, Snapshot, names_in, read_config, read_tensors, table_rows
 
 CHECKS = ("tensors", "config", "files", "logits")
@@ -235,6 +238,45 @@ def test_self_test_prints_a_line_for_each_fault(
     data = json.loads((tmp_path / "result.json").read_text())
     assert data["passed"] == passed and data["clean_models"] == 1
     assert [outcome["status"] == "caught" for outcome in data["outcomes"]] == [True, passed]
+
+
+@pytest.fixture
+def without_running(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return `without_running(*checks)`: `verify` returns a report of these at once."""
+    import exaone_bridge.verification as module
+
+    def use(*checks: Check) -> None:
+        report = Report("model", "TP1 x PP1", checks)
+        monkeypatch.setattr(module, "verify", lambda *_, **__: report)
+
+    return use
+
+
+EQUAL = Check("tensors", "91 tensors bitwise equal", True)
+DIFFERENT = Check("tensors", "1 tensor differs", False, "x differs")
+
+
+def test_verify_prints_json_alone_on_standard_output(without_running: Any, cli: Cli) -> None:
+    without_running(EQUAL)
+    run = cli("verify", "model", "--json", "-")
+    assert run.code == 0 and json.loads(run.out)["checks"][0]["name"] == "tensors"
+    assert "91 tensors bitwise equal" in run.err
+    assert "91 tensors bitwise equal" in cli("verify", "model").out
+
+
+@pytest.mark.parametrize(("check", "code"), [(EQUAL, 2), (DIFFERENT, 1)])
+def test_verdict_is_printed_although_a_report_cannot_be_written(
+    check: Check, code: int, without_running: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    without_running(check)
+    monkeypatch.setattr(Path, "write_text", full)
+    run = cli("verify", "model", "--json", "report.json")
+    assert run.code == code and check.summary in run.out
+    assert "report.json: cannot be written (No space left on device)" in run.err
+    assert check.passed or "x differs" in run.err
 
 
 def _cpu_seconds(*command: str | Path) -> float:

@@ -24,8 +24,9 @@ import torch
 
 from exaone_bridge.checkpoint import staging
 from exaone_bridge.checkpoint.hf import shards
+from exaone_bridge.checkpoint.megatron import torch_dist_write
 from exaone_bridge.checkpoint.reshard import save
-from exaone_bridge.convert import to_hf, to_megatron
+from exaone_bridge.convert import to_hf
 from exaone_bridge.convert.to_hf import export_checkpoint
 from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import CheckpointError, OutputError
@@ -243,7 +244,7 @@ def test_an_import_whose_disk_fills_up_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     name = "write_parameters" if writer == "a rank" else "write_metadata"
-    monkeypatch.setattr(to_megatron, name, full)
+    monkeypatch.setattr(torch_dist_write, name, full)
     with pytest.raises(OutputError) as caught:
         import_checkpoint(source, tmp_path / "output", Layout())
     assert str(caught.value) == (

@@ -41,7 +41,7 @@ def compare_digests(first: Mapping[str, Digest], second: Mapping[str, Digest]) -
         elif a.sha256 != b.sha256:
             differences.append(f"{name} differs")
     summary = (
-        f"{len(differences)} of {len(first)} tensors differ"
+        f"{len(differences)} of {len(first.keys() | second.keys())} tensors differ"
         if differences
         else f"{len(first)} tensors bitwise equal"
     )

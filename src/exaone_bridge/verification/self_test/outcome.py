@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.verification.report.report import Check, Divergence
@@ -148,13 +146,12 @@ class SelfTestResult:
         lines = [outcome.failure() for outcome in self.outcomes if not outcome.passed]
         return "\n".join([*lines, *self.false_reports])
 
-    def write_json(self, path: Path) -> None:
-        """Write the counts and every outcome to a JSON file."""
-        result = {
+    def to_dict(self) -> JSONObject:
+        """Return the counts and every outcome, as plain data."""
+        return {
             "passed": self.passed,
             "clean_models": self.clean_models,
             "false_reports": list(self.false_reports),
             "seconds": self.seconds,
             "outcomes": [outcome.to_dict() for outcome in self.outcomes],
         }
-        path.write_text(json.dumps(result, indent=2) + "\n")

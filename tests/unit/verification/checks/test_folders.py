@@ -20,6 +20,7 @@ from exaone_bridge.verification.checks import digests
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.checks.folders import (
     compare_configs,
+    compare_digests,
     compare_files,
     compare_tensors,
 )
@@ -193,7 +194,9 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], object], int, str]] = {
 def test_a_tensor_that_differs_is_named(name: str, pair: tuple[Path, Path]) -> None:
     fault, count, where = TENSOR_FAULTS[name]
     change(pair[1], fault)
-    assert compare_tensors(*pair) == Check("tensors", f"{count} of 91 tensors differ", False, where)
+    total = 92 if "new was added" in where else 91
+    summary = f"{count} of {total} tensors differ"
+    assert compare_tensors(*pair) == Check("tensors", summary, False, where)
     assert not compare_tensors(*reversed(pair)).passed
 
 
@@ -201,6 +204,12 @@ def test_many_differences_are_counted_and_a_few_named(pair: tuple[Path, Path]) -
     change(pair[1], lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
     check = compare_tensors(*pair)
     assert check.summary == "91 of 91 tensors differ" and len(check.details.split("; ")) == 5
+
+
+def test_no_more_tensors_differ_than_there_are() -> None:
+    """Two models without a common name."""
+    first, second = ({f"{end}.{n}": Digest("F32", (1,), "0") for n in range(3)} for end in "ab")
+    assert compare_digests(first, second).summary == "6 of 6 tensors differ"
 
 
 def test_tensors_that_cannot_be_read_raise(pair: tuple[Path, Path]) -> None:
