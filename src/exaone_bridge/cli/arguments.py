@@ -294,7 +294,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_positive, default=128, help="default: 128"
     )
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype",
+        type=_dtype,
+        help="float32, bfloat16, float16, or fp32, bf16, fp16 (default: the checkpoint's)",
+    )
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     _add_backend(parser)
 
