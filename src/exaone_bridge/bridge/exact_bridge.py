@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from megatron.bridge.models.conversion.model_bridge import (
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config, unwrap_model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from exaone_bridge.bridge import save
 from exaone_bridge.bridge.dora_export import DoRAExport
@@ -32,6 +33,7 @@ from exaone_bridge.bridge.eligibility import (
     why_not_planned_load,
 )
 from exaone_bridge.bridge.fp8 import updated_fp8_init_values
+from exaone_bridge.bridge.hf_source import hf_config_dict, raw_config
 from exaone_bridge.bridge.mapping_registry import make_mapping_registry
 from exaone_bridge.checkpoint.coverage import BUILD_FROM_CONFIG, check_coverage
 from exaone_bridge.checkpoint.hf.accept import dtype_of_weights, names_dtype
@@ -41,21 +43,15 @@ from exaone_bridge.checkpoint.reshard.load import load_weights
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
-from exaone_bridge.schema.hf_files import COMPANION_FILES
+from exaone_bridge.schema.hf_spelling import in_new_spelling
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import OUTPUT_LAYER, ModelDescription, ModelFamily
 
-__all__ = ["ExactBridge", "hf_config_dict"]
+__all__ = ["ExactBridge"]
 
 logger = logging.getLogger(__name__)
 
 _OUTPUT_BIAS = "output_layer.bias"
-
-
-def hf_config_dict(hf_config: Any) -> JSONObject:
-    """Return a Transformers config as `save_pretrained` writes it, without the version."""
-    config = hf_config if isinstance(hf_config, Mapping) else json.loads(hf_config.to_json_string())
-    return {key: value for key, value in config.items() if key != "transformers_version"}
 
 
 class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
@@ -64,8 +60,6 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
     Subclasses set FAMILY, SOURCE_NAME, MODEL_TYPE, PROVIDER_CLASS and `provider_of`; all else
     follows from the family.
     """
-
-    ADDITIONAL_FILE_PATTERNS: ClassVar[list[str]] = list(COMPANION_FILES)
 
     FAMILY: ClassVar[ModelFamily]
 
@@ -125,20 +119,40 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
             UnsupportedConfig: the config is not supported.
         """
         self._complete_dtype(hf_pretrained)
-        config = hf_config_dict(hf_pretrained.config)
+        config = raw_config(hf_pretrained)
         provider: ExactGPTModelProvider = self.provider_of(
             self.FAMILY.read_hf_config(config), config
         )
         return provider
 
     @classmethod
-    def megatron_to_hf_config(cls, provider: ExactGPTModelProvider) -> JSONObject:
-        """Make config.json of the model that this provider builds, as `save_pretrained` writes it.
+    def config_json_of(
+        cls, provider: ExactGPTModelProvider, source: JSONMapping | None = None
+    ) -> JSONObject:
+        """Make config.json of the model that this provider builds.
+
+        Args:
+            provider: a provider, or the config of a Megatron-Core model that it has built.
+            source: the config.json whose spelling is kept; None: the one that the provider was
+                made from.
 
         Raises:
             UnsupportedConfig: the provider was changed to a model that the config cannot express.
         """
-        return cls.FAMILY.write_hf_config(cls.FAMILY.model_config_of(provider), provider.hf_config)
+        source = provider.hf_config if source is None else source
+        return cls.FAMILY.write_hf_config(cls.FAMILY.model_config_of(provider), source)
+
+    @classmethod
+    def megatron_to_hf_config(cls, provider: ExactGPTModelProvider) -> JSONObject:
+        """Make the config for Megatron-Bridge, which knows the keys of Transformers 5 only.
+
+        Raises:
+            UnsupportedConfig: as `config_json_of`.
+        """
+        config = in_new_spelling(cls.config_json_of(provider))
+        config.pop("transformers_version", None)
+        read = hf_config_dict(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)))
+        return {key: read.get(key, value) for key, value in config.items()}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Make Megatron-Bridge's mapping objects of the model at hand.
@@ -229,20 +243,16 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         description = self.describe(hf_pretrained, model)
         exported: set[str] = set()
         embedding: torch.Tensor | None = None
-        # These parameters are fp32 in every model, and their tensors need not be.
-        dtype = None if kwargs.get("weight_dtype") else getattr(torch, description.config.dtype)
-        cast = {
-            name: torch.float32 if tensor.fp32 else dtype
-            for name, tensor in description.hf_tensors.items()
-            if tensor.fp32_param
-        }
+        dtype = save.exported_dtype(model, kwargs.pop("weight_dtype", None))
         for weight in super().stream_weights_megatron_to_hf(
             megatron_model, hf_pretrained, *args, **kwargs
         ):
             name = weight.param_name.replace(".base_layer", "")
             exported.add(name)
-            if dtype is not None and name in cast:
-                weight = weight._replace(weight=weight.weight.to(cast[name]))
+            tensor = description.hf_tensors.get(name)
+            if tensor is not None and weight.weight.is_floating_point():
+                wanted = torch.float32 if tensor.fp32 else dtype
+                weight = weight._replace(weight=weight.weight.to(wanted))
             if name == description.embedding_name:
                 embedding = weight.weight
             yield weight

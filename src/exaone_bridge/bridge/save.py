@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from exaone_bridge.bridge.eligibility import (
@@ -18,7 +21,9 @@ from exaone_bridge.bridge.eligibility import (
     safetensors_folder,
     why_not_planned_save,
 )
+from exaone_bridge.bridge.hf_source import raw_config
 from exaone_bridge.checkpoint.hf.headers import TensorInfo, read_headers
+from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.reshard.save import (
     ShardGroup,
     raise_on_all_ranks,
@@ -27,17 +32,23 @@ from exaone_bridge.checkpoint.reshard.save import (
 )
 from exaone_bridge.errors import UnmappedTensors
 from exaone_bridge.patches.auto_bridge_save import SaveCall
-from exaone_bridge.schema.model_family import ModelDescription
+from exaone_bridge.schema.hf_config import read_dtype
+from exaone_bridge.schema.hf_files import copy_companion_files, has_tokenizer
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
+from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
 
 if TYPE_CHECKING:
     from exaone_bridge.bridge.exact_bridge import ExactBridge
 
 __all__ = [
     "ExportSource",
+    "exported_dtype",
     "passthrough_names",
     "save_hf_pretrained",
     "save_hf_weights",
     "shard_groups",
+    "with_dtype",
+    "write_files",
 ]
 
 logger = logging.getLogger(__name__)
@@ -67,7 +78,7 @@ def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | P
     """Write config, tokenizer, further files and weights into a folder, which may exist.
 
     Args:
-        source_path: the folder of custom modeling files; None: that of `call.hf_pretrained`.
+        source_path: the folder to take the files from; None: that of `call.hf_pretrained`.
     """
 
     def write(folder: Path) -> None:
@@ -75,14 +86,58 @@ def save_hf_pretrained(bridge: ExactBridge, call: SaveCall, source_path: str | P
             raise_on_all_ranks()
         ):  # rank 0 may fail alone: all ranks must learn of it before they gather
             if dist.get_rank() == 0:
-                call.hf_pretrained.save_artifacts(
-                    folder,
-                    original_source_path=source_path,
-                    additional_files=bridge.ADDITIONAL_FILE_PATTERNS,
-                )
+                config = unwrap_model(call.model)[0].config
+                write_files(bridge, call.hf_pretrained, folder, source_path)
+                written = bridge.config_json_of(config, raw_config(call.hf_pretrained, source_path))
+                dtype = exported_dtype(call.model, call.weight_dtype)
+                write_config_json(folder, with_dtype(bridge.FAMILY, written, dtype))
         _write(bridge, call, folder)
 
     write_atomically(call.path, write)
+
+
+def write_files(
+    bridge: ExactBridge, hf_pretrained: Any, folder: Path, source_path: str | Path | None = None
+) -> None:
+    """Copy all files of a Hugging Face model but weights and config.json, byte for byte.
+
+    Args:
+        source_path: the folder to take them from; None: that of `hf_pretrained`.
+    """
+    source = Path(source_path or getattr(hf_pretrained, "model_name_or_path", None) or "")
+    found = source if str(source) != "." and source.is_dir() else safetensors_folder(hf_pretrained)
+    if found is not None:
+        copy_companion_files(found, folder)
+        logger.info("tokenizer and other files copied from %s", found)
+    elif hasattr(hf_pretrained, "save_artifacts"):  # a model that was made in memory
+        hf_pretrained.save_artifacts(folder)
+    if not has_tokenizer(folder):
+        logger.warning("%s has no tokenizer, because the Hugging Face source has none", folder)
+
+
+def exported_dtype(
+    model: list[MegatronModule], weight_dtype: torch.dtype | None = None
+) -> torch.dtype:
+    """Return the one dtype of an export, in its tensors and in its config.json.
+
+    Args:
+        model: this rank's chunks.
+        weight_dtype: the requested dtype; None: the model's.
+    """
+    dtype: torch.dtype = weight_dtype or unwrap_model(model)[0].config.params_dtype
+    return dtype
+
+
+def with_dtype(family: ModelFamily, config: JSONMapping, dtype: torch.dtype) -> JSONObject:
+    """Return config.json of the same model in another dtype.
+
+    Raises:
+        UnsupportedConfig: no supported checkpoint has this dtype.
+    """
+    name = read_dtype({"dtype": dtype})
+    return family.write_hf_config(
+        dataclasses.replace(family.read_hf_config(config), dtype=name), config
+    )
 
 
 def passthrough_names(
@@ -155,7 +210,7 @@ def _save(bridge: ExactBridge, call: SaveCall, folder: Path) -> None:
         folder,
         source.model,
         local_model(call.model),
-        dtype=unwrap_model(call.model)[0].config.params_dtype,
+        dtype=exported_dtype(call.model),
         dense=dense,
         expert=expert,
         files=source.files,

@@ -113,6 +113,7 @@ def _call(options: Namespace) -> None:
                 options.source,
                 options.target,
                 iteration=options.iteration,
+                hf_source=options.hf_source,
                 max_shard_size=options.max_shard_size,
                 drop_passthrough=options.drop_passthrough,
                 workers=options.workers,

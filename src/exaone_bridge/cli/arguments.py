@@ -255,6 +255,13 @@ def _add_export(commands: Any) -> None:
         help="the iteration to export (default: the one that the checkpoint's tracker file names)",
     )
     parser.add_argument(
+        "--hf-source",
+        metavar="DIR",
+        type=Path,
+        help="a Hugging Face folder to take the tokenizer and other files from (default: those "
+        "that the checkpoint has)",
+    )
+    parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         help="re-shard the safetensors files, such as 5GB (default: the shards of the source)",

@@ -29,8 +29,9 @@ from exaone_bridge.convert.extra_tensors import ASSETS, read_passthrough
 from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
-from exaone_bridge.schema.hf_files import copy_companion_files
+from exaone_bridge.schema.hf_files import companion_files, copy_companion_files, has_tokenizer
 from exaone_bridge.schema.iterations import choose_iteration
+from exaone_bridge.schema.json_types import JSONObject
 
 if TYPE_CHECKING:
     from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
@@ -43,6 +44,7 @@ def export_checkpoint(
     hf_folder: str | Path,
     *,
     iteration: int | None = None,
+    hf_source: str | Path | None = None,
     max_shard_bytes: int | None = None,
     drop_passthrough: bool = False,
     workers: int = 1,
@@ -58,6 +60,8 @@ def export_checkpoint(
         megatron_folder: The source.
         hf_folder: The output, which must not exist.
         iteration: The one to export; None: the one that the checkpoint's tracker file names.
+        hf_source: A Hugging Face folder to take the tokenizer and all other files from; None: what
+            the checkpoint has of its source.
         max_shard_bytes: Of a file; None: the files of the Hugging Face source that the checkpoint
             was imported from, or 5 GB.
         drop_passthrough: Leave out passthrough tensors, and change config.json accordingly.
@@ -78,10 +82,12 @@ def export_checkpoint(
     from exaone_bridge.runtime.fork import ForkLauncher
 
     chosen, why = choose_iteration(megatron_folder, iteration)
-    notes = (f"{megatron_folder}: {why}",) if why else ()
-    config = read_run_config(chosen).hf_config()
-    source = MegatronCheckpoint(chosen, config)
+    notes: tuple[str, ...] = (f"{megatron_folder}: {why}",) if why else ()
     assets = assets_of(megatron_folder)
+    files_from = _files_of(assets, chosen, hf_source)
+    config = read_run_config(chosen).hf_config(_source_config(assets))
+    source = MegatronCheckpoint(chosen, config)
+    notes += _notes_on_files(files_from)
     passthrough: dict[str, TensorInfo] = {}
     if drop_passthrough:
         family = source.model.family
@@ -112,8 +118,8 @@ def export_checkpoint(
         )
         write_index(folder, layout)
         write_config_json(folder, config)
-        if assets.is_dir():
-            copy_companion_files(assets, folder)
+        if files_from is not None:
+            copy_companion_files(files_from, folder)
     base, peak = largest_growth([(base, peak) for _, base, peak in results])
     return Summary(
         len(specs),
@@ -131,6 +137,44 @@ def assets_of(megatron_folder: Path) -> Path:
     beside = megatron_folder.absolute().parent / ASSETS
     inside = megatron_folder / ASSETS
     return beside if not inside.is_dir() and beside.is_dir() else inside
+
+
+def _files_of(assets: Path, iteration: Path, hf_source: str | Path | None) -> Path | None:
+    """Return the folder of the files to copy: the requested one, or one of the checkpoint.
+
+    Raises:
+        CheckpointError: `hf_source` is not a folder.
+    """
+    if hf_source is not None:
+        if not Path(hf_source).is_dir():
+            raise CheckpointError(
+                Path(hf_source),
+                "this folder does not exist",
+                remedy="name a Hugging Face model folder",
+            )
+        return Path(hf_source)
+    # AutoBridge.import_ckpt and training write the tokenizer into the iteration.
+    folders = [each for each in (assets, iteration / "tokenizer") if each.is_dir()]
+    return next(filter(has_tokenizer, folders), None) or next(iter(folders), None)
+
+
+def _source_config(assets: Path) -> JSONObject | None:
+    path = assets / "config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _notes_on_files(folder: Path | None) -> tuple[str, ...]:
+    """Say what is copied from where, and that there is no tokenizer if there is none."""
+    notes: tuple[str, ...] = ()
+    if folder is not None and (names := sorted(companion_files(folder))):
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        notes = (f"{folder}: {len(names)} files are copied as they are ({some})",)
+    if folder is None or not has_tokenizer(folder):
+        notes += (
+            "warning: the checkpoint has no tokenizer, and so the output has none; "
+            "--hf-source names a Hugging Face folder to take it from",
+        )
+    return notes
 
 
 def _export_rank(

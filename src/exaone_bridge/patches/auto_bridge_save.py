@@ -22,6 +22,7 @@ __all__ = [
     "SaveCall",
     "SavesHuggingFace",
     "export_hf_weights",
+    "mtp_source_key_prefixes",
     "save_hf_pretrained",
     "save_hf_weights",
 ]
@@ -62,7 +63,7 @@ class SavesHuggingFace(ABC):
         """Write config, tokenizer, other files and weights into `call.path`, which may exist.
 
         Args:
-            source_path: the folder of custom modeling files; None: that of `call.hf_pretrained`.
+            source_path: the folder to take the files from; None: that of `call.hf_pretrained`.
         """
 
 
@@ -104,20 +105,17 @@ def save_hf_pretrained(
     *args: object,
     **kwargs: object,
 ) -> None:
-    """Save a model through its model bridge, unless there is only a config.
-
-    The original then writes the config, and calls `save_hf_weights`.
-    """
+    """Save a model through its model bridge."""
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
-    from transformers import PretrainedConfig
 
     options = _options(original, self, model, path, *args, **kwargs)
     self = _with_source(self, options.get("source_path"))
     model_bridge = _saving_bridge(self)
-    if model_bridge is None or isinstance(self.hf_pretrained, PretrainedConfig):
+    if model_bridge is None:
         original(self, model, path, *args, **kwargs)
         return
-    source_path = options.pop("source_path")
+    # `from_auto_config` knows the Hugging Face model only by its name.
+    source_path = options.pop("source_path") or getattr(self, "hf_model_id", None)
     own_save = AutoBridge.save_hf_weights.__wrapped__  # Megatron-Bridge's
     model_bridge.save_hf_pretrained(_call(own_save, self, model, path, options), source_path)
 
@@ -153,6 +151,19 @@ def _with_source(auto_bridge: Any, source_path: str | Path | None = None) -> Any
     )
     with_source.hf_pretrained.config = config
     return with_source
+
+
+@patch(
+    "megatron.bridge.models.conversion.auto_bridge:_mtp_source_key_prefixes",
+    version="Megatron-Bridge 0.6.2",
+    reason="It takes the tensors of multi-token prediction out of what an export expects where the "
+    "model does not build it; our bridges export them all the same, as passthrough tensors.",
+)
+def mtp_source_key_prefixes(
+    original: Callable[..., tuple[str, ...]], source: Any, *configs: Any
+) -> tuple[str, ...]:
+    """Return the prefixes of tensors that an export leaves out: none for a supported model."""
+    return () if any(map(is_supported, configs)) else original(source, *configs)
 
 
 def _saving_bridge(auto_bridge: Any) -> SavesHuggingFace | None:

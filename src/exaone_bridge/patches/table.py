@@ -30,6 +30,7 @@ PATCHES: tuple[Patch, ...] = (
     auto_bridge_save.save_hf_weights,
     auto_bridge_save.save_hf_pretrained,
     auto_bridge_save.export_hf_weights,
+    auto_bridge_save.mtp_source_key_prefixes,
     pinned_revision.from_hf_pretrained,
     tracked_iteration.load_megatron_model,
     tracked_iteration.from_auto_config,

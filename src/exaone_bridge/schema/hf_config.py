@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.dtypes import MODEL_DTYPES
+from exaone_bridge.schema.hf_spelling import write_dtype
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ __all__ = [
     "read_rope",
     "update_hf_config",
     "with_num_layers",
-    "write_rope",
 ]
 
 
@@ -237,9 +237,14 @@ def read_rope(hf_config: JSONMapping, *, known: tuple[str, ...]) -> Rope:
     """
     key, fields = _first(hf_config, "rope_parameters", "rope_scaling")
     other = hf_config.get("rope_scaling")
-    if other is not None and other != fields:  # Transformers would take this one
+    default = {"rope_theta": hf_config.get("rope_theta")}
+    # Transformers takes rope_scaling where both are there, and completes it with rope_theta.
+    if other is not None and _same_rope(other, default) != _same_rope(fields, default):
         raise UnsupportedConfig(
-            "rope_scaling", got=other, wanted=f"absent, or equal to rope_parameters={fields!r}"
+            "rope_scaling",
+            got=other,
+            wanted=f"absent, or equal to rope_parameters={fields!r} with "
+            f"rope_theta={default['rope_theta']!r}",
         )
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):
@@ -254,20 +259,12 @@ def read_rope(hf_config: JSONMapping, *, known: tuple[str, ...]) -> Rope:
     return Rope(kind, theta, fields)
 
 
-def write_rope(
-    hf_config: JSONObject, *, kind: str, theta: float, fields: JSONMapping | None = None
-) -> None:
-    """Write `rope_parameters` as Transformers 5 does, in place of any keys of Transformers 4.
-
-    Args:
-        hf_config: changed in place.
-        kind: Transformers' `rope_type`.
-        theta: the base.
-        fields: the other parameters of this kind.
-    """
-    for key in ("rope_theta", "rope_scaling"):
-        hf_config.pop(key, None)
-    hf_config["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **(fields or {})}
+def _same_rope(fields: object, default: JSONMapping) -> object:
+    """Return RoPE parameters with one spelling of the kind, and with a base."""
+    if not isinstance(fields, Mapping):
+        return fields
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    return {**default, **fields, "rope_type": kind, "type": kind}
 
 
 def update_hf_config[C: ModelConfig](
@@ -286,15 +283,16 @@ def update_hf_config[C: ModelConfig](
         identity: `architectures` and `model_type`, written where there is no source.
 
     Returns:
-        config.json without `transformers_version`, and what `source` describes (None if empty).
+        config.json, and what `source` describes (None if empty).
     """
     if not source:
-        return {**identity, **model_config.hf_values()}, None
+        dtypes = dict.fromkeys(("dtype", "torch_dtype"), model_config.dtype)
+        return {**identity, **model_config.hf_values(), **dtypes}, None
     before = read_hf_config(source)
-    hf_config = {key: value for key, value in source.items() if key != "transformers_version"}
-    if before.dtype != model_config.dtype:
-        hf_config.pop("torch_dtype", None)
-    hf_config |= model_config.hf_values(before)
+    hf_config, changed = dict(source), model_config.hf_values(before)
+    if changed.pop("dtype", None) is not None:
+        write_dtype(hf_config, model_config.dtype)
+    hf_config |= changed
     sizes_changed = model_config.changed_from(before) & {"hidden_size", "num_heads"}
     if sizes_changed and hf_config.get("head_dim") is None:  # it would be derived from them
         hf_config["head_dim"] = model_config.head_dim

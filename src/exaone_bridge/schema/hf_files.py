@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
-__all__ = ["COMPANION_FILES", "copy_companion_files", "has_tokenizer"]
+__all__ = ["companion_files", "copy_companion_files", "has_tokenizer"]
 
-# Files that a conversion copies byte for byte. A folder may lack any of them.
-COMPANION_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
+# What a conversion does not copy; everything else goes with the model, byte for byte.
+_WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_WEIGHTS = (
+    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack"),
+    *("*.onnx", "*.onnx_data", "*.npz", "*.distcp", "*.incomplete", "*.lock"),
 )
+_FOLDERS = (".git", ".cache", ".huggingface", "__pycache__")  # of tools that download and run
 
 
 def copy_companion_files(source: Path, target: Path) -> list[str]:
-    """Copy the companion files of a folder into another, and return their names."""
-    found = sorted(
-        {path for pattern in COMPANION_FILES for path in source.glob(pattern) if path.is_file()}
+    """Copy everything but weights and config.json, and returns the paths inside the folder."""
+    found = sorted(companion_files(source))
+    for name in found:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return found
+
+
+def companion_files(folder: Path) -> Iterator[str]:
+    """Yield the paths inside a folder of all files that a conversion copies.
+
+    A subfolder with weights is another model, and links to files elsewhere are not followed, except
+    into the cache of the Hugging Face Hub that the folder is part of.
+    """
+    for directory, folders, files in os.walk(folder):
+        here = Path(directory)
+        if here != folder and any(_is_one_of(name, (*_WRITTEN, *_WEIGHTS)) for name in files):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if name not in _FOLDERS)
+        others = (here / name for name in files if not _is_one_of(name, (*_WRITTEN, *_WEIGHTS)))
+        for path in others:
+            if path.is_file() and _belongs_to(path, folder):
+                yield str(path.relative_to(folder))
+
+
+def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _belongs_to(path: Path, folder: Path) -> bool:
+    inside, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    is_blob = inside.parent.name == "snapshots" and (
+        target.parent == inside.parent.parent / "blobs"
     )
-    for path in found:
-        shutil.copyfile(path, target / path.name)
-    return [path.name for path in found]
+    return is_blob or target.is_relative_to(inside)
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether the folder has any file of a tokenizer."""
     return any(
-        next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "merges.txt")
+        next(folder.glob(pattern), None)
+        for pattern in ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
     )

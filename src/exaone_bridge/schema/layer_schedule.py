@@ -19,6 +19,7 @@ __all__ = [
     "mlp_pattern",
     "moe_layer_mask_of",
     "rope_of",
+    "window_pattern",
     "windows_of",
     "windows_of_megatron",
 ]
@@ -100,6 +101,16 @@ def moe_layer_mask_of(
 def attention_pattern(windows: Sequence[int | None]) -> str:
     """Return one letter for each layer (`LLLG`): L sliding-window attention, G full attention."""
     return "".join("G" if window is None else "L" for window in windows)
+
+
+def window_pattern(windows: Sequence[int | None]) -> str | None:
+    """Return `sliding_window_pattern` as publishers write it: the letters that repeat, or None."""
+    letters = attention_pattern(windows)
+    if "L" not in letters:
+        return None
+    repeats = (letters[:size] * len(letters) for size in range(1, len(letters) + 1))
+    size = next(n for n, text in enumerate(repeats, 1) if text.startswith(letters))
+    return letters[:size]
 
 
 def mlp_pattern(moe_layer_mask: Sequence[bool]) -> str:

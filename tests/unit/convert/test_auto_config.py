@@ -37,9 +37,6 @@ def test_export_ckpt_has_all_tensors_and_files_of_the_reference(
     import_checkpoint(source, tmp_path / "megatron", Layout())
     run_alone(_export, tmp_path / "megatron", source, exported)
     expected = read_json(source / "config.json")
-    if name == "ernie45":  # Transformers cannot read these lists, which become numbers
-        fields = ("num_experts", "intermediate_size", "layer_start_index", "layer_end_index")
-        expected |= {f"moe_{field}": expected[f"moe_{field}"][0] for field in fields}
     for check in (
         compare_tensors(source, exported),
         compare_configs(expected, read_json(exported / "config.json")),

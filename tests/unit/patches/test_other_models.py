@@ -116,6 +116,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "AutoBridge.load_megatron_model": lambda folder: (_auto_bridge(folder), _checkpoint(folder)),
     "AutoBridge.from_auto_config": lambda folder: (object, _checkpoint(folder), str(folder)),
     "PreTrainedCausalLM._load_tokenizer": _load_tokenizer,
+    "_mtp_source_key_prefixes": lambda _: (SimpleNamespace(), SimpleNamespace()),
     "apply_run_config_backward_compat": _run_config,
     "mtp_block_spec": lambda _: (SimpleNamespace(),),
     "AdapterWrapper.__init__": _adapter,

@@ -16,6 +16,7 @@ from exaone_bridge.schema.layer_schedule import (
     layer_types_of,
     megatron_rope,
     megatron_window,
+    window_pattern,
     windows_of,
 )
 
@@ -93,3 +94,12 @@ def test_pattern() -> None:
     assert attention_pattern((8, 8, 8, None)) == "LLLG"
     assert attention_pattern((None, 8)) == "GL"
     assert attention_pattern(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("letters", "pattern"),
+    [("LLLGLLLG", "LLLG"), ("LLLGLL", "LLLG"), ("GLLLLG", "GLLLL"), ("LL", "L"), ("GG", None)],
+)
+def test_window_pattern_is_what_repeats(letters: str, pattern: str | None) -> None:
+    windows = [7 if letter == "L" else None for letter in letters]
+    assert window_pattern(windows) == pattern

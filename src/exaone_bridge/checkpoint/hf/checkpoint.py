@@ -28,6 +28,7 @@ from exaone_bridge.checkpoint.hf.reader import TensorReader
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import DTYPE_BYTES, SAFETENSORS_DTYPES
+from exaone_bridge.schema.hf_spelling import write_dtype
 from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.schema.model_family import ModelDescription, ModelFamily
 from exaone_bridge.schema.param_mapping import ParamMapping
@@ -108,7 +109,7 @@ class HFCheckpoint:
         tensors = read_headers(folder)
         notes: list[str] = []
         if not names_dtype(config) and (found := dtype_of_weights(model, tensors)) is not None:
-            config = {**config, "dtype": found[0]}
+            write_dtype(config, found[0])
             model = model.family.describe(config)
             notes.append(found[1])
         _check_other_weights(

@@ -12,8 +12,10 @@ __all__ = ["write_config_json"]
 
 
 def write_config_json(folder: Path, config: JSONMapping) -> None:
-    """Write `config.json` as `save_pretrained` does: sorted keys, and Transformers' version."""
-    text = json.dumps(
-        {**config, "transformers_version": version("transformers")}, indent=2, sort_keys=True
-    )
-    (folder / "config.json").write_text(text + "\n")
+    """Write `config.json` with sorted keys, as `save_pretrained` does.
+
+    The version of Transformers stays that of the config, whose spelling it names; a config without
+    one gets the installed version.
+    """
+    written = {"transformers_version": version("transformers"), **config}
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

@@ -9,7 +9,7 @@ from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.patches.former_names import with_present_names
 from exaone_bridge.schema.iterations import iteration_folder
-from exaone_bridge.schema.json_types import JSONObject
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
 
 __all__ = ["RUN_CONFIG", "StoredProvider", "read_run_config"]
@@ -46,8 +46,12 @@ class StoredProvider:
             return value.get("_target_")
         return value
 
-    def hf_config(self) -> JSONObject:
+    def hf_config(self, source: JSONMapping | None = None) -> JSONObject:
         """Return config.json of the model that the provider builds.
+
+        Args:
+            source: the config.json whose spelling is kept; None: the one that the provider was
+                made from.
 
         Raises:
             CheckpointError: a field is missing or malformed.
@@ -60,7 +64,7 @@ class StoredProvider:
             raise CheckpointError(
                 self._path, f"a field of the model is malformed ({text})", remedy=_RESTORE
             ) from error
-        return self.family.write_hf_config(model_config, self._fields["hf_config"])
+        return self.family.write_hf_config(model_config, source or self._fields["hf_config"])
 
 
 def read_run_config(path: Path) -> StoredProvider:

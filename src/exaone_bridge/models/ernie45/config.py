@@ -19,9 +19,9 @@ from exaone_bridge.schema.hf_config import (
     read_int,
     read_rope,
     update_hf_config,
-    write_rope,
 )
 from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.hf_spelling import write_rope
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import ModelConfig, MoEConfig, MTPConfig
 

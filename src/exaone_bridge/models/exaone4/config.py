@@ -18,11 +18,17 @@ from exaone_bridge.schema.hf_config import (
     read_head_dim,
     read_rope,
     update_hf_config,
-    write_rope,
 )
 from exaone_bridge.schema.hf_field import ConfigPart, hf_field
+from exaone_bridge.schema.hf_spelling import write_rope
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
-from exaone_bridge.schema.layer_schedule import FULL, SLIDING, layer_types_of, windows_of
+from exaone_bridge.schema.layer_schedule import (
+    FULL,
+    SLIDING,
+    layer_types_of,
+    window_pattern,
+    windows_of,
+)
 from exaone_bridge.schema.model_config import ModelConfig
 
 __all__ = [
@@ -202,6 +208,8 @@ def write_hf_config(model_config: Exaone4ModelConfig, source: JSONMapping) -> JS
     changed = model_config.changed_from(before)
     if changed & {"windows", "rope", "num_layers"}:
         hf_config |= _write_schedule(model_config, hf_config.get("sliding_window") or 4096)
+        if before is None or "sliding_window_pattern" in hf_config:  # SGLang and mlx-lm read it
+            hf_config["sliding_window_pattern"] = window_pattern(model_config.windows)
     if changed & {"rope_theta", "llama3"}:
         llama3 = model_config.llama3
         write_rope(

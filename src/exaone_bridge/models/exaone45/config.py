@@ -18,6 +18,7 @@ from exaone_bridge.models.exaone4.config import read_hf_config as read_text
 from exaone_bridge.models.exaone4.config import write_hf_config as write_text
 from exaone_bridge.schema.hf_config import boolean, check_types, read_dtype, read_int
 from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.hf_spelling import write_dtype
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_config import MTPConfig, VisionConfig
 
@@ -207,7 +208,7 @@ def write_hf_config(model_config: Exaone45ModelConfig, source: JSONMapping) -> J
     if not source:
         return _write_without_source(model_config)
     before = read_hf_config(source)
-    hf_config = {key: value for key, value in source.items() if key != "transformers_version"}
+    hf_config = dict(source)
     text, vision = dict(hf_config.get(TEXT) or {}), dict(hf_config.get(VISION) or {})
     if before.text != model_config.text:  # `tied` and the dtype are the full model's, see below
         nested = read_text(text)
@@ -223,9 +224,10 @@ def write_hf_config(model_config: Exaone45ModelConfig, source: JSONMapping) -> J
     changed = model_config.hf_values(before)
     hf_config |= {key: changed[key] for key in _TOP_LEVEL if key in changed}
     if before.dtype != model_config.dtype:
-        for each in (hf_config, text, vision):
-            each.pop("torch_dtype", None)
-            each["dtype"] = model_config.dtype
+        objects = (hf_config, text, vision)
+        stated = [each for each in objects if {"dtype", "torch_dtype"} & each.keys()]
+        for each in stated or [hf_config]:
+            write_dtype(each, model_config.dtype)
     return hf_config | {key: each for key, each in ((TEXT, text), (VISION, vision)) if each}
 
 
@@ -235,15 +237,16 @@ def _write_without_source(model_config: Exaone45ModelConfig) -> JSONObject:
     if model_config.mtp is not None:
         text |= model_config.mtp.hf_values()
     values = model_config.hf_values()
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), model_config.dtype)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "dtype": model_config.dtype,
+        **dtypes,
         **{key: values[key] for key in _TOP_LEVEL},
         TEXT: text,
         VISION: {
             "model_type": _VISION_TYPE,
-            "dtype": model_config.dtype,
+            **dtypes,
             **model_config.vision.hf_values(),
         },
     }

@@ -21,11 +21,17 @@ from exaone_bridge.schema.hf_config import (
     read_int,
     read_rope,
     update_hf_config,
-    write_rope,
 )
 from exaone_bridge.schema.hf_field import hf_field
+from exaone_bridge.schema.hf_spelling import write_rope
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
-from exaone_bridge.schema.layer_schedule import FULL, SLIDING, layer_types_of, windows_of
+from exaone_bridge.schema.layer_schedule import (
+    FULL,
+    SLIDING,
+    layer_types_of,
+    window_pattern,
+    windows_of,
+)
 from exaone_bridge.schema.model_config import ModelConfig, MoEConfig, MTPConfig
 
 __all__ = [
@@ -344,6 +350,8 @@ def write_hf_config(model_config: ExaoneMoeModelConfig, source: JSONMapping) -> 
             hf_config["is_moe_layer"] = list(mask)
     if "windows" in changed:
         hf_config |= _write_windows(model_config.windows, hf_config)
+        if before is None or "sliding_window_pattern" in hf_config:
+            hf_config["sliding_window_pattern"] = window_pattern(model_config.windows)
     if "swiglu_limits" in changed:
         if any(model_config.swiglu_limits):
             hf_config["swiglu_limits"] = list(model_config.swiglu_limits)

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exaone_bridge.schema.hf_files import COMPANION_FILES
 from exaone_bridge.schema.json_types import JSONMapping
 from exaone_bridge.verification.checks.digests import Digest, digest_folder
 from exaone_bridge.verification.report.report import Check
@@ -74,14 +73,11 @@ def _json(config: JSONMapping, key: str) -> str | None:
 
 
 def compare_files(first: Path, second: Path) -> Check:
-    """Check that two folders have the same tokenizer, chat template and generation config."""
-    names = {
-        path.name
-        for folder in (first, second)
-        for pattern in COMPANION_FILES
-        for path in folder.glob(pattern)
-        if path.is_file()
-    }
+    """Check that two folders have the same files, byte for byte, but for weights and config.json.
+
+    What counts is decided by content here, not by the names that a conversion copies.
+    """
+    names = _files(first) | _files(second)
     differences = [
         name
         for name in sorted(names)
@@ -94,6 +90,31 @@ def compare_files(first: Path, second: Path) -> Check:
         else f"{len(names)} files equal"
     )
     return _check("files", summary, differences, differences, len(names))
+
+
+def _files(folder: Path) -> set[str]:
+    found = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts[:-1])
+        if path.is_file() and not hidden and not _is_of_weights(path):
+            found.add(name)
+    models = {name.parent for name in found if name.name == "config.json"} - {Path()}
+    return {
+        str(name)
+        for name in found
+        if name != Path("config.json") and not models & {name.parent, *name.parents}
+    }
+
+
+def _is_of_weights(path: Path) -> bool:
+    """Whether a file holds tensors, or is the index of such files; by its first bytes."""
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    if path.suffix == ".json":
+        return b'"weight_map"' in begin
+    is_safetensors = begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < 10**9
+    return is_safetensors or begin.startswith((b"PK\x03\x04", b"GGUF", b"\x89HDF", b"\x80\x02"))
 
 
 def _check(

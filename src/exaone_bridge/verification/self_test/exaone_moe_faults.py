@@ -190,13 +190,13 @@ def _exported_config(**fields: object) -> Patch:
     def patch() -> contextlib.AbstractContextManager[object]:
         from exaone_bridge.bridge.exact_bridge import ExactBridge
 
-        original = ExactBridge.megatron_to_hf_config.__func__  # type: ignore[attr-defined]
+        original = ExactBridge.config_json_of.__func__  # type: ignore[attr-defined]
 
-        def write(cls: type[ExactBridge], provider: Any) -> dict[str, Any]:
-            written = original(cls, provider) | fields
+        def write(cls: type[ExactBridge], *args: Any) -> dict[str, Any]:
+            written = original(cls, *args) | fields
             return {name: value for name, value in written.items() if value is not ...}
 
-        return mock.patch.object(ExactBridge, "megatron_to_hf_config", classmethod(write))
+        return mock.patch.object(ExactBridge, "config_json_of", classmethod(write))
 
     return patch
 

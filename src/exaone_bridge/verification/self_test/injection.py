@@ -15,7 +15,7 @@ from exaone_bridge.errors import BridgeError
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.runtime.launch import Launcher
 from exaone_bridge.runtime.progress import Progress
-from exaone_bridge.schema.json_types import JSONObject
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.verification.report.report import Check
 from exaone_bridge.verification.self_test.fault import Fault, FolderFault, MegatronFault
 from exaone_bridge.verification.self_test.outcome import Findings
@@ -130,8 +130,8 @@ def _config_of_the_source() -> Iterator[None]:
     """Replace the config that a bridge derives from a model by that of the model's source."""
     from exaone_bridge.bridge.exact_bridge import ExactBridge
 
-    def source_config(provider: ExactGPTModelProvider) -> JSONObject:
-        return dict(provider.hf_config)
+    def source_config(provider: ExactGPTModelProvider, source: JSONMapping | None) -> JSONObject:
+        return dict(provider.hf_config if source is None else source)
 
-    with mock.patch.object(ExactBridge, "megatron_to_hf_config", staticmethod(source_config)):
+    with mock.patch.object(ExactBridge, "config_json_of", staticmethod(source_config)):
         yield

@@ -43,14 +43,12 @@ class MegatronResult:
     """What Megatron-Core computes for a workload.
 
     Attributes:
-        source_config: the config as Transformers reads it.
-        model_config: the config that the bridge derives from the built model.
+        model_config: config.json of the built model, in the spelling of the source's.
         activations: one for each batch; of one rank, its own layers only.
         gradients: of one training step, if the workload has it.
         digests: the exported tensors, if they were not written.
     """
 
-    source_config: JSONMapping
     model_config: JSONMapping
     activations: list[Activations]
     gradients: Gradients | None = None
@@ -77,7 +75,6 @@ def run_megatron(
     """
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.bridge.exact_bridge import hf_config_dict
     from exaone_bridge.runtime.model import build, load_megatron
 
     bridge = AutoBridge.from_hf_pretrained(checkpoint.folder)
@@ -92,9 +89,7 @@ def run_megatron(
         progress.stage("Megatron-Core -> HF")
         bridge.save_hf_pretrained(model, target, show_progress=False)
     result = MegatronResult(
-        hf_config_dict(bridge.hf_pretrained.config),
-        bridge._model_bridge.megatron_to_hf_config(model[0].config),
-        [],
+        bridge._model_bridge.config_json_of(model[0].config, checkpoint.config), []
     )
     dtype = getattr(torch, workload.dtype)
     if _dtype(model) != dtype:
@@ -123,7 +118,9 @@ def run_megatron_layerwise(
     """
     from megatron.bridge import AutoBridge
 
-    from exaone_bridge.bridge.exact_bridge import hf_config_dict
+    from exaone_bridge.bridge.hf_source import raw_config
+    from exaone_bridge.bridge.save import write_files
+    from exaone_bridge.checkpoint.hf.writer import write_config_json
     from exaone_bridge.verification.workflow.megatron_layerwise import LayerwiseMegatron
 
     bridge = AutoBridge.from_hf_pretrained(checkpoint.folder)
@@ -132,9 +129,9 @@ def run_megatron_layerwise(
     layerwise = LayerwiseMegatron(bridge, checkpoint, workload, own_dtype)
     digests = layerwise.round_trip()
     if torch.distributed.get_rank() == 0:
-        patterns = bridge._model_bridge.ADDITIONAL_FILE_PATTERNS
-        bridge.hf_pretrained.save_artifacts(target, additional_files=patterns)
-    model_config = bridge._model_bridge.megatron_to_hf_config(layerwise.model[0].config)
+        write_files(bridge._model_bridge, bridge.hf_pretrained, target)
+        write_config_json(target, raw_config(bridge.hf_pretrained))
+    model_config = bridge._model_bridge.config_json_of(layerwise.model[0].config, checkpoint.config)
     progress.stage("Megatron-Core's logits, layer by layer")
     if _dtype(layerwise.model) != (dtype := getattr(torch, workload.dtype)):
         del layerwise
@@ -144,8 +141,7 @@ def run_megatron_layerwise(
     activations = [
         capture_megatron(layerwise.model, workload.points, batch) for batch in workload.batches
     ]
-    source_config = hf_config_dict(bridge.hf_pretrained.config)
-    return MegatronResult(source_config, model_config, activations, digests=digests)
+    return MegatronResult(model_config, activations, digests=digests)
 
 
 def _dtype(model: Sequence[MegatronModule]) -> torch.dtype:
@@ -161,7 +157,6 @@ def merge_ranks(results: Sequence[MegatronResult]) -> MegatronResult:
         values = {name: value for run in runs for name, value in run.values.items()}
         merged.append(Activations(logits, values))
     return MegatronResult(
-        first.source_config,
         first.model_config,
         merged,
         first.gradients,

@@ -94,14 +94,12 @@ class OtherModel:
         folder: its Hugging Face folder; layer by layer, without weights.
         digests: its tensors.
         configs: its `config.json`, and the config of the Megatron-Core model.
-        source_config: the source's config, in the form of `configs`.
         activations: in the workload's dtype, one for each batch.
     """
 
     folder: Path
     digests: Mapping[str, Digest]
     configs: Sequence[JSONMapping]
-    source_config: JSONMapping
     activations: Sequence[Activations] = ()
     gradients: Gradients | None = None
 
@@ -155,7 +153,7 @@ def run(session: Session) -> Report:
             compared = _run_other(checkpoint, other, runnable, workload, launcher, progress)
         checks = [
             compare_digests(tensors, compared.digests),
-            compare_configs(compared.source_config, *compared.configs),
+            compare_configs(checkpoint.config, *compared.configs),
             compare_files(source.folder, compared.folder),
         ]
         if without_reference:
@@ -290,7 +288,6 @@ def _round_trip(
         folder,
         digests,
         (read_json(folder / "config.json"), result.model_config),
-        result.source_config,
         result.activations,
         result.gradients,
     )
@@ -311,7 +308,7 @@ def _run_other(
     """
     digests = digest_folder(other.folder) if opened is None else digest_tensors(opened.tensors)
     config = read_json(other.folder / "config.json")
-    compared = OtherModel(other.folder, digests, (config,), checkpoint.config)
+    compared = OtherModel(other.folder, digests, (config,))
     if opened is None:
         return compared
     if other.megatron is None:

@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from exaone_bridge.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES, byte_view
 from exaone_bridge.checkpoint.hf import shards
-from exaone_bridge.checkpoint.hf.headers import TensorSpec, read_file_header, read_headers
+from exaone_bridge.checkpoint.hf.headers import (
+    TensorSpec,
+    read_file_header,
+    read_headers,
+    read_json,
+)
 from exaone_bridge.checkpoint.hf.shards import ShardWriter, assign_files, shard_layout, write_index
 from exaone_bridge.checkpoint.hf.tiny import random_weights
 from exaone_bridge.checkpoint.hf.writer import write_config_json
@@ -156,10 +161,12 @@ def test_files_have_the_permissions_of_other_files(tmp_path: Path) -> None:
 def test_config_is_written_as_save_pretrained_writes_it(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    write_config_json(tmp_path, {**EXAONE4.tiny["exaone4"], "transformers_version": "0.0"})
+    write_config_json(tmp_path, EXAONE4.tiny["exaone4"])
     written = (tmp_path / "config.json").read_text()
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "transformers")
     assert written == (tmp_path / "transformers" / "config.json").read_text()
+    write_config_json(tmp_path, {**EXAONE4.tiny["exaone4"], "transformers_version": "4.54.0"})
+    assert read_json(tmp_path / "config.json")["transformers_version"] == "4.54.0"
 
 
 def test_writer_resumes_and_replaces(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from exaone_bridge.models.exaone4.config import (
     write_hf_config,
 )
 from exaone_bridge.models.exaone4.tiny import TINY
+from exaone_bridge.schema.layer_schedule import window_pattern
 from tests.helpers.exaone4_configs import (
     LLAMA3_KEYS,
     PLAIN_FIELDS,
@@ -51,10 +52,6 @@ versions = pytest.mark.parametrize("version", VERSIONS)
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def less_version(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "transformers_version"}
-
-
 def written(changed: Exaone4ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
     """The result of `write_hf_config`, after checking that its source has not changed."""
     before = copy.deepcopy(source)
@@ -75,7 +72,7 @@ def test_published_config_round_trip(name: str, version: str) -> None:
     assert source == before  # reading changes nothing
     config = written(PUBLISHED_MODEL_CONFIGS[name], source)
     assert "transformers_version" in source and "x_note" in config
-    assert list(config.items()) == list(less_version(source).items())  # in the same order too
+    assert list(config.items()) == list(source.items())  # in the same order too
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -87,7 +84,7 @@ def test_tiny_config_round_trip(name: str) -> None:
 @given(source=raw_configs())
 def test_any_config_round_trip(source: dict[str, Any]) -> None:
     config = written(read_hf_config(source), source)
-    assert list(config.items()) == list(less_version(source).items())
+    assert list(config.items()) == list(source.items())
 
 
 # --- one changed field ---
@@ -104,8 +101,8 @@ def test_field_round_trip(field: str, name: str, version: str) -> None:
     changed = dataclasses.replace(before, **{field: value})
     assert changed != before and read_hf_config(source | {key: value}) == changed
     config = written(changed, source)
-    assert config == less_version(source) | ({key: value} if field in PLAIN_FIELDS else {})
-    assert list(config) == list(less_version(source))
+    assert config == source | ({key: value} if field in PLAIN_FIELDS else {})
+    assert list(config) == list(source)
 
 
 def test_every_field_is_tested() -> None:
@@ -116,13 +113,12 @@ def test_every_field_is_tested() -> None:
 @names
 @versions
 def test_dtype_round_trip(name: str, version: str) -> None:
-    """A changed dtype is written as Transformers 5 does."""
+    """A changed dtype is written under the source's key."""
     source = published(name, version)
     changed = dataclasses.replace(PUBLISHED_MODEL_CONFIGS[name], dtype="float16")
-    expected = less_version(source) | {"dtype": "float16"}
-    expected.pop("torch_dtype", None)
-    assert read_hf_config(expected) == changed
-    assert written(changed, source) == expected
+    key = "torch_dtype" if version == "transformers-4" else "dtype"
+    assert written(changed, source) == source | {key: "float16"}
+    assert read_hf_config(source | {key: "float16"}) == changed
 
 
 @versions
@@ -136,16 +132,19 @@ def test_dtype_round_trip(name: str, version: str) -> None:
     ids=["theta", "scaling", "no scaling"],
 )
 def test_rope_round_trip(change: dict[str, Any], rope: dict[str, Any] | None, version: str) -> None:
-    """A changed RoPE is written as Transformers 5 does."""
+    """A changed RoPE is written in the source's spelling."""
     source = published("32B", version)
     stock = published("32B", "transformers-5")["rope_parameters"]
-    expected = less_version(source) | {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}
-        if rope is None
-        else stock | rope
-    }
-    for key in ("rope_theta", "rope_scaling"):
-        expected.pop(key, None)
+    fields = {"rope_type": "default", "rope_theta": 1e6} if rope is None else stock | rope
+    scaling = {key: value for key, value in fields.items() if key != "rope_theta"}
+    expected = source | (
+        {"rope_parameters": fields}
+        if version == "transformers-5"
+        else {
+            "rope_theta": fields["rope_theta"],
+            "rope_scaling": None if rope is None else scaling,
+        }
+    )
     changed = dataclasses.replace(PUBLISHED_MODEL_CONFIGS["32B"], **change)
     assert written(changed, source) == expected
     assert read_hf_config(expected) == changed
@@ -208,7 +207,8 @@ def test_schedule_round_trip(
     ):
         assert config == source
     else:
-        assert config == source | keys
+        pattern = window_pattern(windows)
+        assert config == source | keys | {"sliding_window_pattern": pattern}
     assert read_hf_config(config) == changed
 
 
@@ -231,7 +231,8 @@ def test_no_rope_anywhere_is_written_with_an_unused_window() -> None:
     """The window is 4096 where the source has none."""
     source = small(sliding_window=None, layer_types=[G] * 3)
     changed = dataclasses.replace(read_hf_config(source), rope=(False,) * 3)
-    assert written(changed, source) == source | {"sliding_window": 4096}
+    expected = source | {"sliding_window": 4096, "sliding_window_pattern": None}
+    assert written(changed, source) == expected
     assert read_hf_config(written(changed, source)) == changed
 
 
@@ -259,10 +260,9 @@ def test_any_config_over_any_source(changed: Exaone4ModelConfig, source: dict[st
         "bos_token_id",
         "x_note",
         "use_cache",
-        "sliding_window_pattern",
+        "transformers_version",
     )
     assert {key: config.get(key) for key in foreign} == {key: source.get(key) for key in foreign}
-    assert "transformers_version" not in config
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,13 @@ def test_any_config_without_a_source(hf: Any, made: Exaone4ModelConfig) -> None:
         "architectures",
         "model_type",
         "num_hidden_layers",
+        "rope_theta",
         "rope_parameters",
         "layer_types",
         "sliding_window",
+        "sliding_window_pattern",
         "dtype",
-    }
+        "torch_dtype",
+    } | ({"rope_scaling"} if made.llama3 is not None else set())
     assert read_hf_config(config) == made
     assert read_hf_config(hf(config).to_dict()) == made

@@ -323,8 +323,25 @@ def test_a_file_that_was_added_is_named(pair: tuple[Path, Path]) -> None:
 def test_weights_and_config_are_not_among_the_files(pair: tuple[Path, Path]) -> None:
     (pair[1] / "config.json").write_text("{}")
     (pair[1] / SINGLE).unlink()
-    (pair[1] / "README.md").write_text("new")
+    for name, begin in (("adapter.pt", b"PK\x03\x04"), ("model.gguf", b"GGUF")):
+        (pair[0] / name).write_bytes(begin + bytes(99))
+    (pair[0] / ".cache").mkdir()
+    (pair[0] / ".cache" / "download.lock").touch()
+    (pair[0] / "checkpoint-5").mkdir()
+    for name in ("config.json", "tokenizer.json"):  # another model
+        (pair[0] / "checkpoint-5" / name).write_text("{}")
     assert compare_files(*pair).passed
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "README.md", "tokenization_x.py", "spm.model", "templates/tools.jinja"]
+)
+def test_any_other_file_that_is_lost_is_named(name: str, pair: tuple[Path, Path]) -> None:
+    """Whether or not a conversion copies it: the check has no list of names."""
+    (pair[0] / name).parent.mkdir(exist_ok=True)
+    (pair[0] / name).write_text("new")
+    check = compare_files(*pair)
+    assert not check.passed and check.details == name
 
 
 def test_folders_do_not_count(pair: tuple[Path, Path]) -> None:
