@@ -212,14 +212,7 @@ def _add_inspect(commands: Any) -> None:
     _add_models(parser, nargs="?", folder=("FOLDER", "a Hugging Face folder"))
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        type=Path,
-        nargs="?",
-        const=STANDARD_OUTPUT,
-        help="JSON instead of text; without FILE or with `-` on standard output",
-    )
+    _add_json(parser)
 
 
 def _add_import(commands: Any) -> None:
@@ -333,8 +326,12 @@ def _add_perplexity(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="run Transformers too (default: if SOURCE is a Hugging Face folder)",
     )
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--dtype",
+        type=_dtype,
+        help="float32, bfloat16, float16, or fp32, bf16, fp16 (default: the checkpoint's)",
+    )
+    _add_json(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     _add_backend(parser)
 
@@ -421,6 +418,17 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_path(parser: ArgumentParser, name: str, metavar: str, what: str, **more: Any) -> None:
     parser.add_argument(name, metavar=metavar, type=Path, help=what, **more)
+
+
+def _add_json(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=STANDARD_OUTPUT,
+        help="JSON instead of text; without FILE or with `-` on standard output",
+    )
 
 
 def _add_follow_links(parser: ArgumentParser) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from argparse import Namespace
 
 from exaone_bridge.cli.generate import read_dtype
 from exaone_bridge.cli.model_files import model_files
+from exaone_bridge.cli.outputs import check_outputs, write_json
 from exaone_bridge.cli.show import say, stages, table
 from exaone_bridge.errors import ParityFailure, UnsupportedConfig
 from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
@@ -28,6 +28,7 @@ def perplexity(options: Namespace, layout: Layout) -> None:
         BridgeError: the model cannot be loaded.
     """
     dtype = read_dtype(options.dtype)
+    check_outputs([options.json])
     with (
         stages("perplexity", shown=is_rank_zero() and not options.json) as progress,
         choose_launcher(layout.ranks) as launcher,
@@ -59,9 +60,9 @@ def perplexity(options: Namespace, layout: Layout) -> None:
             found["Transformers"] = launcher.first(reference, progress=progress)
     losses = [each.loss for each in found.values()]
     difference = abs(losses[0] - losses[-1])
-    if is_rank_zero() and options.json:
+    if is_rank_zero() and options.json is not None:
         results = {name: dataclasses.asdict(each) for name, each in found.items()}
-        print(json.dumps(results | {"difference": difference}))
+        write_json(results | {"difference": difference}, options.json, indent=None)
     elif is_rank_zero():
         table(
             f"{options.text}, {next(iter(found.values())).tokens:,} tokens in windows of "

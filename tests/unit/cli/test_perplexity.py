@@ -41,7 +41,7 @@ def test_loss_is_that_of_transformers(
     text: Path,
     cli: Cli,
 ) -> None:
-    options = ("--text", text, "--length", 61, "--dtype", "float32", "--json")
+    options = ("--text", text, "--length", 61, "--dtype", "fp32", "--json", "-")
     run = cli("perplexity", tiny(name), *options, *layout)
     assert run.code == 0, run.err
     found = json.loads(run.out)
