@@ -23,7 +23,7 @@ def convert(source: Path, folder: Path) -> None:
 def check(source: str) -> dict[str, Any]:
     layout = Layout(tp=2, pp=2)
     assert_type(layout.ranks, int)
-    report = exaone_bridge.verify(source, layout=layout)
+    report = exaone_bridge.verify(source, layout=layout, progress=False)
     assert_type(report, Report)
     assert_type(report.passed, bool)
     assert_type(report.to_dict(), dict[str, Any])

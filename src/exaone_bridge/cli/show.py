@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import Progress as RichProgress
-from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from exaone_bridge.runtime.progress import NO_PROGRESS, NoProgress, Progress
+from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.runtime.progress_bar import progress_bar
 
 __all__ = ["console", "on_stderr", "quiet", "say", "stages", "table"]
 
@@ -27,24 +25,6 @@ def quiet() -> None:
     """Silence warnings and logs of libraries, which would be mixed with the output."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-
-
-class _Stages(NoProgress):
-    """Shows stages: next to a spinner on a terminal, elsewhere one line per stage."""
-
-    def __init__(self, command: str, drawn: RichProgress, task: TaskID) -> None:
-        self._command, self._drawn, self._task = command, drawn, task
-        self._last, self._started = "", time.perf_counter()
-
-    def stage(self, text: str) -> None:
-        if text == self._last:
-            return
-        self._last = text
-        self._drawn.update(self._task, description=f"{self._command}: {text}")
-        if not console.is_terminal:
-            seconds = time.perf_counter() - self._started
-            line = f"[{seconds:5.1f} s] {self._command}: {text}"
-            console.print(line, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
@@ -61,9 +41,8 @@ def stages(command: str, *, quiet_libraries: bool = True, shown: bool = True) ->
     if not shown:
         yield NO_PROGRESS
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with RichProgress(*columns, console=console, transient=True) as drawn:
-        yield _Stages(command, drawn, drawn.add_task(command))
+    with progress_bar(command, console, nbytes=False) as drawn:
+        yield drawn
 
 
 @contextlib.contextmanager

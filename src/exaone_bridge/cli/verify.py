@@ -48,7 +48,6 @@ def _verify(options: Namespace, layout: Layout) -> None:
 
     with choose_launcher(layout.ranks) as launcher:
         with stages("verify", shown=is_rank_zero()) as progress:
-            progress.stage("importing Megatron-Core (half a minute)")
             report = run_verification(
                 options.source,
                 options.other,

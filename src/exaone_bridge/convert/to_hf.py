@@ -28,7 +28,8 @@ from exaone_bridge.checkpoint.staging import (
 from exaone_bridge.convert.extra_tensors import ASSETS, read_passthrough
 from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
 from exaone_bridge.errors import CheckpointError
-from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.runtime.progress_bar import shown_progress
 from exaone_bridge.schema.hf_files import companion_files, copy_companion_files, has_tokenizer
 from exaone_bridge.schema.iterations import choose_iteration
 from exaone_bridge.schema.json_types import JSONObject
@@ -49,7 +50,7 @@ def export_checkpoint(
     drop_passthrough: bool = False,
     workers: int = 1,
     dry_run: bool = False,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress | bool | None = None,
 ) -> Summary:
     """Convert a Megatron checkpoint to a Hugging Face folder with weights, config and tokenizer.
 
@@ -67,7 +68,8 @@ def export_checkpoint(
         drop_passthrough: Leave out passthrough tensors, and change config.json accordingly.
         workers: Processes that write; each has one parameter and one tensor in memory.
         dry_run: Check everything, and write nothing.
-        progress: Is told of the stages and the bytes.
+        progress: Whether to show the stages and the bytes, or an object that is told of them; None:
+            on a terminal and in a notebook.
 
     Raises:
         CheckpointError: The source is damaged or lacks passthrough tensors, or the output exists.
@@ -106,15 +108,15 @@ def export_checkpoint(
     check_space(hf_folder, layout.nbytes)
     if dry_run:
         return Summary(len(specs), layout.nbytes, 0.0, notes=notes)
-    progress.stage("writing the Hugging Face folder")
-    progress.total(layout.nbytes)
     groups = [*source.groups(), *([name] for name in passthrough)]
     bins = balanced([sum(sizes[name] for name in group) for group in groups], workers)
     shares = [[name for index in indices for name in groups[index]] for indices in bins]
-    with resumable(hf_folder) as folder:
+    with shown_progress("export", progress, nbytes=True) as shown, resumable(hf_folder) as folder:
+        shown.stage("writing the Hugging Face folder")
+        shown.total(layout.nbytes)
         writer = ShardWriter.create(folder, layout)
         results = ForkLauncher(workers, megatron=False).all(
-            _export_rank, source, hf_folder, writer, shares, passthrough, progress=progress
+            _export_rank, source, hf_folder, writer, shares, passthrough, progress=shown
         )
         write_index(folder, layout)
         write_config_json(folder, config)

@@ -24,7 +24,8 @@ from exaone_bridge.checkpoint.staging import (
 )
 from exaone_bridge.convert.extra_tensors import ASSETS, write_passthrough
 from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
-from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.runtime.progress_bar import shown_progress
 from exaone_bridge.schema.hf_files import copy_companion_files
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -49,7 +50,7 @@ def import_checkpoint(
     backend: str = "auto",
     workers: int = 1,
     dry_run: bool = False,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress | bool | None = None,
 ) -> Summary:
     """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist) that loads at any layout.
 
@@ -62,7 +63,8 @@ def import_checkpoint(
         backend: Written to run_config.yaml too.
         workers: Processes that write; each has one parameter in memory.
         dry_run: Check everything, and write nothing.
-        progress: Is told of the stages and the bytes.
+        progress: Whether to show the stages and the bytes, or an object that is told of them; None:
+            on a terminal and in a notebook.
 
     Raises:
         CheckpointError: The source is damaged, or the output exists.
@@ -94,12 +96,15 @@ def import_checkpoint(
         plan, source.model_config.num_layers, stacked=layers_are_stacked(provider)
     )
     shares = balanced([parameter.nbytes for parameter in parameters], workers)
-    progress.stage("writing the Megatron checkpoint")
-    progress.total(sum(tensor.nbytes for tensor in source.model_tensors.values()))
-    with staged(megatron_folder) as folder:
+    with (
+        shown_progress("import", progress, nbytes=True) as shown,
+        staged(megatron_folder) as folder,
+    ):
+        shown.stage("writing the Megatron checkpoint")
+        shown.total(sum(tensor.nbytes for tensor in source.model_tensors.values()))
         iteration = write_beside(folder, provider, megatron_folder.absolute())
         results = ForkLauncher(workers, megatron=False).all(
-            _import_rank, source, megatron_folder, iteration, parameters, shares, progress=progress
+            _import_rank, source, megatron_folder, iteration, parameters, shares, progress=shown
         )
         written = [param for params, _, _ in results for param in params]
         write_metadata(iteration, parameters, source.tensors, written)

@@ -184,6 +184,8 @@ def _rank_main(
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):  # Megatron's output goes to the log, not between lines of a progress bar
         os.dup2(log, stream)
+    # A notebook's kernel has replaced these by objects of its own, which would print in the cell.
+    sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, encoding="utf-8", errors="replace")
     try:
         import torch
         import torch.distributed as dist

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
+from exaone_bridge.runtime.progress_bar import shown_progress
 
 if TYPE_CHECKING:
     from exaone_bridge.runtime.launch import Launcher
+    from exaone_bridge.runtime.progress import Progress
     from exaone_bridge.schema.parallel_layout import Layout
     from exaone_bridge.verification.report.report import Report
 
@@ -42,7 +43,7 @@ def verify(
     stream: bool | None = None,
     command: str = "",
     launcher: Launcher | None = None,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress | bool | None = None,
 ) -> Report:
     """Verify a model's round trip through Megatron-Core, or compare two models.
 
@@ -70,7 +71,8 @@ def verify(
             model has more than 2 GiB in fp32.
         command: the command line, for the report.
         launcher: runs the work of both models; None: torchrun's ranks, or forked ranks.
-        progress: receives the name of each stage.
+        progress: whether to show the stages, or an object that receives their names; None: on a
+            terminal and in a notebook.
 
     Returns:
         The report. A failed check is in it, and raises nothing.
@@ -84,28 +86,31 @@ def verify(
         >>> assert report.passed, report.failures()
     """
     from exaone_bridge.schema.parallel_layout import Layout
-    from exaone_bridge.verification.workflow.options import VerifyOptions
-    from exaone_bridge.verification.workflow.run import Session, run
 
     layout = Layout.of(layout, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp, cp=cp))
-    options = VerifyOptions(
-        backend=backend,
-        dtype=dtype,
-        count=1 if quick else count,
-        length=length,
-        seed=seed,
-        generation=not quick if generation is None else generation,
-        gradients=gradients,
-        mtp=mtp,
-        stream=stream,
-    )
-    session = Session(
-        source=Path(source),
-        other=None if other is None else Path(other),
-        layout=layout,
-        options=options,
-        command=command,
-        launcher=launcher,
-        progress=progress,
-    )
-    return run(session)
+    with shown_progress("verify", progress) as shown:
+        shown.stage("importing Megatron-Core (half a minute)")
+        from exaone_bridge.verification.workflow.options import VerifyOptions
+        from exaone_bridge.verification.workflow.run import Session, run
+
+        options = VerifyOptions(
+            backend=backend,
+            dtype=dtype,
+            count=1 if quick else count,
+            length=length,
+            seed=seed,
+            generation=not quick if generation is None else generation,
+            gradients=gradients,
+            mtp=mtp,
+            stream=stream,
+        )
+        session = Session(
+            source=Path(source),
+            other=None if other is None else Path(other),
+            layout=layout,
+            options=options,
+            command=command,
+            launcher=launcher,
+            progress=shown,
+        )
+        return run(session)

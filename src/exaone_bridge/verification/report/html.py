@@ -8,6 +8,7 @@ from datetime import datetime
 from html import escape
 from importlib.resources import files
 
+from exaone_bridge.schema.size_text import size_text
 from exaone_bridge.verification.report.card import prompts_of
 from exaone_bridge.verification.report.numbers import (
     TIMES,
@@ -16,7 +17,6 @@ from exaone_bridge.verification.report.numbers import (
     nearness,
     number,
     readable,
-    size,
 )
 from exaone_bridge.verification.report.plot import activation_plot, legend
 from exaone_bridge.verification.report.report import ActivationDiff, Check, Report, Status
@@ -146,7 +146,7 @@ def _model(report: Report) -> list[tuple[str, str]]:
     heads = f"{model['num_heads']} query, {model['num_kv_heads']} KV, {model['head_dim']} wide"
     pairs = [
         ("Family", str(model["family"])),
-        ("Weights", f"{model['dtype']}, {size(model['bytes'])}"),
+        ("Weights", f"{model['dtype']}, {size_text(model['bytes'])}"),
         ("Layers", f"{model['num_layers']}"),
         ("Hidden size", f"{model['hidden_size']:,}"),
         ("MLP size", f"{model['ffn_size']:,}"),

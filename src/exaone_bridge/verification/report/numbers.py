@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["TIMES", "count", "duration", "nearness", "number", "power_of_ten", "readable", "size"]
+__all__ = ["TIMES", "count", "duration", "nearness", "number", "power_of_ten", "readable"]
 
 _SCIENTIFIC = re.compile(r"\b(\d(?:\.\d+)?e[+-]\d+)\b")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -41,14 +41,6 @@ def count(value: int) -> str:
         if value >= unit:
             return f"{value / unit:.3g} {name}"
     return f"{value:,}"
-
-
-def size(nbytes: int) -> str:
-    """Return bytes as 1.4 MB or 2.56 GB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.3g} {name}"
-    return f"{nbytes} bytes"
 
 
 def duration(seconds: float) -> str:
