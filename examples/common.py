@@ -7,13 +7,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch  # before transformer_engine: the two ship different versions of cuDNN
 
 import exaone_bridge  # noqa: F401  registers the models with Megatron-Bridge
+from exaone_bridge.errors import BridgeError
 from exaone_bridge.recipes import recipe
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
@@ -30,7 +33,7 @@ def make_parser(description: str, default_recipe: str) -> argparse.ArgumentParse
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--recipe", default=default_recipe, help="see docs/recipes.md")
+    add("--recipe", type=recipe_name, default=default_recipe, help="see docs/recipes.md")
     add("--gpu-memory", type=int, default=80, help="memory of one GPU in GB: 80 or 141")
     add("--hf-path", type=Path, help="Hugging Face directory: config, tokenizer and weights")
     for field in PLAN_FIELDS:
@@ -43,6 +46,24 @@ def make_parser(description: str, default_recipe: str) -> argparse.ArgumentParse
     add("--ckpt-step", type=int, help="step to resume from; the default is the last")
     add("--dry-run", action="store_true", help="print the config and stop")
     return parser
+
+
+def recipe_name(name: str) -> str:
+    """Reject the name of a recipe that does not exist, before anything is written."""
+    try:
+        recipe(name)
+    except BridgeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def check_installed(options: argparse.Namespace) -> None:
+    """End the script before it writes anything if Megatron-Bridge's training loop cannot run."""
+    if not options.dry_run and find_spec("nvidia_resiliency_ext") is None:
+        sys.exit(
+            "Megatron-Bridge's training loop needs nvidia_resiliency_ext, which is not installed; "
+            "run `pip install nvidia-resiliency-ext`, or add --dry-run to see the config."
+        )
 
 
 def build_config(options: argparse.Namespace, **recipe_arguments: Any) -> ConfigContainer:
@@ -117,15 +138,18 @@ def run(
     forward step for models with images.
     """
     model, batch = config.model, config.train
-    print(
+    summary = (
         f"{type(model).__name__}: {model.num_layers} layers, hidden {model.hidden_size}, "
         f"vocabulary {model.vocab_size}; TP{model.tensor_model_parallel_size} "
         f"PP{model.pipeline_model_parallel_size} EP{model.expert_model_parallel_size} "
         f"CP{model.context_parallel_size}, sequence {model.seq_length}, batch "
         f"{batch.micro_batch_size} / {batch.global_batch_size}, {batch.train_iters} steps"
     )
+    if RANK == 0:
+        print(summary)
     if options.dry_run:
         return
+    check_installed(options)
     from megatron.bridge.training import gpt_step, vlm_step
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.pretrain import pretrain

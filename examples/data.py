@@ -12,12 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common import check_installed
+
 from exaone_bridge import write_random
 from exaone_bridge.recipes import recipe
 
 
 def prepare(options: argparse.Namespace, write_dataset: Callable[[Path], None]) -> None:
     """Make the dataset and the model where `--data` and `--hf-path` do not name them."""
+    if not (options.data or options.save / "data").exists():
+        check_installed(options)
+    if not (options.hf_path or options.save / "model").exists():
+        check_installed(options)
     if options.data is None:
         options.data = make_once(options.save / "data", write_dataset)
     if options.hf_path is None:

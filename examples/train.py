@@ -97,7 +97,8 @@ def train(
             forward_only=False,
         )
         optimizer.step()
-        if outputs:  # on the last pipeline stage
+        # The last rank is on the last pipeline stage, which has the loss.
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             loss = torch.stack([output["loss"] for output in outputs]).mean()
             print(f"step {step}: loss {loss:.4f}", flush=True)
     return model

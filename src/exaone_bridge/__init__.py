@@ -8,7 +8,8 @@
 The import itself is fast and loads neither torch nor Megatron. It installs import hooks: they
 register the model bridges and apply the patches (docs/dev/patches.md) when Megatron-Bridge is
 imported, at once if it has been, and make it importable where Transformer Engine is missing. It
-also hides messages about missing GPU packages; EXAONE_BRIDGE_SHOW_WARNINGS=1 shows them.
+also hides messages about missing GPU packages; EXAONE_BRIDGE_SHOW_WARNINGS=1 shows them. Where the
+user has no passwd entry and no home, as in some containers, it sets USER and HOME for torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from exaone_bridge import errors
 from exaone_bridge.bridge.registration import register, register_when_imported, supported
 from exaone_bridge.errors import BridgeError
+from exaone_bridge.patches.environment import provide_user_and_home
 from exaone_bridge.patches.import_guard import transformer_engine_placeholder
 from exaone_bridge.patches.known_messages import hide_known_messages
 from exaone_bridge.schema.parallel_layout import Layout
@@ -112,6 +114,7 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
+provide_user_and_home()
 hide_known_messages()
 transformer_engine_placeholder.apply()
 register_when_imported()

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
+from exaone_bridge.patches.environment import provide_lock_folder
 from exaone_bridge.patches.import_hook import after_import
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def register() -> None:
     from exaone_bridge.patches.tested_versions import warn_of_newer_versions
 
     warn_of_newer_versions()
+    provide_lock_folder()
     # run_config.yaml of a checkpoint names our providers and layer specs.
     register_allowed_target_prefix("exaone_bridge.")
     for patch in PATCHES:

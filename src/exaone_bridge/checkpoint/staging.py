@@ -21,10 +21,12 @@ from exaone_bridge.errors import (
     UnsupportedConfig,
     UnsupportedLayout,
 )
+from exaone_bridge.patches.environment import warn_once
 
 __all__ = [
     "check_new_output",
     "check_space",
+    "flush_file",
     "full_disk_as_output_error",
     "partial_folder",
     "resumable",
@@ -34,6 +36,8 @@ __all__ = [
     "use_umask_permissions",
 ]
 
+# Of flock on Lustre without -o flock, and of fsync of a folder on some FUSE and network disks.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of a rename where it is not possible, as between mount points and on object stores.
 _NO_RENAME = (errno.EXDEV, errno.ENOTSUP, errno.ENOSYS)
@@ -258,8 +262,17 @@ def resumable(target: Path, *, merge: bool = False) -> Iterator[Path]:
 def _lock(descriptor: int, target: Path) -> None:
     # The ranks of a run that was killed end a moment after it, and keep its lock until then.
     for _ in range(_LOCK_ATTEMPTS):
-        with contextlib.suppress(BlockingIOError):
+        try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            return warn_once(
+                f"{target.absolute().parent} takes no locks ({error.strerror}): "
+                "a second process that wrote the same output would not be noticed"
+            )
         time.sleep(_LOCK_INTERVAL)
     raise CheckpointError(
         target,
@@ -272,9 +285,22 @@ def sync_to_disk(path: Path) -> None:
     """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush_file(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_file(descriptor: int) -> None:
+    """Wait until an open file or folder is on the disk, if its file system can say so."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        warn_once(
+            f"the output's file system does not confirm what is on the disk ({error.strerror}): "
+            "the output may be incomplete if the machine fails within the next minute"
+        )
 
 
 def use_umask_permissions(path: Path) -> None:

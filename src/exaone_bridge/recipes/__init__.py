@@ -150,8 +150,12 @@ def recipe(name: str) -> Callable[..., ConfigContainer]:
     """Look up a recipe by its name, for example from a command line.
 
     Raises:
-        UnsupportedConfig: there is no such recipe; the message lists all of them.
+        UnsupportedConfig: there is no such recipe; the message lists similar names, or all.
     """
     if name not in RECIPES:
-        raise UnsupportedConfig("recipe", got=name, known=sorted(RECIPES), where="recipes")
+        import difflib  # imported late, for the error only
+
+        close = difflib.get_close_matches(name, RECIPES, n=5)
+        known = close or sorted(RECIPES)
+        raise UnsupportedConfig("recipe", got=name, known=known, where="recipes")
     return RECIPES[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -93,6 +94,9 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _init_on_gloo(start: Any, backend: str | None = None, *args: object, **kwargs: object) -> None:
+    if os.environ.get("WORLD_SIZE") == "1" and not args and not kwargs:
+        # A single rank meets nobody, and needs no port, which another program may have.
+        kwargs = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     start("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
 
 

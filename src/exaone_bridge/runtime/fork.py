@@ -32,17 +32,18 @@ from exaone_bridge.runtime.launch import Launcher
 from exaone_bridge.runtime.precision import full_fp32
 from exaone_bridge.runtime.progress import NO_PROGRESS, Progress
 
-__all__ = ["ForkLauncher", "RankFailure"]
+__all__ = ["ForkLauncher", "RankFailure", "rank_failure"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TIMEOUT = timedelta(minutes=30)  # of collectives
 _SECONDS_TO_END = 30  # for a rank that has sent its result
 _SECONDS_BETWEEN_REPORTS = 0.1
 _INHERITED: list[object] = []  # on a rank: the process groups of the process that forked it
+_LONGEST = 400  # characters of an error in a sentence
 
 
 class RankFailure(BridgeError):
-    """A rank died or raised another error than a BridgeError; its last output ends the message."""
+    """A rank died or raised another error than a BridgeError; a file that is named has details."""
 
 
 class _RankProgress:
@@ -206,10 +207,10 @@ def _rank_main(
         dist.barrier()
         message = pickle.dumps(("done", result))
     except BaseException as error:
-        traceback.print_exc()
-        if not isinstance(error, BridgeError):
-            error = RankFailure(f"rank {rank}: {traceback.format_exc()}")
-        message = pickle.dumps(("error", error))
+        if isinstance(error, BridgeError):
+            message = pickle.dumps(("error", error))
+        else:
+            message = pickle.dumps(("raised", (_one_line(error), traceback.format_exc())))
     sys.stdout.flush()
     sys.stderr.flush()
     connection.send_bytes(message)
@@ -261,10 +262,8 @@ def _collect(
                 message = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 processes[rank].join()
-                raise RankFailure(
-                    f"rank {rank} died (exit code {processes[rank].exitcode}); it last printed: "
-                    f"{_end_of_log(folder, rank)}"
-                ) from None
+                how = _how_it_ended(processes[rank].exitcode)
+                raise rank_failure(f"rank {rank} {how}", _log(folder, rank)) from None
             match message:
                 case "stage", text:
                     progress.stage(text)
@@ -276,13 +275,46 @@ def _collect(
                     progress.output(text)
                 case "error", error:
                     raise error
+                case "raised", (text, trace):
+                    what, output = f"rank {rank} raised {text}", _log(folder, rank) + trace
+                    raise rank_failure(what, output, part="traceback")
                 case "done", result:
                     results[rank] = result
                     del waiting[receiver]
     return [results[rank] for rank in sorted(results)]
 
 
-def _end_of_log(folder: Path, rank: int, size: int = 2000) -> str:
+def rank_failure(what: str, output: str, *, part: str = "output") -> RankFailure:
+    """Make the error of a rank, with its output in a file that stays.
+
+    Args:
+        what: The sentence without its end, such as "rank 1 raised ValueError: no".
+        output: All that the rank has printed; a traceback is at its end.
+        part: What the sentence says is in the file.
+    """
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="exaone_bridge-", suffix=".log", delete=False, errors="replace"
+    ) as file:
+        file.write(output)
+    failure = RankFailure(f"{what}; its {part} is in {file.name}.")
+    failure.add_note(output[-2000:])  # a traceback of Python prints it, and the command line not
+    return failure
+
+
+def _log(folder: Path, rank: int) -> str:
     with contextlib.suppress(OSError):
-        return (folder / f"rank{rank}.log").read_text(errors="replace")[-size:].strip()
+        return (folder / f"rank{rank}.log").read_text(errors="replace")
     return ""
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with exit code {code} without a result"
+    hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error's type and message without line breaks, and without its end if it is long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

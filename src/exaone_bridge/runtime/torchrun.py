@@ -11,13 +11,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from exaone_bridge.errors import BridgeError, UnsupportedLayout
-from exaone_bridge.runtime.fork import RankFailure
+from exaone_bridge.runtime.fork import rank_failure
 from exaone_bridge.runtime.launch import Launcher, is_rank_zero
 from exaone_bridge.runtime.precision import full_fp32
 from exaone_bridge.runtime.progress import Progress
@@ -30,6 +31,8 @@ _VARIABLES = re.compile(
 )
 _TIMEOUT = timedelta(hours=1)  # of collectives: ranks wait in one while rank 0 runs Transformers
 _GROUPS = itertools.count()  # a group must not find the keys of an earlier one in the store
+_MASTER = ("MASTER_ADDR", "MASTER_PORT")
+_SECONDS_UNTIL_NOTICE = 10
 _LOCAL_TO_RANK = "This rank raised it; the other ranks may not have."
 
 
@@ -48,9 +51,10 @@ class TorchrunLauncher(Launcher):
             ranks: the size of the layout.
 
         Raises:
-            UnsupportedLayout: the number of torchrun's ranks is not a multiple of it.
+            UnsupportedLayout: the number of torchrun's ranks is not a multiple of it, or there is
+                no torchrun: only some of its variables are set, or they are not numbers.
         """
-        found = int(os.environ["WORLD_SIZE"])
+        found = _world_size()
         if found % ranks:
             raise UnsupportedLayout(
                 "ranks",
@@ -103,15 +107,16 @@ class TorchrunLauncher(Launcher):
                 )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        store, rank, world_size = _rendezvous()
-        dist.init_process_group(
-            "nccl" if device else "gloo",
-            store=dist.PrefixStore(f"exaone_bridge/{next(_GROUPS)}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=_TIMEOUT,
-            device_id=device,
-        )
+        with _says_what_it_waits_for():
+            store, rank, world_size = _rendezvous()
+            dist.init_process_group(
+                "nccl" if device else "gloo",
+                store=dist.PrefixStore(f"exaone_bridge/{next(_GROUPS)}", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=_TIMEOUT,
+                device_id=device,
+            )
         self._initialised_here = True
 
     def all[T](
@@ -214,6 +219,45 @@ def _restored_process() -> Iterator[None]:
             parallel_state.destroy_model_parallel()
 
 
+def _initialised() -> bool:
+    """Whether this process has a process group; without importing torch."""
+    module = sys.modules.get("torch.distributed")
+    return module is not None and module.is_initialized()
+
+
+def _world_size() -> int:
+    rank, ranks = (os.environ[name] for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)):
+        got, wanted = f"RANK={rank} and WORLD_SIZE={ranks}", "numbers, the first below the second"
+    elif (missing := [name for name in _MASTER if name not in os.environ]) and not _initialised():
+        got = f"RANK={rank} and WORLD_SIZE={ranks} without {' and '.join(missing)}"
+        wanted = "all variables of torchrun, or neither RANK nor WORLD_SIZE"
+    else:
+        return int(ranks)
+    remedy = "start this with torchrun, or unset RANK and WORLD_SIZE to run without it"
+    raise UnsupportedLayout("environment", got=got, wanted=wanted, remedy=remedy)
+
+
+@contextlib.contextmanager
+def _says_what_it_waits_for() -> Iterator[None]:
+    """Print what this process waits for if the body takes longer than ten seconds."""
+    address, rank, ranks = (
+        ":".join(os.environ[name] for name in names)
+        for names in (_MASTER, ("RANK",), ("WORLD_SIZE",))
+    )
+    text = (
+        f"exaone-bridge: rank {rank} waits for the other ranks of {ranks} at {address}; if "
+        "torchrun has not started them, unset RANK and WORLD_SIZE."
+    )
+    timer = threading.Timer(_SECONDS_UNTIL_NOTICE, print, (text,), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _call[T](fn: Callable[..., T], args: tuple[Any, ...], progress: Progress | None) -> T:
     return fn(*args) if progress is None else fn(*args, progress=progress)
 
@@ -234,10 +278,8 @@ def _run_in_new_process(fn: Callable[..., Any], *args: object) -> Any:
             check=False,
         )
         if ended.returncode:
-            raise RankFailure(
-                f"the process of {fn.__name__} ended with {ended.returncode}: "
-                f"{ended.stderr[-2000:]}"
-            )
+            what = f"the process of {fn.__name__} ended with {ended.returncode}"
+            raise rank_failure(what, ended.stdout + ended.stderr)
         succeeded, value = pickle.loads(file.read_bytes())
     if not succeeded:
         raise value

@@ -7,11 +7,15 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exaone_bridge.checkpoint import staging
+from exaone_bridge.checkpoint.hf.headers import TensorSpec
+from exaone_bridge.checkpoint.hf.shards import ShardWriter, shard_layout
 from exaone_bridge.checkpoint.staging import (
     check_new_output,
     partial_folder,
@@ -20,6 +24,7 @@ from exaone_bridge.checkpoint.staging import (
     target_of,
 )
 from exaone_bridge.errors import CheckpointError
+from exaone_bridge.patches import environment
 
 MODE = stat.S_IMODE
 
@@ -279,3 +284,54 @@ def test_an_interrupted_merge_leaves_the_existing_folder_as_it_was(tmp_path: Pat
         assert len(list(folder.glob("*.safetensors"))) == 2  # an earlier run's are kept
         write_model(folder, 2, "new")
     assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_with_one_warning(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(staging.fcntl, "flock", _fails_with(code))
+    for name in ("a", "b"):
+        with resumable(tmp_path / name) as folder:
+            (folder / "model.safetensors").write_text("")
+    assert names_in(tmp_path) == ["a", "a/model.safetensors", "b", "b/model.safetensors"]
+    assert capsys.readouterr().err == (
+        f"exaone-bridge: {tmp_path} takes no locks ({os.strerror(code)}): a second process that "
+        "wrote the same output would not be noticed.\n"
+    )
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("way", [staged, resumable])
+def test_a_file_system_without_fsync_is_written_with_one_warning(
+    way: Callable[[Path], AbstractContextManager[Path]],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(staging.os, "fsync", _fails_with(code))
+    monkeypatch.setattr(environment, "_warned", set())
+    with way(tmp_path / "output") as folder:
+        layout = shard_layout([TensorSpec("a", "U8", (1,))], "model.safetensors")
+        with ShardWriter.create(folder, layout) as writer:
+            writer.put("a", [memoryview(b"1")])
+    assert names_in(tmp_path) == ["output", "output/model.safetensors"]
+    assert capsys.readouterr().err.count("does not confirm what is on the disk") == 1
+
+
+@pytest.mark.parametrize("name", ["flock", "fsync"])
+def test_other_errors_of_locks_and_fsync_are_raised(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging.fcntl if name == "flock" else os, name, _fails_with(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"), resumable(tmp_path / "output"):
+        pass
+    assert names_in(tmp_path) == [".output.partial"]
+
+
+def _fails_with(code: int) -> Callable[..., None]:
+    def fails(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fails

@@ -49,8 +49,8 @@ def reject(*arguments: Any, progress: Progress) -> None:
 @pytest.mark.parametrize(
     ("rank", "code", "fragments"),
     [
-        (fail, 3, "a fault in the middle"),
-        (die, 3, "died (exit code -9)"),
+        (fail, 3, " raised RuntimeError: a fault in the middle; its traceback is in /"),
+        (die, 3, " was ended by signal 9 (Killed)"),
         (reject, 2, "exaone-bridge: somewhere: cannot be read; read something else.\n"),
     ],
 )
@@ -74,6 +74,10 @@ def test_conversion_that_fails_leaves_no_output(
         patch.setattr(to_hf if command == "export" else to_megatron, f"_{command}_rank", rank)
         run = cli(command, source, tmp_path / "output", "--workers", 2)
     assert run.code == code and fragments in run.err and run.err.startswith("exaone-bridge: ")
+    for log in (tmp_path / "tmp").glob("exaone_bridge-*.log"):
+        assert code == 3 and run.err.endswith(f" is in {log}.\n") and run.err.count("\n") == 1
+        assert ("Traceback" in log.read_text()) == (rank is fail)
+        log.unlink()
     if command == "import" or rank is reject:
         assert snapshot(tmp_path) == before
         return

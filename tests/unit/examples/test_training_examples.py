@@ -189,3 +189,22 @@ def test_make_once_leaves_a_complete_directory_or_none(
     data.make_once(tmp_path / "data", Path.mkdir)
     monkeypatch.setenv("RANK", "1")
     assert data.make_once(tmp_path / "data", fail) == tmp_path / "data"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "lora", "sft_images"])
+def test_what_is_missing_is_said_before_anything_is_written(
+    name: str,
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common, script = importlib.import_module("common"), importlib.import_module(name)
+    monkeypatch.setattr(common, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="pip install nvidia-resiliency-ext"):
+        script.main(*script.configure(["--save", str(tmp_path / "save")]))
+    with pytest.raises(SystemExit):
+        script.configure(["--save", str(tmp_path / "save"), "--recipe", "exaone4_1p2b_sft"])
+    printed = capsys.readouterr().err
+    assert "recipe is 'exaone4_1p2b_sft', and must be one of 'exaone4_1p2b_sft_config'" in printed
+    assert "ernie45_tiny_peft_config" not in printed and not any(tmp_path.iterdir())

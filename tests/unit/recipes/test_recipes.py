@@ -292,6 +292,9 @@ def test_recipe_with_wrong_arguments_raises(megatron_bridge: Any) -> None:
         recipe("exaone4_1p2b_sft_config")(tpp=2)
     with pytest.raises(UnsupportedConfig, match="recipe is 'exaone5_config'"):
         recipe("exaone5_config")
+    with pytest.raises(UnsupportedConfig, match="one of 'exaone4_1p2b_sft_config'") as caught:
+        recipe("exaone4_1p2b_sft")
+    assert "ernie45_tiny" not in str(caught.value)
     with pytest.raises(CheckpointError, match="recipes download nothing"):
         recipe("exaone4_1p2b_sft_config")(hf_path="LGAI-EXAONE/EXAONE-4.0-1.2B")
 

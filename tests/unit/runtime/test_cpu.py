@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +242,26 @@ def test_a_backend_is_also_taken_by_position(tmp_path: Path) -> None:
             assert dist.get_backend() == "gloo"
         finally:
             dist.destroy_process_group()
+
+
+def test_a_single_rank_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Bridge sets these variables before it initialises; the port may be taken."""
+    import torch.distributed as dist
+
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with cpu_runtime():
+            dist.init_process_group("nccl")
+            try:
+                tensor = torch.ones(2)
+                dist.all_reduce(tensor, group=dist.new_group([0]))
+                assert tensor.tolist() == [1.0, 1.0]
+            finally:
+                dist.destroy_process_group()
 
 
 # --- outside ---

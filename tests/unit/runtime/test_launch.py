@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 
 from exaone_bridge import cli
 from exaone_bridge.errors import UnsupportedLayout
+from exaone_bridge.runtime import torchrun
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
 from exaone_bridge.runtime.precision import full_fp32
@@ -25,6 +29,8 @@ from exaone_bridge.runtime.torchrun import TorchrunLauncher, is_local_to_rank
 def _as_rank(patch: pytest.MonkeyPatch, rank: int, ranks: int = 2) -> None:
     patch.setenv("RANK", str(rank))
     patch.setenv("WORLD_SIZE", str(ranks))
+    patch.setenv("MASTER_ADDR", "localhost")
+    patch.setenv("MASTER_PORT", "1")
     patch.setattr(cli, "_GRACE_SECONDS", 0)
 
 
@@ -56,6 +62,50 @@ def test_another_number_of_ranks_is_rejected_before_anything_is_computed(
     assert isinstance(choose_launcher(1), TorchrunLauncher)
     with pytest.raises(UnsupportedLayout, match="multiple of 4"):
         choose_launcher(4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "RANK=0 and WORLD_SIZE=4 without MASTER_ADDR and MASTE"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a"}, "WORLD_SIZE=1 without MASTER_PORT"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4 and WORLD_SIZE=4, and must be numbers, the fi"),
+        ({"RANK": "", "WORLD_SIZE": "four"}, "RANK= and WORLD_SIZE=four, and must be numbers"),
+    ],
+    ids=str,
+)
+def test_variables_of_torchrun_without_torchrun_are_rejected(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UnsupportedLayout, match=says) as caught:
+        choose_launcher()
+    assert "unset RANK and WORLD_SIZE to run without it" in str(caught.value)
+
+
+def _wait_for_a_rank_that_never_comes(port: int) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torchrun._SECONDS_UNTIL_NOTICE = 0.1
+    torchrun._TIMEOUT = timedelta(seconds=1)
+    TorchrunLauncher().first(os.getpid)
+
+
+def test_a_rank_that_waits_says_for_what(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    process = multiprocessing.get_context("fork").Process(
+        target=_wait_for_a_rank_that_never_comes, args=(port,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    assert (
+        f"exaone-bridge: rank 0 waits for the other ranks of 2 at localhost:{port}; if torchrun "
+        "has not started them, unset RANK and WORLD_SIZE.\n"
+    ) in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from exaone_bridge.checkpoint.hf.headers import INDEX, SINGLE_FILE, TensorInfo, TensorSpec
+from exaone_bridge.checkpoint.staging import flush_file
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
 from exaone_bridge.schema.json_types import JSONObject
 
@@ -211,7 +212,7 @@ class ShardWriter:
             _, descriptor = self._descriptors.popitem()
             try:
                 if flush:
-                    os.fsync(descriptor)
+                    flush_file(descriptor)
             finally:
                 os.close(descriptor)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorInfo
 from exaone_bridge.checkpoint.megatron.torch_dist import key_of
 from exaone_bridge.checkpoint.reshard.plan import ParamPlan, ReshardPlan
+from exaone_bridge.checkpoint.staging import flush_file
 
 __all__ = ["Parameter", "WrittenParam", "parameters_of", "write_metadata", "write_parameters"]
 
@@ -132,7 +132,7 @@ def write_parameters(
             yield WrittenParam(number, path.name, begin, file.tell() - begin), tensor.nbytes
             del tensor
         file.flush()
-        os.fsync(file.fileno())
+        flush_file(file.fileno())
 
 
 def _read(parameter: Parameter, source: HFCheckpoint) -> torch.Tensor:
