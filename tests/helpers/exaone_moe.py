@@ -133,7 +133,7 @@ class _Model:
         normed = self.norm(f"{name}.post_attention_layernorm", x)
         if layer >= 0 and self.config.moe_layer_mask[layer]:
             return x + self.keep(f"{key}, mlp", self.mixture(layer, normed))
-        limit = self.config.swiglu_limits[layer] if layer >= 0 else 0.0
+        limit = self.config.swiglu_limits[max(layer, 0)]  # as vLLM's exaone_moe_mtp.py
         return x + self.keep(f"{key}, mlp", self.swiglu(f"{name}.mlp", normed, limit))
 
 

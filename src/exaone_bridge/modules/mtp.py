@@ -32,6 +32,7 @@ class MTPTransformerLayer(TransformerLayer):
     Args:
         sliding: whether it is sliding-window attention.
         use_rope: whether RoPE is applied.
+        swiglu_limit: the clamp of gate and up, 0 for none; None: the config's.
         config, args, kwargs: of `TransformerLayer`.
     """
 
@@ -41,9 +42,12 @@ class MTPTransformerLayer(TransformerLayer):
         *args: object,
         sliding: bool,
         use_rope: bool,
+        swiglu_limit: float | None = None,
         **kwargs: object,
     ) -> None:
         config = copy.copy(config)
+        if swiglu_limit is not None:
+            config.activation_func_clamp_value = swiglu_limit or None
         config.window_attn_skip_freq = [int(sliding)] * config.num_layers
         config.no_rope_freq = [int(not use_rope)] * config.num_layers
         super().__init__(config, *args, **kwargs)

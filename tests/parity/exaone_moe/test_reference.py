@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.errors import UnmappedTensors, UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.folders import compare_tensors
@@ -151,6 +151,36 @@ def test_two_layers_of_mtp_on_disk_are_not_built(megatron_bridge: Any, tiny: Any
         ForkLauncher().first(
             mtp_of_megatron, tiny("exaone-moe", **fields), Layout(), random_tokens(), 1, {}
         )
+
+
+def test_mtp_with_an_moe_layer_is_rejected(megatron_bridge: Any, tiny: Any) -> None:
+    """A dense layer is on disk; the sentence names the router that has no mapping."""
+    from exaone_bridge.models.exaone_moe import provider
+    from exaone_bridge.models.exaone_moe.layer_spec import exaone_moe_layer_spec
+
+    original = provider.mtp_block_spec
+
+    def with_experts(config: Any, backend: Any, layer: Any, **options: Any) -> Any:
+        return original(config, backend, exaone_moe_layer_spec(backend, moe=True), **options)
+
+    with (
+        mock.patch.object(provider, "mtp_block_spec", with_experts),
+        pytest.raises(UnmappedTensors, match=r"mtp\.layers\.0\.mtp_model_layer\.mlp"),
+    ):
+        ForkLauncher().first(mtp_of_megatron, tiny("exaone-moe"), Layout(), random_tokens(), 1, {})
+
+
+def test_mtp_takes_the_first_limit(megatron_bridge: Any, tiny: Any) -> None:
+    """As in vLLM; so a limit that a user sets for all layers is exported and read again."""
+    folder, tokens = tiny(TWO, swiglu_limits=[0.5] * 6), random_tokens()
+    reference = run_reference(folder, tokens, 1)
+    same: dict[str, Any] = {"swiglu_limits": None, "activation_func_clamp_value": 0.5}
+    for overrides in ({}, same):
+        found = ForkLauncher().first(mtp_of_megatron, folder, Layout(), tokens, 1, overrides)
+        assert (found.logits[0] - reference.mtp_logits[0])[:, :-1].abs().max() <= 1e-4
+        assert_gradients_equal(found.gradients, reference.gradients)
+    (plain,) = run_reference(tiny(TWO, swiglu_limits=[0.0] + [0.5] * 5), tokens, 1).mtp_logits
+    assert (plain - reference.mtp_logits[0])[:, :-1].abs().max() > 1e-3
 
 
 # --- injected faults that Transformers cannot tell ------------------------------------------------

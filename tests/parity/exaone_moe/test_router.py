@@ -13,6 +13,7 @@ from safetensors import safe_open
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
+from exaone_bridge.verification.checks.gradients import relative_norm
 from exaone_bridge.verification.workflow.workload import random_prompts
 from tests.helpers.balancing import after_one_step
 
@@ -203,3 +204,78 @@ def test_replayed_experts_are_those_recorded(megatron_bridge: Any, tiny: Any) ->
         others = ((experts + 1) % 8).sort().values
         assert torch.equal(layer.nonzero()[:, 1].view_as(experts), others)
         assert torch.allclose(layer.sum(-1), torch.tensor(2.5))
+
+
+def _gradients(folder: Path, tokens: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Train one step on the router's own experts, and on others, with and without replay.
+
+    Returns:
+        Run -> parameter -> gradient.
+    """
+    from megatron.bridge import AutoBridge
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    from exaone_bridge.runtime.model import build, forward_logits
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    positions = torch.arange(tokens.shape[1] - 1)[None]
+    found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def train(name: str, model: Any) -> None:
+        model.zero_grad()
+        loss = model.train()(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+        loss.backward()
+        found[name] = {
+            parameter: value.grad.clone()
+            for parameter, value in model.named_parameters()
+            if value.grad is not None
+        }
+
+    def replay(experts: list[torch.Tensor]) -> None:
+        RouterReplay.clear_global_indices()
+        RouterReplay.set_replay_data(experts)
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+
+    (plain,) = build(bridge, Layout())
+    train("own", plain)
+    (model,) = build(bridge, Layout(), moe_enable_routing_replay=True)
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    forward_logits([model], tokens[:, :-1])
+    own = [experts.clone() for experts in RouterReplay.get_recorded_data()]
+    others = [(experts + 1) % 8 for experts in own]
+    replay(own)
+    train("own, replayed", model)
+    replay(others)
+    train("others, replayed", model)
+    RouterReplay.clear_global_router_replay_instances()
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    (model,) = build(
+        bridge, Layout(), moe_enable_routing_replay=True, recompute_num_layers=1, **recompute
+    )
+    replay(others)
+    train("others, replayed and recomputed", model)
+    routers = [layer.mlp.router for layer in plain.decoder.layers if hasattr(layer.mlp, "router")]
+    for router, experts in zip(routers, others, strict=True):
+        router.top_k = lambda _, experts=experts: experts
+    train("others", plain)
+    return found
+
+
+def test_gradients_of_replayed_experts_are_those_of_the_same_experts(
+    megatron_bridge: Any, tiny: Any
+) -> None:
+    """Activation recomputation replays the experts a second time, in the backward pass."""
+    found = ForkLauncher().first(_gradients, tiny("exaone-moe"), random_prompts(387, 1, 49))
+    for name, same in (
+        ("own, replayed", "own"),
+        ("others, replayed", "others"),
+        ("others, replayed and recomputed", "others"),
+    ):
+        assert found[name].keys() == found[same].keys()
+        worst = max(relative_norm(found[name][each], found[same][each]) for each in found[same])
+        print(f"{name}: {worst:.1e}")
+        assert worst <= 1e-6
+    router = "decoder.layers.1.mlp.router.weight"
+    assert found["own"][router].norm() > 0
+    assert relative_norm(found["others"][router], found["own"][router]) > 0.1

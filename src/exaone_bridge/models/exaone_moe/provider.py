@@ -125,10 +125,13 @@ class ExaoneMoeModelProvider(MoEModelProvider):
             return None
         backend = resolve_backend(self.backend)
         sliding = self.mtp_window is not None
+        layer = exaone_moe_layer_spec(backend, moe=False)
+        if self.swiglu_limits:
+            layer.params = {"swiglu_limit": self.swiglu_limits[0]}  # as vLLM's exaone_moe_mtp.py
         return mtp_block_spec(
             self,
             backend,
-            exaone_moe_layer_spec(backend, moe=False),
+            layer,
             sliding=sliding,
             use_rope=sliding,
             vp_stage=vp_stage,

@@ -33,6 +33,7 @@ from exaone_bridge.verification.self_test.fault import (
     swap,
 )
 from exaone_bridge.verification.self_test.patches import (
+    move_norms_to_outputs,
     reordered_tensors,
     scaled_shared_experts,
     softmax_scale_of,
@@ -135,6 +136,13 @@ def _scaled_before_the_sum(
     scores = logits.sigmoid() * SCALE
     experts = (logits.sigmoid() + bias).topk(TOPK).indices
     return _weights_of(scores, experts) / SCALE, experts
+
+
+def _large_epsilon(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = logits.sigmoid()
+    experts = (scores + bias).topk(TOPK).indices
+    chosen = scores.gather(-1, experts)
+    return chosen / (chosen.sum(-1, keepdim=True) + 1e-3) * SCALE, experts
 
 
 def _bf16_gating() -> contextlib.AbstractContextManager[object]:
@@ -262,9 +270,16 @@ EXAONE_MOE_FAULTS: tuple[Fault, ...] = (
     _router("selection bias ignored", _unbiased_selection),
     _router("scaling factor applied twice", _scaled_twice),
     _router("scaling factor divided away with the sum", _scaled_before_the_sum),
+    _router("1e-3 added to the sum of the weights", _large_epsilon),
     _code("gate multiplied in bf16", _bf16_gating, 1, "router"),
     _code("shared expert dropped", scaled_shared_experts(0), 1, "mlp"),
     _code("shared expert scaled like the routed ones", scaled_shared_experts(SCALE), 1, "mlp"),
+    _code(
+        "norms after the sublayers instead of before",
+        lambda: changed_model(move_norms_to_outputs),
+        0,
+        "attention",
+    ),
     _code(
         "query and key norms left out",
         lambda: changed_model(_skip_query_and_key_norms),

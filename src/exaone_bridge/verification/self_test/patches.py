@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from unittest import mock
 
 import torch
 
 from exaone_bridge.schema.param_mapping import ParamMapping
-from exaone_bridge.verification.self_test.fault import MappingChange, Patch
+from exaone_bridge.verification.self_test.fault import Chunks, MappingChange, Patch
 
-__all__ = ["reordered_tensors", "scaled_shared_experts", "softmax_scale_of"]
+__all__ = [
+    "move_norms_to_outputs",
+    "reordered_tensors",
+    "scaled_shared_experts",
+    "softmax_scale_of",
+]
 
 
 def scaled_shared_experts(scale: float) -> Patch:
@@ -50,6 +56,29 @@ def softmax_scale_of(head_dim: int) -> Patch:
         return mock.patch.object(TorchDotProductAttention, "_attend", attend)
 
     return patch
+
+
+def move_norms_to_outputs(model: Chunks) -> None:
+    """Let each norm before a sublayer normalise its output instead, as in EXAONE 4.0."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    def normalise_output(sublayer: torch.nn.Module, weight: torch.Tensor, eps: float) -> None:
+        sublayer.register_forward_hook(
+            lambda _, __, output: (
+                torch.nn.functional.rms_norm(output[0], weight.shape, weight, eps),
+                *output[1:],
+            )
+        )
+
+    for layer in model[0].decoder.layers:
+        eps = layer.config.layernorm_epsilon
+        for sublayer, linear in ((layer.self_attention, "linear_qkv"), (layer.mlp, "linear_fc1")):
+            if (fused := getattr(sublayer, linear, None)) is not None:
+                fused.forward = functools.partial(ColumnParallelLinear.forward, fused)
+                normalise_output(sublayer, fused.layer_norm_weight, eps)
+            else:
+                layer.pre_mlp_layernorm.forward = lambda hidden: hidden
+                normalise_output(sublayer, layer.pre_mlp_layernorm.weight, eps)
 
 
 def reordered_tensors(megatron: str, *order: int) -> MappingChange:
