@@ -40,7 +40,7 @@ from exaone_bridge.checkpoint.hf.accept import dtype_of_weights, names_dtype
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.checkpoint.reshard.load import load_weights
-from exaone_bridge.errors import UnmappedTensors
+from exaone_bridge.errors import UnmappedTensors, UnsupportedConfig
 from exaone_bridge.modules.provider import ExactGPTModelProvider
 from exaone_bridge.patches.auto_bridge_save import SaveCall, SavesHuggingFace
 from exaone_bridge.schema.hf_spelling import in_new_spelling
@@ -147,12 +147,30 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         """Make the config for Megatron-Bridge, which knows the keys of Transformers 5 only.
 
         Raises:
-            UnsupportedConfig: as `config_json_of`.
+            UnsupportedConfig: as `config_json_of`, or an unlike provider of Megatron-Bridge's own.
         """
+        if not isinstance(provider, cls.PROVIDER_CLASS):
+            provider = cls.convert_provider(provider)
         config = in_new_spelling(cls.config_json_of(provider))
         config.pop("transformers_version", None)
         read = hf_config_dict(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)))
         return {key: read.get(key, value) for key, value in config.items()}
+
+    @classmethod
+    def convert_provider(cls, provider: Any) -> ExactGPTModelProvider:
+        """Make our provider of one of Megatron-Bridge's own that describes the same model.
+
+        Raises:
+            UnsupportedConfig: it describes another model, as those of most families do.
+        """
+        raise UnsupportedConfig(
+            "provider",
+            got=f"{type(provider).__module__}.{type(provider).__qualname__}",
+            wanted=f"{cls.PROVIDER_CLASS.__module__}.{cls.PROVIDER_CLASS.__qualname__}",
+            where="Megatron checkpoint",
+            remedy="the checkpoint was written by Megatron-Bridge's own bridge: export it in a "
+            "process that does not import exaone_bridge",
+        )
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Make Megatron-Bridge's mapping objects of the model at hand.

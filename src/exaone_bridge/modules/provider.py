@@ -62,7 +62,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         rope_scaling_low_freq_factor: of Llama 3's RoPE (`modules/rotary.py`), which `rope_scaling`
             turns on.
         rope_scaling_high_freq_factor: likewise.
-        rope_scaling_original_max_positions: likewise.
+        rope_scaling_original_max_position_embeddings: likewise.
         hf_config: the Hugging Face config that the provider was made from, for the fields that
             Megatron-Core does not have (token ids); empty for a provider made without one.
     """
@@ -73,7 +73,7 @@ class ExactGPTModelProvider(GPTModelProvider):
     )
     rope_scaling_low_freq_factor: float = 1.0
     rope_scaling_high_freq_factor: float = 4.0
-    rope_scaling_original_max_positions: int = 8192
+    rope_scaling_original_max_position_embeddings: int = 8192
     hf_config: dict[str, Any] = field(default_factory=dict)
 
     def finalize(self) -> None:
@@ -201,7 +201,7 @@ class ExactGPTModelProvider(GPTModelProvider):
                 factor=self.rope_scaling_factor,
                 low_freq_factor=self.rope_scaling_low_freq_factor,
                 high_freq_factor=self.rope_scaling_high_freq_factor,
-                original_max_positions=self.rope_scaling_original_max_positions,
+                original_max_positions=self.rope_scaling_original_max_position_embeddings,
                 kv_channels=self.kv_channels,
                 rotary_percent=self.rotary_percent,
                 rotary_interleaved=self.rotary_interleaved,

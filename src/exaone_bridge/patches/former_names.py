@@ -29,6 +29,7 @@ _PREFIXES = {
 }
 # Former field of a provider -> present field. Of release 0.1.
 _FIELDS = {
+    "rope_scaling_original_max_positions": "rope_scaling_original_max_position_embeddings",
     "mtp_windowed": "mtp_sliding",
     "mtp_rotated": "mtp_use_rope",
     "mtp_layers_carried": "mtp_layers_passthrough",

@@ -1,4 +1,4 @@
-"""Takes weights from the same snapshot of the Hugging Face Hub as the config."""
+"""Loads config and weights of one revision, and a requested dtype for every part of the config."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from exaone_bridge.schema.hf_snapshot import snapshot_folder
 
 __all__ = ["from_hf_pretrained"]
 
+_DTYPE = {"dtype", "torch_dtype"}
 _DOWNLOAD = ("cache_dir", "token", "local_files_only")  # arguments of both libraries
 
 
@@ -20,7 +21,8 @@ _DOWNLOAD = ("cache_dir", "token", "local_files_only")  # arguments of both libr
     "megatron.bridge.models.conversion.auto_bridge:AutoBridge.from_hf_pretrained",
     version="Megatron-Bridge 0.6.2",
     reason="With revision=, config and tokenizer come from that revision and weights from `main`: "
-    "SafeTensorsStateSource knows no revision.",
+    "SafeTensorsStateSource knows no revision. With torch_dtype=, only the outer config of EXAONE "
+    '4.5 gets that dtype, and with "auto" the config has no dtype.',
 )
 def from_hf_pretrained(
     original: Callable[..., Any], cls: Any, path: str | Path, *args: object, **kwargs: Any
@@ -28,6 +30,14 @@ def from_hf_pretrained(
     """Load a model; a supported one of the Hub reads the snapshot that its config came from."""
     bridge = original(cls, path, *args, **kwargs)
     config = bridge.hf_pretrained.config
+    if is_supported(config) and (requested := _DTYPE & kwargs.keys()):
+        if config.dtype == "auto":  # that of config.json
+            others = {name: value for name, value in kwargs.items() if name not in requested}
+            bridge = original(cls, path, *args, **others)
+            config = bridge.hf_pretrained.config
+        else:
+            for name in config.sub_configs:
+                getattr(config, name).dtype = config.dtype
     if is_supported(config) and not Path(path).is_dir():
         # `main` may move between two downloads: the commit of the config counts.
         revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")

@@ -79,7 +79,7 @@ class Llama3Rope(ConfigPart):
     original_max_positions: int = hf_field(
         "original_max_position_embeddings",
         read=positive_int,
-        provider="rope_scaling_original_max_positions",
+        provider="rope_scaling_original_max_position_embeddings",
     )
 
 

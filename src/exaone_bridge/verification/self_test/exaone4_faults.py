@@ -255,7 +255,7 @@ EXAONE4_FAULTS: tuple[Fault, ...] = (
         "RoPE original length 8192 instead of 32",
         0,
         "attention",
-        rope_scaling_original_max_positions=8192,
+        rope_scaling_original_max_position_embeddings=8192,
     ),
     _provider("RoPE not scaled", 0, "attention", rope_scaling=False),
     _provider("RoPE theta off by one percent", 0, "attention", rotary_base=10100.0),
