@@ -183,6 +183,11 @@ def _read_vision(vision: JSONMapping) -> VisionConfig:
         raise UnsupportedConfig("vision_config.hidden_size", got=hidden, wanted=wanted)
     if (activation := vision.get("hidden_act", "silu")) != "silu":
         raise UnsupportedConfig("vision_config.hidden_act", got=activation, known=("silu",))
+    # Transformers writes this field since 5.17, and had its values as constants before.
+    rope = vision.get("rope_parameters") or {}
+    if rope.get("rope_theta", 1e4) != 1e4 or rope.get("rope_type", "axial") != "axial":
+        wanted = "rope_type 'axial' and rope_theta 10000"
+        raise UnsupportedConfig("vision_config.rope_parameters", got=rope, wanted=wanted)
     blocks = vision["fullatt_block_indexes"]
     if not isinstance(blocks, list | tuple) or any(type(block) is not int for block in blocks):
         raise UnsupportedConfig(

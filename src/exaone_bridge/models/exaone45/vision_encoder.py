@@ -9,6 +9,8 @@ Axes: P patches, C elements per patch, D head dimension of the vision encoder.
 from __future__ import annotations
 
 import contextlib
+import inspect
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,23 +29,25 @@ __all__ = ["build_vision_encoder", "dummy_image"]
 class _Fp32VisionRotaryEmbedding(Exaone4_5_VisionRotaryEmbedding):
     """Transformers' vision RoPE with frequencies [D / 4] that stay in fp32.
 
-    Transformers keeps them in a buffer, and Megatron-Core's half-precision wrapper casts all
-    buffers; so they are a plain attribute here.
+    Transformers keeps them in buffers, and Megatron-Core's half-precision wrapper casts all
+    buffers; so they are plain attributes here.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim)
-        frequencies = self._buffers.pop("inv_freq")
-        self._non_persistent_buffers_set.discard("inv_freq")
-        self.__dict__["inv_freq"] = 1.0 / (
-            self.theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
-        )
-        assert frequencies is not None
+    def __init__(self, argument: Any) -> None:
+        super().__init__(argument)
+        self.__dict__["frequencies"] = tuple(self._buffers)
+        for name in self.frequencies:
+            self._non_persistent_buffers_set.discard(name)
+            self.__dict__[name] = self._buffers.pop(name).float()
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Compute the angles of row and column indices, position_ids [P, 2]."""
-        self.__dict__["inv_freq"] = self.inv_freq.to(position_ids.device)
-        return super().forward(position_ids)
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        """Compute the angles of row and column indices, the last argument.
+
+        The indices are [P, 2] up to Transformers 5.15; later they are [2, P], after hidden states.
+        """
+        for name in self.frequencies:
+            self.__dict__[name] = getattr(self, name).to(arguments[-1].device)
+        return super().forward(*arguments)
 
 
 def build_vision_encoder(
@@ -75,7 +79,11 @@ def build_vision_encoder(
         vision_encoder = Exaone4_5_VisionModel._from_config(
             hf_config, attn_implementation="sdpa", dtype=config.params_dtype
         )
-    vision_encoder.rotary_pos_emb = _Fp32VisionRotaryEmbedding(vision.head_dim // 2)
+    # Transformers after 5.15 takes the config here, and 5.15 half the dimension of a head.
+    takes_config = "config" in inspect.signature(Exaone4_5_VisionRotaryEmbedding).parameters
+    vision_encoder.rotary_pos_emb = _Fp32VisionRotaryEmbedding(
+        vision_encoder.config if takes_config else vision.head_dim // 2
+    )
     if config.recompute_granularity == "full":
         vision_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in vision_encoder.parameters():
