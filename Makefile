@@ -16,6 +16,7 @@ export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
 
 demo: setup
 	$(RUN) exaone-bridge demo
+	@echo 'The command is .venv/bin/exaone-bridge (or: source .venv/bin/activate).'
 
 test: setup
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)

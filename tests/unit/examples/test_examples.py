@@ -1,4 +1,4 @@
-"""The examples, and the Python of README and docs/python-api.md, run as written."""
+"""The examples run as written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -125,29 +124,8 @@ def test_images_example_learns_from_images(megatron_bridge: Any, tiny: Any, tmp_
     assert same == vision_encoder | {name for name in before if name.startswith("mtp.")}
 
 
-def test_readme_python_runs_as_written(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
-    """The model's name is replaced by a directory on disk."""
+def test_readme_python_is_short_and_imports_exaone_bridge_first() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
-    script = tmp_path / "script.py"
-    body = block.replace('"LGAI-EXAONE/EXAONE-4.0-1.2B"', repr(str(tiny("exaone4-1.2b"))))
-    script.write_text(
-        body + "\nprint(type(provider).__name__, provider.tensor_model_parallel_size)\n"
-    )
     modules = _imports(block)
     assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
-    assert fork_script(tmp_path, script).splitlines()[-1] == "Exaone4ModelProvider 2"
-
-
-def test_python_api_page_runs_as_written(
-    megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (ROOT / "docs" / "python-api.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    shutil.copytree(tiny("exaone4-1.2b"), tmp_path / "tiny-model")
-    monkeypatch.chdir(tmp_path)
-    script = tmp_path / "script.py"
-    # The message of the assertion is computed too, although the verification passes.
-    script.write_text("\n".join(blocks) + "\nassert report.failures() == ''\n")
-    fork_script(tmp_path, script)
-    assert compare_tensors(tmp_path / "tiny-model", tmp_path / "tiny-exported").passed

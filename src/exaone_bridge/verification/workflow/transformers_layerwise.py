@@ -60,11 +60,11 @@ def load_layerwise(checkpoint: HFCheckpoint, dtype: torch.dtype) -> PreTrainedMo
 def _with_frequencies(rope: torch.nn.Module, config: PretrainedConfig) -> torch.nn.Module:
     """Make a RoPE module again, off the meta device: the checkpoint does not have its frequencies.
 
-    A language model's takes the config, a vision encoder's the width.
+    It takes the config that it keeps, or, as a vision encoder's up to Transformers 5.15, its width.
     """
     if "dim" in vars(rope):
         return type(rope)(rope.dim)
-    return type(rope)(config=config.get_text_config())
+    return type(rope)(config=vars(rope).get("config") or config.get_text_config())
 
 
 def _is_decoder(module: torch.nn.Module, num_layers: int) -> bool:
