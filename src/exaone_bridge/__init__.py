@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # an editor and mypy see these; `__getattr__` imports them wh
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
     from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
     from exaone_bridge.checkpoint.hf.tiny import write_random
-    from exaone_bridge.checkpoint.inspection import Inspection, inspect
+    from exaone_bridge.checkpoint.inspection import Inspection
+    from exaone_bridge.convert.inspection import MegatronInspection, inspect
     from exaone_bridge.convert.progress import Summary
     from exaone_bridge.convert.to_hf import export_checkpoint
     from exaone_bridge.convert.to_megatron import import_checkpoint
@@ -48,6 +49,7 @@ __all__ = [
     "ExaoneMoeBridge",
     "Inspection",
     "Layout",
+    "MegatronInspection",
     "Report",
     "Summary",
     "__version__",
@@ -75,10 +77,10 @@ def __getattr__(name: str) -> Any:
             from exaone_bridge.checkpoint import inspection
 
             return inspection.Inspection
-        case "inspect":
-            from exaone_bridge.checkpoint import inspection
+        case "MegatronInspection" | "inspect":
+            from exaone_bridge.convert import inspection as inspections
 
-            return inspection.inspect
+            return getattr(inspections, name)
         case "write_random":
             from exaone_bridge.checkpoint.hf import tiny
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, assert_type
 
 import exaone_bridge
-from exaone_bridge import Inspection, Layout, Report, Summary, errors, recipes
+from exaone_bridge import Inspection, Layout, MegatronInspection, Report, Summary, errors, recipes
 from exaone_bridge.errors import BridgeError, UnsupportedLayout
 
 
@@ -35,7 +35,7 @@ def check(source: str) -> dict[str, Any]:
 
 def describe(source: str) -> Iterator[str]:
     inspection = exaone_bridge.inspect(source, tp=2)
-    assert_type(inspection, Inspection)
+    assert_type(inspection, Inspection | MegatronInspection)
     assert_type(inspection.passed, bool)
     yield from inspection.missing
     yield from inspection.unexpected

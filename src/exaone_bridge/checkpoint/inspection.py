@@ -18,10 +18,11 @@ from exaone_bridge.checkpoint.reshard.validate import validate_plan
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import attention_pattern, mlp_pattern
+from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.size_text import size_text
 
-__all__ = ["Inspection", "inspect", "without_garbage_collection"]
+__all__ = ["Inspection", "inspect", "layout_text", "model_summary", "without_garbage_collection"]
 
 _TRIED_SIZES = (2, 4, 8, 16, 32)  # of one parallel axis, to list the layouts that are not supported
 _MAX_RANKS_SHOWN = 16
@@ -231,14 +232,25 @@ def _lines(source: HFCheckpoint, plan: ReshardPlan) -> Iterator[str]:
 
 
 def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
-    model_config = source.model_config
-    heads = f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}"
-    summary = {
+    return {
         "family": source.family.name,
         "parameters": f"{source.num_elements:,} in {len(source.tensors)} tensors, "
-        f"{model_config.dtype}, {size_text(source.nbytes)}",
-        "layers (L sliding-window, G full)": attention_pattern(model_config.windows),
+        f"{source.model_config.dtype}, {size_text(source.nbytes)}",
+        **model_summary(source.model_config),
+        "layout": layout_text(plan.layout),
+        "vocabulary padding": f"{plan.padding:,} elements",
     }
+
+
+def layout_text(layout: Layout) -> str:
+    """Return a layout and its number of ranks, for people."""
+    return f"{layout}, {layout.ranks} rank{'s' * (layout.ranks > 1)}"
+
+
+def model_summary(model_config: ModelConfig) -> dict[str, str]:
+    """Return layers, attention, experts and embeddings of a model, for people."""
+    heads = f"{model_config.num_heads} / {model_config.num_kv_heads} x {model_config.head_dim}"
+    summary = {"layers (L sliding-window, G full)": attention_pattern(model_config.windows)}
     if (moe := model_config.moe) is not None:
         summary |= {
             "MLP (D dense, E experts)": mlp_pattern(model_config.moe_layer_mask),
@@ -249,8 +261,6 @@ def _summary(source: HFCheckpoint, plan: ReshardPlan) -> dict[str, str]:
         "sliding window": str(next((window for window in model_config.windows if window), "-")),
         "heads / KV heads x head width": heads,
         "embeddings": "tied" if model_config.tied else "untied",
-        "layout": f"{plan.layout}, {plan.layout.ranks} rank{'s' * (plan.layout.ranks > 1)}",
-        "vocabulary padding": f"{plan.padding:,} elements",
     }
 
 

@@ -206,10 +206,13 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         "Describe a checkpoint: its config, its parameter mapping, its parallel layout.\n\n"
         "Reads tensors only to compare duplicates. Lists unexpected, passthrough and missing\n"
-        "tensors, and exits with 2 where `import` would reject the checkpoint.",
+        "tensors, and exits with 2 where `import` would reject the checkpoint. Of a Megatron\n"
+        "checkpoint: its iteration, its layout, its optimizer state, and what `export` writes.",
         "exaone-bridge inspect /models/EXAONE-4.0-32B --tp 8 --pp 4",
     )
-    _add_models(parser, nargs="?", folder=("FOLDER", "a Hugging Face folder"))
+    _add_models(
+        parser, nargs="?", folder=("FOLDER", "a Hugging Face folder or a Megatron checkpoint")
+    )
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
     _add_json(parser)

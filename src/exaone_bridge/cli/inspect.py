@@ -1,6 +1,7 @@
 """The command `inspect`: describes a checkpoint, its parameter mapping and its shards per rank.
 
-It imports neither torch nor rich, whose import would take longer than inspecting 60,000 tensors.
+It imports no rich, and torch for Megatron checkpoints only: each takes longer to import than 60,000
+tensors to inspect.
 """
 
 from __future__ import annotations
@@ -8,15 +9,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from exaone_bridge.checkpoint import inspection
+from exaone_bridge.checkpoint.inspection import Inspection, without_garbage_collection
 from exaone_bridge.cli.outputs import check_outputs, write_json
+from exaone_bridge.convert import inspection
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["inspect"]
 
 
 def inspect(folder: Path, layout: Layout, *, json: Path | None) -> None:
-    """Print a description of a Hugging Face folder.
+    """Print a description of a Hugging Face folder or a Megatron checkpoint.
 
     Args:
         folder: the folder.
@@ -31,7 +33,7 @@ def inspect(folder: Path, layout: Layout, *, json: Path | None) -> None:
         UnmappedTensors: keys are missing or unexpected; the description has been printed by then.
     """
     check_outputs([json])
-    with inspection.without_garbage_collection():
+    with without_garbage_collection():
         found = inspection.inspect(folder, layout)
         # Indentation would take a second for 60,000 tensors, and the search for cycles 10 ms.
         if json is not None:
@@ -39,4 +41,5 @@ def inspect(folder: Path, layout: Layout, *, json: Path | None) -> None:
         else:
             sys.stdout.write(found.text() + "\n")
             sys.stdout.flush()
-        found.checkpoint.check_coverage()
+        if isinstance(found, Inspection):
+            found.checkpoint.check_coverage()

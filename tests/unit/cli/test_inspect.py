@@ -263,3 +263,25 @@ def test_inspect_writes_json(tiny: Any, cli: Cli, tmp_path: Path) -> None:
     run = cli("inspect", tiny("exaone4"), "--json", "description.json")
     assert (run.code, run.out) == (0, "")
     assert json.loads((tmp_path / "description.json").read_text())["family"] == "exaone4"
+
+
+def test_inspect_of_a_megatron_checkpoint(megatron_folder: Path, cli: Cli, tiny: Any) -> None:
+    run = cli("inspect", megatron_folder)
+    assert (run.code, run.err) == (0, "")
+    summary = summary_lines(run.out)
+    count = sum(tensor.numel() for tensor in read_tensors(tiny("exaone4")).values())
+    expected = {
+        "family": "exaone4",
+        "parameters": f"{count:,}, float32",
+        "layers (L sliding-window, G full)": "LLLGLLLG",
+        "layout when written": "TP2 x PP2, 4 ranks",
+        "backend": "auto",
+        "optimizer state": "none",
+    }
+    assert {name: summary[name] for name in expected} == expected
+    assert summary["iteration"].startswith("iteration 0")
+    assert summary["export writes"].startswith("91 tensors, ")
+    found = json.loads(cli("inspect", megatron_folder, "--json").out)
+    assert found["exported"].keys() == read_tensors(tiny("exaone4")).keys()
+    assert found["parameters"] == count and found["optimizer"] == {"tensors": 0, "bytes": 0}
+    assert cli("inspect", megatron_folder, "--tp", 3).code == 2

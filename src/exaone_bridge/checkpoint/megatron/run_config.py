@@ -11,6 +11,7 @@ from exaone_bridge.patches.former_names import with_present_names
 from exaone_bridge.schema.iterations import iteration_folder
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
+from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["RUN_CONFIG", "StoredProvider", "read_run_config"]
 
@@ -45,6 +46,20 @@ class StoredProvider:
         if isinstance(value, dict) and value.get("_call_") is False:
             return value.get("_target_")
         return value
+
+    @property
+    def layout(self) -> Layout:
+        """The parallel layout that the checkpoint was written at."""
+        tp, etp = self.tensor_model_parallel_size, self.expert_tensor_parallel_size
+        return Layout(
+            tp=tp,
+            pp=self.pipeline_model_parallel_size,
+            vpp=self.virtual_pipeline_model_parallel_size or 1,
+            sp=self.sequence_parallel,
+            ep=self.expert_model_parallel_size,
+            etp=None if etp == tp else etp,
+            cp=self.context_parallel_size,
+        )
 
     def hf_config(self, source: JSONMapping | None = None) -> JSONObject:
         """Return config.json of the model that the provider builds.

@@ -49,6 +49,7 @@ class MegatronCheckpoint:
     Attributes:
         model: The description of the model.
         tensors: Name -> name, dtype and shape of every Hugging Face tensor.
+        stored: The tensors on disk.
     """
 
     def __init__(self, path: Path, config: JSONMapping) -> None:
@@ -64,9 +65,9 @@ class MegatronCheckpoint:
             UnmappedTensors: Keys are missing.
         """
         self.folder = iteration_folder(path)
-        self._stored = TorchDist(self.folder)
+        self.stored = TorchDist(self.folder)
         family = family_of(config["architectures"], where=str(path))
-        self.model = family.variant_with(self._stored.tensors).describe(config)
+        self.model = family.variant_with(self.stored.tensors).describe(config)
         self.tensors: dict[str, TensorSpec] = {}
         self._places: dict[str, _Place] = {}
         missing: list[str] = []
@@ -94,9 +95,9 @@ class MegatronCheckpoint:
     ) -> tuple[str, tuple[int, ...]] | None:
         """Find the stored tensor of a parameter, and its indices along the leading axes there."""
         key, lead = key_of(param.mapping, indices, stacked=False)
-        if key not in self._stored.tensors:
+        if key not in self.stored.tensors:
             key, lead = key_of(param.mapping, indices, stacked=True)
-        if (stored := self._stored.tensors.get(key)) is None:
+        if (stored := self.stored.tensors.get(key)) is None:
             return None
         shape = param.shards[0].shape
         if not _fits(stored, lead, shape, may_be_padded=param.mapping.kind == "vocab"):
@@ -125,7 +126,7 @@ class MegatronCheckpoint:
                 target = tensor[tuple(slice(begin, end) for begin, end in copy.hf)]
                 lengths = tuple(end - begin for begin, end in copy.megatron)
                 target = target.view((1,) * len(leading) + lengths)
-                self._stored.read_into(target, place.key, place.lead, (*leading, *copy.megatron))
+                self.stored.read_into(target, place.key, place.lead, (*leading, *copy.megatron))
         return tensor
 
 

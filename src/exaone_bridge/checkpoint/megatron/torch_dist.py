@@ -133,6 +133,10 @@ class _FilePart(io.RawIOBase):
 class TorchDist:
     """The tensors of a checkpoint, read chunk by chunk, without optimizer and extra states.
 
+    Attributes:
+        tensors: key -> dtype, shape and chunks.
+        optimizer: how many tensors the optimizer's state has, and their bytes.
+
     The chunks of the last parameter stay in memory, because Q, K and V are read one by one from it.
 
     Raises:
@@ -146,6 +150,7 @@ class TorchDist:
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
             self.tensors: Mapping[str, StoredTensor] = dict(_tensors(metadata))
+            self.optimizer = _optimizer_state(metadata)
         except FileNotFoundError as error:
             raise CheckpointError(
                 path,
@@ -245,9 +250,23 @@ class TorchDist:
         return cached[chunk]
 
 
+def _optimizer_state(metadata: Any) -> tuple[int, int]:
+    found = [
+        entry.size.numel() * entry.properties.dtype.itemsize
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and _is_of_optimizer(key)
+    ]
+    return len(found), sum(found)
+
+
+def _is_of_optimizer(key: str) -> bool:
+    # Of a model with experts it is `chained_0.optimizer...` (ChainedOptimizer in optimizer.py).
+    return "optimizer." in key
+
+
 def _tensors(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
     for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata) or key.startswith("optimizer."):
+        if not isinstance(entry, TensorStorageMetadata) or _is_of_optimizer(key):
             continue
         chunks = []
         shape = tuple(map(int, entry.size))
