@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.megatron.run_config import read_run_config
-from exaone_bridge.convert.to_hf import assets_of
+from exaone_bridge.convert.source_files import assets_of, files_of, source_config
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.launch import Launcher, is_rank_zero
 from exaone_bridge.schema.hf_files import copy_companion_files
@@ -39,7 +39,8 @@ def model_files(source: Path, launcher: Launcher) -> Iterator[tuple[Path, Path |
     iteration, _ = choose_iteration(source)
     with launcher.folder() as folder:
         if is_rank_zero():
-            write_config_json(folder, read_run_config(iteration).hf_config())
-            if (assets := assets_of(source)).is_dir():
-                copy_companion_files(assets, folder)
+            assets = assets_of(source)
+            write_config_json(folder, read_run_config(iteration).hf_config(source_config(assets)))
+            if (files := files_of(assets, iteration, None)) is not None:
+                copy_companion_files(files, folder)
         yield folder, iteration

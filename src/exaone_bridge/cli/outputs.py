@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -35,6 +34,8 @@ def check_outputs(paths: Iterable[Path | None]) -> None:
             if path.exists():
                 path.open("ab").close()  # which changes nothing
             else:
+                import tempfile  # imported late: `inspect` is faster than this import
+
                 tempfile.TemporaryFile(dir=parent).close()
         except OSError as error:
             raise unwritable(path, error) from error

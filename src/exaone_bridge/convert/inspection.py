@@ -166,9 +166,11 @@ def inspect(
         return inspect_hf_folder(path, layout)
     from exaone_bridge.checkpoint.megatron.run_config import read_run_config
     from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
+    from exaone_bridge.convert.source_files import assets_of, source_config
 
     iteration, reason = choose_iteration(path)
     provider = read_run_config(iteration)
-    checkpoint = MegatronCheckpoint(iteration, provider.hf_config())
+    config = provider.hf_config(source_config(assets_of(path)))
+    checkpoint = MegatronCheckpoint(iteration, config)
     check_layout(checkpoint.model.config, layout)
     return MegatronInspection(path, iteration, reason, provider, checkpoint)

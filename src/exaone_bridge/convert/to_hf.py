@@ -25,19 +25,19 @@ from exaone_bridge.checkpoint.staging import (
     full_disk_as_output_error,
     resumable,
 )
-from exaone_bridge.convert.extra_tensors import ASSETS, read_passthrough
+from exaone_bridge.convert.extra_tensors import read_passthrough
 from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
+from exaone_bridge.convert.source_files import assets_of, files_of, source_config
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.runtime.progress_bar import shown_progress
 from exaone_bridge.schema.hf_files import companion_files, copy_companion_files, has_tokenizer
 from exaone_bridge.schema.iterations import choose_iteration
-from exaone_bridge.schema.json_types import JSONObject
 
 if TYPE_CHECKING:
     from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
 
-__all__ = ["assets_of", "export_checkpoint"]
+__all__ = ["export_checkpoint"]
 
 
 def export_checkpoint(
@@ -86,8 +86,8 @@ def export_checkpoint(
     chosen, why = choose_iteration(megatron_folder, iteration)
     notes: tuple[str, ...] = (f"{megatron_folder}: {why}",) if why else ()
     assets = assets_of(megatron_folder)
-    files_from = _files_of(assets, chosen, hf_source)
-    config = read_run_config(chosen).hf_config(_source_config(assets))
+    files_from = files_of(assets, chosen, hf_source)
+    config = read_run_config(chosen).hf_config(source_config(assets))
     source = MegatronCheckpoint(chosen, config)
     notes += _notes_on_files(files_from)
     passthrough: dict[str, TensorInfo] = {}
@@ -132,37 +132,6 @@ def export_checkpoint(
         kept_bytes=sum(kept for kept, _, _ in results),
         notes=notes,
     )
-
-
-def assets_of(megatron_folder: Path) -> Path:
-    """Return the folder of what Megatron does not store: in the checkpoint or by an iteration."""
-    beside = megatron_folder.absolute().parent / ASSETS
-    inside = megatron_folder / ASSETS
-    return beside if not inside.is_dir() and beside.is_dir() else inside
-
-
-def _files_of(assets: Path, iteration: Path, hf_source: str | Path | None) -> Path | None:
-    """Return the folder of the files to copy: the requested one, or one of the checkpoint.
-
-    Raises:
-        CheckpointError: `hf_source` is not a folder.
-    """
-    if hf_source is not None:
-        if not Path(hf_source).is_dir():
-            raise CheckpointError(
-                Path(hf_source),
-                "this folder does not exist",
-                remedy="name a Hugging Face model folder",
-            )
-        return Path(hf_source)
-    # AutoBridge.import_ckpt and training write the tokenizer into the iteration.
-    folders = [each for each in (assets, iteration / "tokenizer") if each.is_dir()]
-    return next(filter(has_tokenizer, folders), None) or next(iter(folders), None)
-
-
-def _source_config(assets: Path) -> JSONObject | None:
-    path = assets / "config.json"
-    return read_json(path) if path.is_file() else None
 
 
 def _notes_on_files(folder: Path | None) -> tuple[str, ...]:
