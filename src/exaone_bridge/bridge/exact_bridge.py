@@ -65,7 +65,8 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
 
     # The Transformers config that the description was made from, and the description.
     _described: tuple[Any, ModelDescription] | None = None
-    # The variant of FAMILY of the Megatron-Core model that was converted last.
+    # The provider of the Megatron-Core model that was converted last, and its variant of FAMILY.
+    _provider: Any = None
     _variant: ModelFamily | None = None
 
     @staticmethod
@@ -89,7 +90,8 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
             if config is self.hf_config and description.family is family:
                 return description
         description = family.describe(
-            {} if self.hf_config is None else hf_config_dict(self.hf_config)
+            {} if self.hf_config is None else hf_config_dict(self.hf_config),
+            provider=self._provider,
         )
         self._described = self.hf_config, description
         return description
@@ -109,7 +111,10 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         self._complete_dtype(hf_pretrained)
         self.hf_pretrained = hf_pretrained
         self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
-        self._variant = self.FAMILY.variant_for(get_model_config(megatron_model[0]))
+        provider = get_model_config(megatron_model[0])
+        if provider is not self._provider:
+            self._provider, self._described = provider, None
+        self._variant = self.FAMILY.variant_for(provider)
         return self.description
 
     def provider_bridge(self, hf_pretrained: Any) -> ExactGPTModelProvider:
@@ -119,10 +124,12 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
             UnsupportedConfig: the config is not supported.
         """
         self._complete_dtype(hf_pretrained)
-        config = raw_config(hf_pretrained)
-        provider: ExactGPTModelProvider = self.provider_of(
-            self.FAMILY.read_hf_config(config), config
-        )
+        config, tensors = raw_config(hf_pretrained), {}
+        if self.FAMILY.optional_fp32 is not None and (folder := safetensors_folder(hf_pretrained)):
+            tensors = read_headers(folder)
+        dtypes = ((info.name, info.dtype) for info in tensors.values())
+        description = self.FAMILY.describe(config, dtypes=dtypes)
+        provider: ExactGPTModelProvider = self.provider_of(description.config, config)
         return provider
 
     @classmethod

@@ -87,8 +87,9 @@ def export_checkpoint(
     notes: tuple[str, ...] = (f"{megatron_folder}: {why}",) if why else ()
     assets = assets_of(megatron_folder)
     files_from = files_of(assets, chosen, hf_source)
-    config = read_run_config(chosen).hf_config(source_config(assets))
-    source = MegatronCheckpoint(chosen, config)
+    provider = read_run_config(chosen)
+    config = provider.hf_config(source_config(assets))
+    source = MegatronCheckpoint(chosen, config, provider)
     notes += _notes_on_files(files_from)
     passthrough: dict[str, TensorInfo] = {}
     if drop_passthrough:

@@ -26,6 +26,7 @@ __all__ = [
     "ImageSupport",
     "ModelDescription",
     "ModelFamily",
+    "OptionalFp32",
     "PassthroughTensors",
     "TinyFiles",
 ]
@@ -65,6 +66,30 @@ class PassthroughTensors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OptionalFp32:
+    """Tensors that some checkpoints of a family store in fp32, whatever the model's dtype.
+
+    Attributes:
+        pattern: regular expression that their full names match.
+        provider_field: the field of the provider that says so.
+        in_fp32: model config -> the config of the same model with these tensors in fp32.
+    """
+
+    pattern: str
+    provider_field: str
+    in_fp32: Callable[[Any], Any]
+
+    def is_stored(self, dtypes: Iterable[tuple[str, str]]) -> bool:
+        """Return whether any of these tensors is fp32.
+
+        Args:
+            dtypes: name and dtype, as safetensors has it, of every tensor of a checkpoint.
+        """
+        match = re.compile(self.pattern).fullmatch
+        return any(dtype == "F32" and match(name) for name, dtype in dtypes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSupport:
     """What a family of models that take images adds. Both functions import torch when called.
 
@@ -97,6 +122,7 @@ class ModelFamily:
         passthrough: for checkpoints that may hold more than the model.
         with_mtp: the same models with multi-token prediction built into the Megatron-Core model,
             so that its tensors have mappings; None: it is not built.
+        optional_fp32: for tensors whose dtype only the checkpoint tells.
     """
 
     name: str
@@ -111,14 +137,32 @@ class ModelFamily:
     images: ImageSupport | None = None
     passthrough: PassthroughTensors | None = None
     with_mtp: ModelFamily | None = None
+    optional_fp32: OptionalFp32 | None = None
 
-    def describe(self, hf_config: JSONMapping) -> ModelDescription:
+    def describe(
+        self,
+        hf_config: JSONMapping,
+        *,
+        dtypes: Iterable[tuple[str, str]] = (),
+        provider: object = None,
+    ) -> ModelDescription:
         """Read config.json and return the description of its model.
+
+        Args:
+            hf_config: config.json.
+            dtypes: name and dtype, as safetensors has it, of every tensor of the checkpoint.
+            provider: the provider or Megatron-Core config of the model.
 
         Raises:
             UnsupportedConfig: the config is malformed or not supported.
         """
-        return ModelDescription.of(self, self.read_hf_config(hf_config))
+        model_config = self.read_hf_config(hf_config)
+        option = self.optional_fp32
+        if option is not None and model_config.dtype != "float32":
+            is_built = provider is not None and getattr(provider, option.provider_field, False)
+            if is_built or option.is_stored(dtypes):
+                model_config = option.in_fp32(model_config)
+        return ModelDescription.of(self, model_config)
 
     def variant_for(self, provider: object) -> ModelFamily:
         """Return `with_mtp` if this provider or Megatron-Core config builds it."""

@@ -105,16 +105,20 @@ class HFCheckpoint:
         path = folder / "config.json"
         config = read_json(path)
         check_config(config, path)
-        model = (family or _family(config, path)).describe(config)
+        family = family or _family(config, path)
+        model = family.describe(config)
         tensors = read_headers(folder)
         notes: list[str] = []
         if not names_dtype(config) and (found := dtype_of_weights(model, tensors)) is not None:
             write_dtype(config, found[0])
-            model = model.family.describe(config)
+            model = family.describe(config)
             notes.append(found[1])
         _check_other_weights(
             folder, {file.name for file in {each.file for each in tensors.values()}}
         )
+        if family.optional_fp32 is not None:
+            dtypes = ((info.name, info.dtype) for info in tensors.values())
+            model = family.describe(config, dtypes=dtypes)
         expected = model.hf_shapes
         others = sorted(tensors.keys() - expected.keys())
         redundant = {name: tensors[name] for name in others if model.is_redundant(name)}

@@ -52,12 +52,13 @@ class MegatronCheckpoint:
         stored: The tensors on disk.
     """
 
-    def __init__(self, path: Path, config: JSONMapping) -> None:
+    def __init__(self, path: Path, config: JSONMapping, provider: object = None) -> None:
         """Read the metadata of a checkpoint.
 
         Args:
             path: The checkpoint's folder, or that of one iteration.
             config: The Hugging Face config of the model.
+            provider: The provider in its run config, for what config.json does not say.
 
         Raises:
             CheckpointError: There is no checkpoint, it is damaged, or a parameter has another
@@ -67,7 +68,7 @@ class MegatronCheckpoint:
         self.folder = iteration_folder(path)
         self.stored = TorchDist(self.folder)
         family = family_of(config["architectures"], where=str(path))
-        self.model = family.variant_with(self.stored.tensors).describe(config)
+        self.model = family.variant_with(self.stored.tensors).describe(config, provider=provider)
         self.tensors: dict[str, TensorSpec] = {}
         self._places: dict[str, _Place] = {}
         missing: list[str] = []

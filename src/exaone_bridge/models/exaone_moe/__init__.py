@@ -16,9 +16,15 @@ from exaone_bridge.models.exaone_moe.weights import (
     exaone_moe_mappings,
     exaone_moe_mappings_with_mtp,
     passthrough_tensors,
+    with_fp32_gate,
     without_passthrough,
 )
-from exaone_bridge.schema.model_family import ModelFamily, PassthroughTensors, TinyFiles
+from exaone_bridge.schema.model_family import (
+    ModelFamily,
+    OptionalFp32,
+    PassthroughTensors,
+    TinyFiles,
+)
 
 __all__ = ["EXAONE_MOE", "EXAONE_MOE_WITH_MTP"]
 
@@ -32,6 +38,11 @@ EXAONE_MOE_WITH_MTP = ModelFamily(
     mappings=exaone_moe_mappings_with_mtp,
     tiny=TINY,
     tiny_files=TinyFiles(special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE),
+    optional_fp32=OptionalFp32(
+        pattern=r"model\.layers\.\d+\.mlp\.gate\.weight",
+        provider_field="router_fp32_on_disk",
+        in_fp32=with_fp32_gate,
+    ),
 )
 # Where multi-token prediction is not built, its tensors pass through.
 EXAONE_MOE = replace(

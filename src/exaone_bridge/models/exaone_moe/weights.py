@@ -23,6 +23,7 @@ __all__ = [
     "exaone_moe_mappings",
     "exaone_moe_mappings_with_mtp",
     "passthrough_tensors",
+    "with_fp32_gate",
     "without_passthrough",
 ]
 
@@ -75,3 +76,10 @@ def passthrough_tensors(model_config: ExaoneMoeModelConfig) -> tuple[HFTensor, .
 def without_passthrough(model_config: ExaoneMoeModelConfig) -> ExaoneMoeModelConfig:
     """Return the config of the same model without multi-token prediction."""
     return dataclasses.replace(model_config, mtp=None)
+
+
+def with_fp32_gate(model_config: ExaoneMoeModelConfig) -> ExaoneMoeModelConfig:
+    """Return the config of the same model with the router's weights in fp32 on disk."""
+    return dataclasses.replace(
+        model_config, moe=dataclasses.replace(model_config.moe, fp32_gate=True)
+    )
