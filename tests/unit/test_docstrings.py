@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from tests.helpers.paths import ROOT
 
 SOURCES = [ast.parse(path.read_text()) for path in sorted((ROOT / "src").rglob("*.py"))]
-# Axes in brackets, such as [S, B, H], [..., 2F], [S / cp] or [*info.shape]; not x[i].
-SHAPE = re.compile(r"(?<![\w.`])\[(\.\.\.|\*?[A-Za-z0-9(])([^\]\n[]|\[\w+\])*\]")
+# Axes in brackets, such as [S, B, H], [..., 2F], [S / cp] or `[*info.shape]`; not x[i].
+# A shape with a star is code, because Sphinx takes the star for the begin of an emphasis.
+SHAPE = re.compile(r"(?<![\w.`])\[(\.\.\.|[A-Za-z0-9(])([^\]\n[]|\[\w+\])*\]|`\[\*[^`\n]+\]`")
 
 
 def tensor_aliases() -> set[str]:

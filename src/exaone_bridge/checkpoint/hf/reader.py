@@ -67,7 +67,7 @@ class TensorReader:
         """Read a tensor into memory of its own.
 
         Returns:
-            [*info.shape], contiguous and on the CPU.
+            `[*info.shape]`, contiguous and on the CPU.
 
         Raises:
             CheckpointError: The file cannot be read, or has changed since its header was read.
@@ -123,7 +123,7 @@ class TensorReader:
         """Map a tensor without reading it, unless it is cast; call `release` when it was used.
 
         Returns:
-            [*info.shape]; it must not outlive this reader, nor be written to.
+            `[*info.shape]`; it must not outlive this reader, nor be written to.
 
         Raises:
             CheckpointError: The file cannot be read, or has changed since its header was read.

@@ -46,7 +46,7 @@ def random_weights(
         seed: Of the generator.
 
     Yields:
-        Name and tensor [*HFTensor.shape(dims)].
+        Name and tensor `[*HFTensor.shape(dims)]`.
     """
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors:

@@ -114,7 +114,7 @@ class MegatronCheckpoint:
         """Read a tensor into memory of its own, in the dtype that the config gives it.
 
         Returns:
-            [*tensors[name].shape], contiguous and on the CPU.
+            `[*tensors[name].shape]`, contiguous and on the CPU.
 
         Raises:
             CheckpointError: A file is missing or damaged.

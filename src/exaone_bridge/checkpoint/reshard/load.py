@@ -104,7 +104,7 @@ def match_params(plan: ReshardPlan, local: LocalModel) -> list[tuple[LocalParam,
     """Find the parameters of this rank's model in the plan, and check that both have the same.
 
     Returns:
-        Each planned parameter of this rank with its tensor [*shard.shape].
+        Each planned parameter of this rank with its tensor `[*shard.shape]`.
 
     Raises:
         UnmappedTensors: Keys are missing, or there are unexpected keys.
@@ -187,7 +187,7 @@ def fill_params(
     Copies run on this rank's share of the machine's cores, the largest parameters first.
 
     Args:
-        params: Each planned parameter with its tensor [*shard.shape].
+        params: Each planned parameter with its tensor `[*shard.shape]`.
         tensors: Where the Hugging Face tensors lie.
     """
     params = sorted(params, key=lambda pair: -pair[1].numel())

@@ -220,11 +220,11 @@ def as_on_disk(local: LocalParam, tensor: torch.Tensor, dtype: torch.dtype) -> t
 
     Args:
         local: The parameter.
-        tensor: [*local.shard.shape].
+        tensor: `[*local.shard.shape]`.
         dtype: The model's dtype.
 
     Returns:
-        [*local.shard.shape].
+        `[*local.shard.shape]`.
 
     Raises:
         OutputError: The parameter has a dtype that is not the expected one.
@@ -249,13 +249,13 @@ def gather_hf_tensors(
 
     Args:
         local: The parameter.
-        tensor: This rank's shard [*local.shard.shape].
+        tensor: This rank's shard `[*local.shard.shape]`.
         group: The ranks that share it.
         order: The index of the parameter's mapping in the plan.
 
     Returns:
-        The Hugging Face tensors [*local.param.shapes[index]] that it is made of, in pieces; none on
-        the ranks that do not write it.
+        The Hugging Face tensors `[*local.param.shapes[index]]` that it is made of, in pieces; none
+        on the ranks that do not write it.
     """
     shards = local.param.shards
     ordinal = writer_ordinal(order, local.indices)

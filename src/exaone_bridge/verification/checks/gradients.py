@@ -49,7 +49,7 @@ def compare_gradients(
     """Check every gradient by the norm of its difference; the threshold is what rounding explains.
 
     Args:
-        found: the gradients of Megatron-Core, Hugging Face name -> [*weight.shape]; a missing one
+        found: the gradients of Megatron-Core, Hugging Face name -> `[*weight.shape]`; a missing one
             fails.
         tokens: of all prompts together, over which a weight's gradient is summed.
     """

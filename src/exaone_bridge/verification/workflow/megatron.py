@@ -268,7 +268,7 @@ def export_gradients(bridge: AutoBridge, model: list[MegatronModule]) -> Gradien
         model: this rank's chunks, in Megatron-Core's data-parallel wrapper.
 
     Returns:
-        Hugging Face name -> fp32 gradient [*weight.shape] on the CPU, on every rank.
+        Hugging Face name -> fp32 gradient `[*weight.shape]` on the CPU, on every rank.
     """
     for chunk in model:
         for parameter in chunk.parameters():

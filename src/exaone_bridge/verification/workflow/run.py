@@ -330,7 +330,7 @@ def compare_arithmetic(
 
     Args:
         activations: the other model's, one for each batch.
-        gradients: the other model's, Hugging Face name -> [*weight.shape], if the workload has a
+        gradients: the other model's, Hugging Face name -> `[*weight.shape]`, if the workload has a
             training step.
     """
     differences = compare_activations(
