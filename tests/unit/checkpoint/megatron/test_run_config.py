@@ -35,7 +35,7 @@ def test_stored_provider_describes_the_model_of_the_provider(
     stored = read_run_config(_write(tmp_path, provider.to_cfg_dict()))
     assert stored.family is family
     assert family.model_config_of(stored) == family.model_config_of(provider)
-    assert stored.hf_config() == bridge.megatron_to_hf_config(provider) != hf_config
+    assert stored.hf_config() == bridge.config_json_of(provider) != hf_config
 
 
 @pytest.mark.parametrize(
