@@ -22,6 +22,7 @@ from tests.helpers.paths import ROOT
 UV = os.environ.get("UV") or shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
 REQUIREMENTS = ROOT / "src" / "exaone_bridge" / "requirements-cpu.txt"
 WHEEL = "exaone_bridge-0.1.0-py3-none-any.whl"
+NEWEST_TRANSFORMERS = "5.24.0"
 # What `override-dependencies` of pyproject.toml leaves out, in versions Megatron-Bridge accepts.
 NOT_ON_A_LAPTOP = {
     "comet-ml": "3.50.0",
@@ -144,3 +145,15 @@ def test_nothing_changes_beside_an_installed_megatron_bridge(
     added = [line for line in after if line not in before]
     assert [line.partition(" @")[0] for line in added] == ["exaone-bridge"]
     assert [line for line in before if line not in after] == []
+
+
+def test_every_family_equals_a_newer_transformers(environment: Path, tmp_path: Path) -> None:
+    """Megatron-Bridge 0.6 does not allow it, and imports a module that Transformers has removed."""
+    python = environment / "bin" / "python"
+    removed = "import transformers.modeling_attn_mask_utils as m; print(m.__file__)"
+    source = Path(_run(python, "-c", removed).strip())
+    text = source.read_text()
+    pins = [f"transformers=={NEWEST_TRANSFORMERS}", "tokenizers>=0.23.1", "huggingface-hub>=1.31"]
+    _run(UV, "pip", "install", "--quiet", "--no-deps", "--python", python, *pins)
+    source.write_text(text)
+    _run(environment / "bin" / "exaone-bridge", "demo", cwd=tmp_path)
