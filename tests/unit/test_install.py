@@ -89,6 +89,7 @@ def test_the_wheel_has_what_it_ships_and_its_description_renders(folder: Path) -
         (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("/METADATA"))
     for name in ("py.typed", "requirements-cpu.txt", "verification/report/report.schema.json"):
         assert f"exaone_bridge/{name}" in names
+    assert "exaone_bridge_autoload.pth" in names
     assert "Requires-Python: <3.13,>=3.12" in metadata
     description = metadata.partition("\n\n")[2]
     links = re.findall(r"\]\(([^)]*)\)", description)
@@ -110,6 +111,25 @@ def test_the_wheel_verifies_a_model_on_a_machine_without_a_gpu(
     _run(command, "tiny", "exaone4", "tiny-model", cwd=tmp_path)
     printed = _run(command, "verify", "tiny-model", "--tp", 2, "--quick", cwd=tmp_path)
     assert "91 tensors bitwise equal" in printed
+
+
+_AUTOLOADED = "import sys; print('exaone_bridge' in sys.modules, 'torch' in sys.modules)"
+
+
+def _autoloaded(python: Path) -> list[str]:
+    """Return what a process with and one without the variable have imported when they start."""
+    switch = ["env", "EXAONE_BRIDGE_AUTOLOAD=1"], ["env", "-u", "EXAONE_BRIDGE_AUTOLOAD"]
+    return [_run(*words, python, "-c", _AUTOLOADED, cwd=python.parent).strip() for words in switch]
+
+
+def test_the_variable_registers_in_every_process_of_an_installation(
+    environment: Path, tmp_path: Path
+) -> None:
+    assert _autoloaded(environment / "bin" / "python") == ["True False", "False False"]
+    editable = tmp_path / "editable" / "bin" / "python"
+    _run(UV, "venv", "--quiet", "--python", sys.executable, tmp_path / "editable")
+    _run(UV, "pip", "install", "--quiet", "--python", editable, "--no-deps", "--editable", ROOT)
+    assert _autoloaded(editable) == ["True False", "False False"]
 
 
 def _stub(site_packages: Path, name: str, version: str) -> None:
