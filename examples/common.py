@@ -5,26 +5,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch  # before transformer_engine: the two ship different versions of cuDNN
 
 import exaone_bridge  # noqa: F401  registers the models with Megatron-Bridge
 from exaone_bridge.errors import BridgeError
 from exaone_bridge.recipes import recipe
+from exaone_bridge.recipes import training_loop
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 
 PLAN_FIELDS = ("tp", "pp", "vpp", "ep", "etp", "cp")
 PLAN_FIELDS += ("seq_length", "micro_batch_size", "global_batch_size")
 RANK = int(os.environ.get("RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_parser(description: str, default_recipe: str) -> argparse.ArgumentParser:
@@ -59,11 +56,11 @@ def recipe_name(name: str) -> str:
 
 def check_installed(options: argparse.Namespace) -> None:
     """End the script before it writes anything if Megatron-Bridge's training loop cannot run."""
-    if not options.dry_run and find_spec("nvidia_resiliency_ext") is None:
-        sys.exit(
-            "Megatron-Bridge's training loop needs nvidia_resiliency_ext, which is not installed; "
-            "run `pip install nvidia-resiliency-ext`, or add --dry-run to see the config."
-        )
+    if not options.dry_run:
+        try:
+            training_loop.check_installed()
+        except BridgeError as error:
+            sys.exit(str(error))
 
 
 def build_config(options: argparse.Namespace, **recipe_arguments: Any) -> ConfigContainer:
@@ -89,31 +86,6 @@ def build_config(options: argparse.Namespace, **recipe_arguments: Any) -> Config
     config.checkpoint.load = None if options.load is None else str(options.load / "checkpoints")
     config.checkpoint.ckpt_step = options.ckpt_step
     return config
-
-
-class LossLogger(Callback):
-    """Write loss, gradient norm and peak memory of each step to a JSON lines file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_step_end(self, context: CallbackContext) -> None:
-        loss = context.loss_dict.get("lm loss") if context.loss_dict else None
-        if loss is None:  # only the last pipeline stage has it
-            return
-        loss = loss.float().flatten()
-        # The mean, or the sum over tokens and their number.
-        value = (loss[0] / loss[1] if loss.numel() == 2 else loss[0]).item()
-        line = {
-            "step": context.state.train_state.step + 1,
-            "loss": value,
-            "grad_norm": float(context.grad_norm or 0),
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-        }
-        if RANK == WORLD_SIZE - 1:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"step {line['step']}: loss {value:.4f}", flush=True)
 
 
 class OnTrainEnd(Callback):
@@ -149,15 +121,4 @@ def run(
         print(summary)
     if options.dry_run:
         return
-    check_installed(options)
-    from megatron.bridge.training import gpt_step, vlm_step
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.pretrain import pretrain
-
-    forward_step = vlm_step.forward_step if images else gpt_step.forward_step
-    train = pretrain if config.checkpoint.pretrained_checkpoint is None else finetune
-    options.save.mkdir(parents=True, exist_ok=True)
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    train(config, forward_step, callbacks=[LossLogger(options.save / "losses.jsonl"), *callbacks])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    training_loop.run_training(config, options.save, images=images, callbacks=callbacks)

@@ -97,6 +97,7 @@ def test_ci_checks_the_docs_before_it_runs_the_tests() -> None:
         "inspect",
         "import",
         "export",
+        "train",
         "generate",
         "perplexity",
         "verify",

@@ -119,6 +119,10 @@ def _call(options: Namespace) -> None:
                 workers=options.workers,
                 dry_run=options.dry_run,
             )
+        case "train":
+            from exaone_bridge.cli.train import train
+
+            train(options)
         case "generate":
             from exaone_bridge.cli.generate import generate
 

@@ -89,6 +89,7 @@ def make_parser() -> ArgumentParser:
         _add_inspect,
         _add_import,
         _add_export,
+        _add_train,
         _add_generate,
         _add_perplexity,
         _add_verify,
@@ -266,6 +267,32 @@ def _add_export(commands: Any) -> None:
         "--drop-passthrough", action="store_true", help="leave out passthrough tensors"
     )
     _add_conversion(parser)
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "Run a recipe in Megatron-Bridge's training loop; start it with torchrun.\n\n"
+        "Settings without a dot are the recipe's arguments (hf_path, dataset_root, packed,\n"
+        "peft_scheme, gpu_memory_gb, tp, pp, seq_length, ...); those with a dot are fields of\n"
+        "Megatron-Bridge's ConfigContainer, in its own (Hydra's) syntax. The same command resumes\n"
+        "from the last checkpoint.",
+        "exaone-bridge train exaone4_1p2b_pretrain_config tp=2 train.train_iters=100 --dry-run",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (docs/recipes.md)")
+    parser.add_argument("settings", metavar="NAME=VALUE", nargs="*", help="see above")
+    parser.add_argument(
+        "--save", metavar="FOLDER", type=Path, help="output: checkpoints, losses, TensorBoard"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the plan, the memory of a GPU and the tokens of a step; run nothing",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print Megatron's output instead of logging it"
+    )
 
 
 def _add_generate(commands: Any) -> None:

@@ -19,16 +19,19 @@ field is repeated here. Importing this module imports neither torch nor Megatron
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.models import family_of
-from exaone_bridge.recipes.memory import GB, estimate
+from exaone_bridge.recipes.memory import GB, MemoryEstimate, estimate
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
 from exaone_bridge.recipes.training_plans import ADAPTER_RANK, training_plan
+from exaone_bridge.schema.json_types import JSONMapping
+from exaone_bridge.schema.model_family import ModelDescription
 
 if TYPE_CHECKING:
     from megatron.bridge.peft.base import PEFT
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
     from exaone_bridge.modules.provider import ExactGPTModelProvider
 
-__all__ = ["peft_config", "pretrain_config", "sft_config"]
+__all__ = ["CheckedPlan", "check_plan", "peft_config", "pretrain_config", "sft_config"]
 
 # The processor that a run downloads where the recipe is given no directory.
 _PROCESSORS = {"exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"}
@@ -196,19 +199,51 @@ def _checked_plan(
 ) -> TrainingPlan:
     """Look up the plan, apply the overrides, and check it against the model and the GPU."""
     plan = training_plan(model, stage, gpu_memory_gb).with_overrides(**overrides)
-    family = family_of(provider.hf_config["architectures"], where=f"recipe {model}")
-    description = family.describe(provider.hf_config)
+    return check_plan(model, stage, gpu_memory_gb, provider.hf_config, plan).plan
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPlan:
+    """A training plan that fits the model and the GPU.
+
+    Attributes:
+        plan: the plan.
+        model: the model to be trained.
+        memory: the estimate of the GPU that needs most.
+    """
+
+    plan: TrainingPlan
+    model: ModelDescription
+    memory: MemoryEstimate
+
+
+def check_plan(
+    model: str, stage: str, gpu_memory_gb: int, hf_config: JSONMapping, plan: TrainingPlan
+) -> CheckedPlan:
+    """Check a plan against the model and the GPU. No torch.
+
+    Args:
+        model, stage: the recipe's.
+        gpu_memory_gb: of one GPU.
+        hf_config: config.json of the model.
+        plan: the plan.
+
+    Raises:
+        UnsupportedLayout: the plan does not fit the model (`TrainingPlan.check`), or the GPU.
+    """
+    family = family_of(hf_config["architectures"], where=f"recipe {model}")
+    description = family.describe(hf_config)
     plan.check(description.config)
     adapter_rank = ADAPTER_RANK if stage == "peft" else 0
-    needed = estimate(description, plan, adapter_rank=adapter_rank).total / GB
-    if needed > gpu_memory_gb:
+    memory = estimate(description, plan, adapter_rank=adapter_rank)
+    if (needed := memory.total / GB) > gpu_memory_gb:
         raise UnsupportedLayout(
             "memory of a GPU",
             got=f"{gpu_memory_gb} GB",
             wanted=f"at least the {needed:.0f} GB that this plan is estimated to need",
             remedy="shard the model further (tp, pp, ep), lower seq_length, or set recompute=True",
         )
-    return plan
+    return CheckedPlan(plan, description, memory)
 
 
 def _apply_plan(provider: ExactGPTModelProvider, plan: TrainingPlan) -> None:

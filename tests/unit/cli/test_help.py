@@ -20,6 +20,7 @@ COMMANDS = [
     "inspect",
     "import",
     "export",
+    "train",
     "generate",
     "perplexity",
     "verify",

@@ -200,7 +200,7 @@ def test_what_is_missing_is_said_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     common, script = importlib.import_module("common"), importlib.import_module(name)
-    monkeypatch.setattr(common, "find_spec", lambda _: None)
+    monkeypatch.setattr(common.training_loop, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="pip install nvidia-resiliency-ext"):
         script.main(*script.configure(["--save", str(tmp_path / "save")]))
     with pytest.raises(SystemExit):

@@ -1,0 +1,141 @@
+"""`exaone-bridge train`: the plan of every recipe, its settings, and the log of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exaone_bridge.recipes import RECIPES
+from exaone_bridge.recipes.loss_curve import loss_curve
+from tests.helpers.cli import Cli
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run_shows_the_plan(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    memory = "gpu_memory_gb=141"
+    run = cli("train", name, memory, "--dry-run")
+    assert run.code == 0, run.err
+    assert "tokens a step" in run.out and "of 141 GB, estimated" in run.out
+
+
+def test_settings_change_the_plan(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    run = cli("train", "exaone4_1p2b_pretrain_config", "tp=2", "seq_length=2048", "--dry-run")
+    assert run.code == 0, run.err
+    cells = [line.replace(" ", "").strip("│").split("│") for line in run.out.splitlines()]
+    rows = {cell[0]: cell[1] for cell in cells if len(cell) == 2}
+    assert (rows["GPUs"], rows["TP"], rows["SP"], rows["DP"]) == ("4", "2", "yes", "2")
+    assert rows["tokensastep"] == f"{2048 * 256:,},{2048 * 64:,}perGPU"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["nope"], "recipe is 'nope'"),
+        (["exaone4_1p2b_pretrain_config", "tp=3"], "tp"),
+        (["exaone4_1p2b_pretrain_config", "nope=3"], "nope"),
+        (["exaone4_1p2b_pretrain_config", "hf_path=/nowhere"], "config.json is missing"),
+        (["exaone4_1p2b_pretrain_config", "=3"], "NAME=VALUE"),
+        (["exaone4_32b_sft_config", "tp=2", "pp=1"], "memory of a GPU"),
+    ],
+)
+def test_bad_settings_are_rejected(arguments: list[str], fragment: str, cli: Cli) -> None:
+    run = cli("train", *arguments, "--dry-run")
+    assert run.code == 2 and fragment in run.err and run.out == ""
+
+
+def test_overrides_have_the_syntax_of_megatron_bridge(megatron_bridge: Any, cli: Cli) -> None:
+    recipe = "exaone4_tiny_pretrain_config"
+    run = cli("train", recipe, "train.train_iters=7", "logger.wandb_project=x", "--dry-run")
+    assert run.code == 0 and "are accepted; nothing was run" in run.out
+    run = cli("train", recipe, "train.nope=7", "--dry-run")
+    assert run.code == 2 and "Could not override 'train.nope'" in run.err
+
+
+def test_machine_that_cannot_train_is_named_before_anything_is_written(
+    megatron_bridge: Any, cli: Cli, tmp_path: Path
+) -> None:
+    run = cli("train", "exaone4_tiny_pretrain_config", "--save", tmp_path / "run")
+    assert run.code == 2 and not (tmp_path / "run").exists()
+    assert "nvidia_resiliency_ext" in run.err or "GPU is None" in run.err
+    assert cli("train", "exaone4_tiny_pretrain_config").code == 2  # without --save
+
+
+def _fake_loop(steps: int, fails: bool) -> Callable[..., None]:
+    def loop(config: Any, forward_step: Any, callbacks: list[Any]) -> None:
+        os.write(1, b"a thousand lines of Megatron\n")  # pytest replaces sys.stdout
+        for step in range(steps):
+            state = types.SimpleNamespace(train_state=types.SimpleNamespace(step=step))
+            loss = {"lm loss": torch.tensor([6.0 - step, 2.0])}
+            for callback in callbacks:
+                callback.on_train_step_end(
+                    types.SimpleNamespace(state=state, loss_dict=loss, grad_norm=1.5)
+                )
+        if fails:
+            raise RuntimeError("out of memory")
+
+    return loop
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_log_is_short_and_the_curve_is_drawn(
+    fails: bool,
+    megatron_bridge: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from exaone_bridge.recipes import exaone4_tiny_pretrain_config, training_loop
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(training_loop, "check_installed", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_000_000_000)
+    loop = _fake_loop(3, fails)
+    for name in ("pretrain", "finetune"):  # which need nvidia_resiliency_ext
+        module = types.SimpleNamespace(**{name: loop})
+        monkeypatch.setitem(sys.modules, f"megatron.bridge.training.{name}", module)
+    config = exaone4_tiny_pretrain_config()
+    config.train.train_iters = 3
+    capfd.readouterr()
+    try:
+        training_loop.run_training(config, tmp_path, quiet=True)
+    except RuntimeError as error:
+        assert fails and str(error) == "out of memory"
+    else:
+        assert not fails
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "step 1/3: loss 3.0000",
+        "step 2/3: loss 2.5000",
+        "step 3/3: loss 2.0000",
+    ]
+    assert all("tokens/s per GPU, 2.0 GB" in line for line in lines)
+    log = tmp_path / "logs" / "rank0.log"
+    assert "a thousand lines of Megatron" in log.read_text()
+    assert (str(log) in err) == fails
+    points = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [point["loss"] for point in points] == [3.0, 2.5, 2.0]
+    assert "loss of 3 steps, the last 2.0000" in (tmp_path / "loss.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("points", "count"),
+    [([], 0), ([(1, float("nan"))], 0), ([(1, 2.0)], 1), ([(1, 3.0), (1, 2.5), (2, 2.0)], 2)],
+)
+def test_curve_of_few_points(points: list[tuple[int, float]], count: int) -> None:
+    image = loss_curve(points)
+    assert image.startswith("<svg") and "nan" not in image
+    assert f"loss of {count} steps" in image if count else "no finite loss" in image
