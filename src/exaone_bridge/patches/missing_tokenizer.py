@@ -1,4 +1,4 @@
-"""Lets our models be loaded and saved from a Hugging Face folder without tokenizer files."""
+"""Lets our models be converted without a tokenizer: without its files, or without its code."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 from exaone_bridge.models import is_supported
 from exaone_bridge.patches.patch import patch
-from exaone_bridge.schema.hf_files import has_tokenizer
+from exaone_bridge.schema.hf_files import has_tokenizer, tokenizer_needs_code
 
 __all__ = ["load_tokenizer", "save_megatron_model"]
 
 
-def _lacks_tokenizer(folder: object) -> bool:
+def _lacks_tokenizer(folder: object, trust_remote_code: bool) -> bool:
     path = Path(str(folder))
-    return path.is_dir() and not has_tokenizer(path)
+    return path.is_dir() and (
+        not has_tokenizer(path) or (tokenizer_needs_code(path) and not trust_remote_code)
+    )
 
 
 def _has_config(hf_pretrained: Any, folder: object) -> bool:
@@ -26,12 +28,13 @@ def _has_config(hf_pretrained: Any, folder: object) -> bool:
     "megatron.bridge.models.hf_pretrained.causal_lm:PreTrainedCausalLM._load_tokenizer",
     version="Megatron-Bridge 0.6.2",
     reason="It raises for a folder without tokenizer files when a model is exported; None is "
-    "accepted wherever the tokenizer is used.",
+    "accepted wherever the tokenizer is used. So it does where the tokenizer needs remote code.",
 )
 def load_tokenizer(original: Callable[..., Any], self: Any) -> Any:
     """Load the tokenizer, or return None for a supported model in a local folder without one."""
     folder = self.model_name_or_path
-    if _lacks_tokenizer(folder) and _has_config(self, folder) and is_supported(self.config):
+    lacks_tokenizer = _lacks_tokenizer(folder, self.trust_remote_code)
+    if lacks_tokenizer and _has_config(self, folder) and is_supported(self.config):
         return None
     return original(self)
 
@@ -56,7 +59,7 @@ def save_megatron_model(
     if (
         hf_tokenizer_path is not None
         and is_supported(config)
-        and _lacks_tokenizer(hf_tokenizer_path)
+        and _lacks_tokenizer(hf_tokenizer_path, self.trust_remote_code)
     ):
         hf_tokenizer_path = None
     original(self, model, path, hf_tokenizer_path, *args, **kwargs)

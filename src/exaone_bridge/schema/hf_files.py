@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-__all__ = ["companion_files", "copy_companion_files", "has_tokenizer"]
+__all__ = ["companion_files", "copy_companion_files", "has_tokenizer", "tokenizer_needs_code"]
 
 # What a conversion does not copy; everything else goes with the model, byte for byte.
 _WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -64,3 +65,13 @@ def has_tokenizer(folder: Path) -> bool:
         next(folder.glob(pattern), None)
         for pattern in ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
     )
+
+
+def tokenizer_needs_code(folder: Path) -> bool:
+    """Return whether the tokenizer is Python code of the folder, which is never run here."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    return "AutoTokenizer" in auto_map if isinstance(auto_map, dict) else bool(auto_map)

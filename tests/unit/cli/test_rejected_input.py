@@ -57,23 +57,6 @@ def test_config_field_of_a_wrong_type_is_rejected(
     rejected(arguments_of(command, folder), *fields)
 
 
-def with_remote_code(folder: Path) -> None:
-    """Let config.json name Python code of the folder, which writes a file when it runs."""
-    set_config(auto_map={"AutoConfig": "remote.C", "AutoModelForCausalLM": "remote.M"})(folder)
-    trace = folder.parent / "remote_code_ran"
-    (folder / "remote.py").write_text(f"open({str(trace)!r}, 'w')\nclass C: pass\nclass M: pass\n")
-
-
-@pytest.mark.parametrize("command", ["inspect", "import", "verify"])
-def test_remote_code_is_rejected_and_never_runs(
-    command: str, megatron_bridge: Any, tiny: Any, tmp_path: Path, rejected: Rejected
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny("exaone4"), folder)
-    with_remote_code(folder)
-    rejected(arguments_of(command, folder), "auto_map", "remote.M", "trust_remote_code")
-
-
 LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "heads over tp": (["--tp", "3"], ("tp is 3", "a divisor of 4 attention heads", "another --tp")),
     "more ranks than heads": (

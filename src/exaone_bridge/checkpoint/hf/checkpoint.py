@@ -25,7 +25,7 @@ from exaone_bridge.checkpoint.hf.accept import (
 from exaone_bridge.checkpoint.hf.diagnose import check_config, check_is_hf_folder, explain
 from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, read_headers, read_json
 from exaone_bridge.checkpoint.hf.reader import TensorReader
-from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.errors import CheckpointError
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import DTYPE_BYTES, SAFETENSORS_DTYPES
 from exaone_bridge.schema.hf_spelling import write_dtype
@@ -105,7 +105,7 @@ class HFCheckpoint:
         path = folder / "config.json"
         config = read_json(path)
         check_config(config, path)
-        family = family or _family(config, path)
+        family = family or family_of(config.get("architectures"), where=str(path))
         model = family.describe(config)
         tensors = read_headers(folder)
         notes: list[str] = []
@@ -222,20 +222,6 @@ def check_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
             f"and config.json makes it {list(shape)}",
             remedy="check that config.json belongs to these weights",
         )
-
-
-def _family(config: JSONMapping, path: Path) -> ModelFamily:
-    if "auto_map" in config:
-        raise UnsupportedConfig(
-            "auto_map",
-            got=config["auto_map"],
-            wanted="absent, because it asks to run Python code that came with the checkpoint "
-            "(trust_remote_code)",
-            where=str(path),
-            remedy="take it out of config.json if Transformers has the architecture: "
-            "no remote code is run here",
-        )
-    return family_of(config.get("architectures"), where=str(path))
 
 
 def _check_other_weights(folder: Path, checked: set[str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exaone_bridge.schema.hf_files import has_tokenizer
+from exaone_bridge.schema.hf_files import has_tokenizer, tokenizer_needs_code
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.verification.report.report import Check
 
@@ -59,21 +59,25 @@ class Generated:
 
     Attributes:
         template_error: the error of the chat template, if it rejected the conversation.
+        skipped: whether the tokenizer needs remote code, which is not run.
     """
 
     prompt: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
     template_error: str = ""
+    skipped: bool = False
 
 
 def _conversations(folder: Path) -> dict[str, Generated]:
     """Return the prompts that tokenizer and chat template make; none if the folder lacks either."""
     if not has_tokenizer(folder):
         return {}
+    if tokenizer_needs_code(folder):
+        return dict.fromkeys(CHATS, Generated(skipped=True))
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         return {}
     found = {}
@@ -134,7 +138,11 @@ def compare_generation(before: Mapping[str, Generated], after: Mapping[str, Gene
             at, (first, second) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
             differences.append(f"{name}: token {at} is {first}, then {second}")
     names = ", ".join(
-        f"{name} (rejected by the template)" if each.template_error else name
+        f"{name} (not run: the tokenizer needs remote code)"
+        if each.skipped
+        else f"{name} (rejected by the template)"
+        if each.template_error
+        else name
         for name, each in before.items()
     )
     count = sum(len(each.tokens) for each in before.values())

@@ -102,7 +102,9 @@ def _load(checkpoint: HFCheckpoint, dtype: torch.dtype, layerwise: bool) -> PreT
 
 def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load Transformers' eager model, to the GPU if there is one."""
-    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = model_class(folder).from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    )
     return model.eval().cuda() if torch.cuda.is_available() else model.eval()
 
 

@@ -20,7 +20,9 @@ def model_class(folder: Path) -> type[PreTrainedModel]:
     """Choose Transformers' auto class for a folder: with images, or for language models."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    has_images = hasattr(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False), "vision_config"
+    )
     return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
 
 
@@ -31,7 +33,7 @@ def load_layerwise(checkpoint: HFCheckpoint, dtype: torch.dtype) -> PreTrainedMo
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     with torch.device("meta"):
         model = model_class(checkpoint.folder).from_config(
             config, attn_implementation="eager", dtype=dtype

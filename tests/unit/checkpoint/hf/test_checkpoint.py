@@ -226,12 +226,6 @@ SINGLE_FILE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         set_config(architectures=[]),
         ("architectures is []", "one of 'Exaone4ForCausalLM'"),
     ),
-    "remote code": (
-        set_config(
-            auto_map={"AutoModelForCausalLM": "modeling_exaone.M"},
-        ),
-        ("auto_map", "modeling_exaone.M", "trust_remote_code", "take it out of config.json"),
-    ),
 }
 
 THREE_SHARDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
