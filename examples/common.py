@@ -121,4 +121,5 @@ def run(
         print(summary)
     if options.dry_run:
         return
+    check_installed(options)
     training_loop.run_training(config, options.save, images=images, callbacks=callbacks)
