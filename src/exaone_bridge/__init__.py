@@ -22,8 +22,6 @@ from exaone_bridge.errors import BridgeError
 from exaone_bridge.patches.environment import provide_user_and_home
 from exaone_bridge.patches.import_guard import transformer_engine_placeholder
 from exaone_bridge.patches.known_messages import hide_known_messages
-from exaone_bridge.schema.parallel_layout import Layout
-from exaone_bridge.verification import verify
 
 if TYPE_CHECKING:  # an editor and mypy see these; `__getattr__` imports them when they are used
     from exaone_bridge import recipes
@@ -38,6 +36,8 @@ if TYPE_CHECKING:  # an editor and mypy see these; `__getattr__` imports them wh
     from exaone_bridge.convert.to_hf import export_checkpoint
     from exaone_bridge.convert.to_megatron import import_checkpoint
     from exaone_bridge.runtime.cpu import cpu_runtime
+    from exaone_bridge.schema.parallel_layout import Layout
+    from exaone_bridge.verification import verify
     from exaone_bridge.verification.report.report import Report
 
 __version__ = "0.1.0"
@@ -81,6 +81,14 @@ def __getattr__(name: str) -> Any:
             from exaone_bridge.convert import inspection as inspections
 
             return getattr(inspections, name)
+        case "Layout":
+            from exaone_bridge.schema import parallel_layout
+
+            return parallel_layout.Layout
+        case "verify":
+            from exaone_bridge import verification
+
+            return verification.verify
         case "write_random":
             from exaone_bridge.checkpoint.hf import tiny
 
