@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -42,12 +42,12 @@ class TinyFiles:
     Attributes:
         special_tokens: text -> token id.
         chat_template: Jinja.
-        processor_files: file name -> JSON content, for models that take images.
+        processor_files: config.json -> (file name -> JSON content), for models that take images.
     """
 
     special_tokens: Mapping[str, int]
     chat_template: str
-    processor_files: Mapping[str, JSONMapping] = field(default_factory=dict)
+    processor_files: Callable[[JSONMapping], Mapping[str, JSONMapping]] = lambda _: {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

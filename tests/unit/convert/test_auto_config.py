@@ -28,7 +28,7 @@ def _export(megatron: Path, source: Path, target: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["exaone4", "ernie45", "exaone45", "exaone-moe"])
+@pytest.mark.parametrize("name", ["exaone4", "ernie45-lists", "exaone45", "exaone-moe"])
 def test_export_ckpt_has_all_tensors_and_files_of_the_reference(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
 ) -> None:

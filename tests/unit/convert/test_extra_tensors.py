@@ -29,7 +29,7 @@ def _mtp_names(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def imported(megatron_bridge: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported") / "ernie45"
-    import_checkpoint(tiny("ernie45", dtype="bfloat16"), folder, Layout(tp=2, ep=2, etp=1))
+    import_checkpoint(tiny("ernie45-lists", dtype="bfloat16"), folder, Layout(tp=2, ep=2, etp=1))
     return folder
 
 
@@ -44,7 +44,7 @@ def test_export_has_all_tensors_of_the_source(
     tiny: Any, imported: Path, tmp_path: Path, workers: int
 ) -> None:
     """Among them are the MTP tensors, and the fp32 router tensors of a bf16 model."""
-    source, exported = tiny("ernie45", dtype="bfloat16"), tmp_path / "exported"
+    source, exported = tiny("ernie45-lists", dtype="bfloat16"), tmp_path / "exported"
     export_checkpoint(imported, exported, workers=workers)
     assert len(_mtp_names(exported)) == 12
     for check in (compare_tensors(source, exported), compare_files(source, exported)):
@@ -73,7 +73,7 @@ def test_export_without_passthrough_tensors_stops_unless_they_are_dropped(
         export_checkpoint(imported, tmp_path / "dropped", drop_passthrough=True)
     finally:
         hidden.rename(path)
-    source = tiny("ernie45", dtype="bfloat16")
+    source = tiny("ernie45-lists", dtype="bfloat16")
     assert set(read_headers(tmp_path / "dropped")) == set(read_headers(source)) - _mtp_names(source)
     assert read_json(tmp_path / "dropped/config.json")["num_nextn_predict_layers"] == 0
     HFCheckpoint.open(tmp_path / "dropped")

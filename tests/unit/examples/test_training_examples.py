@@ -73,7 +73,7 @@ def test_random_model_has_a_tokenizer_for_its_config(data: Any, tmp_path: Path, 
     text = "What does the function dedent of Python's module textwrap do? \u00e9\u4e2d \t\n x"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     files = family_of(hf_config["architectures"], where=name).tiny_files
-    for file, content in files.processor_files.items():
+    for file, content in files.processor_files(hf_config).items():
         assert json.loads((hf_path / file).read_text()) == content
     for token, token_id in files.special_tokens.items():
         assert tokenizer.convert_tokens_to_ids(token) == token_id

@@ -30,6 +30,21 @@ from exaone_bridge.schema.param_mapping import HFTensor
 
 __all__ = ["random_weights", "write_random"]
 
+# Merges of the tokenizer, in order; \u0120 is a space. Some converters require that there are any.
+_MERGES = (
+    "h e",
+    "t he",
+    "\u0120 the",
+    "i n",
+    "e r",
+    "a n",
+    "an d",
+    "\u0120 a",
+    "r e",
+    "o n",
+    "in g",
+)
+
 
 def random_weights(
     tensors: Iterable[HFTensor], dims: Mapping[str, int], model_dtype: str, seed: int
@@ -114,6 +129,10 @@ def _write_tokenizer(
     }
     free = (number for number in range(vocab_size) if number not in special.values())
     vocab = {character: next(free) for character in _byte_alphabet()}
+    merges = []
+    for merge, number in zip(_MERGES, free, strict=False):  # as many as the vocabulary takes
+        merges.append(merge.split())
+        vocab["".join(merge.split())] = number
     vocab |= {f"<unused{number}>": number for number in free}
     added = [
         {"id": number, "content": text, "special": True}
@@ -136,7 +155,7 @@ def _write_tokenizer(
             "pre_tokenizer": byte_level,
             "post_processor": None,
             "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": vocab | special, "merges": []},
+            "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -153,7 +172,7 @@ def _write_tokenizer(
             },
         },
     }
-    files |= family.tiny_files.processor_files
+    files |= family.tiny_files.processor_files(config)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     (folder / "chat_template.jinja").write_text(family.tiny_files.chat_template)

@@ -40,17 +40,17 @@ _EXPERTS: JSONObject = {
 }
 
 TINY: dict[str, JSONObject] = {
-    # ERNIE-4.5-21B-A3B: tied, a dense layer and then experts, two of them shared, config fields
-    # that are lists, multi-token prediction on disk
+    # ERNIE-4.5-21B-A3B: tied, a dense layer and then experts, two of them shared, multi-token
+    # prediction on disk
     "ernie45": _COMMON
     | _EXPERTS
     | {
-        "moe_num_experts": [8],
-        "moe_intermediate_size": [40, 40],
+        "moe_num_experts": 8,
+        "moe_intermediate_size": 40,
         "moe_k": 3,
         "moe_num_shared_experts": 2,
-        "moe_layer_start_index": [1, 1],
-        "moe_layer_end_index": [3, 3],
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 3,
         "moe_layer_interval": 1,
         "num_nextn_predict_layers": 1,
         "tie_word_embeddings": True,

@@ -8,7 +8,7 @@ from typing import Any
 
 from exaone_bridge.models.exaone45.config import ARCHITECTURE, read_hf_config, write_hf_config
 from exaone_bridge.models.exaone45.from_provider import model_config_of
-from exaone_bridge.models.exaone45.tiny import CHAT_TEMPLATE, PROCESSOR_FILES, SPECIAL_TOKENS, TINY
+from exaone_bridge.models.exaone45.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY, processor_files
 from exaone_bridge.models.exaone45.weights import (
     PASSTHROUGH,
     exaone45_mappings,
@@ -50,7 +50,7 @@ EXAONE45_WITH_MTP = ModelFamily(
     tiny_files=TinyFiles(
         special_tokens=SPECIAL_TOKENS,
         chat_template=CHAT_TEMPLATE,
-        processor_files=PROCESSOR_FILES,
+        processor_files=processor_files,
     ),
     images=ImageSupport(prompts=_image_prompts, collators=_collators),
 )

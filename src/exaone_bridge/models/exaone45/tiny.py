@@ -10,11 +10,9 @@ from exaone_bridge.models.exaone4.tiny import CHAT_TEMPLATE as TEXT_TEMPLATE
 from exaone_bridge.models.exaone4.tiny import SPECIAL_TOKENS as TEXT_TOKENS
 from exaone_bridge.models.exaone4.tiny import TINY as TEXT_TINY
 from exaone_bridge.models.exaone45.config import ARCHITECTURE, MODEL_TYPE
-from exaone_bridge.schema.json_types import JSONObject
+from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
-__all__ = ["CHAT_TEMPLATE", "PROCESSOR_FILES", "SPECIAL_TOKENS", "TINY"]
-
-_PATCH, _FRAMES, _MERGE = 4, 2, 2
+__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "TINY", "processor_files"]
 
 _TEXT: JSONObject = {
     **{field: value for field, value in TEXT_TINY["exaone4"].items() if field != "architectures"},
@@ -43,9 +41,9 @@ TINY: dict[str, JSONObject] = {
             "num_heads": 4,
             "num_key_value_heads": 2,
             "in_channels": 3,
-            "patch_size": _PATCH,
-            "temporal_patch_size": _FRAMES,
-            "spatial_merge_size": _MERGE,
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
             "window_size": 24,
             "out_hidden_size": 64,
             "fullatt_block_indexes": [1, 3],
@@ -76,20 +74,28 @@ CHAT_TEMPLATE = TEXT_TEMPLATE.replace(
     "{% endfor %}{% endif %}",
 )
 
-_PROCESSOR: JSONObject = {
-    "patch_size": _PATCH,
-    "temporal_patch_size": _FRAMES,
-    "merge_size": _MERGE,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "min_pixels": 64,
-    "max_pixels": 4096,
-}
-PROCESSOR_FILES: dict[str, JSONObject] = {
-    "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **_PROCESSOR},
-    "video_preprocessor_config.json": {
-        "video_processor_type": "Qwen2VLVideoProcessor",
-        **_PROCESSOR,
-    },
-    "processor_config.json": {"processor_class": "Exaone4_5_Processor"},
-}
+# transformers 5.12.1, Exaone4_5_VisionConfig
+_DEFAULTS = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+def processor_files(config: JSONMapping) -> dict[str, JSONObject]:
+    """Return the files of a processor whose patches are those of the config's vision encoder."""
+    vision = _DEFAULTS | config["vision_config"]
+    merged_patch = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2  # pixels
+    processor: JSONObject = {
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "min_pixels": merged_patch,
+        "max_pixels": 64 * merged_patch,
+    }
+    return {
+        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **processor},
+        "video_preprocessor_config.json": {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            **processor,
+        },
+        "processor_config.json": {"processor_class": "Exaone4_5_Processor"},
+    }

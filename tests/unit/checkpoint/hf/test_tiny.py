@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from exaone_bridge.checkpoint.hf.tiny import random_weights, write_random
 from exaone_bridge.errors import BridgeError, CheckpointError, UnsupportedConfig
+from exaone_bridge.models import FAMILIES
 from exaone_bridge.models.exaone4 import EXAONE4
+from exaone_bridge.models.exaone45 import EXAONE45
 from exaone_bridge.schema.param_mapping import HFTensor
 
 SINGLE = "model.safetensors"
@@ -100,3 +107,43 @@ def test_tiny_model_has_exactly_the_tensors_of_the_mappings(tmp_path: Path) -> N
         with safe_open(tmp_path / name / SINGLE, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
         assert shapes == EXAONE4.describe(config).hf_shapes
+
+
+@pytest.mark.parametrize("name", ["exaone4", "exaone-moe", "ernie45"])
+def test_tokenizer_has_merges_that_are_applied(name: str, tiny: Any) -> None:
+    """Converters to other formats require merges."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny(name))
+    text = " the hen and a thing\n\u00e9"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(tokens)[:3] == ["\u0120the", "\u0120", "he"]
+    assert len(tokens) < len(text.encode()) and tokenizer.decode(tokens) == text
+    assert isinstance(AutoConfig.from_pretrained(tiny(name)).vocab_size, int)
+
+
+def test_processor_has_the_patches_of_the_vision_encoder(tiny: Any) -> None:
+    from transformers import AutoProcessor
+
+    vision = EXAONE45.tiny["exaone45"]["vision_config"]
+    fields = {"patch_size": 6, "spatial_merge_size": 1, "window_size": 18}
+    folder = tiny("exaone45", vision_config=vision | fields)
+    processor = AutoProcessor.from_pretrained(folder)
+    images = processor.image_processor(images=[Image.new("RGB", (30, 18))], return_tensors="pt")
+    assert images["image_grid_thw"].tolist() == [[1, 3, 5]]
+    assert tuple(images["pixel_values"].shape) == (15, 3 * 2 * 6 * 6)
+
+
+def test_configs_of_tiny_models_load_in_transformers_alone() -> None:
+    """In a process without exaone_bridge, which would make numbers of ERNIE's lists."""
+    script = "import json, sys; from transformers import AutoConfig\n"
+    script += "for c in json.load(sys.stdin): AutoConfig.for_model(**c)"
+    configs = [config for family in FAMILIES for config in family.tiny.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(configs),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
