@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.cli import read_config, read_tensors, same_bits
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import fork_script
 
@@ -119,3 +120,8 @@ def test_blocks_run_as_printed(
             script = work / f"block{number}.py"
             script.write_text(block.text)
             fork_script(work, script)
+    if (exported := tmp_path / "tiny-exported").is_dir():  # which two pages make of tiny-model
+        assert same_bits(read_tensors(exported), read_tensors(tmp_path / "tiny-model"))
+        assert read_config(exported) == read_config(tmp_path / "tiny-model")
+    else:
+        assert name not in ("docs/python-api.md", "docs/quickstart.md")
