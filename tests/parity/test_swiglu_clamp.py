@@ -6,6 +6,7 @@ Megatron-Core's fused paths drop it silently; `tests/unit/modules/test_provider.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
+from exaone_bridge.checkpoint.hf.headers import read_json
+from exaone_bridge.convert.to_hf import export_checkpoint
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.exaone_moe import run_reference
@@ -99,3 +103,38 @@ def test_one_limit_is_kept_where_layers_have_windows_of_their_own(
     clamped, plain = ForkLauncher().first(_both, folder, tokens[:, :-1])
     assert (clamped - expected).abs().max() <= 1e-4
     assert (clamped - plain).abs().max() > 0.1
+
+
+def _save_with_a_clamp(folder: Path, target: Path) -> None:
+    """Save a clamped model in all ways."""
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.runtime.model import build
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = build(bridge, Layout(), activation_func_clamp_value=LIMIT)
+    bridge.save_megatron_model(model, target / "megatron")
+    bridge.save_hf_weights(model, target / "weights", show_progress=False)
+    bridge.save_hf_pretrained(model, target / "model", show_progress=False)
+
+
+@pytest.mark.parametrize("name", ["exaone4", "exaone45", "ernie45", "exaone-moe"])
+def test_clamp_is_exported_only_with_a_config_that_says_it(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, name: str
+) -> None:
+    """Only K-EXAONE's config.json has a field for it."""
+    no_field = "config.json of this model has no field for a clamp"
+    says_it = name == "exaone-moe"
+    for save in (
+        lambda: ForkLauncher().first(
+            _save_with_a_clamp, tiny(name, num_nextn_predict_layers=0), tmp_path
+        ),
+        lambda: export_checkpoint(tmp_path / "megatron", tmp_path / "exported"),
+    ):
+        with contextlib.nullcontext() if says_it else pytest.raises(UnsupportedConfig, match=no_field):
+            save()
+    assert (tmp_path / "weights/model.safetensors").is_file()
+    for saved in (tmp_path / "model", tmp_path / "exported"):
+        assert saved.exists() == says_it
+        if says_it:
+            assert read_json(saved / "config.json")["swiglu_limits"] == [LIMIT] * 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.hf_config import boolean, non_negative_float, positive_int, read_dtype
 from exaone_bridge.schema.hf_field import ConfigPart, hf_field
 from exaone_bridge.schema.json_types import JSONObject
@@ -219,6 +220,19 @@ def model_config_fields(config_class: type[ModelConfig], provider: Any) -> JSONO
     Args:
         config_class: of the family.
         provider: the model provider, or an object with its fields.
+
+    Raises:
+        UnsupportedConfig: a clamp of SwiGLU, where config.json has no field for one.
     """
+    limit = provider.activation_func_clamp_value
+    if limit and "swiglu_limits" not in config_class.__dataclass_fields__:
+        raise UnsupportedConfig(
+            "activation_func_clamp_value",
+            got=limit,
+            wanted="None for an export, because config.json of this model has no field for a clamp",
+            where="provider",
+            remedy="keep the model as a Megatron checkpoint, or write the weights alone with "
+            "save_hf_weights",
+        )
     dtype = str(provider.params_dtype).removeprefix("torch.")
     return config_class.values_from_provider(provider) | {"dtype": dtype}
