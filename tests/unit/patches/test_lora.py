@@ -111,7 +111,7 @@ def _again(folder: Path, tokens: torch.Tensor) -> torch.Tensor | None:
 
     from exaone_bridge.runtime.model import build, forward_logits
 
-    return forward_logits(build(AutoBridge.from_hf_pretrained(folder), Layout()), tokens)[0]
+    return forward_logits(build(AutoBridge.from_hf_pretrained(folder), Layout()), tokens)
 
 
 def _assert_one_model(
