@@ -42,6 +42,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of a rename where it is not possible, as between mount points and on object stores.
 _NO_RENAME = (errno.EXDEV, errno.ENOTSUP, errno.ENOSYS)
 _INSIDE = ".partial"  # in an existing target
+_IN_EMPTY_DISKS = ("lost+found",)
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 # Without these a folder is no checkpoint. They are written in this order.
@@ -59,11 +60,13 @@ _INVALID_INPUT = (CheckpointError, PlanError, UnmappedTensors, UnsupportedConfig
 def check_new_output(target: Path) -> None:
     """Raise if an output exists already, or cannot be created; a folder is, to find out.
 
+    An empty folder, such as the mount point of a container, is accepted.
+
     Raises:
         CheckpointError: It exists already, or there is no folder to create it in.
         OutputError: That folder cannot be written.
     """
-    if target.exists() or target.is_symlink():
+    if not _is_empty_folder(target) and (target.exists() or target.is_symlink()):
         raise CheckpointError(
             target, "the output exists already", remedy="name another folder, or remove this one"
         )
@@ -72,7 +75,7 @@ def check_new_output(target: Path) -> None:
             target, "the folder to create it in does not exist", remedy="create that folder first"
         )
     try:
-        Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent)).rmdir()
+        Path(tempfile.mkdtemp(prefix=_INSIDE, dir=_place_of(target))).rmdir()
     except OSError as error:
         if error.errno in _DISK_FULL:  # what an earlier run has written may be enough
             return
@@ -83,12 +86,26 @@ def check_new_output(target: Path) -> None:
         ) from error
 
 
+def _is_empty_folder(target: Path) -> bool:
+    """Return whether a folder has nothing but what an earlier run, or this one, has staged in it."""
+    return target.is_dir() and all(
+        path.name.startswith(_INSIDE) or path.name in _IN_EMPTY_DISKS for path in target.iterdir()
+    )
+
+
+def _place_of(target: Path) -> Path:
+    """Return the folder that an output is staged in: itself if it exists, or else its parent."""
+    return target.resolve() if target.is_dir() else target.absolute().parent
+
+
 def _publish(folder: Path, target: Path) -> None:
     """Give the target's name to a complete folder, once all of it is on the disk."""
     use_umask_permissions(folder)
     for path in [*folder.rglob("*"), folder]:
         sync_to_disk(path)
     check_new_output(target)
+    if target.is_dir():
+        return _move_files(folder, target)
     try:
         folder.rename(target)
     except OSError as error:
@@ -143,7 +160,7 @@ def staged(target: Path) -> Iterator[Path]:
     """Create a folder that is renamed to `target` at the end of the body, or removed if it raises.
 
     Yields:
-        The folder, which is beside `target`.
+        The folder, which is beside `target`, or inside it if it is an empty folder.
 
     Raises:
         CheckpointError: The target exists, before or after the body.
@@ -151,8 +168,8 @@ def staged(target: Path) -> Iterator[Path]:
     """
     check_new_output(target)
     with full_disk_as_output_error(target):
-        parent = target.absolute().parent
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
+        prefix = f"{_INSIDE}-" if target.is_dir() else f".{target.name}.partial-"
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=_place_of(target)))
         try:
             yield folder
             _publish(folder, target)
@@ -163,9 +180,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 def partial_folder(target: Path) -> Path:
     """Return where `resumable` writes an output until it is complete: inside an existing one."""
-    if target.is_dir():
-        return target.resolve() / _INSIDE
-    return target.absolute().parent / f".{target.name}.partial"
+    return _place_of(target) / (_INSIDE if target.is_dir() else f".{target.name}.partial")
 
 
 def target_of(partial: Path) -> Path:
@@ -187,7 +202,7 @@ def check_space(target: Path, nbytes: int) -> None:
     """
     folder = partial_folder(target)
     there = sum(path.stat().st_blocks * 512 for path in folder.glob("*")) if folder.is_dir() else 0
-    free = shutil.disk_usage(folder if folder.is_dir() else target.absolute().parent).free
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
     if free + there < nbytes:
         raise OutputError(
             target,

@@ -29,6 +29,8 @@ _SIZES = {
     "etp": "expert tensor-parallel size",
     "cp": "context-parallel size",
 }
+# The commands whose --json may be followed by their model, as a file's name is optional there.
+_AFTER_JSON = {"inspect": "folder", "perplexity": "source"}
 _MAX_WORKERS = 256
 _BACKENDS = ("auto", "torch", "transformer_engine")
 
@@ -43,12 +45,15 @@ class _Parser(ArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         options: Namespace = super().parse_args(*args, **kwargs)
-        if options.command == "inspect" and options.folder is None:
+        model = _AFTER_JSON.get(options.command)
+        if model is not None and getattr(options, model) is None:
             if options.json in (None, STANDARD_OUTPUT):
                 raise UsageError(
-                    "FOLDER is missing; `exaone-bridge inspect --help` lists the arguments."
+                    f"{model.upper()} is missing; "
+                    f"`exaone-bridge {options.command} --help` lists the arguments."
                 )
-            options.folder, options.json = options.json, STANDARD_OUTPUT  # inspect --json FOLDER
+            setattr(options, model, options.json)  # `inspect --json FOLDER`
+            options.json = STANDARD_OUTPUT
         return options
 
     def print_help(self, file: Any = None) -> None:
@@ -189,7 +194,7 @@ def _add_tiny(commands: Any) -> None:
         "exaone-bridge tiny exaone4 tiny-model --set num_hidden_layers=4 --set dtype=bfloat16",
     )
     parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(TINY_CONFIGS)}")
-    _add_path(parser, "folder", "FOLDER", "output; must not exist")
+    _add_path(parser, "folder", "FOLDER", "output; must not exist, or be empty")
     parser.add_argument(
         "--set",
         metavar="FIELD=VALUE",
@@ -228,7 +233,7 @@ def _add_import(commands: Any) -> None:
         "exaone-bridge import /models/EXAONE-4.0-1.2B /checkpoints/exaone --tp 2",
     )
     _add_models(parser, source=("HF_FOLDER", "a Hugging Face folder"))
-    _add_path(parser, "target", "MEGATRON_FOLDER", "output; must not exist")
+    _add_path(parser, "target", "MEGATRON_FOLDER", "output; must not exist, or be empty")
     _add_follow_links(parser)
     _add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None)
     _add_backend(parser)
@@ -244,7 +249,7 @@ def _add_export(commands: Any) -> None:
         "exaone-bridge export /checkpoints/exaone /models/exported",
     )
     _add_path(parser, "source", "MEGATRON_FOLDER", "a Megatron-Bridge checkpoint")
-    _add_path(parser, "target", "HF_FOLDER", "output; must not exist")
+    _add_path(parser, "target", "HF_FOLDER", "output; must not exist, or be empty")
     parser.add_argument(
         "--iteration",
         metavar="N",
@@ -342,7 +347,9 @@ def _add_perplexity(commands: Any) -> None:
         "losses differ by more than 1e-4 nats per token.",
         "exaone-bridge perplexity /models/EXAONE-4.0-1.2B --text book.txt --length 2048",
     )
-    _add_models(parser, source=("SOURCE", "a Hugging Face folder or a Megatron checkpoint"))
+    _add_models(
+        parser, nargs="?", source=("SOURCE", "a Hugging Face folder or a Megatron checkpoint")
+    )
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="in UTF-8")
     parser.add_argument(
         "--length",

@@ -25,7 +25,7 @@ def tiny(model: str, folder: Path, settings: list[str], seed: int) -> None:
 
     Args:
         model: one of TINY_CONFIGS.
-        folder: the output; must not exist.
+        folder: the output; must not exist, or be an empty folder.
         settings: changes of config.json, each `field=value` with the value as JSON.
         seed: of the weights.
 

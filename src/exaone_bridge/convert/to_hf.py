@@ -59,7 +59,7 @@ def export_checkpoint(
 
     Args:
         megatron_folder: The source.
-        hf_folder: The output, which must not exist.
+        hf_folder: The output, which must not exist, or be an empty folder.
         iteration: The one to export; None: the one that the checkpoint's tracker file names.
         hf_source: A Hugging Face folder to take the tokenizer and all other files from; None: what
             the checkpoint has of its source.

@@ -56,7 +56,7 @@ def import_checkpoint(
 
     Args:
         hf_folder: The source.
-        megatron_folder: The output, which must not exist.
+        megatron_folder: The output, which must not exist, or be an empty folder.
         layout: Written to run_config.yaml; the weights are the same for all layouts. None: the
             layout of the sizes.
         tp, pp, vpp, sp, ep, etp, cp: The sizes of `Layout`, in place of a layout.

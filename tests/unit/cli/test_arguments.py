@@ -29,7 +29,7 @@ def test_every_option_of_inspect_reaches_the_layout() -> None:
     [["inspect"], ["inspect", "x", "y"], ["nonsense"], ["inspect", "x", "--tp"],
      ["inspect", "x", "--tp", "0"], ["inspect", "x", "--tp", "-1"], ["inspect", "x", "--tp", "two"],
      ["inspect", "x", "--tpp", "2"], ["inspect", "x", "--t", "2"], ["verify"],
-     ["verify", "--json", "-"],
+     ["verify", "--json", "-"], ["perplexity", "--text", "x"],
      ["inspect", "-x"], ["import", "x", "y", "--workers", "257"], ["verify", "x", "--seed", "-1"],
      ["export", "x", "y", "--workers", "9" * 30], ["tiny", "exaone4", "x", "--seed", "one"]],
     ids=" ".join,
@@ -41,6 +41,14 @@ def test_a_wrong_argument_is_rejected_in_one_line(arguments: list[str], cli: Cli
     (line,) = run.err.splitlines()
     assert line.startswith("exaone-bridge: ")
     assert "--help` lists the arguments." in line
+
+
+@pytest.mark.parametrize(
+    ("command", "model"), [(["inspect"], "folder"), (["perplexity", "--text", "x"], "source")]
+)
+def test_the_model_may_follow_json(command: list[str], model: str) -> None:
+    options = make_parser().parse_args([*command, "--json", "path"])
+    assert (getattr(options, model), options.json) == (Path("path"), Path("-"))
 
 
 def test_no_argument_prints_help(cli: Cli) -> None:

@@ -86,6 +86,19 @@ def test_import_and_export_of_a_single_file_equal_the_source(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_empty_folders_are_written(
+    megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
+    """As the mount points of a container are."""
+    for name in ("megatron", "exported"):
+        (tmp_path / name).mkdir()
+    assert cli("import", tiny("exaone4"), "megatron").code == 0
+    assert cli("export", "megatron", "exported", "--dry-run").code == 0
+    assert cli("export", "megatron", "exported").code == 0
+    assert_equal_folders(tmp_path / "exported", tiny("exaone4"))
+    assert not [name for name in names_in(tmp_path / "megatron") if ".partial" in name]
+
+
 def test_import_and_export_without_a_tokenizer(
     megatron_bridge: Any, cli: Cli, tmp_path: Path
 ) -> None:

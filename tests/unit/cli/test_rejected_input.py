@@ -137,10 +137,13 @@ def sources_of(tiny: Any) -> dict[str, list[object]]:
 
 OUTPUTS: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: (path.mkdir(), (path / "config.json").write_text("{}")),
-    "an empty folder": Path.mkdir,
     "a file": lambda path: path.write_text("content"),
     "a link to nowhere": lambda path: path.symlink_to("nowhere"),
-    "a link to a folder": lambda path: (path.with_name("real").mkdir(), path.symlink_to("real")),
+    "a link to a folder": lambda path: (
+        path.with_name("real").mkdir(),
+        (path.with_name("real") / "notes").write_text("kept"),
+        path.symlink_to("real"),
+    ),
 }
 
 
@@ -260,7 +263,8 @@ def test_input_is_rejected_before_megatron_is_imported(
         for command, *more in (["import", output], ["verify"])
         for options in layouts
     ]
-    runs += [["verify", missing]]
+    (tmp_path / "empty").mkdir()
+    runs += [["verify", missing], ["verify", valid, str(tmp_path / "empty")]]
     runs += [
         ["tiny", "exaone4", existing],
         ["demo", "--vpp", "2", "--pp", "1"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exaone_bridge.checkpoint.hf.diagnose import check_is_hf_folder
+from exaone_bridge.checkpoint.hf.headers import read_headers
 from exaone_bridge.runtime.launch import Launcher
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.schema.iterations import (
@@ -39,10 +40,12 @@ def as_hf_folder(path: Path, launcher: Launcher, progress: Progress) -> Iterator
     """Export a Megatron checkpoint to a temporary folder; leave a Hugging Face folder where it is.
 
     Raises:
-        CheckpointError: the path is not a folder, or the checkpoint cannot be exported.
+        CheckpointError: the path is not a folder of readable safetensors files, or the checkpoint
+            cannot be exported.
     """
     if not is_megatron_checkpoint(path):
         check_is_hf_folder(path, remedy="name a Hugging Face folder or a Megatron checkpoint")
+        read_headers(path)  # what it rejects is rejected before Megatron-Core is imported
     path = path.resolve()
     if not is_megatron_checkpoint(path):
         yield Checkpoint(path.name, path)
