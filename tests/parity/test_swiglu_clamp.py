@@ -131,7 +131,11 @@ def test_clamp_is_exported_only_with_a_config_that_says_it(
         ),
         lambda: export_checkpoint(tmp_path / "megatron", tmp_path / "exported"),
     ):
-        with contextlib.nullcontext() if says_it else pytest.raises(UnsupportedConfig, match=no_field):
+        with (
+            contextlib.nullcontext()
+            if says_it
+            else pytest.raises(UnsupportedConfig, match=no_field)
+        ):
             save()
     assert (tmp_path / "weights/model.safetensors").is_file()
     for saved in (tmp_path / "model", tmp_path / "exported"):

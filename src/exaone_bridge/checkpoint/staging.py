@@ -87,10 +87,9 @@ def check_new_output(target: Path) -> None:
 
 
 def _is_empty_folder(target: Path) -> bool:
-    """Return whether a folder has nothing but what an earlier run, or this one, has staged in it."""
-    return target.is_dir() and all(
-        path.name.startswith(_INSIDE) or path.name in _IN_EMPTY_DISKS for path in target.iterdir()
-    )
+    """Return whether a folder has nothing but what this run or an earlier one has staged in it."""
+    names = [path.name for path in target.iterdir()] if target.is_dir() else ["a file"]
+    return all(name.startswith(_INSIDE) or name in _IN_EMPTY_DISKS for name in names)
 
 
 def _place_of(target: Path) -> Path:

@@ -42,9 +42,11 @@ def main() -> None:
         if os.environ.get("EXAONE_BRIDGE_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and error.name:
-            package = error.name.partition(".")[0]
-            remedy = "`exaone-bridge doctor` prints the command that installs what is missing"
-            _print_error(f"exaone-bridge: {package} is not installed; {remedy}.", error)
+            from exaone_bridge.cli.doctor import install_command, package_of
+
+            name = package_of(error.name)
+            remedy = f"run `{install_command(name)}`"
+            _print_error(f"exaone-bridge: {name} is not installed; {remedy}.", error)
             sys.exit(INVALID_INPUT)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         _print_error(

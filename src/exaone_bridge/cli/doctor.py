@@ -6,6 +6,7 @@ torch alone, to ask it for GPUs.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
@@ -22,7 +23,7 @@ from exaone_bridge.errors import ParityFailure
 from exaone_bridge.patches.fingerprints import fingerprint, known_fingerprints
 from exaone_bridge.patches.tested_versions import TESTED, newer_than_tested, release
 
-__all__ = ["Package", "Use", "doctor", "packages", "uses"]
+__all__ = ["Package", "Use", "doctor", "install_command", "package_of", "packages", "uses"]
 
 REQUIREMENTS = Path(exaone_bridge.__file__).with_name("requirements-cpu.txt")
 _EXPORT = ("torch", "safetensors", "pyyaml", "rich")
@@ -111,21 +112,23 @@ def _print_patches(found: Mapping[str, Package]) -> bool:
     known = {
         target: fingerprints
         for target, fingerprints in known_fingerprints().items()
-        if found[_package_of(target)].installed is not None
+        if found[package_of(target)].installed is not None
     }
     changed = [target for target in known if fingerprint(target) not in known[target]]
     print(f"\npatches: {len(known) - len(changed)} of {len(known)} change the code that they know")
     for target in changed:
         print(f"    {target} is different, or absent")
     if changed:
-        print(f"    {_install([found[name] for name in sorted(set(map(_package_of, changed)))])}")
+        print(f"    {_install([found[name] for name in sorted(set(map(package_of, changed)))])}")
     return not changed
 
 
-def _package_of(target: str) -> str:
-    """Return the name in the package index of the module that a patch changes."""
-    root, second = target.split(".")[:2]
-    return f"{root}-{second}" if root == "megatron" else root
+def package_of(module: str) -> str:
+    """Return the name in the package index of what a module is in."""
+    root, _, rest = module.partition(".")
+    if root == "megatron":
+        return "megatron-core" if rest.startswith("core") else "megatron-bridge"
+    return {"yaml": "pyyaml", "PIL": "pillow"}.get(root, root)
 
 
 def packages() -> dict[str, Package]:
@@ -176,6 +179,19 @@ def _use(name: str, needed: list[Package], *, pip_resolves: bool) -> Use:
 def _install(wanted: list[Package]) -> str:
     specifiers = " ".join(f'"{package.name}{package.wanted}"' for package in wanted)
     return f"{_pip()} install {specifiers}"
+
+
+def install_command(name: str) -> str:
+    """Return the command that installs a package that cannot be imported, and what goes with it."""
+    found = packages()
+    needed = dict.fromkeys(_EXPORT if name in _EXPORT else (name, *_ALL))
+    missing = [
+        dataclasses.replace(found.get(each, Package(each, "", None)), installed=None)
+        for each in needed
+        if each == name or found[each].installed is None
+    ]
+    # A package that only Megatron-Bridge needs is in the list of requirements, as all of them are.
+    return _use("", missing, pip_resolves=name in _EXPORT or _of_torch()[0] > 0).remedies[0]
 
 
 def _training(found: Mapping[str, Package], has_gpu: bool) -> Use:

@@ -89,5 +89,5 @@ def after_import(module: str, call: Callable[[], object]) -> None:
             each()
 
     around_import(module, around)
-    if module in sys.modules:
+    if sys.modules.get(module) is not None:
         call()

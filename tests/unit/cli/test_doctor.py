@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,13 +56,47 @@ def test_doctor_runs_where_nothing_else_is_installed() -> None:
     assert done.stderr.endswith("the lines above have the reasons and the remedies.\n")
 
 
-def test_other_commands_name_doctor_where_a_package_is_missing(tmp_path: Path) -> None:
+def test_other_commands_name_the_command_that_installs(tmp_path: Path) -> None:
     done = _bare("tiny", "exaone4", str(tmp_path / "tiny"))
     assert done.returncode == 2
-    assert done.stderr == (
-        "exaone-bridge: torch is not installed; "
-        "`exaone-bridge doctor` prints the command that installs what is missing.\n"
-    )
+    install = 'pip install "torch" "safetensors" "pyyaml" "rich"`.\n'
+    assert done.stderr.startswith("exaone-bridge: torch is not installed; run `")
+    assert done.stderr.endswith(install)
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None  # which importing takes for missing
+sys.argv[:2] = ["exaone-bridge"]
+from exaone_bridge.cli import main
+main()
+"""
+
+
+def test_every_command_names_the_command_that_installs(tiny: Any, tmp_path: Path) -> None:
+    """What pip cannot resolve on a machine without a GPU is installed from the list."""
+    folder, output = str(tiny("exaone4")), str(tmp_path / "output")
+    tiny_, import_ = ["tiny", "exaone4", output], ["import", folder, output]
+    verify = ["verify", folder]
+    running = {
+        (module, command[0]): subprocess.Popen(
+            [sys.executable, "-c", WITHOUT, module, *command], stderr=subprocess.PIPE, text=True
+        )
+        for module, commands in {
+            "torch": (tiny_, import_, verify),
+            "megatron.core": (import_, verify),
+            "megatron.bridge": (import_, verify),
+        }.items()
+        for command in commands
+    }
+    for (module, command), process in running.items():
+        (line,) = process.communicate(timeout=300)[1].splitlines()
+        assert process.returncode == 2, (module, command, line)
+        name = module.replace(".", "-")
+        assert line.startswith(f"exaone-bridge: {name} is not installed; run `"), line
+        install = '"torch' if name == "torch" else f"--no-deps -r {REQUIREMENTS}`."
+        assert f"pip install {install}" in line, line
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize(

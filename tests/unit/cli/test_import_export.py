@@ -19,6 +19,7 @@ from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
+from tests.helpers.alone import run_alone
 from tests.helpers.cli import (
     INDEX,
     Cli,
@@ -178,6 +179,34 @@ def test_export_without_source_and_hf_folder(
     assert same_bits(read_tensors(tmp_path / "exported"), read_tensors(sharded))
     assert read_config(tmp_path / "exported") == read_config(sharded)
     assert not any((tmp_path / "exported" / file).exists() for file in [*TEXT_FILES, INDEX])
+
+
+def _import_ckpt(source: Path, target: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    tempfile.tempdir = None  # as in save_through_autobridge
+    AutoBridge.import_ckpt(source, target)
+
+
+def test_files_are_exported_from_where_they_are_and_that_is_said(
+    megatron_bridge: Any, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
+    """AutoBridge.import_ckpt writes the tokenizer into the iteration."""
+    source, megatron = tiny("exaone4"), tmp_path / "megatron"
+    run_alone(_import_ckpt, source, megatron)
+    folder = megatron / "iter_0000000" / "tokenizer"
+    run = cli("export", megatron, "exported")
+    assert run.code == 0 and f"{folder}: {len(list(folder.iterdir()))} files are copied" in run.out
+    for path in folder.iterdir():
+        assert (tmp_path / "exported" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "exported" / "tokenizer.json").is_file()
+    shutil.rmtree(folder)
+    run = cli("export", megatron, "bare")
+    assert run.code == 0 and "warning: the checkpoint has no tokenizer" in run.out
+    run = cli("export", megatron, "given", "--hf-source", source)
+    assert run.code == 0 and f"{source}: 4 files are copied" in run.out
+    for name in TEXT_FILES:
+        assert (tmp_path / "given" / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_export_has_the_logits_of_its_source_in_transformers(

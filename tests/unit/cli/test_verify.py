@@ -20,6 +20,7 @@ import pytest
 
 from exaone_bridge.verification.report.report import Check, Report
 from tests.helpers.cli import Cli, Run, Snapshot, names_in, read_config, read_tensors, table_rows
+from tests.helpers.spelling import spell_as_published
 
 CHECKS = ("tensors", "config", "files", "logits")
 
@@ -141,24 +142,48 @@ EXPORT_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("check", EXPORT_FAULTS)
-def test_verify_fails_the_check_of_a_damaged_export(
-    check: str, megatron_bridge: Any, tiny: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def fails_on(
+    megatron_bridge: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path, str, Callable[[Path], object], str], None]:
+    """Return `fails_on(source, check, damage, message)`: verify with a damaged export."""
     from megatron.bridge import AutoBridge
 
-    damage, message = EXPORT_FAULTS[check]
     save = AutoBridge.save_hf_pretrained
 
-    def save_and_damage(bridge: Any, model: Any, path: Path, **options: Any) -> None:
-        save(bridge, model, path, **options)
-        damage(path)
+    def check_failure(source: Path, check: str, damage: Any, message: str) -> None:
+        def save_and_damage(bridge: Any, model: Any, path: Path, **options: Any) -> None:
+            save(bridge, model, path, **options)
+            damage(path)
 
-    monkeypatch.setattr(AutoBridge, "save_hf_pretrained", save_and_damage)
-    run = cli("verify", tiny("exaone4"), "--quick")
-    assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and message in run.err
-    failed = [name for name, status in printed_statuses(run).items() if status == "FAILED"]
-    assert failed == [check]
+        monkeypatch.setattr(AutoBridge, "save_hf_pretrained", save_and_damage)
+        run = cli("verify", source, "--quick")
+        assert run.code == 1 and run.err.startswith(f"exaone4: {check}: ") and message in run.err
+        failed = [name for name, status in printed_statuses(run).items() if status == "FAILED"]
+        assert failed == [check]
+
+    return check_failure
+
+
+@pytest.mark.parametrize("check", EXPORT_FAULTS)
+def test_verify_fails_the_check_of_a_damaged_export(check: str, tiny: Any, fails_on: Any) -> None:
+    fails_on(tiny("exaone4"), check, *EXPORT_FAULTS[check])
+
+
+def test_verify_fails_on_a_config_in_another_spelling(
+    tiny: Any, tmp_path: Path, fails_on: Any
+) -> None:
+    """Transformers reads both as one model; other programs know the source's keys only."""
+    source = tmp_path / "exaone4"
+    shutil.copytree(tiny("exaone4"), source)
+    normalised = (source / "config.json").read_text()
+    spell_as_published(source)
+    fails_on(
+        source,
+        "config",
+        lambda folder: (folder / "config.json").write_text(normalised),
+        "torch_dtype: 'float32', then '(absent)'",
+    )
 
 
 def test_verify_of_two_models_writes_all_reports(
