@@ -90,9 +90,12 @@ def _call(options: Namespace) -> None:
 
             demo(layout_of(options), options.backend)
         case "tiny":
-            from exaone_bridge.cli.tiny import tiny
+            from exaone_bridge.cli.tiny import first_layers, tiny
 
-            tiny(options.model, options.folder, options.set, options.seed)
+            if options.source is not None:
+                first_layers(options)
+            else:
+                tiny(options.model, options.folder, options.set, options.seed)
         case "inspect":
             from exaone_bridge.cli.inspect import inspect
 

@@ -190,10 +190,13 @@ def _add_tiny(commands: Any) -> None:
     parser = _command(
         commands,
         "tiny",
-        "Write a tiny random checkpoint with the topology of a published model.",
+        "Write a tiny random checkpoint with the topology of a published model.\n\n"
+        "With --from, write the first layers of a real model instead, with their weights.",
         "exaone-bridge tiny exaone4 tiny-model --set num_hidden_layers=4 --set dtype=bfloat16",
     )
-    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(TINY_CONFIGS)}")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help=f"one of {', '.join(TINY_CONFIGS)}"
+    )
     _add_path(parser, "folder", "FOLDER", "output; must not exist, or be empty")
     parser.add_argument(
         "--set",
@@ -204,6 +207,18 @@ def _add_tiny(commands: Any) -> None:
         "(repeatable)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        type=Path,
+        help="in place of MODEL: a Hugging Face folder, or an id on the Hugging Face Hub",
+    )
+    parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
+    parser.set_defaults(models=("source",))
+    parser.add_argument(
+        "--layers", metavar="N", type=_positive, default=4, help="of --from (default: 4)"
+    )
 
 
 def _add_inspect(commands: Any) -> None:

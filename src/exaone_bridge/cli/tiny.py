@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from exaone_bridge.schema.hf_config import language_config, with_num_layers
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
 
-__all__ = ["tiny"]
+__all__ = ["first_layers", "tiny"]
 
 # Fields of Transformers 4, which Transformers 5 reads under other names.
 _OTHER_SPELLINGS = ("rope_theta", "rope_scaling", "torch_dtype", "sliding_window_pattern")
@@ -43,6 +44,28 @@ def tiny(model: str, folder: Path, settings: list[str], seed: int) -> None:
 
     write_random(folder, config, seed=seed)
     say(f"{folder}: {language_config(config)['num_hidden_layers']} layers, {config['dtype']}")
+
+
+def first_layers(options: Namespace) -> None:
+    """Write the first layers of a real model, with their weights.
+
+    Raises:
+        UnsupportedConfig: MODEL or --set beside --from, or a number of layers that makes no model.
+        BridgeError: the source is not a model that exaone_bridge supports.
+    """
+    for name, value in (("MODEL", options.model), ("--set", options.set)):
+        if value:
+            raise _rejected(name, value, wanted="left out with --from")
+    from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+    from exaone_bridge.checkpoint.hf.truncate import write_first_layers
+    from exaone_bridge.cli.show import say
+
+    source = HFCheckpoint.open(options.source)
+    written = write_first_layers(source, options.layers, options.folder)
+    say(
+        f"{options.folder}: the first {written.num_layers} of "
+        f"{source.model_config.num_layers} layers of {options.source}"
+    )
 
 
 def _rejected(field: str, got: object, **expected: Any) -> UnsupportedConfig:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from exaone_bridge.cli.arguments import TINY_CONFIGS
 from exaone_bridge.models.exaone4 import EXAONE4
 from exaone_bridge.models.exaone_moe import EXAONE_MOE
-from tests.helpers.cli import Cli, Rejected, Snapshot, names_in, read_config, read_tensors
+from tests.helpers.cli import (
+    Cli,
+    Rejected,
+    Snapshot,
+    names_in,
+    read_config,
+    read_tensors,
+    same_bits,
+)
 
 
 @pytest.mark.parametrize("name", EXAONE4.tiny)
@@ -244,3 +254,33 @@ def test_value_that_cannot_be_written_is_rejected(
     options: list[str], fragments: str, tmp_path: Path, rejected: Rejected
 ) -> None:
     rejected(["tiny", "exaone4", tmp_path / "output", *options], fragments)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_tiny_of_a_real_model_has_its_first_layers(
+    name: str, tiny: Any, cli: Cli, tmp_path: Path
+) -> None:
+    source = tiny(name)
+    run = cli("tiny", "--from", source, "--layers", 4, "small")
+    assert run.code == 0, run.err
+    before, after = read_tensors(source), read_tensors(tmp_path / "small")
+    assert {key: before[key] for key in after}.keys() == after.keys()
+    assert same_bits(after, {key: before[key] for key in after})
+    layers = {int(found[1]) for key in after if (found := re.search(r"layers\.(\d+)\.", key))}
+    assert layers >= {0, 1, 2, 3} and cli("inspect", "small").code == 0
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("--layers", 99), "from 1 to the model's"),
+        (("--layers", 1), "the first layer with experts"),
+        (("--set", "dtype=bfloat16"), "left out with --from"),
+    ],
+)
+def test_tiny_of_a_real_model_rejects(
+    arguments: tuple[object, ...], fragment: str, tiny: Any, cli: Cli
+) -> None:
+    run = cli("tiny", "--from", tiny("exaone-moe"), *arguments, "small")
+    assert run.code == 2 and fragment in run.err
