@@ -11,6 +11,7 @@ from pathlib import Path
 __all__ = [
     "BridgeError",
     "CheckpointError",
+    "ConversationError",
     "OutputError",
     "ParityFailure",
     "PlanError",
@@ -117,6 +118,13 @@ class UnmappedTensors(BridgeError):
 
 class VisionInputError(BridgeError):
     """Pixel values, grids and placeholder tokens that do not match."""
+
+
+class ConversationError(BridgeError):
+    """A conversation that cannot be trained on, or a chat template that does not render it."""
+
+    def __init__(self, what: str, problem: str, *, remedy: str) -> None:
+        super().__init__(f"{what} {problem}; {remedy}.")
 
 
 class CheckpointError(BridgeError):

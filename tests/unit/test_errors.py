@@ -12,6 +12,7 @@ from exaone_bridge import errors
 from exaone_bridge.errors import (
     BridgeError,
     CheckpointError,
+    ConversationError,
     OutputError,
     ParityFailure,
     PlanError,
@@ -78,6 +79,11 @@ ERRORS: list[tuple[BridgeError, str, dict[str, object]]] = [
         PlanError("lm_head.weight", "is filled twice"),
         "reshard plan: lm_head.weight is filled twice; nothing was copied, please report this.",
         {"place": "lm_head.weight"},
+    ),
+    (
+        ConversationError("messages[1]", "has the role 'bot'", remedy="use user"),
+        "messages[1] has the role 'bot'; use user.",
+        {},
     ),
     (VisionInputError("images: 3 tokens and 4 features."), "images: 3 tokens and 4 features.", {}),
     (RegistrationError("another bridge."), "another bridge.", {}),

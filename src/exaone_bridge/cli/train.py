@@ -20,7 +20,7 @@ from exaone_bridge.runtime.launch import is_rank_zero
 __all__ = ["train"]
 
 # Arguments of recipes that are not fields of the plan.
-_ARGUMENTS = ("gpu_memory_gb", "hf_path", "dataset_root", "packed", "peft_scheme")
+_ARGUMENTS = ("gpu_memory_gb", "hf_path", "dataset_root", "packed", "last_turn", "peft_scheme")
 
 
 def train(options: Namespace) -> None:

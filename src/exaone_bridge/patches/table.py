@@ -9,6 +9,7 @@ import textwrap
 
 from exaone_bridge.patches import (
     auto_bridge_save,
+    chat_data,
     dora,
     former_names,
     import_guard,
@@ -47,6 +48,7 @@ PATCHES: tuple[Patch, ...] = (
     listed_config_fields.from_dict,
     vlm_data.collators,
     vlm_data.adapters,
+    chat_data.tokenize_chat_example,
 )
 
 _INTRODUCTION = """\

@@ -8,6 +8,7 @@ The functions here are what every recipe calls. Arguments that the recipes share
   directory.
 - `dataset_root` (SFT and PEFT): a directory with training.jsonl and validation.jsonl.
 - `packed` (SFT and PEFT): pack several samples into one sequence.
+- `last_turn` (chat SFT and chat PEFT): the loss covers the assistant's last turn only.
 - `peft_scheme` (PEFT): "lora", "dora", or an object of Megatron-Bridge's PEFT class.
 - `overrides`: other values for fields of the plan, by keyword: see `PlanOverrides`.
 
@@ -39,7 +40,15 @@ if TYPE_CHECKING:
 
     from exaone_bridge.modules.provider import ExactGPTModelProvider
 
-__all__ = ["CheckedPlan", "check_plan", "peft_config", "pretrain_config", "sft_config"]
+__all__ = [
+    "CheckedPlan",
+    "chat_peft_config",
+    "chat_sft_config",
+    "check_plan",
+    "peft_config",
+    "pretrain_config",
+    "sft_config",
+]
 
 # The processor that a run downloads where the recipe is given no directory.
 _PROCESSORS = {"exaone45_vl_33b": "LGAI-EXAONE/EXAONE-4.5-33B"}
@@ -93,7 +102,33 @@ def sft_config(
     """Build a config for supervised fine-tuning of all parameters; see `pretrain_config`."""
     provider = _provider(model, hf_path)
     plan = _checked_plan(model, "sft", gpu_memory_gb, provider, overrides)
-    return _fine_tuning(model, provider, plan, hf_path, dataset_root, packed, lr=5e-6)
+    dataset = _samples(model, plan, hf_path, dataset_root, packed)
+    return _fine_tuning(model, provider, plan, hf_path, dataset, lr=5e-6)
+
+
+def chat_sft_config(
+    model: str,
+    gpu_memory_gb: int,
+    hf_path: str | Path | None,
+    dataset_root: str | Path | None,
+    packed: bool,
+    last_turn: bool,
+    overrides: PlanOverrides,
+) -> ConfigContainer:
+    """Build a config for supervised fine-tuning on conversations, with the plan of `sft_config`.
+
+    Raises:
+        CheckpointError: `hf_path` has a tokenizer without a chat template, or what
+            `pretrain_config` raises.
+        UnsupportedConfig, UnsupportedLayout: see `pretrain_config`.
+    """
+    from exaone_bridge.recipes import common
+
+    _check_chat_template(hf_path)
+    config = sft_config(model, gpu_memory_gb, hf_path, dataset_root, packed, overrides)
+    plan = training_plan(model, "sft", gpu_memory_gb).with_overrides(**overrides)
+    config.dataset = common.conversations(plan, dataset_root, hf_path, packed, last_turn)
+    return config
 
 
 def peft_config(
@@ -120,7 +155,8 @@ def peft_config(
         raise UnsupportedConfig("peft_scheme", got=peft_scheme, known=_PEFT_SCHEMES, where=where)
     provider = _provider(model, hf_path)
     plan = _checked_plan(model, "peft", gpu_memory_gb, provider, overrides)
-    config = _fine_tuning(model, provider, plan, hf_path, dataset_root, packed, lr=1e-4)
+    dataset = _samples(model, plan, hf_path, dataset_root, packed)
+    config = _fine_tuning(model, provider, plan, hf_path, dataset, lr=1e-4)
     if isinstance(peft_scheme, PEFT):
         config.peft = peft_scheme
     else:
@@ -130,38 +166,87 @@ def peft_config(
     return config
 
 
+def chat_peft_config(
+    model: str,
+    peft_scheme: str | PEFT,
+    gpu_memory_gb: int,
+    hf_path: str | Path | None,
+    dataset_root: str | Path | None,
+    packed: bool,
+    last_turn: bool,
+    overrides: PlanOverrides,
+) -> ConfigContainer:
+    """Build a config for LoRA or DoRA on conversations, with the plan of `peft_config`.
+
+    Raises:
+        UnsupportedConfig, UnsupportedLayout, CheckpointError: see `peft_config` and
+            `chat_sft_config`.
+    """
+    from exaone_bridge.recipes import common
+
+    _check_chat_template(hf_path)
+    config = peft_config(
+        model, peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, overrides
+    )
+    plan = training_plan(model, "peft", gpu_memory_gb).with_overrides(**overrides)
+    config.dataset = common.conversations(plan, dataset_root, hf_path, packed, last_turn)
+    return config
+
+
+def _check_chat_template(hf_path: str | Path | None) -> None:
+    """Check that a directory with a tokenizer has a chat template."""
+    if hf_path is None or not any((Path(hf_path) / name).is_file() for name in _TOKENIZER_FILES):
+        return
+    config = Path(hf_path) / "tokenizer_config.json"
+    in_config = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+    if not in_config and not (Path(hf_path) / "chat_template.jinja").is_file():
+        raise CheckpointError(
+            hf_path,
+            "the tokenizer has no chat template",
+            remedy="add chat_template.jinja, or use the recipe without `chat_` for prompts and "
+            "completions",
+        )
+
+
+def _samples(
+    model: str,
+    plan: TrainingPlan,
+    hf_path: str | Path | None,
+    dataset_root: str | Path | None,
+    packed: bool,
+) -> Any:
+    """Build the config of the dataset that suits the model: text, or text and images."""
+    from exaone_bridge.recipes import common
+
+    if "_vl_" not in model:
+        return common.prompt_completions(plan, dataset_root, packed)
+    if packed and plan.cp > 1:
+        raise UnsupportedLayout(
+            "cp",
+            got=plan.cp,
+            wanted="1 where conversations with images are packed",
+            remedy="pass packed=False: context parallelism does not shard packed sequences of "
+            "this model",
+        )
+    processor = hf_path or _PROCESSORS.get(model)
+    return common.image_conversations(plan, dataset_root, processor, packed)
+
+
 def _fine_tuning(
     model: str,
     provider: ExactGPTModelProvider,
     plan: TrainingPlan,
     hf_path: str | Path | None,
-    dataset_root: str | Path | None,
-    packed: bool,
+    dataset: Any,
     lr: float,
 ) -> ConfigContainer:
     from exaone_bridge.recipes import common
 
     _apply_plan(provider, plan)
-    has_images = "_vl_" in model
-    dataset: Any
-    if has_images:
-        if packed and plan.cp > 1:
-            raise UnsupportedLayout(
-                "cp",
-                got=plan.cp,
-                wanted="1 where conversations with images are packed",
-                remedy="pass packed=False: context parallelism does not shard packed sequences of "
-                "this model",
-            )
-        dataset = common.image_conversations(
-            plan, dataset_root, hf_path or _PROCESSORS.get(model), packed
-        )
-    else:
-        dataset = common.prompt_completions(plan, dataset_root, packed)
     if hasattr(provider, "freeze_vision_model"):
         # Text alone cannot train the vision encoder. Images train its merger, and nothing else.
         provider.freeze_vision_model = True
-        provider.freeze_vision_projection = not has_images
+        provider.freeze_vision_projection = "_vl_" not in model
     config = common.container(provider, plan, dataset, train_iters=1000, lr=lr, lr_warmup_iters=50)
     _set_tokenizer_and_weights(config, hf_path)
     # Answers differ in length: average the loss over tokens, not over microbatches or ranks.

@@ -7,6 +7,7 @@ packages that text models do not need (diffusers).
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,14 @@ from megatron.bridge.training.config import (
 from exaone_bridge.patches.vlm_data import IN_FOLDER
 from exaone_bridge.recipes.training_plan import TrainingPlan
 
-__all__ = ["ENV_VARS", "container", "image_conversations", "mock_text", "prompt_completions"]
+__all__ = [
+    "ENV_VARS",
+    "container",
+    "conversations",
+    "image_conversations",
+    "mock_text",
+    "prompt_completions",
+]
 
 if TYPE_CHECKING:
     from exaone_bridge.modules.provider import ExactGPTModelProvider
@@ -154,6 +162,52 @@ def prompt_completions(
             (not the recipe) downloads.
         packed: pack several samples into one sequence.
     """
+    preprocessing = PromptCompletionSFTPreprocessingConfig(
+        prompt_column="input", completion_column="output", separator="\n"
+    )
+    config = _text_rows(plan, dataset_root, packed, preprocessing)
+    if dataset_root is None:
+        config.hf_dataset = HFDatasetSourceConfig(dataset_name="squad")
+    return config
+
+
+def conversations(
+    plan: TrainingPlan,
+    dataset_root: str | Path | None,
+    hf_path: str | Path | None,
+    packed: bool,
+    last_turn: bool,
+) -> GPTSFTDatasetConfig:
+    """Build the config of a dataset of conversations, rendered by the model's chat template.
+
+    Args:
+        plan: gives the sequence length and the multiple to which packed samples are padded.
+        dataset_root: a directory with training.jsonl and validation.jsonl, whose lines have
+            `messages`, and may have `tools` and `chat_template_kwargs`. None: Tulu 3, which the
+            training run (not the recipe) downloads.
+        hf_path: the Hugging Face directory of the tokenizer.
+        packed: pack several conversations into one sequence.
+        last_turn: the loss covers the assistant's last turn only.
+    """
+    preprocessing = ChatSFTPreprocessingConfig(loss_mode="last_turn" if last_turn else "assistant")
+    config = _text_rows(plan, dataset_root, packed, preprocessing)
+    if dataset_root is None:
+        config.hf_dataset = HFDatasetSourceConfig(dataset_name="tulu3")
+        config.hf_validation_proportion = 0.01
+    else:
+        # Megatron-Bridge indexes and packs rows once, and uses the result after they have changed;
+        # the name of what it packs depends on this directory.
+        index = Path(dataset_root) / "index" / _state_of_rows(Path(dataset_root), hf_path)
+        config.dataset_kwargs = {**(config.dataset_kwargs or {}), "index_mapping_dir": str(index)}
+    return config
+
+
+def _text_rows(
+    plan: TrainingPlan,
+    dataset_root: str | Path | None,
+    packed: bool,
+    preprocessing: ChatSFTPreprocessingConfig | PromptCompletionSFTPreprocessingConfig,
+) -> GPTSFTDatasetConfig:
     specs = None
     if packed:
         multiple = (2 * plan.cp if plan.cp > 1 else 1) * (plan.layout.tp if plan.layout.sp else 1)
@@ -161,10 +215,7 @@ def prompt_completions(
     return GPTSFTDatasetConfig(
         seq_length=plan.seq_length,
         dataset_root=None if dataset_root is None else str(dataset_root),
-        hf_dataset=HFDatasetSourceConfig(dataset_name="squad") if dataset_root is None else None,
-        preprocessing=PromptCompletionSFTPreprocessingConfig(
-            prompt_column="input", completion_column="output", separator="\n"
-        ),
+        preprocessing=preprocessing,
         do_test=False,
         enable_offline_packing=packed,
         offline_packing_specs=specs,
@@ -173,6 +224,18 @@ def prompt_completions(
         dataloader_type="batch",
         num_workers=2,
     )
+
+
+def _state_of_rows(dataset_root: Path, hf_path: str | Path | None) -> str:
+    """Return 12 hexadecimal digits that change with rows, tokenizer or chat template."""
+    digest = hashlib.sha256()
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for path in (Path(hf_path or "") / name for name in names):
+        digest.update(path.read_bytes() if hf_path and path.is_file() else b"")
+    for path in (dataset_root / f"{split}.jsonl" for split in ("training", "validation")):
+        if path.is_file():
+            digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns} ".encode())
+    return digest.hexdigest()[:12]
 
 
 def image_conversations(

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "exaone4_1p2b_64k_pretrain_config",
+    "exaone4_1p2b_chat_peft_config",
+    "exaone4_1p2b_chat_sft_config",
     "exaone4_1p2b_peft_config",
     "exaone4_1p2b_pretrain_config",
     "exaone4_1p2b_sft_config",
     "exaone4_32b_128k_pretrain_config",
+    "exaone4_32b_chat_peft_config",
+    "exaone4_32b_chat_sft_config",
     "exaone4_32b_peft_config",
     "exaone4_32b_pretrain_config",
     "exaone4_32b_sft_config",
+    "exaone4_tiny_chat_peft_config",
+    "exaone4_tiny_chat_sft_config",
     "exaone4_tiny_peft_config",
     "exaone4_tiny_pretrain_config",
     "exaone4_tiny_sft_config",
@@ -66,6 +72,42 @@ def exaone4_1p2b_peft_config(
     )
 
 
+def exaone4_1p2b_chat_sft_config(
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = True,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for full SFT of EXAONE 4.0 1.2B on conversations."""
+    return build.chat_sft_config(
+        "exaone4_1p2b", gpu_memory_gb, hf_path, dataset_root, packed, last_turn, overrides
+    )
+
+
+def exaone4_1p2b_chat_peft_config(
+    peft_scheme: str | PEFT = "lora",
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = True,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for LoRA or DoRA of EXAONE 4.0 1.2B on conversations."""
+    return build.chat_peft_config(
+        "exaone4_1p2b",
+        peft_scheme,
+        gpu_memory_gb,
+        hf_path,
+        dataset_root,
+        packed,
+        last_turn,
+        overrides,
+    )
+
+
 def exaone4_32b_pretrain_config(
     gpu_memory_gb: int = 80, hf_path: str | Path | None = None, **overrides: Unpack[PlanOverrides]
 ) -> ConfigContainer:
@@ -105,6 +147,42 @@ def exaone4_32b_peft_config(
     )
 
 
+def exaone4_32b_chat_sft_config(
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = True,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for full SFT of EXAONE 4.0 32B on conversations."""
+    return build.chat_sft_config(
+        "exaone4_32b", gpu_memory_gb, hf_path, dataset_root, packed, last_turn, overrides
+    )
+
+
+def exaone4_32b_chat_peft_config(
+    peft_scheme: str | PEFT = "lora",
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = True,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for LoRA or DoRA of EXAONE 4.0 32B on conversations."""
+    return build.chat_peft_config(
+        "exaone4_32b",
+        peft_scheme,
+        gpu_memory_gb,
+        hf_path,
+        dataset_root,
+        packed,
+        last_turn,
+        overrides,
+    )
+
+
 def exaone4_tiny_pretrain_config(
     gpu_memory_gb: int = 80, hf_path: str | Path | None = None, **overrides: Unpack[PlanOverrides]
 ) -> ConfigContainer:
@@ -134,4 +212,40 @@ def exaone4_tiny_peft_config(
     """Return a LoRA or DoRA config for a tiny EXAONE 4.0 hybrid."""
     return build.peft_config(
         "exaone4_tiny", peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, overrides
+    )
+
+
+def exaone4_tiny_chat_sft_config(
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = False,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for full SFT of a tiny EXAONE 4.0 hybrid on conversations."""
+    return build.chat_sft_config(
+        "exaone4_tiny", gpu_memory_gb, hf_path, dataset_root, packed, last_turn, overrides
+    )
+
+
+def exaone4_tiny_chat_peft_config(
+    peft_scheme: str | PEFT = "lora",
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = False,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for LoRA or DoRA of a tiny EXAONE 4.0 hybrid on conversations."""
+    return build.chat_peft_config(
+        "exaone4_tiny",
+        peft_scheme,
+        gpu_memory_gb,
+        hf_path,
+        dataset_root,
+        packed,
+        last_turn,
+        overrides,
     )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
 __all__ = [
+    "exaone45_33b_chat_peft_config",
+    "exaone45_33b_chat_sft_config",
     "exaone45_33b_peft_config",
     "exaone45_33b_sft_config",
     "exaone45_vl_33b_peft_config",
@@ -54,6 +56,42 @@ def exaone45_33b_peft_config(
     """Return a LoRA or DoRA config for the language model of EXAONE 4.5 33B on text."""
     return build.peft_config(
         "exaone45_33b", peft_scheme, gpu_memory_gb, hf_path, dataset_root, packed, overrides
+    )
+
+
+def exaone45_33b_chat_sft_config(
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = True,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for full SFT of the language model of EXAONE 4.5 33B on conversations."""
+    return build.chat_sft_config(
+        "exaone45_33b", gpu_memory_gb, hf_path, dataset_root, packed, last_turn, overrides
+    )
+
+
+def exaone45_33b_chat_peft_config(
+    peft_scheme: str | PEFT = "lora",
+    gpu_memory_gb: int = 80,
+    hf_path: str | Path | None = None,
+    dataset_root: str | Path | None = None,
+    packed: bool = True,
+    last_turn: bool = False,
+    **overrides: Unpack[PlanOverrides],
+) -> ConfigContainer:
+    """Return a config for LoRA or DoRA of the language model of EXAONE 4.5 33B on conversations."""
+    return build.chat_peft_config(
+        "exaone45_33b",
+        peft_scheme,
+        gpu_memory_gb,
+        hf_path,
+        dataset_root,
+        packed,
+        last_turn,
+        overrides,
     )
 
 

@@ -21,8 +21,8 @@ from tests.helpers.cli import Cli
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run_shows_the_plan(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    memory = "gpu_memory_gb=141"
-    run = cli("train", name, memory, "--dry-run")
+    settings = ["gpu_memory_gb=141", *(["last_turn=true"] if "_chat_" in name else [])]
+    run = cli("train", name, *settings, "--dry-run")
     assert run.code == 0, run.err
     assert "tokens a step" in run.out and "of 141 GB, estimated" in run.out
 

@@ -107,6 +107,12 @@ def _magnitude(_: Path) -> tuple[Any, ...]:
     return SimpleNamespace(input_is_parallel=False, config=SimpleNamespace()), torch.ones(4)
 
 
+def _conversation(folder: Path) -> tuple[Any, ...]:
+    from transformers import AutoTokenizer
+
+    return {"messages": []}, AutoTokenizer.from_pretrained(folder)
+
+
 CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "AutoBridge.save_hf_weights": _save,
     "AutoBridge.save_hf_pretrained": _save,
@@ -118,6 +124,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "PreTrainedCausalLM._load_tokenizer": _load_tokenizer,
     "_mtp_source_key_prefixes": lambda _: (SimpleNamespace(), SimpleNamespace()),
     "apply_run_config_backward_compat": _run_config,
+    "tokenize_chat_example": _conversation,
     "mtp_block_spec": lambda _: (SimpleNamespace(),),
     "AdapterWrapper.__init__": _adapter,
     "DoRALinear._get_weight_norm": _row_parallel,

@@ -34,6 +34,15 @@ CASES = [
     for gpu_memory_gb in TRAINING_PLANS[model, stage]
     if "tiny" not in model or gpu_memory_gb == 80
 ]
+# Recipes for conversations have the plans of those without `chat_`.
+STAGES = [
+    *TRAINING_PLANS,
+    *(
+        (model, f"chat_{stage}")
+        for model, stage in TRAINING_PLANS
+        if stage in ("sft", "peft") and "_vl_" not in model
+    ),
+]
 # Parameters of the published models in billions, from their model cards.
 BILLIONS = {
     "exaone4_1p2b": 1.28,
@@ -247,21 +256,22 @@ def test_recipe_with_impossible_sizes_raises(
 
 def test_recipe_is_an_exported_function_with_a_signature() -> None:
     """Every plan has a recipe of its name; recipes are pickled by reference."""
-    assert set(RECIPES) == {f"{model}_{stage}_config" for model, stage in TRAINING_PLANS}
+    assert set(RECIPES) == {f"{model}_{stage}_config" for model, stage in STAGES}
     assert set(exaone_bridge.recipes.__all__) == {"RECIPES", "recipe", *RECIPES}
-    for model, stage in TRAINING_PLANS:
+    for model, stage in STAGES:
         name = f"{model}_{stage}_config"
         function = getattr(exaone_bridge.recipes, name)
         assert pickle.loads(pickle.dumps(function)) is function is recipe(name)
         parameters = inspect.signature(function).parameters
-        assert ("peft_scheme" in parameters) == (stage == "peft")
-        assert ("packed" in parameters) == (stage in ("sft", "peft"))
+        assert ("peft_scheme" in parameters) == stage.endswith("peft")
+        assert ("packed" in parameters) == stage.endswith(("sft", "peft"))
+        assert ("last_turn" in parameters) == stage.startswith("chat")
         if "packed" in parameters:
             assert parameters["packed"].default == (not re.search("_tiny|_vl_", model))
         assert function.__doc__ and ("positions" in function.__doc__) == ("k_" in stage)
 
 
-@pytest.mark.parametrize(("model", "stage"), TRAINING_PLANS)
+@pytest.mark.parametrize(("model", "stage"), STAGES)
 def test_recipe_calls_the_builder_with_its_own_plan(
     monkeypatch: pytest.MonkeyPatch, model: str, stage: str
 ) -> None:

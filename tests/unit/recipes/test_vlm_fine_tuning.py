@@ -6,7 +6,6 @@ Transformers on the same conversations, in fp32 on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import sys
@@ -26,6 +25,7 @@ from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.checks.gradients import relative_norm
 from tests.helpers.paths import ROOT
 from tests.helpers.processors import load_processor
+from tests.helpers.training import StragglerTimer
 
 EXAMPLES = str(ROOT / "examples")
 LENGTH = 128
@@ -137,13 +137,6 @@ def _transformers_step(hf_path: Path, dataset_root: Path) -> tuple[float, dict[s
     return loss.item(), {name: p.grad for name, p in parameters if p.grad is not None}
 
 
-class _StragglerTimer(contextlib.nullcontext):  # type: ignore[type-arg]
-    """Stands for Megatron-Bridge's timer, which is a context manager and makes others."""
-
-    def __call__(self, **_: Any) -> Any:
-        return self
-
-
 def _megatron_step(
     hf_path: Path, layout: Layout, config: Any, batches: list[dict[str, Any]]
 ) -> tuple[float | None, dict[str, torch.Tensor]]:
@@ -170,7 +163,7 @@ def _megatron_step(
     get_model_config(model).finalize_model_grads_func = finalize_model_grads
     timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
     state = SimpleNamespace(
-        cfg=config, timers=lambda *_, **__: timer, straggler_timer=_StragglerTimer()
+        cfg=config, timers=lambda *_, **__: timer, straggler_timer=StragglerTimer()
     )
     model.train()
     model.zero_grad_buffer()
