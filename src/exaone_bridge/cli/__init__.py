@@ -119,6 +119,8 @@ def _call(options: Namespace) -> None:
                 options.target,
                 iteration=options.iteration,
                 hf_source=options.hf_source,
+                adapter=options.adapter,
+                peft=options.peft,
                 max_shard_size=options.max_shard_size,
                 drop_passthrough=options.drop_passthrough,
                 workers=options.workers,

@@ -54,6 +54,10 @@ class _Parser(ArgumentParser):
                 )
             setattr(options, model, options.json)  # `inspect --json FOLDER`
             options.json = STANDARD_OUTPUT
+        if options.command == "export" and options.peft and options.adapter is None:
+            raise UsageError(
+                "--peft needs --adapter DIR; `exaone-bridge export --help` lists the arguments."
+            )
         return options
 
     def print_help(self, file: Any = None) -> None:
@@ -260,7 +264,8 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         "Convert a Megatron checkpoint of any layout to a Hugging Face folder.\n\n"
-        "Needs the checkpoint alone. The same command resumes an interrupted export.",
+        "Needs the checkpoint alone. The same command resumes an interrupted export. With an\n"
+        "adapter, MEGATRON_FOLDER may also be the Hugging Face folder that it was trained on.",
         "exaone-bridge export /checkpoints/exaone /models/exported",
     )
     _add_path(parser, "source", "MEGATRON_FOLDER", "a Megatron-Bridge checkpoint")
@@ -277,6 +282,15 @@ def _add_export(commands: Any) -> None:
         type=Path,
         help="a Hugging Face folder to take the tokenizer and other files from (default: those "
         "that the checkpoint has)",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        type=Path,
+        help="merge the LoRA or DoRA adapter in this Megatron checkpoint into the weights",
+    )
+    parser.add_argument(
+        "--peft", action="store_true", help="write the adapter alone, in PEFT's format"
     )
     parser.add_argument(
         "--max-shard-size",

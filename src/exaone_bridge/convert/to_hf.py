@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from exaone_bridge.checkpoint.hf.diagnose import check_is_megatron_folder
-from exaone_bridge.checkpoint.hf.headers import INDEX, TensorInfo, TensorSpec, read_json
-from exaone_bridge.checkpoint.hf.reader import TensorReader
+from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.shards import (
     MAX_SHARD_BYTES,
     ShardWriter,
@@ -18,24 +15,24 @@ from exaone_bridge.checkpoint.hf.shards import (
     write_index,
 )
 from exaone_bridge.checkpoint.hf.writer import write_config_json
-from exaone_bridge.checkpoint.megatron.run_config import read_run_config
 from exaone_bridge.checkpoint.staging import (
     check_new_output,
     check_space,
     full_disk_as_output_error,
     resumable,
 )
-from exaone_bridge.convert.extra_tensors import read_passthrough
+from exaone_bridge.convert.export_source import (
+    ExportSource,
+    open_hf,
+    open_megatron,
+    with_adapter,
+)
+from exaone_bridge.convert.peft_adapter import write_peft_adapter
 from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
-from exaone_bridge.convert.source_files import assets_of, files_of, source_config
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.runtime.progress_bar import shown_progress
 from exaone_bridge.schema.hf_files import companion_files, copy_companion_files, has_tokenizer
-from exaone_bridge.schema.iterations import choose_iteration
-
-if TYPE_CHECKING:
-    from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
 
 __all__ = ["export_checkpoint"]
 
@@ -46,6 +43,8 @@ def export_checkpoint(
     *,
     iteration: int | None = None,
     hf_source: str | Path | None = None,
+    adapter: str | Path | None = None,
+    peft: bool = False,
     max_shard_bytes: int | None = None,
     drop_passthrough: bool = False,
     workers: int = 1,
@@ -58,11 +57,13 @@ def export_checkpoint(
     An interrupted export is continued: what it has written is compared, and kept where it is right.
 
     Args:
-        megatron_folder: The source.
+        megatron_folder: The source; with an adapter, a Hugging Face folder may be the source too.
         hf_folder: The output, which must not exist, or be an empty folder.
         iteration: The one to export; None: the one that the checkpoint's tracker file names.
         hf_source: A Hugging Face folder to take the tokenizer and all other files from; None: what
             the checkpoint has of its source.
+        adapter: An adapter checkpoint of Megatron-Bridge's PEFT training, which is merged.
+        peft: Write the adapter alone, in PEFT's format.
         max_shard_bytes: Of a file; None: the files of the Hugging Face source that the checkpoint
             was imported from, or 5 GB.
         drop_passthrough: Leave out passthrough tensors, and change config.json accordingly.
@@ -73,43 +74,45 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: The source is damaged or lacks passthrough tensors, or the output exists.
-        UnsupportedConfig: The model is not one of exaone_bridge's.
+        UnsupportedConfig: The model is not one of exaone_bridge's, or an adapter is not supported.
+        UnmappedTensors: The adapter has tensors for which the model has no linear.
         OutputError: The disk is full.
     """
     started = time.perf_counter()
     megatron_folder, hf_folder = Path(megatron_folder), Path(hf_folder)
     check_new_output(hf_folder)
-    check_is_megatron_folder(megatron_folder)
-    from exaone_bridge.checkpoint.megatron.tensors import MegatronCheckpoint
-    from exaone_bridge.runtime.fork import ForkLauncher
-
-    chosen, why = choose_iteration(megatron_folder, iteration)
-    notes: tuple[str, ...] = (f"{megatron_folder}: {why}",) if why else ()
-    assets = assets_of(megatron_folder)
-    files_from = files_of(assets, chosen, hf_source)
-    provider = read_run_config(chosen)
-    config = provider.hf_config(source_config(assets))
-    source = MegatronCheckpoint(chosen, config, provider)
-    notes += _notes_on_files(files_from)
-    passthrough: dict[str, TensorInfo] = {}
-    if drop_passthrough:
-        family = source.model.family
-        config = family.write_hf_config(family.without_passthrough(source.model.config), config)
+    if adapter is None or not (megatron_folder / "config.json").is_file():
+        source = open_megatron(
+            megatron_folder, iteration, hf_source, passthrough=not (drop_passthrough or peft)
+        )
     else:
-        # A model that was built with multi-token prediction has its tensors since the import.
-        passthrough = {
-            name: info
-            for name, info in read_passthrough(assets, source.model).items()
-            if name not in source.tensors
-        }
-    specs: list[TensorSpec | TensorInfo] = [*source.tensors.values(), *passthrough.values()]
+        source = open_hf(megatron_folder, hf_source)
+    if adapter is not None:
+        from exaone_bridge.checkpoint.megatron.adapter import AdapterCheckpoint
+
+        adapters = AdapterCheckpoint(Path(adapter), source.model)
+        source = with_adapter(source, adapters)
+        if peft:
+            base = memory_used()
+            written = write_peft_adapter(
+                adapters, source.model, megatron_folder, hf_folder, dry_run=dry_run
+            )
+            seconds = 0.0 if dry_run else time.perf_counter() - started
+            peak = memory_used(peak=True)
+            return Summary(*written, seconds, peak, base, notes=source.notes)
+    if drop_passthrough:
+        source = source.without_passthrough()
+    notes = source.notes + _notes_on_files(source.files_from)
+    specs = [*source.tensors.values(), *source.passthrough.values()]
     sizes = {spec.name: spec.nbytes for spec in specs}
-    files = _source_files(assets / INDEX, sizes) if max_shard_bytes is None else None
+    files = _source_files(source.index, sizes) if max_shard_bytes is None else None
     layout = shard_layout(specs, files or assign_files(sizes, max_shard_bytes or MAX_SHARD_BYTES))
     check_space(hf_folder, layout.nbytes)
     if dry_run:
         return Summary(len(specs), layout.nbytes, 0.0, notes=notes)
-    groups = [*source.groups(), *([name] for name in passthrough)]
+    from exaone_bridge.runtime.fork import ForkLauncher
+
+    groups = [*source.groups, *([name] for name in source.passthrough)]
     bins = balanced([sum(sizes[name] for name in group) for group in groups], workers)
     shares = [[name for index in indices for name in groups[index]] for indices in bins]
     with shown_progress("export", progress, nbytes=True) as shown, resumable(hf_folder) as folder:
@@ -117,12 +120,12 @@ def export_checkpoint(
         shown.total(layout.nbytes)
         writer = ShardWriter.create(folder, layout)
         results = ForkLauncher(workers, megatron=False).all(
-            _export_rank, source, hf_folder, writer, shares, passthrough, progress=shown
+            _export_rank, source, hf_folder, writer, shares, progress=shown
         )
         write_index(folder, layout)
-        write_config_json(folder, config)
-        if files_from is not None:
-            copy_companion_files(files_from, folder)
+        write_config_json(folder, source.config)
+        if source.files_from is not None:
+            copy_companion_files(source.files_from, folder)
     base, peak = largest_growth([(base, peak) for _, base, peak in results])
     return Summary(
         len(specs),
@@ -150,11 +153,10 @@ def _notes_on_files(folder: Path | None) -> tuple[str, ...]:
 
 
 def _export_rank(
-    source: MegatronCheckpoint,
+    source: ExportSource,
     target: Path,
     writer: ShardWriter,
     shares: list[list[str]],
-    passthrough: Mapping[str, TensorInfo],
     progress: Progress,
 ) -> tuple[int, int, int]:
     """Write this rank's tensors.
@@ -166,11 +168,10 @@ def _export_rank(
 
     from exaone_bridge.checkpoint.dtypes import byte_view
 
-    base, reader = memory_used(), TensorReader()
+    base = memory_used()
     with full_disk_as_output_error(target), writer:
         for name in shares[dist.get_rank()]:
-            in_source = name not in passthrough
-            tensor = source.read(name) if in_source else reader.read(passthrough[name])
+            tensor = source.read(name)
             writer.put(name, [byte_view(tensor)])
             progress.advance(tensor.nbytes)
             del tensor

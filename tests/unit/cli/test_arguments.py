@@ -31,7 +31,8 @@ def test_every_option_of_inspect_reaches_the_layout() -> None:
      ["inspect", "x", "--tpp", "2"], ["inspect", "x", "--t", "2"], ["verify"],
      ["verify", "--json", "-"], ["perplexity", "--text", "x"],
      ["inspect", "-x"], ["import", "x", "y", "--workers", "257"], ["verify", "x", "--seed", "-1"],
-     ["export", "x", "y", "--workers", "9" * 30], ["tiny", "exaone4", "x", "--seed", "one"]],
+     ["export", "x", "y", "--peft"], ["export", "x", "y", "--workers", "9" * 30],
+     ["tiny", "exaone4", "x", "--seed", "one"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_argument_is_rejected_in_one_line(arguments: list[str], cli: Cli) -> None:

@@ -13,7 +13,7 @@ from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["RUN_CONFIG", "StoredProvider", "read_run_config"]
+__all__ = ["RUN_CONFIG", "StoredProvider", "read_peft", "read_run_config"]
 
 RUN_CONFIG = "run_config.yaml"
 _RESTORE = "restore the checkpoint"
@@ -92,12 +92,39 @@ def read_run_config(path: Path) -> StoredProvider:
         CheckpointError: the folder is damaged or not a Megatron-Bridge checkpoint.
         UnsupportedConfig: the provider is not one of exaone_bridge.
     """
+    file = iteration_folder(path) / RUN_CONFIG
+    model = with_present_names(_read_yaml(file, path)["model"])
+    if not isinstance(model, dict) or not isinstance(model.get("hf_config", {}), dict):
+        raise CheckpointError(file, "it describes no model", remedy=_RESTORE)
+    return StoredProvider({"hf_config": {}} | model, file)
+
+
+def read_peft(path: Path) -> JSONObject:
+    """Read the fields of Megatron-Bridge's PEFT object in the run config of an adapter checkpoint.
+
+    Args:
+        path: the folder of one iteration.
+
+    Raises:
+        CheckpointError: the folder is damaged, or is that of a run without PEFT.
+    """
+    peft = _read_yaml(path / RUN_CONFIG, path).get("peft")
+    if not isinstance(peft, dict):
+        raise CheckpointError(
+            path,
+            f"this is not an adapter checkpoint ({RUN_CONFIG} has no peft)",
+            remedy="name the checkpoint of a training run with LoRA or DoRA",
+        )
+    return peft
+
+
+def _read_yaml(file: Path, path: Path) -> JSONObject:
     import yaml
 
-    file = iteration_folder(path) / RUN_CONFIG
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        model = with_present_names(yaml.load(file.read_bytes(), Loader=loader)["model"])
+        found: JSONObject = yaml.load(file.read_bytes(), Loader=loader)
+        found["model"]
     except FileNotFoundError as error:
         raise CheckpointError(
             path,
@@ -107,9 +134,7 @@ def read_run_config(path: Path) -> StoredProvider:
     except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(file, f"cannot be read ({text})", remedy=_RESTORE) from error
-    if not isinstance(model, dict) or not isinstance(model.get("hf_config", {}), dict):
-        raise CheckpointError(file, "it describes no model", remedy=_RESTORE)
-    return StoredProvider({"hf_config": {}} | model, file)
+    return found
 
 
 def _family_of(target: object, where: Path) -> ModelFamily:
