@@ -42,9 +42,17 @@ def test_the_names_are_imported_when_they_are_used() -> None:
 
 
 @pytest.mark.slow
-def test_a_bridge_class_can_be_the_first_import() -> None:
-    """Its module imports Megatron-Bridge, whose import hook imports the module again."""
-    program = "import exaone_bridge; exaone_bridge.Ernie45Bridge"
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import exaone_bridge; exaone_bridge.Ernie45Bridge",
+        "from exaone_bridge.bridge.exaone4 import Exaone4Bridge",
+        "import exaone_bridge.models.exaone45.provider",
+        "import exaone_bridge.modules.provider",
+    ],
+)
+def test_a_module_of_megatron_bridge_can_be_the_first_import(program: str) -> None:
+    """It imports Megatron-Bridge, whose import hook imports the module again."""
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

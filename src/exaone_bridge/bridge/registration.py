@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
 from exaone_bridge.patches.environment import provide_lock_folder
-from exaone_bridge.patches.import_hook import after_import
+from exaone_bridge.patches.import_hook import after_import, import_before
 
 if TYPE_CHECKING:
     from exaone_bridge.bridge.exact_bridge import ExactBridge
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["register", "register_when_imported", "supported"]
 
 _MEGATRON_BRIDGE = "megatron.bridge"
+_AFTER_IT = (
+    r"exaone_bridge\.(modules\.\w+|bridge\.(?!registration$)\w+|models\.\w+\.(provider|layer_spec))"
+)
 
 
 def _bridge_classes() -> dict[str, type[ExactBridge]]:
@@ -109,5 +112,10 @@ def supported() -> dict[str, type[ExactBridge]]:
 
 
 def register_when_imported() -> None:
-    """Register now if Megatron-Bridge is imported already, else at the end of its import."""
+    """Register now if Megatron-Bridge is imported already, else at the end of its import.
+
+    Modules of ours that import it themselves come after it: the registration imports them, and must
+    not find one half imported.
+    """
     after_import(_MEGATRON_BRIDGE, register)
+    import_before(_MEGATRON_BRIDGE, _AFTER_IT)

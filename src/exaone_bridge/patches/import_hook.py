@@ -7,6 +7,8 @@ Patches need them (`patch.py`), and the registration of our bridges after Megatr
 from __future__ import annotations
 
 import contextlib
+import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,9 +19,10 @@ if TYPE_CHECKING:  # importing it takes longer than importing all of this packag
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
 
-__all__ = ["after_import", "around_import"]
+__all__ = ["after_import", "around_import", "import_before"]
 
 _hooks: dict[str, Callable[[], AbstractContextManager[object]]] = {}
+_before: list[tuple[re.Pattern[str], str]] = []
 _calls: dict[str, list[Callable[[], object]]] = {}  # by module, at the end of its import
 
 
@@ -49,6 +52,9 @@ class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        for pattern, module in _before:
+            if module not in sys.modules and pattern.fullmatch(fullname):
+                importlib.import_module(module)
         around = _hooks.get(fullname)
         if around is None:
             return None
@@ -74,6 +80,11 @@ def around_import(module: str, around: Callable[[], AbstractContextManager[objec
     _hooks[module] = around
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def import_before(module: str, pattern: str) -> None:
+    """Import a module before any other whose full name matches the pattern, if it is not yet."""
+    _before.append((re.compile(pattern), module))
 
 
 def after_import(module: str, call: Callable[[], object]) -> None:
