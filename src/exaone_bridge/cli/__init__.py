@@ -7,9 +7,9 @@ import sys
 import time
 from argparse import Namespace
 
-from exaone_bridge.checkpoint.hf.headers import FOLLOW_LINKS
 from exaone_bridge.cli.arguments import find_models, layout_of, make_parser
 from exaone_bridge.errors import BridgeError, ParityFailure
+from exaone_bridge.schema.hf_files import FOLLOW_LINKS
 
 __all__ = ["main"]
 

@@ -26,7 +26,7 @@ from exaone_bridge.convert.extra_tensors import ASSETS, write_passthrough
 from exaone_bridge.convert.progress import Summary, balanced, largest_growth, memory_used
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.runtime.progress_bar import shown_progress
-from exaone_bridge.schema.hf_files import copy_companion_files
+from exaone_bridge.schema.hf_files import copy_companion_files, links_left_out
 from exaone_bridge.schema.parallel_layout import Layout
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def import_checkpoint(
     plan = reshard_plan(source.model, Layout())
     validate_plan(plan, source.shapes)
     check_space(megatron_folder, source.nbytes)
-    notes = tuple(f"{hf_folder}: {note}" for note in source.notes)
+    notes = tuple(f"{hf_folder}: {note}" for note in (*source.notes, *_note_on_links(hf_folder)))
     if dry_run:
         return Summary(len(source.tensors), source.nbytes, 0.0, notes=notes)
     from exaone_bridge.bridge.registration import supported
@@ -123,6 +123,17 @@ def import_checkpoint(
         peak_bytes=peak,
         base_bytes=base,
         notes=notes,
+    )
+
+
+def _note_on_links(hf_folder: Path) -> tuple[str, ...]:
+    """Say which files are not copied because they are links to elsewhere."""
+    if not (names := links_left_out(hf_folder)):
+        return ()
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"warning: links that lead out of the folder are not copied ({some}); "
+        "--follow-links copies what they lead to",
     )
 
 

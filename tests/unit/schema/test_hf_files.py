@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exaone_bridge.schema.hf_files import copy_companion_files, has_tokenizer
+import pytest
+
+from exaone_bridge.schema.hf_files import (
+    FOLLOW_LINKS,
+    copy_companion_files,
+    has_tokenizer,
+    links_left_out,
+)
 
 COMPANIONS = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -34,8 +41,10 @@ def test_everything_but_weights_and_config_is_copied(tmp_path: Path) -> None:
     assert all(path.read_bytes() == (source / name).read_bytes() for name, path in copied.items())
 
 
-def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
-    """Except into the blobs of the hub cache, where every file of a snapshot is."""
+def test_links_that_leave_the_folder_are_followed_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They always are into the blobs of the hub cache, where every file of a snapshot is."""
     snapshot, target = tmp_path / "model" / "snapshots" / "abc", tmp_path / "target"
     for folder in (snapshot, tmp_path / "model" / "blobs", target):
         folder.mkdir(parents=True)
@@ -46,6 +55,10 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     (snapshot / "gone.txt").symlink_to(tmp_path / "gone")
     (snapshot / "inside.txt").symlink_to("tokenizer.json")
     assert copy_companion_files(snapshot, target) == ["inside.txt", "tokenizer.json"]
+    assert links_left_out(snapshot) == ["README.md"]
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
+    assert "README.md" in copy_companion_files(snapshot, target)
+    assert links_left_out(snapshot) == []
     assert not any(path.is_symlink() for path in target.iterdir())
 
 

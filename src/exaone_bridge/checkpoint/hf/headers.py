@@ -25,10 +25,10 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.schema.dtypes import DTYPE_BYTES
+from exaone_bridge.schema.hf_files import FOLLOW_LINKS, belongs_to
 from exaone_bridge.schema.json_types import JSONObject
 
 __all__ = [
-    "FOLLOW_LINKS",
     "INDEX",
     "SINGLE_FILE",
     "FileStamp",
@@ -41,7 +41,6 @@ __all__ = [
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-FOLLOW_LINKS: Final = "EXAONE_BRIDGE_FOLLOW_LINKS"  # environment: "1" lets links leave the folder
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _MAX_JSON_BYTES: Final = 100_000_000  # MAX_HEADER_SIZE of safetensors; for index and config too
@@ -342,22 +341,12 @@ def _nbytes(dtype: str, shape: list[int]) -> int | None:
 
 
 def _inside_folder(path: Path) -> Path:
-    """Return `path`, unless it is a link to a file that does not belong to the checkpoint.
-
-    Whoever trusts the folder lets links lead anywhere, by `FOLLOW_LINKS`: the variable reaches
-    every rank, and the calls that Megatron-Bridge makes.
-    """
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    # The hub cache: snapshots/<revision>/<file> links to ../../blobs/<hash>
-    # (huggingface_hub.file_download).
-    in_hub_cache = (
-        folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
-    )
-    follows = os.environ.get(FOLLOW_LINKS) == "1"
-    if not target.is_relative_to(folder) and not in_hub_cache and not follows:
+    """Return `path`, unless it is a link to a file that does not belong to the checkpoint."""
+    if not belongs_to(path, path.parent):
+        target = _quote(os.path.realpath(path))
         raise CheckpointError(
             path,
-            f"is a link to {_quote(str(target))}, which is outside the checkpoint's folder",
+            f"is a link to {target}, which is outside the checkpoint's folder",
             remedy="if you trust the folder, follow its links with --follow-links (in Python with "
             f"{FOLLOW_LINKS}=1 in the environment), or put the file itself there",
         )

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
-from exaone_bridge.checkpoint.hf.headers import FOLLOW_LINKS
+from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.errors import CheckpointError
+from exaone_bridge.schema.hf_files import FOLLOW_LINKS
 from tests.helpers.damage import WEIGHTS, set_config
 
 Tensors = dict[str, torch.Tensor]
@@ -172,3 +173,11 @@ def test_links_that_leave_the_folder_are_followed_on_request(
         HFCheckpoint.open(folder)
     monkeypatch.setenv(FOLLOW_LINKS, "1")
     assert len(HFCheckpoint.open(folder).tensors) == len(load_file(tmp_path / "blob"))
+
+
+def test_import_says_which_files_lead_out_of_the_folder(tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny("exaone4"), folder := tmp_path / "model")
+    (folder / "tokenizer.json").rename(tmp_path / "blob")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (note,) = import_checkpoint(folder, tmp_path / "megatron", dry_run=True).notes
+    assert "links that lead out of the folder are not copied (tokenizer.json)" in note
