@@ -30,6 +30,7 @@ GIVEN = {
     "README.md": {"LGAI-EXAONE/EXAONE-4.0-1.2B": "exaone4-1.2b", "MODEL": "exaone4"},
     "docs/python-api.md": {"tiny-model": "exaone4-1.2b"},
     "docs/quickstart.md": {},
+    "docs/rl/index.md": {"tiny-model": "exaone4-1.2b"},
     "docs/verification.md": {"SOURCE": "ernie45", "OTHER": "ernie45"},
 }
 COMMAND = ROOT / "src" / "exaone_bridge" / "__main__.py"

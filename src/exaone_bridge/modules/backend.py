@@ -117,7 +117,7 @@ TRANSFORMER_ENGINE = (
     else None
 )
 
-# TransformerConfig's switches for CUDA kernels, apex, or torch.compile.
+# TransformerConfig's switches for CUDA kernels, Transformer Engine, apex, or torch.compile.
 _CUDA_FUSIONS = (
     "apply_rope_fusion",
     "bias_activation_fusion",
@@ -125,6 +125,7 @@ _CUDA_FUSIONS = (
     "cross_entropy_loss_fusion",
     "gradient_accumulation_fusion",
     "masked_softmax_fusion",
+    "moe_permute_fusion",
     "persist_layer_norm",
 )
 

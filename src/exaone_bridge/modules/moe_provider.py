@@ -34,6 +34,7 @@ class MoEModelProvider(ExactGPTModelProvider):
     moe_aux_loss_coeff: float | list[float] = 0.0
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
+    variable_seq_lengths: bool = False
     moe_permute_fusion: bool = (
         True  # 5% of a step of six layers of ERNIE 21B at 8192 (docs/benchmarks.md)
     )
@@ -65,24 +66,25 @@ class MoEModelProvider(ExactGPTModelProvider):
                 where="provider",
                 remedy="balance the experts one way or the other",
             )
-        if resolve_backend(self.backend).name == "torch":
-            # alltoall counts tokens on its own CUDA streams; grouped GEMM and permutation need
-            # Transformer Engine.
-            self._override(
-                moe_token_dispatcher_type="allgather",
-                moe_grouped_gemm=False,
-                moe_permute_fusion=False,
-            )
+        has_torch_backend = resolve_backend(self.backend).name == "torch"
+        if has_torch_backend:
+            # alltoall counts tokens on its own CUDA streams; grouped GEMM needs Transformer Engine.
+            self._override(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False)
         # Megatron-Core 0.19.2 rejects the update of a selection bias with softmax, and biases of
         # linears where experts are sharded. Our router supports the first, and our experts have no
-        # biases (modules/router.py, modules/moe.py).
-        linear_biases = self.add_bias_linear
+        # biases (modules/router.py, modules/moe.py). And it rejects "allgather" with sequences of
+        # various lengths, which RL frameworks request; the ranks that gather have sequences of the
+        # same lengths without expert parallelism.
+        linear_biases, various_lengths = self.add_bias_linear, self.variable_seq_lengths
         self.moe_router_enable_expert_bias = False
         self.add_bias_linear = linear_biases and not self.num_moe_experts
+        if has_torch_backend and self.expert_model_parallel_size == 1:
+            self.variable_seq_lengths = False
         try:
             super().finalize()
         finally:
             self.moe_router_enable_expert_bias, self.add_bias_linear = update_bias, linear_biases
+            self.variable_seq_lengths = various_lengths
 
     def _has_aux_loss(self, except_for: tuple[str, ...]) -> bool:
         kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff

@@ -1,4 +1,4 @@
-"""What `finalize` switches off where SwiGLU is clamped: the paths that drop the clamp."""
+"""What `finalize` switches off: paths that drop a clamp of SwiGLU, and what needs a GPU."""
 
 from __future__ import annotations
 
@@ -73,3 +73,22 @@ def test_limit_of_any_layer_switches_the_fused_paths_off(
 ) -> None:
     made = _finalized(tiny, monkeypatch, "exaone-moe-2", kernel=False)
     assert any(made.swiglu_limits) and not any(getattr(made, field) for field in FUSED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_backend_takes_what_rl_frameworks_set(
+    megatron_bridge: Any, tiny: Any, name: str
+) -> None:
+    """verl and slime set variable sequence lengths, and NeMo-RL the fused permutation."""
+    from megatron.bridge import AutoBridge
+
+    made = AutoBridge.from_hf_pretrained(tiny(name)).to_megatron_provider(load_weights=False)
+    made.backend, made.moe_token_dispatcher_type = "torch", "alltoall"
+    made.variable_seq_lengths = made.moe_permute_fusion = True
+    for _ in range(2):  # Megatron-Bridge finalizes twice
+        made.finalize()
+        assert made.variable_seq_lengths and not made.moe_permute_fusion
+    if made.num_moe_experts:  # ranks of different sequences gather tokens with each other
+        made.expert_model_parallel_size = 2
+        with pytest.raises(ValueError, match="does not support variable sequence length"):
+            made.finalize()
