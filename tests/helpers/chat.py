@@ -174,7 +174,6 @@ def tokenizer(name: str) -> Any:
     model.add_special_tokens([AddedToken(text, special=True) for text in special])
     found = PreTrainedTokenizerFast(tokenizer_object=model)
     found.chat_template = unmarked(template)
-    found.add_special_tokens({"additional_special_tokens": list(special)})
     return found
 
 

@@ -290,7 +290,9 @@ def _turn_format(tokenizer: Any, template: str, kwargs: str) -> _TurnFormat:
         if any(head.startswith(prompt) or prompt.startswith(head) for head in heads)
     }
     header = _common_prefix([*heads, *prompts])
-    special = [token for token in tokenizer.all_special_tokens if token in end]
+    # Not `all_special_tokens`: a token may be special without a name, such as ERNIE's.
+    added = map(str, tokenizer.added_tokens_decoder.values())
+    special = [token for token in added if token in end]
     last = max((end.rfind(token) + len(token) for token in special), default=len(end))
     longest_first = sorted(prompts - {header}, key=len, reverse=True)
     return _TurnFormat((*longest_first, header), end[:last])

@@ -124,6 +124,23 @@ def test_images_example_learns_from_images(megatron_bridge: Any, tiny: Any, tmp_
     assert same == vision_encoder | {name for name in before if name.startswith("mtp.")}
 
 
+def test_chat_example_goes_from_conversations_to_answers(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
+    """LoRA learns the answers, and Transformers gives them from the merged export."""
+    script = ROOT / "examples/chat.py"
+    assert len(script.read_text().splitlines()) < 60
+    folder, output = tiny("ernie45-dense"), tmp_path / "out"
+    printed = fork_script(tmp_path, script, folder, output, "--steps", 10)
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 10 and losses[-1] < 0.1 * losses[0]
+    for answer in ("wet? Yes.", "cold? No.", "Who are you? A model."):
+        assert answer + "\n" in printed
+    before, after = (load_file(path / "model.safetensors") for path in (folder, output / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if re.search(r"(self_attn|mlp)\..*_proj", name)}
+
+
 def test_readme_python_is_short_and_imports_exaone_bridge_first() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
