@@ -12,6 +12,7 @@ __all__ = [
     "BridgeError",
     "CheckpointError",
     "ConversationError",
+    "HeadInputError",
     "OutputError",
     "ParityFailure",
     "PlanError",
@@ -125,6 +126,10 @@ class ConversationError(BridgeError):
 
     def __init__(self, what: str, problem: str, *, remedy: str) -> None:
         super().__init__(f"{what} {problem}; {remedy}.")
+
+
+class HeadInputError(BridgeError):
+    """Tokens, padding or labels that a model with a head cannot take."""
 
 
 class CheckpointError(BridgeError):

@@ -130,11 +130,13 @@ def _run_stage(
     length, device = batch.tokens.shape[1], batch.tokens.device
     positions = local_positions(group.rank(), group.size(), length, device)
     labels = None if batch.labels is None else batch.labels[:, positions]
-    output = model(batch.tokens[:, positions], positions[None], None, labels=labels, **batch.images)
+    has_head = bool(getattr(get_model_config(model), "head", None))
+    further = {"pool": False} if has_head else batch.images
+    output = model(batch.tokens[:, positions], positions[None], None, labels=labels, **further)
 
     def collect(tensor: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         found = over_context(tensor, dim=1)
-        if batch.labels is not None:
+        if batch.labels is not None or has_head:  # a head is not sharded over TP
             return found.float().cpu()
         if at is not None:
             found = found[:, at : at + 1]
@@ -160,7 +162,7 @@ def forward_logits(
 
     Returns:
         The logits [N, S, V], or [N, 1, V] at one position, in fp32 on ranks of the last pipeline
-        stage, None elsewhere.
+        stage, None elsewhere; of a model with a head those of every token, before pooling.
     """
     return _forward(model, tokens, images, at=at)
 

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from transformers import AutoTokenizer
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.models.auto_class import auto_class
 from exaone_bridge.runtime.model import build, forward_losses, load_megatron
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.schema.parallel_layout import Layout
@@ -144,13 +145,12 @@ def transformers_perplexity(
     Raises:
         BridgeError: from `read_windows`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     windows = read_windows(hf_folder, text, length)
     progress.stage("loading Transformers' model")
-    takes_images = hasattr(AutoConfig.from_pretrained(hf_folder), "vision_config")
-    auto_class = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
-    model = auto_class.from_pretrained(hf_folder, dtype=dtype or "auto").eval()
+    auto = auto_class(AutoConfig.from_pretrained(hf_folder))
+    model = auto.from_pretrained(hf_folder, dtype=dtype or "auto").eval()
     if torch.cuda.is_available():
         model.cuda()
     progress.stage(f"Transformers, {windows[:, 1:].numel():,} tokens")

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from exaone_bridge.schema.model_config import HeadConfig
 from exaone_bridge.schema.param_mapping import HFTensor, MappingKind, ParamMapping
 
 __all__ = [
     "attention_mappings",
     "embedding_mappings",
     "expert_mappings",
+    "head_mappings",
     "post_norm_mappings",
     "pre_norm_mappings",
     "qk_norm_mappings",
@@ -46,6 +48,16 @@ def embedding_mappings(*, tied: bool, bias: bool = False) -> Mappings:
         head_bias = (_bias("lm_head.bias", "V"),)
         mappings.append(ParamMapping(MappingKind.VOCAB, "output_layer.bias", head_bias))
     return tuple(mappings)
+
+
+def head_mappings(head: HeadConfig) -> Mappings:
+    """Return a head, which takes the place of the output layer and is the same on every TP rank."""
+    weight = (HFTensor(f"{head.hf_name}.weight", "LH"),)
+    mappings = (ParamMapping(MappingKind.REPLICATED, "output_layer.weight", weight),)
+    if not head.has_bias:
+        return mappings
+    bias = (_bias(f"{head.hf_name}.bias", "L"),)
+    return (*mappings, ParamMapping(MappingKind.REPLICATED, "output_layer.bias", bias))
 
 
 def attention_mappings(layers: tuple[int, ...], *, bias: bool = False) -> Mappings:

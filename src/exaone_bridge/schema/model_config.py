@@ -6,6 +6,7 @@ A family's config class derives from `ModelConfig` and adds what only this famil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from exaone_bridge.errors import UnsupportedConfig
@@ -13,7 +14,15 @@ from exaone_bridge.schema.hf_config import boolean, non_negative_float, positive
 from exaone_bridge.schema.hf_field import ConfigPart, hf_field
 from exaone_bridge.schema.json_types import JSONObject
 
-__all__ = ["MTPConfig", "MoEConfig", "ModelConfig", "VisionConfig", "model_config_fields"]
+__all__ = [
+    "HeadConfig",
+    "HeadKind",
+    "MTPConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "VisionConfig",
+    "model_config_fields",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +121,46 @@ class MTPConfig(ConfigPart):
         return 1 if self.shared else self.depth
 
 
+class HeadKind(StrEnum):
+    """The heads of Transformers' `modeling_layers.py` (5.12.1)."""
+
+    SEQUENCE_CLASSIFICATION = "sequence_classification"
+    TOKEN_CLASSIFICATION = "token_classification"
+    QUESTION_ANSWERING = "question_answering"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig(ConfigPart):
+    """The head of a model that has one in place of the output layer of a language model.
+
+    Attributes:
+        kind: a value of `HeadKind`.
+        num_labels: outputs for each token.
+        dropout: probability with which training drops a hidden value before the head.
+        pad_token_id: the token that pooling skips; None: there is none, or the head does not pool.
+    """
+
+    kind: str
+    num_labels: int = hf_field(axis="L")
+    dropout: float = 0.0
+    pad_token_id: int | None = None
+
+    @property
+    def pools(self) -> bool:
+        """Whether a sequence has the logits of one token, its last."""
+        return self.kind == HeadKind.SEQUENCE_CLASSIFICATION
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the head adds a bias."""
+        return not self.pools
+
+    @property
+    def hf_name(self) -> str:
+        """The head's name in Transformers' model."""
+        return "qa_outputs" if self.kind == HeadKind.QUESTION_ANSWERING else "score"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(ConfigPart):
     """A model. Sizes are counts of elements; layers are counted from 0 over all pipeline stages.
@@ -120,9 +169,9 @@ class ModelConfig(ConfigPart):
         ffn_size: the feed-forward size of a dense layer.
         norm_eps: the epsilon of every norm.
         init_std: the standard deviation that Transformers initialises weights with.
-        tied: the output layer uses the token embedding's weight.
+        tied: the output layer uses the token embedding's weight; False in a model with a head.
         dtype: named as in config.json ("bfloat16").
-        moe, vision, mtp: None in a model that has no such part.
+        moe, vision, mtp, head: None in a model that has no such part.
     """
 
     vocab_size: int = hf_field("vocab_size", read=positive_int, provider="vocab_size", axis="V")
@@ -156,6 +205,7 @@ class ModelConfig(ConfigPart):
     moe: MoEConfig | None = None
     vision: VisionConfig | None = None
     mtp: MTPConfig | None = None
+    head: HeadConfig | None = None
 
     @property
     def transformers_differs(self) -> str | None:
@@ -206,6 +256,8 @@ class ModelConfig(ConfigPart):
         }
         if (moe := self.moe) is not None:
             dims |= moe.axis_sizes | {"A": moe.shared_ffn_size}
+        if self.head is not None:
+            dims |= self.head.axis_sizes
         if self.mtp is not None:
             dims["J"] = 2 * self.hidden_size
         if (vision := self.vision) is not None:

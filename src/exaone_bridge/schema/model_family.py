@@ -250,7 +250,9 @@ class ModelDescription:
         Its values follow from the rest: a tied output layer, or the frequencies of RoPE. No export
         has it.
         """
-        return name not in self.hf_shapes and (name == OUTPUT_LAYER or name.endswith(FREQUENCIES))
+        if name == OUTPUT_LAYER:
+            return self.config.tied
+        return name not in self.hf_shapes and name.endswith(FREQUENCIES)
 
     @property
     def embedding_name(self) -> str:

@@ -9,7 +9,7 @@ Axes are one letter each, in lower case in a vision encoder (`models/exaone45/we
 
     V vocabulary   H hidden   F feed-forward   D head   Q query heads x head   K KV heads x head
     E experts   M feed-forward of one expert   A feed-forward of all shared experts   1 one
-    J 2 x hidden, the input of multi-token prediction
+    J 2 x hidden, the input of multi-token prediction   L labels of a head
 """
 
 from __future__ import annotations

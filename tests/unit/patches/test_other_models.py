@@ -125,6 +125,9 @@ CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "_mtp_source_key_prefixes": lambda _: (SimpleNamespace(), SimpleNamespace()),
     "apply_run_config_backward_compat": _run_config,
     "tokenize_chat_example": _conversation,
+    "_resolve_pretrained_wrapper_cls": lambda _: (
+        SimpleNamespace(architectures=["LlamaForSequenceClassification"]),
+    ),
     "mtp_block_spec": lambda _: (SimpleNamespace(),),
     "AdapterWrapper.__init__": _adapter,
     "DoRALinear._get_weight_norm": _row_parallel,
@@ -196,6 +199,10 @@ def test_the_optimizer_numbers_other_models_as_before(megatron_bridge: Any) -> N
 def test_a_table_keeps_its_entries(megatron_bridge: Any, patch: ValuePatch) -> None:
     if _name(patch) == "HAVE_TE":  # without Transformer Engine, Llama's adapters raise a TypeError
         assert patch.replacement(True) is HAS_TE
+        return
+    if _name(patch) == "SUPPORTED_HF_ARCHITECTURES":
+        added = set(patch.replacement(("ForCausalLM",))) - {"ForCausalLM"}
+        assert added <= ARCHITECTURES
         return
     importlib.import_module(patch.target.partition(":")[0])
     before = {"other": object()}

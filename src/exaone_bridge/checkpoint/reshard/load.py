@@ -79,10 +79,12 @@ def plan_local(model: ModelDescription, local: LocalModel) -> ReshardPlan:
     stages = layout.stage_layers(model.config.num_layers)
     if not local.even_pipeline:
         stages = tuple(local.layers if stage == local.rank.pp else () for stage in range(layout.pp))
-    vocab_keys = (
+    vocab_keys = [
         (0, "embedding.word_embeddings.weight"),
         (len(local.layers) - 1, "output_layer.weight"),
-    )
+    ]
+    if model.config.head is not None:
+        vocab_keys.pop()  # a head has a row for each label
     vocab_rows = next(
         (
             local.parameters[key].shape[0] * layout.tp

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.models.exaone4.head_config import read_head, write_head
 from exaone_bridge.schema.hf_config import (
     check_types,
     non_negative_float,
@@ -115,6 +116,8 @@ def read_hf_config(hf_config: JSONMapping) -> Exaone4ModelConfig:
     check_types(hf_config)
     windows = _windows(hf_config, values["num_layers"])
     rope = read_rope(hf_config, known=("default", "llama3"))
+    head = read_head(hf_config)
+    values["tied"] &= head is None  # there is no output layer to be tied
     return Exaone4ModelConfig(
         **values,
         head_dim=head_dim,
@@ -123,6 +126,7 @@ def read_hf_config(hf_config: JSONMapping) -> Exaone4ModelConfig:
             Llama3Rope(**Llama3Rope.values_from_hf(rope.fields)) if rope.kind == "llama3" else None
         ),
         windows=windows,
+        head=head,
         # Whether full-attention layers are without RoPE depends on `sliding_window` alone, even if
         # no layer uses the window (Exaone4Attention.forward, 5.12.1).
         rope=tuple(_window(hf_config) is None or window is not None for window in windows),
@@ -206,6 +210,8 @@ def write_hf_config(model_config: Exaone4ModelConfig, source: JSONMapping) -> JS
         identity={"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE},
     )
     changed = model_config.changed_from(before)
+    if model_config.head is not None:
+        hf_config |= write_head(model_config.head, None if before is None else before.head)
     if changed & {"windows", "rope", "num_layers"}:
         hf_config |= _write_schedule(model_config, hf_config.get("sliding_window") or 4096)
         if before is None or "sliding_window_pattern" in hf_config:  # SGLang and mlx-lm read it

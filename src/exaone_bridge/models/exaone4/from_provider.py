@@ -7,14 +7,18 @@ from typing import Any
 from exaone_bridge.models.exaone4.config import Exaone4ModelConfig, Llama3Rope
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.layer_schedule import rope_of, windows_of_megatron
-from exaone_bridge.schema.model_config import model_config_fields
+from exaone_bridge.schema.model_config import HeadConfig, model_config_fields
 
 __all__ = ["exaone4_config_fields", "model_config_of"]
 
 
 def model_config_of(provider: Any) -> Exaone4ModelConfig:
     """Return the config of the model that this provider builds; inverse of `exaone4_provider`."""
-    return Exaone4ModelConfig(**exaone4_config_fields(Exaone4ModelConfig, provider))
+    head = getattr(provider, "head", None)  # checkpoints of earlier versions have no such field
+    return Exaone4ModelConfig(
+        **exaone4_config_fields(Exaone4ModelConfig, provider),
+        head=HeadConfig(**head) if head else None,
+    )
 
 
 def exaone4_config_fields(config_class: type[Exaone4ModelConfig], provider: Any) -> JSONObject:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.models.exaone4.config import Exaone4ModelConfig
+from exaone_bridge.models.exaone4.head_model import Exaone4HeadModel
 from exaone_bridge.models.exaone4.layer_spec import exaone4_block_spec
 from exaone_bridge.modules.provider import ExactGPTModelProvider, provider_fields
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.layer_schedule import megatron_rope, megatron_window
+from exaone_bridge.schema.model_config import HeadConfig
 
 __all__ = [
     "Exaone4ModelProvider",
@@ -25,7 +29,11 @@ __all__ = [
 
 @dataclass
 class Exaone4ModelProvider(ExactGPTModelProvider):
-    """The provider of EXAONE 4.0: defaults of every model here, sizes from `exaone4_provider`."""
+    """The provider of EXAONE 4.0: defaults of every model here, sizes from `exaone4_provider`.
+
+    Attributes:
+        head: the fields of `HeadConfig`; empty: the model is a language model.
+    """
 
     transformer_layer_spec: ModuleSpec | Callable[..., Any] = exaone4_block_spec
     normalization: str = "RMSNorm"
@@ -43,6 +51,34 @@ class Exaone4ModelProvider(ExactGPTModelProvider):
     bias_dropout_fusion: bool = (
         False  # no bias, no dropout: a plain add, without torch.compile's guards (4%)
     )
+    head: dict[str, Any] = field(default_factory=dict)
+
+    def finalize(self) -> None:
+        """Check the fields and complete them, as the base class does.
+
+        Raises:
+            UnsupportedLayout: context parallelism with a head, or what the base class rejects.
+        """
+        if self.head and self.context_parallel_size > 1:
+            raise UnsupportedLayout(
+                "context parallelism",
+                got=self.context_parallel_size,
+                wanted="1 for a model with a head, whose pooling needs the full sequence",
+                remedy="use TP with sequence parallelism",
+            )
+        super().finalize()
+
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Return the GPTModel of this rank (of its chunk `vp_stage`), with its head."""
+        model = super().provide(
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
+        return Exaone4HeadModel.from_gpt(model, HeadConfig(**self.head)) if self.head else model
 
 
 def exaone4_provider(
@@ -54,7 +90,8 @@ def exaone4_provider(
         model_config: of the model to be built.
         hf_config: the config.json that it came from, which the provider keeps for the export.
     """
-    return Exaone4ModelProvider(**exaone4_provider_fields(model_config, hf_config))
+    head = {} if model_config.head is None else asdict(model_config.head)
+    return Exaone4ModelProvider(**exaone4_provider_fields(model_config, hf_config), head=head)
 
 
 def exaone4_provider_fields(model_config: Exaone4ModelConfig, hf_config: JSONMapping) -> JSONObject:

@@ -15,13 +15,33 @@ from exaone_bridge.verification.activations.probe_points import LOGITS, Capture,
 from exaone_bridge.verification.activations.rounding import RoundingModel
 from exaone_bridge.verification.report.report import ActivationDiff
 
-__all__ = ["compare_activations", "max_or_nan", "relative_difference"]
+__all__ = ["compare_activations", "max_or_nan", "relative_difference", "token_sizes"]
+
+_FEW = 8  # features
 
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # reference, compared, stable tokens
 
 
+def token_sizes(values: torch.Tensor) -> torch.Tensor:
+    """Return the size that differences of each token are relative to: its largest entry.
+
+    A few values, as the logits of a head, may all be near zero by chance: there the largest entry
+    of any token counts.
+
+    Args:
+        values: [N, S, features].
+
+    Returns:
+        [N, S], positive.
+    """
+    sizes = values.abs().amax(-1)
+    if values.shape[-1] < _FEW and values.numel():
+        sizes = sizes.max().expand_as(sizes)
+    return sizes.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def relative_difference(reference: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
-    """Return the largest difference of each token, relative to its largest reference entry.
+    """Return the largest difference of each token, relative to the reference's `token_sizes`.
 
     Args:
         reference, compared: [N, S, features].
@@ -31,8 +51,7 @@ def relative_difference(reference: torch.Tensor, compared: torch.Tensor) -> torc
     """
     if compared.shape != reference.shape:
         return torch.full(reference.shape[:2], float("inf"))
-    size = reference.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (compared - reference).abs().amax(-1) / size
+    return (compared - reference).abs().amax(-1) / token_sizes(reference)
 
 
 def max_or_nan(values: torch.Tensor) -> float:

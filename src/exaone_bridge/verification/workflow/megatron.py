@@ -215,6 +215,8 @@ def megatron_gradients(
 ) -> Gradients:
     """Compute the gradients of the mean cross entropy, as a training step of Megatron-Core does.
 
+    Of a model with a head they are those of the mean square of its logits. Nothing is dropped.
+
     It uses Megatron-Core's own schedule, DDP wrapper and `finalize_model_grads`. The weights of
     `model` are overwritten.
 
@@ -245,6 +247,9 @@ def megatron_gradients(
     microbatches = list(zip(batch.tokens.to(device).split(1), images, strict=True))
     for chunk in wrapped:
         chunk.train()
+        for module in chunk.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
         chunk.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=loss_step,
@@ -290,6 +295,7 @@ def loss_step(
         Megatron-Core sums over the CP ranks.
     """
     from megatron.core import parallel_state
+    from megatron.core.utils import get_model_config
 
     from exaone_bridge.modules.context_parallel import local_positions
 
@@ -297,5 +303,8 @@ def loss_step(
     group = parallel_state.get_context_parallel_group()
     local = local_positions(group.rank(), group.size(), tokens.shape[1] - 1, tokens.device)
     inputs, labels = tokens[:, :-1][:, local], tokens[:, 1:][:, local]
+    if getattr(get_model_config(model), "head", None):
+        logits = model(inputs, local[None], None, pool=False)
+        return logits, lambda found: (found.square().mean(), {})
     output = model(inputs, local[None], None, labels=labels, **images)
     return output, lambda loss: (loss.mean() / group.size(), {"loss": loss.mean().detach()})

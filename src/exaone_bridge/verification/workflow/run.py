@@ -65,6 +65,7 @@ from exaone_bridge.verification.workflow.workload import Workload, make_workload
 __all__ = ["ArithmeticResult", "Session", "compare_arithmetic", "run"]
 
 _NEEDS_FULL_MODEL = "it needs the full model in memory (--no-stream)"
+_NEEDS_OUTPUT_LAYER = "the model has a head, and no output layer that predicts the next token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ def run(session: Session) -> Report:
         checks=(
             *checks,
             *arithmetic.checks,
-            *_not_run(session.options, workload, without_reference),
+            *_not_run(session.options, workload, checkpoint.model_config),
         ),
         backend=workload.backend,
         dtype=workload.dtype,
@@ -222,19 +223,20 @@ def _options(session: Session, source: Checkpoint, other: Checkpoint | None) -> 
     return dataclasses.replace(options, stream=False, gradients=options.gradients and with_megatron)
 
 
-def _not_run(
-    options: VerifyOptions, workload: Workload, without_reference: str | None
-) -> list[Check]:
-    """List the requested checks that need a reference, or the full model in memory."""
-    requested = {
-        "generation": options.generation,
-        "logits": without_reference is not None,
-        "gradients": options.gradients,
+def _not_run(options: VerifyOptions, workload: Workload, model_config: ModelConfig) -> list[Check]:
+    """List the requested checks that need a reference, an output layer, or all weights at once."""
+    without_reference = model_config.transformers_differs
+    full = without_reference or (_NEEDS_FULL_MODEL if workload.layerwise else None)
+    reasons = {
+        "generation": (options.generation, _NEEDS_OUTPUT_LAYER if model_config.head else full),
+        "logits": (True, without_reference),
+        "gradients": (options.gradients, full),
     }
-    if without_reference is None and not workload.layerwise:
-        return []
-    reason = without_reference or _NEEDS_FULL_MODEL
-    return [Check.not_run(name, reason) for name, wanted in requested.items() if wanted]
+    return [
+        Check.not_run(name, reason)
+        for name, (wanted, reason) in reasons.items()
+        if wanted and reason is not None
+    ]
 
 
 def _open_other(checkpoint: HFCheckpoint, folder: Path) -> tuple[HFCheckpoint | None, str]:
@@ -250,6 +252,8 @@ def _open_other(checkpoint: HFCheckpoint, folder: Path) -> tuple[HFCheckpoint | 
     size, expected = other.model_config.vocab_size, checkpoint.model_config.vocab_size
     if size != expected:
         return None, f"its vocabulary has {size} tokens, the source's {expected}"
+    if other.model_config.head != checkpoint.model_config.head:
+        return None, "it has another head than the source"
     return other, ""
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.models.auto_class import auto_class
 from exaone_bridge.runtime.progress import Progress
 from exaone_bridge.verification.activations.capture import Activations, transformers_hooks
+from exaone_bridge.verification.activations.compare import token_sizes
 from exaone_bridge.verification.activations.probe_points import LOGITS, Capture, ProbePoint
 from exaone_bridge.verification.checks.generation import Generated, generate
 from exaone_bridge.verification.checks.gradients import (
@@ -25,8 +27,8 @@ from exaone_bridge.verification.checks.gradients import (
     ReferenceGradients,
     relative_norm,
 )
-from exaone_bridge.verification.workflow.transformers_layerwise import load_layerwise, model_class
-from exaone_bridge.verification.workflow.workload import PromptBatch, Workload, batch_images
+from exaone_bridge.verification.workflow.transformers_layerwise import load_layerwise
+from exaone_bridge.verification.workflow.workload import Images, PromptBatch, Workload, batch_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,10 +104,26 @@ def _load(checkpoint: HFCheckpoint, dtype: torch.dtype, layerwise: bool) -> PreT
 
 def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load Transformers' eager model, to the GPU if there is one."""
-    model = model_class(folder).from_pretrained(
+    from transformers import AutoConfig
+
+    auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    model = auto.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
     )
     return model.eval().cuda() if torch.cuda.is_available() else model.eval()
+
+
+def _token_logits(model: PreTrainedModel, tokens: torch.Tensor, images: Images) -> torch.Tensor:
+    """Run tokens [N, S], and return the logits of each, [N, S, V], of a head before pooling."""
+    if (head := _head(model)) is None:
+        return model(tokens, use_cache=False, **images).logits
+    logits: torch.Tensor = head(model.base_model(tokens, use_cache=False)[0])
+    return logits
+
+
+def _head(model: PreTrainedModel) -> torch.nn.Module | None:
+    """Return the head of a model that has one in place of an output layer."""
+    return getattr(model, "score", None) or getattr(model, "qa_outputs", None)
 
 
 def _capture_all(model: PreTrainedModel, workload: Workload, perturb: bool) -> list[Activations]:
@@ -169,7 +187,7 @@ def capture_transformers(
         _perturbed(model, _perturb_copies if perturb else None),
         transformers_hooks(model, points, length, keep),
     ):
-        logits = model(tokens, use_cache=False, **images).logits.float()
+        logits = _token_logits(model, tokens, images).float()
     found.logits = logits[:count].cpu().clone()
     if perturb:
         found.amplification[LOGITS] = _change(logits, count, found.stable)
@@ -214,7 +232,7 @@ def _change(value: torch.Tensor, count: int, stable: torch.Tensor | None) -> flo
         stable: [count, S].
     """
     clean, plus, minus = value.split(count)
-    size = clean.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    size = token_sizes(clean)
     changes = [(changed - clean).abs().amax(-1) / size for changed in (plus, minus)]
     worst = torch.maximum(*changes).cpu()[stable]
     return worst.max().item() if worst.numel() else float("nan")
@@ -222,6 +240,8 @@ def _change(value: torch.Tensor, count: int, stable: torch.Tensor | None) -> flo
 
 def transformers_gradients(model: PreTrainedModel, batch: PromptBatch) -> ReferenceGradients:
     """Compute the gradients of the mean cross entropy, and their amplification.
+
+    Of a model with a head they are those of the mean square of its logits.
 
     Args:
         batch: tokens [N, S + 1].
@@ -241,8 +261,12 @@ def _backward(model: PreTrainedModel, batch: PromptBatch) -> Gradients:
     model.zero_grad()
     tokens = batch.tokens.to(model.device)
     images = {name: each.to(model.device) for name, each in batch_images(batch.images).items()}
-    logits = model(tokens[:, :-1], use_cache=False, **images).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    logits = _token_logits(model, tokens[:, :-1], images)
+    if _head(model) is None:
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    else:
+        loss = logits.square().mean()
+    loss.backward()
     found: Gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
+from exaone_bridge.models.auto_class import auto_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_layerwise", "model_class"]
-
-
-def model_class(folder: Path) -> type[PreTrainedModel]:
-    """Choose Transformers' auto class for a folder: with images, or for language models."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    has_images = hasattr(
-        AutoConfig.from_pretrained(folder, trust_remote_code=False), "vision_config"
-    )
-    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+__all__ = ["load_layerwise"]
 
 
 def load_layerwise(checkpoint: HFCheckpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -35,9 +25,7 @@ def load_layerwise(checkpoint: HFCheckpoint, dtype: torch.dtype) -> PreTrainedMo
 
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = model_class(checkpoint.folder).from_config(
-            config, attn_implementation="eager", dtype=dtype
-        )
+        model = auto_class(config).from_config(config, attn_implementation="eager", dtype=dtype)
     model.eval()
     for name, module in list(model.named_modules()):
         if any(module._buffers[each].is_meta for each in module._non_persistent_buffers_set):

@@ -177,7 +177,7 @@ def make_workload(checkpoint: HFCheckpoint, layout: Layout, options: VerifyOptio
         layout=layout,
         backend=options.backend,
         dtype=options.dtype,
-        generate=options.generation,
+        generate=options.generation and model_config.head is None,
         gradient_batch=_gradient_batch(checkpoint, layout, options) if options.gradients else None,
         layerwise=layerwise,
         seed=options.seed,

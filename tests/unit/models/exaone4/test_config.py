@@ -36,7 +36,7 @@ from tests.helpers.exaone4_configs import (
 )
 
 # Fields with tests of their own, and parts that EXAONE 4.0 does not have.
-OTHER_FIELDS = {"num_layers", "windows", "rope", "rope_theta", "llama3", "dtype"}
+OTHER_FIELDS = {"num_layers", "windows", "rope", "rope_theta", "llama3", "dtype", "head"}
 ABSENT_PARTS = {"moe", "vision", "mtp"}
 
 LLAMA3 = Llama3Rope(

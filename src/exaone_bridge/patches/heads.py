@@ -1,0 +1,51 @@
+"""Lets AutoBridge take models with a head (sequence and token classification, answers)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from exaone_bridge.models import is_supported
+from exaone_bridge.models.auto_class import auto_class
+from exaone_bridge.models.exaone4.head_config import HEADS
+from exaone_bridge.patches.patch import patch, patch_value
+
+__all__ = ["resolve_pretrained_wrapper_cls", "supported_hf_architectures"]
+
+_AUTO_BRIDGE = "megatron.bridge.models.conversion.auto_bridge"
+
+
+@patch_value(
+    f"{_AUTO_BRIDGE}:SUPPORTED_HF_ARCHITECTURES",
+    version="Megatron-Bridge 0.6.2",
+    reason="AutoBridge takes architectures whose names end in ForCausalLM or "
+    "ForConditionalGeneration, and none with a head, whichever bridges are registered.",
+)
+def supported_hf_architectures(endings: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the endings of architectures that AutoBridge takes, with our models with a head."""
+    return (*endings, *(name for name in HEADS if name not in endings))
+
+
+@patch(
+    f"{_AUTO_BRIDGE}:_resolve_pretrained_wrapper_cls",
+    version="Megatron-Bridge 0.6.2",
+    reason="The model of the wrapper, which is loaded when it is asked for, is a language model: "
+    "of a checkpoint with a head it would have an output layer of random weights.",
+)
+def resolve_pretrained_wrapper_cls(original: Callable[..., Any], config: Any) -> Any:
+    """Return the wrapper's class; of a supported model with a head one that loads the head."""
+    wrapper: Any = original(config)
+    if not is_supported(config) or not HEADS.keys() & set(config.architectures):
+        return wrapper
+
+    class PreTrainedWithHead(wrapper):
+        """Loads Transformers' model with its head."""
+
+        def _load_model(self) -> Any:
+            arguments = {**self.init_kwargs, "config": self.config, "trust_remote_code": False}
+            if self.torch_dtype is not None:
+                arguments["dtype"] = self.torch_dtype
+            found = auto_class(self.config).from_pretrained(self.model_name_or_path, **arguments)
+            return found.to(self.device)
+
+    return PreTrainedWithHead
