@@ -146,6 +146,12 @@ def _megatron_loss(
         ("exaone4", "exaone4_tiny_chat_sft_config", Layout(), {"packed": True}),
         ("exaone4", "exaone4_tiny_chat_sft_config", Layout(), {"packed": True, "last_turn": True}),
         ("exaone4", "exaone4_tiny_chat_sft_config", Layout(cp=2), {"packed": True, "cp": 2}),
+        (
+            "exaone4",
+            "exaone4_tiny_chat_sft_config",
+            Layout(tp=2, cp=2, sp=True),
+            {"packed": True, "tp": 2, "cp": 2, "sp": True},
+        ),
         ("exaone45", "exaone45_33b_chat_peft_config", Layout(), {"packed": True}),
         ("ernie45", "ernie45_tiny_chat_sft_config", Layout(), {"packed": True}),
         ("exaone-moe", "k_exaone_tiny_chat_sft_config", Layout(pp=2), {"packed": True}),
@@ -211,6 +217,7 @@ def test_packed_rows_are_made_again_after_a_change(
         for split in ("training", "validation"):
             (tmp_path / f"{split}.jsonl").write_text("".join(lines[:count]))
         config = _config("exaone4_tiny_chat_sft_config", tiny("exaone4"), tmp_path, packed=True)
+        config.dataset.offline_packing_specs.num_tokenizer_workers = 2
         batches = _batches(_training_split(config))
         found.append(sum(int(batch["loss_mask"].sum()) for batch in batches))
     assert found[0] > found[1] > 0
