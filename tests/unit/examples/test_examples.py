@@ -141,6 +141,33 @@ def test_chat_example_goes_from_conversations_to_answers(
     assert changed == {name for name in before if re.search(r"(self_attn|mlp)\..*_proj", name)}
 
 
+def test_reward_model_example_learns_and_transformers_scores_the_same(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
+    """The rewards that Megatron-Core printed are those of the exported model in Transformers."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    script, trained = ROOT / "examples/reward_model.py", tmp_path / "trained"
+    fork_script(tmp_path, script, tiny("exaone4-1.2b"), tmp_path / "start", "--init")
+    printed = fork_script(tmp_path, script, tmp_path / "start", trained, "--steps", 10)
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 10
+    assert losses[-1] < 0.5 * losses[0]
+    rewards = re.findall(r"(\S.*) chosen (\S+), rejected (\S+)", printed)
+    assert len(rewards) == 4
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    model = AutoModelForSequenceClassification.from_pretrained(trained, dtype=torch.float32)
+    for question, *found in rewards:
+        assert float(found[0]) > float(found[1])
+        for answer, reward in zip(("I will gladly tell you.", "Go away."), found, strict=True):
+            messages = [("user", question), ("assistant", answer)]
+            text = tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages], tokenize=False
+            )
+            tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            assert abs(model.eval()(tokens).logits.item() - float(reward)) <= 1e-4
+
+
 def test_readme_python_is_short_and_imports_exaone_bridge_first() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
