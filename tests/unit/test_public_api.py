@@ -49,6 +49,7 @@ def test_the_names_are_imported_when_they_are_used() -> None:
         "from exaone_bridge.bridge.exaone4 import Exaone4Bridge",
         "import exaone_bridge.models.exaone45.provider",
         "import exaone_bridge.modules.provider",
+        "import exaone_bridge.patches.table",
     ],
 )
 def test_a_module_of_megatron_bridge_can_be_the_first_import(program: str) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.modules.post_norm import PostNorm
-from exaone_bridge.modules.pre_norm import TorchLayerNormColumnParallelLinear
 from exaone_bridge.patches.dora import reject_inexact_dora
 from exaone_bridge.patches.patch import patch, patch_value
 
@@ -50,6 +48,9 @@ def init_adapter_wrapper(
     Raises:
         UnsupportedConfig: see `reject_inexact_dora`.
     """
+    from exaone_bridge.modules.post_norm import PostNorm
+    from exaone_bridge.modules.pre_norm import TorchLayerNormColumnParallelLinear
+
     reject_inexact_dora(self, to_wrap, adapter)
     original(self, to_wrap, adapter)
     if isinstance(to_wrap, PostNorm):

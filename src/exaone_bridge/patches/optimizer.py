@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from exaone_bridge.modules.router import stays_fp32
 from exaone_bridge.patches.patch import patch
 from exaone_bridge.schema.json_types import JSONObject
 
@@ -29,6 +28,8 @@ def build_optimizer_group_ranges(
     Returns:
         Parameter -> (group, number in it), and the groups.
     """
+    from exaone_bridge.modules.router import stays_fp32
+
     numbers, ranges = original(cls, *args, **kwargs)
     for index, group in enumerate(ranges):
         parameters = group["params"]
