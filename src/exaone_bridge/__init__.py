@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # an editor and mypy see these; `__getattr__` imports them wh
     from exaone_bridge.bridge.exaone4 import Exaone4Bridge
     from exaone_bridge.bridge.exaone45 import Exaone45Bridge
     from exaone_bridge.bridge.exaone_moe import ExaoneMoeBridge
+    from exaone_bridge.bridge.peft_loading import lora_from_peft
     from exaone_bridge.checkpoint.hf.tiny import write_random
     from exaone_bridge.checkpoint.inspection import Inspection
     from exaone_bridge.convert.inspection import MegatronInspection, inspect
@@ -58,6 +59,7 @@ __all__ = [
     "export_checkpoint",
     "import_checkpoint",
     "inspect",
+    "lora_from_peft",
     "recipes",
     "register",
     "supported",
@@ -113,6 +115,10 @@ def __getattr__(name: str) -> Any:
             from exaone_bridge.convert import to_hf
 
             return to_hf.export_checkpoint
+        case "lora_from_peft":
+            from exaone_bridge.bridge import peft_loading
+
+            return peft_loading.lora_from_peft
         case "Ernie45Bridge" | "Exaone4Bridge" | "Exaone45Bridge" | "ExaoneMoeBridge":
             # Megatron-Bridge comes first: the hook of its import imports the bridge classes.
             return {bridge.__name__: bridge for bridge in supported().values()}[name]
