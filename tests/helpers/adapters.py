@@ -24,9 +24,11 @@ def hf_logits(folder: Path, tokens: torch.Tensor, adapter: Path | None = None) -
 
 def hf_model(folder: Path) -> Any:
     """Load a model in fp32."""
-    from exaone_bridge.verification.workflow.transformers_layerwise import model_class
+    from transformers import AutoConfig
 
-    return model_class(folder).from_pretrained(
+    from exaone_bridge.models.auto_class import auto_class
+
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
 

@@ -18,9 +18,10 @@ import torch.multiprocessing
 from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
+from exaone_bridge.models.auto_class import auto_class
 from exaone_bridge.patches import listed_config_fields
-from exaone_bridge.verification.workflow.transformers_layerwise import model_class
 from tests.conftest import TINY_CONFIGS
 from tests.helpers import rl_worker
 from tests.helpers.autoload import environment_with_pth
@@ -83,7 +84,7 @@ def _transformers(config_of: Path, folder: Path, weights: Weights | None = None)
         folder.mkdir()
         shutil.copy(config_of / "config.json", folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    model, info = model_class(folder).from_pretrained(
+    model, info = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     if weights is not None:
