@@ -269,16 +269,21 @@ class ExactBridge(DoRAExport, SavesHuggingFace, MegatronModelBridge):
         exported: set[str] = set()
         embedding: torch.Tensor | None = None
         dtype = save.exported_dtype(model, kwargs.pop("weight_dtype", None))
+        fp32, embedding_name = description.fp32_names, description.embedding_name
         for weight in super().stream_weights_megatron_to_hf(
             megatron_model, hf_pretrained, *args, **kwargs
         ):
-            name = weight.param_name.replace(".base_layer", "")
+            name, tensor = weight.param_name.replace(".base_layer", ""), weight.weight
             exported.add(name)
-            tensor = description.hf_tensors.get(name)
-            if tensor is not None and weight.weight.is_floating_point():
-                wanted = torch.float32 if tensor.fp32 else dtype
-                weight = weight._replace(weight=weight.weight.to(wanted))
-            if name == description.embedding_name:
+            wanted = torch.float32 if name in fp32 else dtype
+            # Names are listed only if one is looked up: a refit repeats this every few seconds.
+            if (
+                tensor.dtype is not wanted
+                and tensor.is_floating_point()
+                and name in description.hf_shapes
+            ):
+                weight = weight._replace(weight=tensor.to(wanted))
+            if name == embedding_name:
                 embedding = weight.weight
             yield weight
         if kwargs.get("conversion_tasks") is not None:  # the caller chose what to export

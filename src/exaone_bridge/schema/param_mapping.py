@@ -201,6 +201,7 @@ def fp32_names(mappings: Iterable[ParamMapping]) -> set[str]:
     return {
         name
         for mapping in mappings
+        if any(tensor.fp32 for tensor in mapping.hf)
         for tensor, names in zip(mapping.hf, mapping.columns()[1:], strict=True)
         if tensor.fp32
         for name in names
