@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import math
 import os
 import re
@@ -173,3 +174,29 @@ def test_readme_python_is_short_and_imports_exaone_bridge_first() -> None:
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
     modules = _imports(block)
     assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
+
+
+def test_tokenized_text_is_read_by_megatron_core(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from transformers import AutoTokenizer
+
+    texts = ["The first document. 첫 문서.", "", "A file of plain text,\nof two lines."]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts[:2]), encoding="utf-8"
+    )
+    (tmp_path / "b.txt").write_text(texts[2], encoding="utf-8")
+    folder, prefix = tiny("exaone4"), tmp_path / "text"
+    files = (tmp_path / "a.jsonl", tmp_path / "b.txt")
+    printed = fork_script(
+        tmp_path,
+        ROOT / "examples/tokenize_text.py",
+        *("--tokenizer", folder, "--output", prefix),
+        *files,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    dataset = IndexedDataset(str(prefix))
+    assert [list(map(int, dataset[index])) for index in range(len(dataset))] == expected
+    assert f"3 documents, {sum(map(len, expected))} tokens" in printed
