@@ -151,7 +151,13 @@ FOLDER_FAULTS: tuple[FolderFault, ...] = (
         "tensors",
         "logits",
     ),
-    _fault("a tensor of another dtype", _tensors(_to_bf16), "tensors", "logits"),
+    _fault(
+        "a tensor of another dtype",
+        _tensors(_to_bf16),
+        "tensors",
+        "logits",
+        site=FaultSite("mlp", 1),
+    ),
     _fault("a tensor transposed", _tensors(_transpose), "tensors", "logits"),
     _fault("one bit on disk flipped", _tensors(_flip_one_bit), "tensors"),
     _fault(
@@ -261,7 +267,13 @@ FOLDER_FAULTS: tuple[FolderFault, ...] = (
         "tensors",
         "logits",
     ),
-    _exaone_moe("gates written in another dtype", _tensors(_gates_to_bf16), "tensors", "logits"),
+    _exaone_moe(
+        "gates written in another dtype",
+        _tensors(_gates_to_bf16),
+        "tensors",
+        "logits",
+        site=FaultSite("router", 1),
+    ),
     _exaone_moe("layer_types removed", _config(layer_types=...), "config", "logits"),
     _exaone_moe(
         "windows of 4096 instead of 5",
