@@ -256,8 +256,10 @@ def _router(name: str, choose: Choose) -> Fault:
     return _code(name, patch, 1, "router")
 
 
-def _config(name: str, **fields: object) -> Fault:
-    return CodeFault(name=name, model=MODEL, failing=("config",), patch=_exported_config(**fields))
+def _config(name: str, *, rejected: bool = False, **fields: object) -> Fault:
+    """Return a fault of the exported config.json, which a save rejects if it makes no model."""
+    failing = ("rejected" if rejected else "config",)
+    return CodeFault(name=name, model=MODEL, failing=failing, patch=_exported_config(**fields))
 
 
 def _flip(values: list[int], layer: int) -> list[int]:
@@ -311,8 +313,8 @@ EXAONE_MOE_FAULTS: tuple[Fault, ...] = (
         1,
         "mlp",
     ),
-    _config("config exported without layer_types", layer_types=...),
-    _config("config exported with a window of 4096", sliding_window=4096),
+    _config("config exported without layer_types", rejected=True, layer_types=...),
+    _config("config exported with a window of 4096", rejected=True, sliding_window=4096),
     _config("config exported without norm_topk_prob", norm_topk_prob=...),
     _config("config exported without mlp_layer_types", mlp_layer_types=...),
     _weights("two experts swapped", _swap_experts, 2, "mlp"),

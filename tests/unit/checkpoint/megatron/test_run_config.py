@@ -62,3 +62,14 @@ def test_malformed_field_is_rejected(megatron_bridge: dict[str, Any], tmp_path: 
     stored = read_run_config(_write(tmp_path, fields | {"no_rope_freq": 4}))
     with pytest.raises(CheckpointError, match="a field of the model is malformed"):
         stored.hf_config()
+
+
+def test_fields_that_a_provider_has_got_since_may_be_missing(
+    megatron_bridge: dict[str, Any], tmp_path: Path
+) -> None:
+    family = TINY["exaone4"]
+    hf_config = dict(family.tiny["exaone4"])
+    bridge = megatron_bridge[family.architectures[0]]
+    fields = bridge.provider_of(family.read_hf_config(hf_config), hf_config).to_cfg_dict()
+    assert fields.pop("head") == {}
+    assert read_run_config(_write(tmp_path, fields)).hf_config() == hf_config
