@@ -190,8 +190,8 @@ class AdapterCheckpoint:
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Merge the adapter of a tensor [O, I], if it has one, in fp32 and rounded once.
 
-        LoRA is W + s B A with s = alpha / r; DoRA is m (W + s B A) / |W + s B A| row by row
-        (equation 5 of https://arxiv.org/abs/2402.09353).
+        LoRA is `W + s B A` with s = alpha / r; DoRA is `m (W + s B A) / norm(W + s B A)` with the
+        norm of each row (equation 5 of https://arxiv.org/abs/2402.09353).
         """
         if name not in self._parts:
             return weight
