@@ -25,14 +25,17 @@ __all__ = ["generate", "read_dtype"]
 
 
 class _Printed(NoProgress):
+    def __init__(self) -> None:
+        self._out = sys.stdout  # under torchrun sys.stdout is redirected while Megatron-Core runs
+
     def stage(self, text: str) -> None:
         if is_rank_zero():
             print(f"generate: {text}", file=sys.stderr, flush=True)
 
     def output(self, text: str) -> None:
         if is_rank_zero():
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            self._out.write(text)
+            self._out.flush()
 
 
 def generate(options: Namespace, layout: Layout) -> None:

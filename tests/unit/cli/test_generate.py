@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,18 @@ def test_tokens_after_an_image_equal_those_of_transformers(
     )
     expected = ForkLauncher().first(image_reference, folder, file)
     assert ForkLauncher(2).all(work) == [expected] * 2
+
+
+def test_text_goes_to_standard_output_where_a_launcher_redirects_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from exaone_bridge.cli.generate import _Printed
+
+    progress = _Printed()
+    with contextlib.redirect_stdout(sys.stderr):  # as TorchrunLauncher.all does
+        progress.stage("generating")
+        progress.output("text")
+    assert capsys.readouterr() == ("text", "generate: generating\n")
 
 
 @pytest.mark.parametrize(
