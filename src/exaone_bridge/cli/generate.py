@@ -8,14 +8,16 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.cli.model_files import model_files
 from exaone_bridge.cli.show import quiet
 from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.models import family_of
 from exaone_bridge.runtime.launch import choose_launcher, is_rank_zero
 from exaone_bridge.runtime.progress import NoProgress
-from exaone_bridge.schema.dtypes import MODEL_DTYPES
 from exaone_bridge.schema.parallel_layout import Layout
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ def generate(options: Namespace, layout: Layout) -> None:
     """Continue a prompt greedily; the options are those that `cli.arguments` defines.
 
     Raises:
-        UnsupportedConfig: images without a conversation or with a model that takes none, or an
-            unknown dtype.
+        UnsupportedConfig: images without a conversation or for a model that takes none, or a dtype
+            of a Megatron checkpoint.
         BridgeError: the model cannot be loaded.
     """
     if options.image and options.chat is None:
@@ -55,8 +57,10 @@ def generate(options: Namespace, layout: Layout) -> None:
     quiet()
     with (
         choose_launcher(layout.ranks) as launcher,
-        model_files(options.source, launcher) as (folder, megatron),
+        model_files(options.source, launcher, dtype=options.dtype) as (folder, megatron),
     ):
+        if options.image:
+            _check_takes_images(folder / "config.json")
         progress.stage("importing Megatron-Core (half a minute)")
         from exaone_bridge.runtime.generate import generate as run
 
@@ -77,16 +81,17 @@ def generate(options: Namespace, layout: Layout) -> None:
         print(flush=True)
 
 
-def read_dtype(name: str | None) -> torch.dtype | None:
-    """Return the dtype of an option; None: the checkpoint's.
+def _check_takes_images(config_json: Path) -> None:
+    family = family_of(read_json(config_json).get("architectures"), where=str(config_json))
+    if family.images is None:
+        wanted = "left out: this model takes none"
+        raise UnsupportedConfig("--image", got=family.name, wanted=wanted, where="command line")
 
-    Raises:
-        UnsupportedConfig: no model has this dtype.
-    """
+
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of an option that the parser has checked; None: the checkpoint's."""
     if name is None:
         return None
-    if name not in MODEL_DTYPES:
-        raise UnsupportedConfig("--dtype", got=name, known=MODEL_DTYPES, where="command line")
     import torch
 
     return getattr(torch, name)

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from exaone_bridge.checkpoint.hf.diagnose import check_is_hf_folder
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.hf.writer import write_config_json
 from exaone_bridge.checkpoint.megatron.run_config import read_run_config
 from exaone_bridge.convert.source_files import assets_of, files_of, source_config
-from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models.exaone4.head_config import HEADS
 from exaone_bridge.runtime.launch import Launcher, is_rank_zero
 from exaone_bridge.schema.hf_files import copy_companion_files
@@ -20,26 +21,35 @@ __all__ = ["model_files"]
 
 
 @contextlib.contextmanager
-def model_files(source: Path, launcher: Launcher) -> Iterator[tuple[Path, Path | None]]:
+def model_files(
+    source: Path, launcher: Launcher, *, dtype: str | None
+) -> Iterator[tuple[Path, Path | None]]:
     """Yield a folder of a language model, and the iteration of a Megatron checkpoint.
 
     Of a Megatron checkpoint the folder is temporary and has no weights; the iteration is None for a
     Hugging Face folder.
 
+    Args:
+        source: the folder or checkpoint.
+        launcher: makes the temporary folder.
+        dtype: the requested one; a Megatron checkpoint is loaded in its own.
+
     Raises:
         CheckpointError: the source does not exist or is damaged.
-        UnsupportedConfig: the model has a head.
+        UnsupportedConfig: the model has a head, or a dtype is requested of a Megatron checkpoint.
     """
-    if not source.is_dir():
-        raise CheckpointError(
-            source,
-            "this folder does not exist",
-            remedy="name a Hugging Face folder or a Megatron checkpoint",
-        )
     if not is_megatron_checkpoint(source):
+        check_is_hf_folder(source, remedy="name a Hugging Face folder or a Megatron checkpoint")
         _check_language_model(source)
         yield source, None
         return
+    if dtype is not None:
+        raise UnsupportedConfig(
+            "--dtype",
+            got=dtype,
+            wanted="left out with a Megatron checkpoint, which is loaded in its own dtype",
+            where="command line",
+        )
     iteration, _ = choose_iteration(source)
     with launcher.folder() as folder:
         if is_rank_zero():

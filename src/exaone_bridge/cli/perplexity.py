@@ -23,7 +23,7 @@ def perplexity(options: Namespace, layout: Layout) -> None:
     """Compute the perplexity of a text; the options are those that `cli.arguments` defines.
 
     Raises:
-        UnsupportedConfig: an unknown dtype, or a text shorter than one window.
+        UnsupportedConfig: a dtype of a Megatron checkpoint, or a text shorter than one window.
         ParityFailure: in fp32, Megatron-Core's loss is not that of Transformers.
         BridgeError: the model cannot be loaded.
     """
@@ -32,7 +32,7 @@ def perplexity(options: Namespace, layout: Layout) -> None:
     with (
         stages("perplexity", shown=is_rank_zero() and not options.json) as progress,
         choose_launcher(layout.ranks) as launcher,
-        model_files(options.source, launcher) as (folder, megatron),
+        model_files(options.source, launcher, dtype=options.dtype) as (folder, megatron),
     ):
         if options.transformers and megatron is not None:
             wanted = "a Hugging Face folder, which `export` makes"

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.bridge import AutoBridge
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
-from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import AutoProcessor, GenerationConfig, TextStreamer
 
 from exaone_bridge.errors import CheckpointError
-from exaone_bridge.runtime.model import Images, build, forward_logits, load_megatron
+from exaone_bridge.runtime.model import Images, forward_logits, load_model
 from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.runtime.tokenizer import load_tokenizer
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["generate", "greedy_tokens"]
@@ -96,11 +96,7 @@ def generate(
     """
     tokenizer, prompt, pixels = _read_prompt(hf_folder, messages, images, template)
     progress.stage("loading the model")
-    bridge = AutoBridge.from_hf_pretrained(hf_folder)
-    if megatron is None:
-        model = build(bridge, layout, dtype=dtype, backend=backend)
-    else:
-        model = load_megatron(bridge, megatron, layout, backend=backend)
+    model = load_model(hf_folder, megatron, layout, dtype=dtype, backend=backend)
     progress.stage("generating")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: progress.output(text)
@@ -122,12 +118,7 @@ def _read_prompt(
     template: dict[str, Any],
 ) -> tuple[Any, torch.Tensor, Images | None]:
     """Return tokenizer, token ids [S] and the arguments of `forward` with the images."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            folder, "the tokenizer is missing or cannot be loaded", remedy="copy its files there"
-        ) from error
+    tokenizer = load_tokenizer(folder)
     if isinstance(messages, str):
         return tokenizer, tokenizer(messages, return_tensors="pt").input_ids[0], None
     if tokenizer.chat_template is None:
@@ -142,7 +133,7 @@ def _read_prompt(
         return tokenizer, tokens, None
     from PIL import Image
 
-    inputs = AutoProcessor.from_pretrained(folder)(
+    inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=False)(
         text=[text], images=[Image.open(path) for path in images], return_tensors="pt"
     )
     pixels = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}

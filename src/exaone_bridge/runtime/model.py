@@ -23,7 +23,14 @@ from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequenc
 from exaone_bridge.modules.context_parallel import local_positions
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["build", "forward_logits", "forward_losses", "load_megatron", "over_context"]
+__all__ = [
+    "build",
+    "forward_logits",
+    "forward_losses",
+    "load_megatron",
+    "load_model",
+    "over_context",
+]
 
 
 # A prompt's pixel values and grids, by the names of the model's arguments.
@@ -102,6 +109,35 @@ def load_megatron(
             f"the checkpoint cannot be loaded ({_first_line(cause)})",
             remedy="restore the missing or truncated files",
         ) from error
+
+
+def load_model(
+    hf_folder: Path,
+    megatron: Path | None,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> list[MegatronModule]:
+    """Load a model from a Hugging Face folder, or its weights from a Megatron checkpoint.
+
+    Args:
+        hf_folder: config and, without `megatron`, weights.
+        megatron: a Megatron checkpoint of the same model, whose dtype is kept.
+        layout: the parallel layout.
+        dtype: of a model from the Hugging Face folder; None: the folder's.
+        backend: `auto`, `transformer_engine` or `torch`.
+
+    Returns:
+        This rank's chunks.
+
+    Raises:
+        BridgeError: as `build` and `load_megatron`.
+    """
+    bridge = AutoBridge.from_hf_pretrained(hf_folder)
+    if megatron is not None:
+        return load_megatron(bridge, megatron, layout, backend=backend)
+    return build(bridge, layout, dtype=dtype, backend=backend)
 
 
 def _gathered(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.bridge import AutoBridge
 from megatron.core import parallel_state
-from transformers import AutoTokenizer
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.models.auto_class import auto_class
-from exaone_bridge.runtime.model import build, forward_losses, load_megatron
+from exaone_bridge.runtime.model import forward_losses, load_model
 from exaone_bridge.runtime.progress import Progress
+from exaone_bridge.runtime.tokenizer import load_tokenizer
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["Perplexity", "megatron_perplexity", "read_windows", "transformers_perplexity"]
@@ -66,12 +65,7 @@ def read_windows(folder: Path, text: Path, length: int) -> torch.Tensor:
         CheckpointError: the folder has no tokenizer, or the text cannot be read.
         UnsupportedConfig: the text is shorter than one window.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            folder, "the tokenizer is missing or cannot be loaded", remedy="copy its files there"
-        ) from error
+    tokenizer = load_tokenizer(folder)
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -114,11 +108,7 @@ def megatron_perplexity(
     """
     windows = read_windows(hf_folder, text, length)
     progress.stage("loading the Megatron-Core model")
-    bridge = AutoBridge.from_hf_pretrained(hf_folder)
-    if megatron is None:
-        model = build(bridge, layout, dtype=dtype, backend=backend)
-    else:
-        model = load_megatron(bridge, megatron, layout, backend=backend)
+    model = load_model(hf_folder, megatron, layout, dtype=dtype, backend=backend)
     progress.stage(f"Megatron-Core, {windows[:, 1:].numel():,} tokens")
     started, total = time.perf_counter(), torch.zeros(1, dtype=torch.float64)
     batch = layout.pp  # prompts of a pass: as many as keep every stage busy once
@@ -149,8 +139,8 @@ def transformers_perplexity(
 
     windows = read_windows(hf_folder, text, length)
     progress.stage("loading Transformers' model")
-    auto = auto_class(AutoConfig.from_pretrained(hf_folder))
-    model = auto.from_pretrained(hf_folder, dtype=dtype or "auto").eval()
+    auto = auto_class(AutoConfig.from_pretrained(hf_folder, trust_remote_code=False))
+    model = auto.from_pretrained(hf_folder, dtype=dtype or "auto", trust_remote_code=False).eval()
     if torch.cuda.is_available():
         model.cuda()
     progress.stage(f"Transformers, {windows[:, 1:].numel():,} tokens")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +142,7 @@ def test_text_goes_to_standard_output_where_a_launcher_redirects_it(
         (("--prompt", "a", "--image", "b.png"), "--image"),
         (("--prompt", "a", "--dtype", "int8"), "--dtype is 'int8'"),
         (("--prompt", "a", "--max-new-tokens", "0"), "not a whole number"),
+        (("--chat", "a", "--image", "b.png"), "this model takes none"),
     ],
 )
 def test_bad_arguments_are_rejected(
@@ -147,3 +150,30 @@ def test_bad_arguments_are_rejected(
 ) -> None:
     run = cli("generate", tiny("exaone4"), *arguments)
     assert run.code == 2 and fragment in run.err and run.out == ""
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "--prompt", "a"), ("perplexity", "--text", "text.txt")]
+)
+def test_dtype_of_a_megatron_checkpoint_is_its_own(
+    command: tuple[str, ...], megatron_folder: Path, cli: Cli
+) -> None:
+    name, *options = command
+    run = cli(name, megatron_folder, *options, "--dtype", "bfloat16")
+    assert run.code == 2 and "is loaded in its own dtype" in run.err
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "--prompt", "a"), ("perplexity", "--text", "text.txt")]
+)
+def test_code_of_a_tokenizer_is_not_run(
+    command: tuple[str, ...], megatron_bridge: Any, tiny: Callable[..., Path], cli: Cli
+) -> None:
+    shutil.copytree(tiny("exaone4"), "model")
+    file = Path("model/tokenizer_config.json")
+    code = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    Path("text.txt").write_text("text")
+    name, *options = command
+    run = cli(name, "model", *options)
+    assert run.code == 2 and "the tokenizer needs remote code, which is not run" in run.err
