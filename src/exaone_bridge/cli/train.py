@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
+from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.cli.show import say, table
-from exaone_bridge.errors import CheckpointError, UnsupportedConfig
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.recipes import recipe
-from exaone_bridge.recipes.build import CheckedPlan, check_plan
+from exaone_bridge.recipes.build import CheckedPlan, check_plan, config_file
 from exaone_bridge.recipes.memory import GB
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
@@ -89,14 +89,7 @@ def _plan(name: str, arguments: dict[str, Any]) -> CheckedPlan:
     plan = training_plan(model, stage, memory).with_overrides(**fields)
     hf_config = CONFIGS[model]
     if (folder := arguments.get("hf_path")) is not None:
-        file = Path(folder) / "config.json"
-        if not file.is_file():
-            raise CheckpointError(
-                folder,
-                "config.json is missing",
-                remedy="pass a Hugging Face directory on disk; recipes download nothing",
-            )
-        hf_config = json.loads(file.read_text())
+        hf_config = read_json(config_file(folder))
     return check_plan(model, stage, memory, hf_config, plan)
 
 

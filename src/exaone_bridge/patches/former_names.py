@@ -1,7 +1,7 @@
 """Lets checkpoints of earlier releases be loaded, although modules and fields were renamed.
 
 A checkpoint's `run_config.yaml` names the provider's class, its functions and its fields. Whoever
-renames one of them adds a line to these tables.
+renames one of them, or adds a field, adds a line to these tables.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from exaone_bridge.patches.patch import patch
 from exaone_bridge.schema.json_types import JSONObject
 
-__all__ = ["apply_run_config_backward_compat", "with_present_names"]
+__all__ = ["ADDED_FIELDS", "apply_run_config_backward_compat", "with_present_names"]
 
 # Former prefix of a `_target_` -> present prefix; the first that matches counts. Of release 0.1.
 _PREFIXES = {
@@ -34,6 +34,8 @@ _FIELDS = {
     "mtp_rotated": "mtp_use_rope",
     "mtp_layers_carried": "mtp_layers_passthrough",
 }
+# Field that providers have got since release 0.1 -> its value in a model from before.
+ADDED_FIELDS: JSONObject = {"head": {}}
 
 
 @patch(

@@ -45,6 +45,7 @@ __all__ = [
     "chat_peft_config",
     "chat_sft_config",
     "check_plan",
+    "config_file",
     "peft_config",
     "pretrain_config",
     "sft_config",
@@ -255,18 +256,29 @@ def _fine_tuning(
     return config
 
 
+def config_file(hf_path: str | Path) -> Path:
+    """Return config.json of a recipe's `hf_path`.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    path = Path(hf_path) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            hf_path,
+            "config.json is missing",
+            remedy="pass a Hugging Face directory on disk; recipes download nothing",
+        )
+    return path
+
+
 def _provider(model: str, hf_path: str | Path | None) -> ExactGPTModelProvider:
     """Build the provider from the config in `hf_path`, or else from the published config."""
     supported()
     from megatron.bridge import AutoBridge
 
     if hf_path is not None:
-        if not (Path(hf_path) / "config.json").is_file():
-            raise CheckpointError(
-                hf_path,
-                "config.json is missing",
-                remedy="pass a Hugging Face directory on disk; recipes download nothing",
-            )
+        config_file(hf_path)
         return AutoBridge.from_hf_pretrained(str(hf_path)).to_megatron_provider(load_weights=False)
     from transformers import CONFIG_MAPPING
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig
 from exaone_bridge.models import FAMILIES
-from exaone_bridge.patches.former_names import with_present_names
+from exaone_bridge.patches.former_names import ADDED_FIELDS, with_present_names
 from exaone_bridge.schema.iterations import iteration_folder
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
@@ -17,8 +17,6 @@ __all__ = ["RUN_CONFIG", "StoredProvider", "read_peft", "read_run_config"]
 
 RUN_CONFIG = "run_config.yaml"
 _RESTORE = "restore the checkpoint"
-# Fields that providers have got since release 0.1, with the values of the models before.
-_ADDED_FIELDS: JSONObject = {"head": {}}
 
 
 class StoredProvider:
@@ -98,7 +96,7 @@ def read_run_config(path: Path) -> StoredProvider:
     model = with_present_names(_read_yaml(file, path)["model"])
     if not isinstance(model, dict) or not isinstance(model.get("hf_config", {}), dict):
         raise CheckpointError(file, "it describes no model", remedy=_RESTORE)
-    return StoredProvider({"hf_config": {}, **_ADDED_FIELDS, **model}, file)
+    return StoredProvider({"hf_config": {}, **ADDED_FIELDS, **model}, file)
 
 
 def read_peft(path: Path) -> JSONObject:
