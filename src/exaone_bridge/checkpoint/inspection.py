@@ -22,7 +22,13 @@ from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.schema.size_text import size_text
 
-__all__ = ["Inspection", "inspect", "layout_text", "model_summary", "without_garbage_collection"]
+__all__ = [
+    "Inspection",
+    "inspect_hf_folder",
+    "layout_text",
+    "model_summary",
+    "without_garbage_collection",
+]
 
 _TRIED_SIZES = (2, 4, 8, 16, 32)  # of one parallel axis, to list the layouts that are not supported
 _MAX_RANKS_SHOWN = 16
@@ -88,43 +94,16 @@ class Inspection:
         return _to_dict(self.checkpoint, self.plan)
 
 
-def inspect(
-    folder: str | Path,
-    layout: Layout | None = None,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    vpp: int = 1,
-    sp: bool = False,
-    ep: int = 1,
-    etp: int | None = None,
-    cp: int = 1,
-) -> Inspection:
-    """Describe a Hugging Face folder: its config, its parameter mappings, its shards per rank.
-
-    It reads no tensor, and imports neither torch nor Megatron.
-
-    Args:
-        folder: a Hugging Face folder.
-        layout: the parallel layout to describe; None: that of the sizes.
-        tp, pp, vpp, sp, ep, etp, cp: the sizes of `Layout`, in place of a layout.
-
-    Returns:
-        The description. Missing and unexpected keys are in it, and raise nothing.
+def inspect_hf_folder(folder: Path, layout: Layout) -> Inspection:
+    """Describe a Hugging Face folder, without torch; see `convert.inspection.inspect`.
 
     Raises:
         CheckpointError: the folder is missing, damaged or unsafe.
         UnsupportedConfig: its config.json is not supported.
         UnsupportedLayout: the model cannot be sharded by this layout.
-
-    Example:
-        >>> import exaone_bridge
-        >>> exaone_bridge.inspect("/models/EXAONE-4.0-1.2B", tp=2).missing
-        {}
     """
-    layout = Layout.of(layout, Layout(tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep, etp=etp, cp=cp))
     with without_garbage_collection():
-        checkpoint = HFCheckpoint.survey(Path(folder))
+        checkpoint = HFCheckpoint.survey(folder)
         check_layout(checkpoint.model_config, layout)
         plan = reshard_plan(checkpoint.model, layout)
         if not checkpoint.missing:

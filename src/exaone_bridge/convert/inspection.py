@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exaone_bridge.checkpoint.inspection import Inspection, layout_text, model_summary
-from exaone_bridge.checkpoint.inspection import inspect as inspect_hf_folder
+from exaone_bridge.checkpoint.inspection import (
+    Inspection,
+    inspect_hf_folder,
+    layout_text,
+    model_summary,
+)
 from exaone_bridge.checkpoint.reshard.plan import check_layout
 from exaone_bridge.schema.iterations import choose_iteration, is_megatron_checkpoint
 from exaone_bridge.schema.json_types import JSONObject
