@@ -12,19 +12,20 @@ asks for a turn (with thinking or without), up to and including the token that e
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from exaone_bridge.errors import ConversationError
+from exaone_bridge.schema.chat_row import read_chat_row
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 
 __all__ = ["TokenizedChat", "tokenize_chat"]
 
-_ROLES = ("system", "user", "assistant", "tool")
 _PLACEHOLDER = "\ufdd0\ufdd1"  # two code points that are no characters, and so in no text
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as in Transformers 5.12.1
 _THINKING: tuple[JSONObject, ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
@@ -80,8 +81,8 @@ def tokenize_chat(
     Args:
         tokenizer: a fast tokenizer of Transformers.
         row: has `messages`, and may have `tools` and `chat_template_kwargs`, as in TRL. A message
-            has `role` and `content`, and may have `tool_calls`, `reasoning_content` and other
-            fields that the template reads.
+            has `role` and `content`, and may have `tool_calls`, beside which the content may be
+            null, `reasoning_content`, and other fields that the template reads.
         last_turn: mask all of the assistant's turns but the last.
         tools: the tools of a row without `tools`.
 
@@ -89,11 +90,13 @@ def tokenize_chat(
         ConversationError: the conversation is malformed, or the template rejects it or drops the
             assistant's text, tool calls or tools.
     """
-    messages, options = _read_row(row, tools)
+    messages, options = read_chat_row(row, tools)
     template = _template(tokenizer, options.get("tools"))
+    _check_kwargs(tokenizer, row.get("chat_template_kwargs") or {})
     text = _render(tokenizer, messages, options)
     for tool in options.get("tools") or ():
         _check_rendered(_tool_name(tool), text, f"the tool {_tool_name(tool)!r}")
+    _check_text(tokenizer, messages, options, text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = _covering(encoded["offset_mapping"])
     is_marked = _GENERATION.search(template) is not None
@@ -131,36 +134,6 @@ def _marked(tokenizer: Any, messages: Sequence[JSONMapping], options: JSONMappin
     return mask
 
 
-def _read_row(row: JSONMapping, tools: Sequence[Any] | None) -> tuple[list[JSONObject], JSONObject]:
-    """Return the checked messages, and the other arguments of `apply_chat_template`."""
-    messages = row.get("messages")
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ConversationError(
-            "messages", "is empty or no list", remedy="give each row a list of messages"
-        )
-    for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in _ROLES:
-            raise ConversationError(
-                f"messages[{number}]",
-                f"has the role {role!r}",
-                remedy=f"use one of {', '.join(_ROLES)}",
-            )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ConversationError(
-            "messages",
-            "has no message of the assistant",
-            remedy="leave the row out, or add the answer to train on",
-        )
-    options = dict(row.get("chat_template_kwargs") or {})
-    found = row.get("tools") or tools
-    if isinstance(found, str):
-        found = json.loads(found)
-    if found:
-        options["tools"] = [found] if isinstance(found, Mapping) else list(found)
-    return [dict(message) for message in messages], options
-
-
 def _template(tokenizer: Any, tools: Sequence[Any] | None) -> str:
     """Return the chat template that Transformers chooses; fast tokenizers only."""
     where = f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r}"
@@ -192,12 +165,49 @@ def _render(
         return str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, **{**options, **more})
         )
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise ConversationError(
             "the chat template",
             f"rejects the conversation ({error})",
             remedy="change the messages to what it supports",
         ) from error
+
+
+def _check_kwargs(tokenizer: Any, kwargs: JSONMapping) -> None:
+    """Reject names that are not the template's but those of `apply_chat_template` itself."""
+    if not kwargs:
+        return
+    reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+    if names := sorted(reserved & kwargs.keys()):
+        raise ConversationError(
+            "chat_template_kwargs",
+            f"has {', '.join(names)}, which the template does not read",
+            remedy="name variables of the template only; `tools` is a field of the row",
+        )
+
+
+def _check_text(
+    tokenizer: Any, messages: Sequence[JSONMapping], options: JSONMapping, text: str
+) -> None:
+    """Check that a template for strings has not written a list of parts, or null, as code."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and content and str(content) in text:
+            raise ConversationError(
+                "the chat template",
+                f"writes the list of parts in messages[{number}] as code",
+                remedy="write the content as a string",
+            )
+    filled = [
+        {**message, "content": ""} if message.get("content") is None else message
+        for message in messages
+    ]
+    if filled != messages and _render(tokenizer, filled, options) != text:
+        raise ConversationError(
+            "the chat template",
+            "writes content that is null as text",
+            remedy="write an empty string beside tool_calls",
+        )
 
 
 def _find_turns(

@@ -146,11 +146,60 @@ DROPPED = "the chat template drops "
             "the chat template rejects the conversation",
         ),
         ("exaone4", {"messages": [USER, ANSWER | {"content": "\ufdd0\ufdd1"}]}, "U+FDD0"),
+        (
+            "exaone4",
+            {"messages": [USER, ANSWER | {"content": None}]},
+            "messages[1] has the content",
+        ),
+        (
+            "exaone4",
+            {"messages": [USER | {"content": None}, ANSWER]},
+            "messages[0] has the content",
+        ),
+        ("exaone4", {"messages": [{"role": "user"}, ANSWER]}, "null is for a message with tool_ca"),
+        ("exaone4", {"messages": [USER, ANSWER | {"content": 5}]}, "messages[1] has the content 5"),
+        (
+            "exaone4",
+            {"messages": [USER | {"content": [{"text": 5}]}, ANSWER]},
+            "messages[0] has the",
+        ),
+        (
+            "exaone4",
+            {"messages": [USER | {"content": [{"type": "text", "text": "q"}]}, ANSWER]},
+            "writes the list of parts in messages[0] as code; write the content as a string",
+        ),
+        (
+            "nulls",
+            {"messages": [USER, ANSWER | {"content": None, "tool_calls": [CALL]}]},
+            "writes content that is null as text; write an empty string beside tool_calls",
+        ),
+        ("exaone4", {"messages": [USER, ANSWER | {"tool_calls": "f"}]}, "has the tool_calls 'f'"),
+        ("exaone4", {"messages": [USER, ANSWER | {"tool_calls": CALL}]}, "has the tool_calls {"),
+        ("exaone4", {"messages": [USER, ANSWER], "tools": "{"}, "tools is a string and no JSON"),
+        ("exaone4", {"messages": [USER, ANSWER], "tools": ["f"]}, "tools is ['f']; write a list"),
+        (
+            "exaone4",
+            {"messages": [USER, ANSWER], "chat_template_kwargs": "{}"},
+            "chat_template_kwargs is '{}'; write a JSON object",
+        ),
+        *(
+            (
+                "exaone4",
+                {"messages": [USER, ANSWER], "chat_template_kwargs": {name: True}},
+                f"chat_template_kwargs has {name}, which the template does not read",
+            )
+            for name in ("add_generation_prompt", "continue_final_message", "tools", "tokenize")
+        ),
     ],
 )
 def test_a_bad_conversation_raises(name: str, row: dict[str, Any], message: str) -> None:
+    model_tokenizer = tokenizer("exaone4" if name == "nulls" else name)
+    if name == "nulls":  # tool calls are written, and Python's None with them
+        model_tokenizer.chat_template = (
+            "{% for m in messages %}[|{{ m.role }}|]{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+        )
     with pytest.raises(ConversationError, match=re.escape(message)):
-        tokenize_chat(tokenizer(name), row)
+        tokenize_chat(model_tokenizer, row)
 
 
 @pytest.mark.parametrize(
