@@ -20,6 +20,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.recipes.loss_curve import loss_curve
+from exaone_bridge.recipes.start_up import StartUpTimer
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -73,6 +74,11 @@ class StepLogger(Callback):
         self._writes = int(os.environ.get("RANK", "0")) == self._world - 1
         self._before = time.perf_counter()
 
+    def write(self, text: str) -> None:
+        """Write a line to read, if this is the rank that writes."""
+        if self._writes:
+            print(text, file=self._out, flush=True)
+
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Write the line of a step."""
         seconds = time.perf_counter() - self._before
@@ -93,12 +99,10 @@ class StepLogger(Callback):
         }
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(
+        self.write(
             f"step {line['step']}/{self._config.train.train_iters}: loss {value:.4f}, "
             f"gradient norm {line['grad_norm']:.3f}, {seconds * 1000:,.0f} ms, "
-            f"{tokens / seconds / self._world:,.0f} tokens/s per GPU, {line['peak_gb']} GB",
-            file=self._out,
-            flush=True,
+            f"{tokens / seconds / self._world:,.0f} tokens/s per GPU, {line['peak_gb']} GB"
         )
 
 
@@ -111,6 +115,8 @@ def run_training(
     quiet: bool = False,
 ) -> None:
     """Run Megatron-Bridge's training loop; losses and their curve are in the folder.
+
+    After the first step the log has a line that says where the time of the start went.
 
     Args:
         config: of the run. `finetune` runs it where it has pretrained weights, else `pretrain`.
@@ -133,9 +139,9 @@ def run_training(
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     logged: Any = _megatron_output_in(folder / "logs") if quiet else contextlib.nullcontext()
     with _curve_at_the_end(folder), logged as out:
-        train(
-            config, forward_step, callbacks=[StepLogger(folder / LOSSES, config, out), *callbacks]
-        )
+        logger = StepLogger(folder / LOSSES, config, out)
+        timer = StartUpTimer(config, logger.write)
+        train(config, forward_step, callbacks=[logger, timer, *callbacks])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -73,23 +74,30 @@ def test_machine_that_cannot_train_is_named_before_anything_is_written(
 
 def _fake_loop(steps: int, fails: bool) -> Callable[..., None]:
     def loop(config: Any, forward_step: Any, callbacks: list[Any]) -> None:
+        from megatron.bridge.training.callbacks import normalize_callbacks
+
         os.write(1, b"a thousand lines of Megatron\n")  # pytest replaces sys.stdout
+        manager = normalize_callbacks(callbacks)
+        assert config.model.pre_wrap_hook(["model"]) == ["model"]
+        # Megatron-Bridge rejects callbacks for this event where epochs are given.
+        assert manager.has_callbacks("on_data_init_start") == (config.train.num_epochs is None)
+        manager.fire("on_data_init_start", None)
+        manager.fire("on_train_start", None)
         for step in range(steps):
             state = types.SimpleNamespace(train_state=types.SimpleNamespace(step=step))
             loss = {"lm loss": torch.tensor([6.0 - step, 2.0])}
-            for callback in callbacks:
-                callback.on_train_step_end(
-                    types.SimpleNamespace(state=state, loss_dict=loss, grad_norm=1.5)
-                )
+            context = types.SimpleNamespace(state=state, loss_dict=loss, grad_norm=1.5)
+            manager.fire("on_train_step_end", context)
         if fails:
             raise RuntimeError("out of memory")
 
     return loop
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("fails", "epochs"), [(False, False), (True, False), (False, True)])
 def test_log_is_short_and_the_curve_is_drawn(
     fails: bool,
+    epochs: bool,
     megatron_bridge: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -107,7 +115,7 @@ def test_log_is_short_and_the_curve_is_drawn(
         module = types.SimpleNamespace(**{name: loop})
         monkeypatch.setitem(sys.modules, f"megatron.bridge.training.{name}", module)
     config = exaone4_tiny_pretrain_config()
-    config.train.train_iters = 3
+    config.train.train_iters, config.train.num_epochs = 3, 1.0 if epochs else None
     capfd.readouterr()
     try:
         training_loop.run_training(config, tmp_path, quiet=True)
@@ -116,7 +124,13 @@ def test_log_is_short_and_the_curve_is_drawn(
     else:
         assert not fails
     out, err = capfd.readouterr()
-    lines = out.splitlines()
+    first, start, *rest = out.splitlines()
+    parts = re.findall(r"([a-z ]+) (\d+\.\d)", start.partition(":")[2])
+    assert [part.strip() for part, _ in parts] == (
+        ["imports", "model built", *["weights loaded"][epochs:], "data ready", "first step"]
+    )
+    assert [float(seconds) for _, seconds in parts] == sorted(float(each[1]) for each in parts)
+    lines = [first, *rest]
     assert [line.partition(",")[0] for line in lines] == [
         "step 1/3: loss 3.0000",
         "step 2/3: loss 2.5000",
