@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from exaone_bridge.errors import RegistrationError
-from exaone_bridge.patches.environment import provide_lock_folder
+from exaone_bridge.patches.environment import let_tokenizers_notice_forks, provide_lock_folder
 from exaone_bridge.patches.import_hook import after_import, import_before
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["register", "register_when_imported", "supported"]
 
 _MEGATRON_BRIDGE = "megatron.bridge"
+_SETS_TOKENIZERS = "megatron.bridge.data.datasets.gpt_sft"  # a variable of theirs
 _AFTER_IT = (
     r"exaone_bridge\.(modules\.\w+|bridge\.(?!registration$)\w+|models\.\w+\.(provider|layer_spec))"
 )
@@ -68,6 +69,7 @@ def register() -> None:
 
     warn_of_newer_versions()
     provide_lock_folder()
+    after_import(_SETS_TOKENIZERS, let_tokenizers_notice_forks)
     # run_config.yaml of a checkpoint names our providers and layer specs.
     register_allowed_target_prefix("exaone_bridge.")
     for patch in PATCHES:

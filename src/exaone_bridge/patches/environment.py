@@ -1,8 +1,10 @@
-"""Replaces what a container or a cluster may lack: a user name, a home, locks in it. No torch.
+"""Mends the environment: a user name, a home, locks in it, tokenizers after a fork. No torch.
 
 torch, Megatron-Bridge and Transformers expect a passwd entry (`getpass.getuser`), a home folder for
 their caches, and `flock` in it, and raise where one is missing. Each replacement is made only then,
 in this process and its children.
+
+Megatron-Bridge makes tokenizers parallel after a fork too, where their threads are missing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ import pwd
 import sys
 from pathlib import Path
 
-__all__ = ["provide_lock_folder", "provide_user_and_home", "warn_once"]
+__all__ = [
+    "let_tokenizers_notice_forks",
+    "provide_lock_folder",
+    "provide_user_and_home",
+    "warn_once",
+]
 
 _USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # those that getpass reads
 _LOCK_FOLDER = "MEGATRON_CONFIG_LOCK_DIR"  # Megatron-Bridge 0.6.2, safe_config_loader.py
@@ -51,6 +58,16 @@ def provide_lock_folder() -> None:
             f"{folder} takes no locks ({error.strerror}): those of this machine are in "
             f"{os.environ[_LOCK_FOLDER]}; set {_LOCK_FOLDER} to name another folder"
         )
+
+
+def let_tokenizers_notice_forks() -> None:
+    """Undo `os.putenv("TOKENIZERS_PARALLELISM", "True")` (Megatron-Bridge 0.6.2, gpt_sft.py).
+
+    Without the variable tokenizers are parallel until a fork and sequential after it. With it the
+    first batch in a forked process, as of a data loader, waits forever for threads of its parent.
+    """
+    if "TOKENIZERS_PARALLELISM" not in os.environ:  # putenv does not change os.environ
+        os.unsetenv("TOKENIZERS_PARALLELISM")
 
 
 def _private_folder() -> Path:

@@ -6,8 +6,10 @@ Inside the context these calls have the results that suit a CPU; the table names
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -97,7 +99,22 @@ def _init_on_gloo(start: Any, backend: str | None = None, *args: object, **kwarg
     if os.environ.get("WORLD_SIZE") == "1" and not args and not kwargs:
         # A single rank meets nobody, and needs no port, which another program may have.
         kwargs = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        atexit.unregister(_leave_process_groups)
+        atexit.register(_leave_process_groups)  # no group of a single rank waits for another
     start("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
+
+
+def _leave_process_groups() -> None:
+    """End the threads of all process groups, if the program has not.
+
+    A thread that releases a tensor while the interpreter finalises ends the program with SIGABRT.
+    """
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        gc.collect()  # of models, which refer to the groups
 
 
 def _is_cuda(device: Any) -> bool:

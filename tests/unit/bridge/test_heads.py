@@ -75,6 +75,6 @@ def test_commands_that_need_an_output_layer_reject_a_head(tiny: Any) -> None:
 
     with (
         pytest.raises(UnsupportedConfig, match="a head predicts no next token"),
-        model_files(head_folder(tiny, SEQUENCE), ForkLauncher()),
+        model_files(head_folder(tiny, SEQUENCE), ForkLauncher(), dtype=None),
     ):
         pass

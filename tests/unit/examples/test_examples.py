@@ -176,7 +176,6 @@ def test_readme_python_is_short_and_imports_exaone_bridge_first() -> None:
     assert modules.index("exaone_bridge") < modules.index("megatron.bridge")
 
 
-@pytest.mark.slow
 def test_tokenized_text_is_read_by_megatron_core(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
@@ -190,8 +189,8 @@ def test_tokenized_text_is_read_by_megatron_core(
     (tmp_path / "b.txt").write_text(texts[2], encoding="utf-8")
     folder, prefix = tiny("exaone4"), tmp_path / "text"
     files = (tmp_path / "a.jsonl", tmp_path / "b.txt")
-    script = ROOT / "examples/tokenize_text.py"  # not forked: a batch is tokenized by threads
-    printed = _run(script, "--tokenizer", folder, "--output", prefix, *files)
+    script = ROOT / "examples/tokenize_text.py"
+    printed = fork_script(tmp_path, script, "--tokenizer", folder, "--output", prefix, *files)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     dataset = IndexedDataset(str(prefix))

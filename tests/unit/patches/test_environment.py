@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import getpass
+import importlib
 import os
 import pwd
 import shutil
@@ -114,3 +116,18 @@ def test_commands_run_for_a_uid_without_passwd_entry_and_home(tmp_path: Path) ->
     finally:
         shutil.rmtree(work)
         shutil.rmtree("/tmp/exaone_bridge-uid12345", ignore_errors=True)
+
+
+@pytest.mark.parametrize("chosen", [None, "true"])
+def test_tokenizers_are_sequential_after_a_fork_unless_the_user_says_otherwise(
+    megatron_bridge: Any, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """Megatron-Bridge makes them parallel, and the first batch in a forked process never ended."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    monkeypatch.delitem(sys.modules, "megatron.bridge.data.datasets.gpt_sft", raising=False)
+    importlib.import_module("megatron.bridge.data.datasets.gpt_sft")
+    assert getenv(b"TOKENIZERS_PARALLELISM") == (chosen.encode() if chosen else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import socket
 import threading
 from collections.abc import Iterator
@@ -262,6 +263,30 @@ def test_a_single_rank_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert tensor.tolist() == [1.0, 1.0]
             finally:
                 dist.destroy_process_group()
+
+
+def test_process_groups_of_a_single_rank_end_before_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program that leaves its groups alive was ended by SIGABRT now and then."""
+    import torch.distributed as dist
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    before = threads()
+    with cpu_runtime():
+        dist.init_process_group("nccl")
+        dist.new_group([0])
+    assert threads() > before
+    (leave,) = at_exit
+    leave()
+    assert not dist.is_initialized() and threads() == before
+    leave()  # a program that has left its groups itself
 
 
 # --- outside ---
