@@ -11,15 +11,8 @@ from pathlib import Path
 
 import torch
 
-from exaone_bridge.checkpoint.dtypes import byte_view
 from exaone_bridge.checkpoint.hf.headers import TensorSpec
-from exaone_bridge.checkpoint.hf.shards import (
-    ShardWriter,
-    assign_files,
-    shard_layout,
-    write_index,
-)
-from exaone_bridge.checkpoint.hf.writer import write_config_json
+from exaone_bridge.checkpoint.hf.writer import write_model
 from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.models import family_of
 from exaone_bridge.schema.dtypes import SAFETENSORS_DTYPES
@@ -99,13 +92,8 @@ def write_random(
         TensorSpec(each.name, SAFETENSORS_DTYPES[each.dtype(dtype)], each.shape(model.dims))
         for each in tensors
     ]
-    layout = shard_layout(specs, assign_files({spec.name: spec.nbytes for spec in specs}))
     with staged(Path(target)) as folder:
-        with ShardWriter.create(folder, layout) as writer:
-            for name, tensor in random_weights(tensors, model.dims, dtype, seed):
-                writer.put(name, [byte_view(tensor)])
-        write_index(folder, layout)
-        write_config_json(folder, config)
+        write_model(folder, config, specs, random_weights(tensors, model.dims, dtype, seed))
         vocab_size = model.config.vocab_size
         if tokenizer and vocab_size >= 256 + len(family.tiny_files.special_tokens):
             names = {**language_config(dict(config)), **config}

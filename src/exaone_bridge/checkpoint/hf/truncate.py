@@ -8,8 +8,7 @@ from typing import Any
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.headers import TensorSpec
-from exaone_bridge.checkpoint.hf.shards import ShardWriter, assign_files, shard_layout, write_index
-from exaone_bridge.checkpoint.hf.writer import write_config_json
+from exaone_bridge.checkpoint.hf.writer import write_model
 from exaone_bridge.checkpoint.staging import staged
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.schema.hf_files import copy_companion_files
@@ -43,15 +42,9 @@ def write_first_layers(source: HFCheckpoint, layers: int, target: Path) -> Model
         TensorSpec(name, source.tensors[name].dtype, source.tensors[name].shape)
         for name in model.hf_shapes
     ]
-    layout = shard_layout(specs, assign_files({spec.name: spec.nbytes for spec in specs}))
-    from exaone_bridge.checkpoint.dtypes import byte_view  # which imports torch
-
     with staged(target) as folder:
-        with ShardWriter.create(folder, layout) as writer:
-            for spec in specs:
-                writer.put(spec.name, [byte_view(source.read(spec.name))])
-        write_index(folder, layout)
-        write_config_json(folder, config)
+        tensors = ((spec.name, source.read(spec.name)) for spec in specs)
+        write_model(folder, config, specs, tensors)
         copy_companion_files(source.folder, folder)
     return small
 

@@ -21,6 +21,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "attention": (
         "RoPE: theta, scaling factor, half-rotated or interleaved, or applied to the wrong layers",
         "the sliding window: off by one, on the wrong layers, or ignored",
+        "the norm of queries and keys: another epsilon, the two weights swapped, or after RoPE",
         "queries, keys and values interleaved by another rule, heads permuted, or a projection "
         "transposed",
     ),
