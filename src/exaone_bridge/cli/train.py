@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from argparse import Namespace
@@ -87,21 +88,31 @@ def _plan(name: str, arguments: dict[str, Any]) -> CheckedPlan:
     memory = arguments.get("gpu_memory_gb", 80)
     fields = {key: value for key, value in arguments.items() if key not in _ARGUMENTS}
     plan = training_plan(model, stage, memory).with_overrides(**fields)
+    packed = arguments.get("packed", _default(name, "packed"))
     hf_config = CONFIGS[model]
     if (folder := arguments.get("hf_path")) is not None:
         hf_config = read_json(config_file(folder))
-    return check_plan(model, stage, memory, hf_config, plan)
+    return check_plan(model, stage, memory, hf_config, plan, packed)
+
+
+def _default(name: str, argument: str) -> Any:
+    """Return the default of a recipe's argument; False: the recipe has no such argument."""
+    parameter = inspect.signature(recipe(name)).parameters.get(argument)
+    return parameter is not None and parameter.default
 
 
 def _show(name: str, checked: CheckedPlan, arguments: dict[str, Any]) -> None:
     plan, memory = checked.plan, checked.memory
     tokens = plan.seq_length * plan.global_batch_size
-    parts = ("parameters", "gradients", "optimizer", "activations")
-    sizes = ", ".join(f"{part} {getattr(memory, part) / GB:.1f}" for part in parts)
+    parts = ("parameters", "gradients", "optimizer", "activations", "graphs")
+    sizes = ", ".join(
+        f"{part} {size / GB:.1f}" for part in parts if (size := getattr(memory, part))
+    )
     rows = [
         ["model", checked.model.family.name],
         *([key, value] for key, value in plan.table_row().items() if value != "-"),
         ["microbatches a step", str(plan.num_microbatches)],
+        *([["CUDA graphs", str(checked.graphs)]] if plan.cuda_graphs != "off" else []),
         ["tokens a step", f"{tokens:,}, {tokens // plan.gpus:,} per GPU"],
         [
             "memory of a GPU",

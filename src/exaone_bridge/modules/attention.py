@@ -143,11 +143,11 @@ class TorchDotProductAttention(MegatronModule):
             for other in range(cp)
         ]
         query_positions, key_positions = positions_per_rank[rank], torch.cat(positions_per_rank)
-        ends = torch.tensor(bounds[1:], device=query.device)
-        sequence = torch.bucketize(query_positions, ends, right=True)
-        sequence_start = torch.tensor(bounds, device=query.device)[sequence]
         mask = key_positions[None] <= query_positions[:, None]
-        mask &= key_positions[None] >= sequence_start[:, None]
+        if packed is not None:
+            starts = torch.tensor(bounds, device=query.device)
+            sequence = torch.bucketize(query_positions, starts[1:], right=True)
+            mask &= key_positions[None] >= starts[sequence][:, None]
         if self.left is not None:
             mask &= query_positions[:, None] - key_positions[None] <= self.left
         if packed is None:

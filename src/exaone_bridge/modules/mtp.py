@@ -22,11 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from exaone_bridge.modules.backend import Backend
+from exaone_bridge.modules.causal_layer import WithoutMaskInGraphs
 
 __all__ = ["MTPTransformerLayer", "mtp_block_spec"]
 
 
-class MTPTransformerLayer(TransformerLayer):
+class MTPTransformerLayer(WithoutMaskInGraphs, TransformerLayer):
     """A transformer layer whose attention is set by arguments, not by its number.
 
     Args:

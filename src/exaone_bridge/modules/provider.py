@@ -118,6 +118,10 @@ class ExactGPTModelProvider(GPTModelProvider):
                 )
         backend = resolve_backend(self.backend)
         self._override(**dict.fromkeys(unsupported_fusions(backend), False))
+        if backend.name == "torch":  # so that such a run's checkpoint loads without a GPU too
+            self._override(cuda_graph_impl="none", cuda_graph_modules=[], use_te_rng_tracker=False)
+        if self.cuda_graph_impl != "none":
+            self._check_replay()
         if self.cross_entropy_fusion_impl == "te":
             self._override(
                 cross_entropy_fusion_impl=exact_cross_entropy_impl(backend, self.params_dtype)
@@ -144,6 +148,26 @@ class ExactGPTModelProvider(GPTModelProvider):
                 "ignore", "Transformer Engine cross entropy loss fusion has known stability issues"
             )
             super().finalize()
+
+    def _check_replay(self) -> None:
+        """Check that a replay of CUDA graphs computes what the model does without them.
+
+        Raises:
+            UnsupportedConfig: it would compute something else, without an error of Megatron-Core.
+        """
+        where = f"provider with cuda_graph_impl={self.cuda_graph_impl!r}"
+        remedy = "set cuda_graph_impl='none'"
+        # A layer has one graph for each microbatch, whose buffers a second replay overwrites.
+        repeats = self.mtp_use_repeated_layer and self.cuda_graph_impl != "full_iteration"
+        if repeats and (depth := self.mtp_num_layers or 0) > 1:
+            raise UnsupportedConfig(
+                "mtp_num_layers", got=depth, known=(0, 1), where=where, remedy=remedy
+            )
+        # Recorded choices are kept by Python, which a replay does not run.
+        if self.moe_enable_routing_replay:
+            raise UnsupportedConfig(
+                "moe_enable_routing_replay", got=True, known=(False,), where=where, remedy=remedy
+            )
 
     @property
     def clamps_swiglu(self) -> bool:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.models import family_of
+from exaone_bridge.recipes.apply_plan import apply_to_config, apply_to_provider
+from exaone_bridge.recipes.cuda_graphs import CudaGraphs, choose_cuda_graphs
 from exaone_bridge.recipes.memory import GB, MemoryEstimate, estimate
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
@@ -80,14 +82,16 @@ def pretrain_config(
     from exaone_bridge.recipes import common
 
     provider = _provider(model, hf_path)
-    plan = _checked_plan(model, stage, gpu_memory_gb, provider, overrides)
-    _apply_plan(provider, plan)
+    checked = _checked_plan(model, stage, gpu_memory_gb, provider, overrides)
+    plan = checked.plan
+    apply_to_provider(provider, plan)
     if provider.num_moe_experts:
         provider.set_published_balancing()
     dataset = common.mock_text(plan)
     config = common.container(
         provider, plan, dataset, train_iters=300_000, lr=3e-4, lr_warmup_iters=500
     )
+    apply_to_config(config, checked.graphs)
     _set_tokenizer_and_weights(config, hf_path)
     return config
 
@@ -102,9 +106,9 @@ def sft_config(
 ) -> ConfigContainer:
     """Build a config for supervised fine-tuning of all parameters; see `pretrain_config`."""
     provider = _provider(model, hf_path)
-    plan = _checked_plan(model, "sft", gpu_memory_gb, provider, overrides)
-    dataset = _samples(model, plan, hf_path, dataset_root, packed)
-    return _fine_tuning(model, provider, plan, hf_path, dataset, lr=5e-6)
+    checked = _checked_plan(model, "sft", gpu_memory_gb, provider, overrides, packed)
+    dataset = _samples(model, checked.plan, hf_path, dataset_root, packed)
+    return _fine_tuning(model, provider, checked, hf_path, dataset, lr=5e-6)
 
 
 def chat_sft_config(
@@ -155,9 +159,9 @@ def peft_config(
         where = f"recipe {model}_peft_config"
         raise UnsupportedConfig("peft_scheme", got=peft_scheme, known=_PEFT_SCHEMES, where=where)
     provider = _provider(model, hf_path)
-    plan = _checked_plan(model, "peft", gpu_memory_gb, provider, overrides)
-    dataset = _samples(model, plan, hf_path, dataset_root, packed)
-    config = _fine_tuning(model, provider, plan, hf_path, dataset, lr=1e-4)
+    checked = _checked_plan(model, "peft", gpu_memory_gb, provider, overrides, packed)
+    dataset = _samples(model, checked.plan, hf_path, dataset_root, packed)
+    config = _fine_tuning(model, provider, checked, hf_path, dataset, lr=1e-4)
     if isinstance(peft_scheme, PEFT):
         config.peft = peft_scheme
     else:
@@ -236,19 +240,21 @@ def _samples(
 def _fine_tuning(
     model: str,
     provider: ExactGPTModelProvider,
-    plan: TrainingPlan,
+    checked: CheckedPlan,
     hf_path: str | Path | None,
     dataset: Any,
     lr: float,
 ) -> ConfigContainer:
     from exaone_bridge.recipes import common
 
-    _apply_plan(provider, plan)
+    plan = checked.plan
+    apply_to_provider(provider, plan)
     if hasattr(provider, "freeze_vision_model"):
         # Text alone cannot train the vision encoder. Images train its merger, and nothing else.
         provider.freeze_vision_model = True
         provider.freeze_vision_projection = "_vl_" not in model
     config = common.container(provider, plan, dataset, train_iters=1000, lr=lr, lr_warmup_iters=50)
+    apply_to_config(config, checked.graphs)
     _set_tokenizer_and_weights(config, hf_path)
     # Answers differ in length: average the loss over tokens, not over microbatches or ranks.
     provider.calculate_per_token_loss = True
@@ -293,10 +299,11 @@ def _checked_plan(
     gpu_memory_gb: int,
     provider: ExactGPTModelProvider,
     overrides: PlanOverrides,
-) -> TrainingPlan:
+    packed: bool = False,
+) -> CheckedPlan:
     """Look up the plan, apply the overrides, and check it against the model and the GPU."""
     plan = training_plan(model, stage, gpu_memory_gb).with_overrides(**overrides)
-    return check_plan(model, stage, gpu_memory_gb, provider.hf_config, plan).plan
+    return check_plan(model, stage, gpu_memory_gb, provider.hf_config, plan, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,15 +314,22 @@ class CheckedPlan:
         plan: the plan.
         model: the model to be trained.
         memory: the estimate of the GPU that needs most.
+        graphs: the CUDA graphs that the run has.
     """
 
     plan: TrainingPlan
     model: ModelDescription
     memory: MemoryEstimate
+    graphs: CudaGraphs
 
 
 def check_plan(
-    model: str, stage: str, gpu_memory_gb: int, hf_config: JSONMapping, plan: TrainingPlan
+    model: str,
+    stage: str,
+    gpu_memory_gb: int,
+    hf_config: JSONMapping,
+    plan: TrainingPlan,
+    packed: bool = False,
 ) -> CheckedPlan:
     """Check a plan against the model and the GPU. No torch.
 
@@ -324,6 +338,7 @@ def check_plan(
         gpu_memory_gb: of one GPU.
         hf_config: config.json of the model.
         plan: the plan.
+        packed: whether samples of fine-tuning are packed.
 
     Raises:
         UnsupportedLayout: the plan does not fit the model (`TrainingPlan.check`), or the GPU.
@@ -332,7 +347,10 @@ def check_plan(
     description = family.describe(hf_config)
     plan.check(description.config)
     adapter_rank = ADAPTER_RANK if stage == "peft" else 0
-    memory = estimate(description, plan, adapter_rank=adapter_rank)
+    graphs = choose_cuda_graphs(
+        description.config, plan, stage, packed=packed, images="_vl_" in model
+    )
+    memory = estimate(description, plan, adapter_rank=adapter_rank, graphs=graphs)
     if (needed := memory.total / GB) > gpu_memory_gb:
         raise UnsupportedLayout(
             "memory of a GPU",
@@ -340,21 +358,7 @@ def check_plan(
             wanted=f"at least the {needed:.0f} GB that this plan is estimated to need",
             remedy="shard the model further (tp, pp, ep), lower seq_length, or set recompute=True",
         )
-    return CheckedPlan(plan, description, memory)
-
-
-def _apply_plan(provider: ExactGPTModelProvider, plan: TrainingPlan) -> None:
-    """Set the layout, the sequence length and the recomputation on the provider."""
-    import torch
-
-    for name, value in plan.layout.provider_overrides().items():
-        setattr(provider, name, value)
-    provider.seq_length = plan.seq_length
-    provider.pipeline_dtype = torch.bfloat16
-    if plan.recompute:
-        provider.recompute_granularity = "full"
-        provider.recompute_method = "uniform"
-        provider.recompute_num_layers = 1
+    return CheckedPlan(plan, description, memory, graphs)
 
 
 def _set_tokenizer_and_weights(config: ConfigContainer, hf_path: str | Path | None) -> None:

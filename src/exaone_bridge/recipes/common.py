@@ -212,6 +212,7 @@ def _text_rows(
     if packed:
         multiple = (2 * plan.cp if plan.cp > 1 else 1) * (plan.layout.tp if plan.layout.sp else 1)
         specs = PackedSequenceSpecs(packed_sequence_size=plan.seq_length, pad_seq_to_mult=multiple)
+    pads = packed or plan.pad_samples
     return GPTSFTDatasetConfig(
         seq_length=plan.seq_length,
         dataset_root=None if dataset_root is None else str(dataset_root),
@@ -219,7 +220,7 @@ def _text_rows(
         do_test=False,
         enable_offline_packing=packed,
         offline_packing_specs=specs,
-        dataset_kwargs={"pad_to_max_length": True} if packed else None,
+        dataset_kwargs={"pad_to_max_length": True} if pads else None,
         seed=5678,
         dataloader_type="batch",
         num_workers=2,
@@ -277,6 +278,7 @@ def image_conversations(
         hf_processor_path=None if processor is None else str(processor),
         do_test=False,
         enable_in_batch_packing=packed,
+        pad_to_max_length=plan.pad_samples,
         dataloader_type="cyclic",
         num_workers=2,
     )

@@ -12,6 +12,12 @@
   schedule has in flight (section 4.2.3; Megatron-Core 0.19.2, `pipeline_parallel/schedules.py`,
   `get_pp_rank_microbatches`).
 - The logits: bf16, fp32 for the loss, and the gradient of the former.
+- CUDA graphs, by what Transformer Engine 2.20's `make_graphed_callables` and Megatron-Core's
+  `TECudaGraphHelper` allocate (`transformer/cuda_graphs.py`, `_get_sample_arguments`). For each
+  captured layer and microbatch in flight: static buffers of the layer's input, its output and their
+  gradients. And bf16 gradients of the captured parameters. A full iteration has static buffers of
+  its batch instead; its activations take the place of those outside a graph. This part of the
+  formula has not been compared with a measurement.
 
 The formula does not count CUDA's context, NCCL's buffers, workspaces and fragmentation: `RESERVE`
 stands for them. `IMBALANCE` allows for experts that get more than their share of the tokens.
@@ -27,6 +33,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from exaone_bridge.recipes.cuda_graphs import CudaGraphs
 from exaone_bridge.recipes.training_plan import TrainingPlan
 from exaone_bridge.schema.model_config import ModelConfig, MoEConfig
 from exaone_bridge.schema.model_family import ModelDescription
@@ -37,6 +44,7 @@ __all__ = ["GB", "RESERVE", "MemoryEstimate", "estimate", "estimate_stages"]
 GB = 10**9
 RESERVE = 8 * GB
 IMBALANCE = 1.25
+_NO_GRAPHS = CudaGraphs("off")
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,13 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     activations: float
+    graphs: float = 0.0
 
     @property
     def total(self) -> float:
         """The sum, with `RESERVE`."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + RESERVE
+        tensors = self.parameters + self.gradients + self.optimizer + self.activations
+        return tensors + self.graphs + RESERVE
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,11 @@ class _ParamCount:
 
 
 def estimate(
-    model: ModelDescription, plan: TrainingPlan, *, adapter_rank: int = 0
+    model: ModelDescription,
+    plan: TrainingPlan,
+    *,
+    adapter_rank: int = 0,
+    graphs: CudaGraphs = _NO_GRAPHS,
 ) -> MemoryEstimate:
     """Estimate the memory of the GPU that needs most.
 
@@ -75,20 +89,31 @@ def estimate(
         model: the model to be trained.
         plan: the training plan.
         adapter_rank: the rank of LoRA, with everything else frozen; 0: all parameters are trained.
+        graphs: the CUDA graphs of the run.
     """
-    stages = estimate_stages(model, plan, adapter_rank=adapter_rank)
+    stages = estimate_stages(model, plan, adapter_rank=adapter_rank, graphs=graphs)
     return max(stages, key=lambda stage: stage.total)
 
 
 def estimate_stages(
-    model: ModelDescription, plan: TrainingPlan, *, adapter_rank: int = 0
+    model: ModelDescription,
+    plan: TrainingPlan,
+    *,
+    adapter_rank: int = 0,
+    graphs: CudaGraphs = _NO_GRAPHS,
 ) -> list[MemoryEstimate]:
     """Estimate the memory of one GPU of each pipeline stage; see `estimate` for the arguments."""
-    return [_estimate_stage(model, plan, stage, adapter_rank) for stage in range(plan.layout.pp)]
+    return [
+        _estimate_stage(model, plan, stage, adapter_rank, graphs) for stage in range(plan.layout.pp)
+    ]
 
 
 def _estimate_stage(
-    model: ModelDescription, plan: TrainingPlan, stage: int, adapter_rank: int
+    model: ModelDescription,
+    plan: TrainingPlan,
+    stage: int,
+    adapter_rank: int,
+    graphs: CudaGraphs,
 ) -> MemoryEstimate:
     model_config = model.config
     base = _count(model, plan, stage)
@@ -113,7 +138,32 @@ def _estimate_stage(
         gradients=4 * trained.total,
         optimizer=12 * (trained.dense / (plan.dp * plan.cp) + trained.expert / plan.edp),
         activations=activations,
+        graphs=_graph_bytes(model_config, plan, stage, graphs, trained.dense),
     )
+
+
+def _graph_bytes(
+    model_config: ModelConfig,
+    plan: TrainingPlan,
+    stage: int,
+    graphs: CudaGraphs,
+    trained: float,
+) -> float:
+    """Return the bytes of what CUDA graphs hold beside activations.
+
+    Args:
+        model_config, plan, stage, graphs: see `estimate`.
+        trained: trained parameters of this GPU, without routed experts.
+    """
+    tokens = plan.seq_length * plan.micro_batch_size / plan.cp
+    if graphs.kind == "off":
+        return 0.0
+    if graphs.kind == "full-iteration":  # tokens, labels, positions int64; loss mask fp32
+        return (3 * 8 + 4) * tokens * plan.num_microbatches
+    outside = tokens / (plan.layout.tp if plan.layout.sp else 1)
+    per_layer = 4 * 2 * model_config.hidden_size * outside
+    chunk = len(_stage_layers(model_config.num_layers, plan, stage)) / plan.layout.vpp
+    return per_layer * chunk * _in_flight(plan, stage) + 2 * trained
 
 
 def _stage_layers(num_layers: int, plan: TrainingPlan, stage: int) -> list[int]:

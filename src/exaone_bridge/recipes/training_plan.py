@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["PlanOverrides", "TrainingPlan"]
+__all__ = ["CudaGraphKind", "PlanOverrides", "TrainingPlan"]
+
+CudaGraphKind = Literal["off", "layers", "full-iteration"]
+_CHOICES = {"cuda_graphs": ("off", "layers", "full-iteration")}
 
 
 class PlanOverrides(TypedDict, total=False):
@@ -28,11 +31,13 @@ class PlanOverrides(TypedDict, total=False):
     micro_batch_size: int
     global_batch_size: int
     recompute: bool
+    pad_samples: bool
+    cuda_graphs: CudaGraphKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """The number of GPUs, the parallel layout, the batch and the activation recomputation.
+    """The number of GPUs, the parallel layout, the batch, and what trades memory for speed.
 
     Attributes:
         gpus: the world size, one process per GPU.
@@ -41,6 +46,11 @@ class TrainingPlan:
         micro_batch_size: sequences per microbatch and data-parallel rank.
         global_batch_size: sequences per optimizer step, over all data-parallel ranks.
         recompute: keep only each layer's input, and recompute the layer in the backward pass.
+        pad_samples: pad each sample of fine-tuning that is not packed to `seq_length`, in place of
+            the length of the longest sample of its batch.
+        cuda_graphs: the most that is captured in CUDA graphs; `recipes/cuda_graphs.py` captures
+            less where shapes vary. It is off by default: losses with and without graphs have not
+            been compared on GPUs.
     """
 
     gpus: int
@@ -49,6 +59,8 @@ class TrainingPlan:
     micro_batch_size: int = 1
     global_batch_size: int
     recompute: bool = False
+    pad_samples: bool = False
+    cuda_graphs: CudaGraphKind = "off"
 
     @property
     def cp(self) -> int:
@@ -74,7 +86,8 @@ class TrainingPlan:
         """Return a copy with other values for fields of the plan or of its layout.
 
         Raises:
-            UnsupportedConfig: neither the plan nor the layout has a field of that name.
+            UnsupportedConfig: neither the plan nor the layout has a field of that name, or the
+                field has no such value.
             UnsupportedLayout: the new layout is not valid by itself.
         """
         given: JSONObject = dict(overrides)
@@ -84,6 +97,8 @@ class TrainingPlan:
             if name not in plan_fields | layout_fields:
                 known = sorted(plan_fields | layout_fields)
                 raise UnsupportedConfig(name, got=value, known=known, where="recipe")
+            if value not in _CHOICES.get(name, (value,)):
+                raise UnsupportedConfig(name, got=value, known=_CHOICES[name], where="recipe")
         layout = {name: value for name, value in given.items() if name in layout_fields}
         rest = {name: value for name, value in given.items() if name in plan_fields}
         return replace(self, layout=replace(self.layout, **layout), **rest)

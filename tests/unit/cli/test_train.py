@@ -39,6 +39,16 @@ def test_settings_change_the_plan(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     assert rows["tokensastep"] == f"{2048 * 256:,},{2048 * 64:,}perGPU"
 
 
+def test_dry_run_says_why_less_is_captured(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = cli("train", "exaone4_1p2b_sft_config", "cuda_graphs=full-iteration", "--dry-run")
+    text = " ".join(run.out.replace("│", " ").split())
+    assert "CUDA graphs layers (mlp): the lengths of packed sequences are read on the CPU" in text
+    assert "graphs 4.6" in text  # GB
+    run = cli("train", "exaone4_1p2b_sft_config", "--dry-run")
+    assert run.code == 0 and "graphs" not in run.out.lower()
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
@@ -47,6 +57,7 @@ def test_settings_change_the_plan(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
         (["exaone4_1p2b_pretrain_config", "nope=3"], "nope"),
         (["exaone4_1p2b_pretrain_config", "hf_path=/nowhere"], "config.json is missing"),
         (["exaone4_1p2b_pretrain_config", "=3"], "NAME=VALUE"),
+        (["exaone4_1p2b_pretrain_config", "cuda_graphs=all"], "must be one of 'off', 'layers'"),
         (["exaone4_32b_sft_config", "tp=2", "pp=1"], "memory of a GPU"),
     ],
 )

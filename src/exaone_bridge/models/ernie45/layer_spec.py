@@ -15,13 +15,13 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
 from exaone_bridge.models.ernie45.router import Ernie45Router
 from exaone_bridge.modules.backend import Backend, resolve_backend
+from exaone_bridge.modules.causal_layer import CausalTransformerLayer
 from exaone_bridge.modules.moe import moe_layer_builder
 from exaone_bridge.modules.moe_provider import MoEModelProvider
 from exaone_bridge.modules.rotary_attention import Fp32RotarySelfAttention
@@ -48,7 +48,7 @@ def ernie45_layer_spec(backend: Backend, *, is_moe: bool, bias: bool) -> ModuleS
         )
         mlp = functools.partial(MLP.as_mlp_submodule, submodules=linears)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=CausalTransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=backend.fused_attention or Fp32RotarySelfAttention,

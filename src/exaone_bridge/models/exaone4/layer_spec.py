@@ -13,9 +13,10 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from exaone_bridge.modules.backend import Backend, resolve_backend
+from exaone_bridge.modules.causal_layer import CausalTransformerLayer
 
 if TYPE_CHECKING:
     from exaone_bridge.modules.provider import ExactGPTModelProvider
@@ -30,7 +31,7 @@ def exaone4_layer_spec(backend: Backend) -> ModuleSpec:
     global layer number.
     """
     return ModuleSpec(
-        module=TransformerLayer,
+        module=CausalTransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=backend.fused_attention or SelfAttention,

@@ -1,0 +1,58 @@
+"""Sets a training plan on Megatron-Bridge's configuration. Imports Megatron-Bridge when called."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from exaone_bridge.recipes.cuda_graphs import CudaGraphs
+from exaone_bridge.recipes.training_plan import TrainingPlan
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+    from exaone_bridge.modules.provider import ExactGPTModelProvider
+
+__all__ = ["apply_to_config", "apply_to_provider"]
+
+logger = logging.getLogger(__name__)
+
+
+def apply_to_provider(provider: ExactGPTModelProvider, plan: TrainingPlan) -> None:
+    """Set the layout, the sequence length and the recomputation."""
+    import torch
+
+    for name, value in plan.layout.provider_overrides().items():
+        setattr(provider, name, value)
+    provider.seq_length = plan.seq_length
+    provider.pipeline_dtype = torch.bfloat16
+    if plan.recompute:
+        provider.recompute_granularity = "full"
+        provider.recompute_method = "uniform"
+        provider.recompute_num_layers = 1
+
+
+def apply_to_config(config: ConfigContainer, graphs: CudaGraphs) -> None:
+    """Set the CUDA graphs, and say in one line of rank 0's log why they are less than requested."""
+    if graphs.reason and os.environ.get("RANK", "0") == "0":
+        logger.warning("CUDA graphs: %s", graphs)
+    if graphs.kind == "off":
+        return
+    from megatron.bridge.utils.cuda_graph import (
+        set_cuda_graph_modules,
+        set_full_iteration_cuda_graph,
+    )
+
+    # Replays draw other random numbers only with Transformer Engine's tracker, which has to be
+    # there before any random number is drawn.
+    config.model.use_te_rng_tracker = config.rng.te_rng_tracker = True
+    if graphs.kind == "layers":
+        config.model.cuda_graph_impl = "transformer_engine"
+        set_cuda_graph_modules(config.model, list(graphs.modules))
+        return
+    set_full_iteration_cuda_graph(config.model)
+    # Both checks read a value on the CPU inside of what is captured. The gradient norm, which is
+    # logged at each step, is computed outside of it.
+    config.rerun_state_machine.check_for_nan_in_loss = False
+    config.ddp.check_for_nan_in_grad = False
