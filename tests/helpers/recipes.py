@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 _PERMUTE = ("fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index")
 _PERMUTE += ("fused_sort_chunks_by_index_with_probs", "fused_unpermute")
@@ -24,7 +25,9 @@ def transformer_engine_backend() -> Iterator[None]:
 
     from exaone_bridge.modules import backend, moe_provider, provider
 
-    stand_in = dataclasses.replace(backend.TORCH, name="transformer_engine")
+    stand_in = dataclasses.replace(
+        backend.TORCH, name="transformer_engine", activation=torch.nn.Identity
+    )
     with contextlib.ExitStack() as stack:
         for module in (provider, moe_provider):
             resolve = mock.Mock(return_value=stand_in)

@@ -41,6 +41,8 @@ def train(options: Namespace) -> None:
     if options.save is None and not options.dry_run:
         wanted = "a folder for checkpoints and logs"
         raise UnsupportedConfig("--save", got=None, wanted=wanted, where="command line")
+    for variable, value in plan.plan.environment.items():  # before CUDA starts
+        os.environ.setdefault(variable, str(value))
     config = _config(options, arguments, overrides)
     if options.dry_run:
         say("The settings of Megatron-Bridge's ConfigContainer are accepted; nothing was run.")

@@ -259,11 +259,14 @@ class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     @staticmethod
     def can_replace(dispatcher: MoETokenDispatcher) -> bool:
-        """Return whether `dispatcher` is all-to-all, drops no tokens and uses no CUDA graphs."""
+        """Return whether `dispatcher` is all-to-all, and drops no tokens.
+
+        With CUDA graphs of layers it is not replaced: they capture parts of Megatron-Core's.
+        """
         return (
             type(dispatcher) is MoEAlltoAllTokenDispatcher
             and not dispatcher.drop_and_pad
-            and dispatcher.config.cuda_graph_impl == "none"
+            and dispatcher.config.cuda_graph_impl in ("none", "full_iteration")
         )
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -278,5 +281,9 @@ class AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        super()._maybe_dtoh_and_synchronize(point)
+        # One CUDA graph of a full iteration cannot wait for a copy to the CPU. Without expert
+        # parallelism there are no splits to copy, and the number of outputs is an int already.
+        none_to_copy = self.ep_size == self.tp_size == 1 and isinstance(self.num_out_tokens, int)
+        if not (none_to_copy and self.config.cuda_graph_impl == "full_iteration"):
+            super()._maybe_dtoh_and_synchronize(point)
         return tokens_per_expert

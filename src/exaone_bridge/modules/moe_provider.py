@@ -69,7 +69,11 @@ class MoEModelProvider(ExactGPTModelProvider):
         has_torch_backend = resolve_backend(self.backend).name == "torch"
         if has_torch_backend:
             # alltoall counts tokens on its own CUDA streams; grouped GEMM needs Transformer Engine.
-            self._override(moe_token_dispatcher_type="allgather", moe_grouped_gemm=False)
+            self._override(
+                moe_token_dispatcher_type="allgather",
+                moe_grouped_gemm=False,
+                moe_shared_expert_overlap=False,
+            )
         # Megatron-Core 0.19.2 rejects the update of a selection bias with softmax, and biases of
         # linears where experts are sharded. Our router supports the first, and our experts have no
         # biases (modules/router.py, modules/moe.py). And it rejects "allgather" with sequences of

@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def apply_to_provider(provider: ExactGPTModelProvider, plan: TrainingPlan) -> None:
-    """Set the layout, the sequence length and the recomputation."""
+    """Set the layout, the sequence length, the recomputation, and what overlaps in the model."""
     import torch
+    from megatron.core.transformer.utils import is_layer_window_attention
 
     for name, value in plan.layout.provider_overrides().items():
         setattr(provider, name, value)
@@ -31,9 +32,43 @@ def apply_to_provider(provider: ExactGPTModelProvider, plan: TrainingPlan) -> No
         provider.recompute_granularity = "full"
         provider.recompute_method = "uniform"
         provider.recompute_num_layers = 1
+    if plan.layout.vpp > 1:  # exchanges of activations overlap with the other model chunk
+        provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
+    provider.moe_shared_expert_overlap = plan.shared_expert_overlap
+    if plan.cp_full_attention or plan.cp_sliding_window:
+        provider.cp_comm_type = [
+            (plan.cp_sliding_window or "all_gather")
+            if is_layer_window_attention(
+                provider.window_size, provider.window_attn_skip_freq, layer + 1
+            )
+            else (plan.cp_full_attention or "p2p")
+            for layer in range(provider.num_layers)
+        ]
 
 
-def apply_to_config(config: ConfigContainer, graphs: CudaGraphs) -> None:
+def apply_to_config(config: ConfigContainer, plan: TrainingPlan, graphs: CudaGraphs) -> None:
+    """Set the environment, the overlap of communication, and the CUDA graphs."""
+    config.env_vars |= plan.environment
+    if plan.tp_overlap:
+        _overlap_tp(config)
+    _apply_graphs(config, graphs)
+
+
+def _overlap_tp(config: ConfigContainer) -> None:
+    """Overlap tensor-parallel communication; what else the class sets stays as it is."""
+    from megatron.bridge.training.comm_overlap import CommOverlapConfig
+
+    config.comm_overlap = CommOverlapConfig(
+        tp_comm_overlap=True,
+        overlap_p2p_comm=config.model.overlap_p2p_comm,
+        batch_p2p_comm=config.model.batch_p2p_comm,
+        overlap_grad_reduce=config.ddp.overlap_grad_reduce,
+        overlap_param_gather=config.ddp.overlap_param_gather,
+        align_param_gather=config.ddp.align_param_gather,
+    )
+
+
+def _apply_graphs(config: ConfigContainer, graphs: CudaGraphs) -> None:
     """Set the CUDA graphs, and say in one line of rank 0's log why they are less than requested."""
     if graphs.reason and os.environ.get("RANK", "0") == "0":
         logger.warning("CUDA graphs: %s", graphs)

@@ -28,7 +28,7 @@ from exaone_bridge.bridge.registration import supported
 from exaone_bridge.errors import CheckpointError, UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.models import family_of
 from exaone_bridge.recipes.apply_plan import apply_to_config, apply_to_provider
-from exaone_bridge.recipes.cuda_graphs import CudaGraphs, choose_cuda_graphs
+from exaone_bridge.recipes.cuda_graphs import CudaGraphs, choose_cuda_graphs, has_fixed_shapes
 from exaone_bridge.recipes.memory import GB, MemoryEstimate, estimate
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
@@ -91,7 +91,7 @@ def pretrain_config(
     config = common.container(
         provider, plan, dataset, train_iters=300_000, lr=3e-4, lr_warmup_iters=500
     )
-    apply_to_config(config, checked.graphs)
+    apply_to_config(config, plan, checked.graphs)
     _set_tokenizer_and_weights(config, hf_path)
     return config
 
@@ -254,7 +254,7 @@ def _fine_tuning(
         provider.freeze_vision_model = True
         provider.freeze_vision_projection = "_vl_" not in model
     config = common.container(provider, plan, dataset, train_iters=1000, lr=lr, lr_warmup_iters=50)
-    apply_to_config(config, checked.graphs)
+    apply_to_config(config, plan, checked.graphs)
     _set_tokenizer_and_weights(config, hf_path)
     # Answers differ in length: average the loss over tokens, not over microbatches or ranks.
     provider.calculate_per_token_loss = True
@@ -347,9 +347,15 @@ def check_plan(
     description = family.describe(hf_config)
     plan.check(description.config)
     adapter_rank = ADAPTER_RANK if stage == "peft" else 0
-    graphs = choose_cuda_graphs(
-        description.config, plan, stage, packed=packed, images="_vl_" in model
-    )
+    images = "_vl_" in model
+    if plan.tp_overlap and not has_fixed_shapes(plan, stage, packed=packed, images=images):
+        raise UnsupportedLayout(
+            "tp_overlap",
+            got=True,
+            wanted="off where the lengths of microbatches vary, because its buffers have one size",
+            remedy="set pad_samples=True or packed=True, or leave tp_overlap out",
+        )
+    graphs = choose_cuda_graphs(description.config, plan, stage, packed=packed, images=images)
     memory = estimate(description, plan, adapter_rank=adapter_rank, graphs=graphs)
     if (needed := memory.total / GB) > gpu_memory_gb:
         raise UnsupportedLayout(

@@ -128,6 +128,9 @@ def run_training(
     Raises:
         UnsupportedConfig: the training loop cannot run here.
     """
+    from megatron.bridge.training.config import apply_environment_variables
+
+    apply_environment_variables(config)  # before CUDA starts, which reads some of them
     check_installed()
     from megatron.bridge.training import gpt_step, vlm_step
     from megatron.bridge.training.finetune import finetune

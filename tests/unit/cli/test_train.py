@@ -49,6 +49,30 @@ def test_dry_run_says_why_less_is_captured(cli: Cli, monkeypatch: pytest.MonkeyP
     assert run.code == 0 and "graphs" not in run.out.lower()
 
 
+@pytest.mark.parametrize("in_shell", [None, "8"])
+def test_connections_are_set_before_cuda_starts(
+    in_shell: str | None,
+    megatron_bridge: Any,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """With TP or CP, unless the shell has set them."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    seen = []
+    monkeypatch.setattr(
+        "exaone_bridge.recipes.training_loop.run_training",
+        lambda *_, **__: seen.append(os.environ.get(name)),
+    )
+    for settings in ([], ["tp=2"], ["cp=2"]):
+        monkeypatch.setenv(name, in_shell or "")
+        if in_shell is None:
+            monkeypatch.delenv(name)
+        arguments = ["gpus=2", "global_batch_size=8", *settings, "--save", tmp_path]
+        assert cli("train", "exaone4_1p2b_pretrain_config", *arguments).code == 0
+    assert seen == (["8"] * 3 if in_shell else [None, "1", "1"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [

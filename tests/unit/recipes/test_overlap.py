@@ -1,0 +1,127 @@
+"""What recipes overlap, what they overlap on request, and that it changes nothing but time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
+from exaone_bridge.recipes import RECIPES, recipe
+from exaone_bridge.runtime.fork import ForkLauncher
+from exaone_bridge.schema.parallel_layout import Layout
+from tests.helpers.recipes import transformer_engine_backend, validate
+from tests.helpers.training import train_megatron
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_overlaps_what_is_exact(name: str, megatron_bridge: Any) -> None:
+    config = recipe(name)(gpu_memory_gb=141)
+    model = config.model
+    overlaps = model.tensor_model_parallel_size > 1 or model.context_parallel_size > 1
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS" in config.env_vars) == overlaps
+    has_chunks = (model.virtual_pipeline_model_parallel_size or 1) > 1
+    assert (model.overlap_p2p_comm, model.batch_p2p_comm) == (has_chunks, not has_chunks)
+    assert config.ddp.overlap_grad_reduce and config.ddp.overlap_param_gather
+    assert config.comm_overlap is None and not model.tp_comm_overlap
+    assert not model.moe_shared_expert_overlap and model.cp_comm_type is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_megatron_bridge_accepts_every_recipe_with_overlap(
+    name: str, megatron_bridge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from megatron.bridge.training import comm_overlap
+
+    monkeypatch.chdir(tmp_path)
+    model = recipe(name)(gpu_memory_gb=141).model
+    requested: dict[str, Any] = {
+        "tp_overlap": model.tensor_model_parallel_size > 1,
+        "shared_expert_overlap": bool(model.moe_shared_expert_intermediate_size),
+    }
+    if "_vl_" in name:
+        requested["pad_samples"] = True
+    if model.context_parallel_size > 1:
+        full = "a2a" if "1p2b" in name else "all_gather"  # the 32B has one KV head on a rank
+        requested |= {"cp_full_attention": full, "cp_sliding_window": "all_gather"}
+    config = recipe(name)(gpu_memory_gb=141, **requested)
+    former = (config.ddp.overlap_grad_reduce, config.ddp.overlap_param_gather)
+    if config.peft is not None:
+        config.checkpoint.pretrained_checkpoint = str(tmp_path)
+    with transformer_engine_backend(), mock.patch.object(comm_overlap, "HAVE_TE", True):
+        validate(config, monkeypatch)
+    model = config.model
+    assert model.tp_comm_overlap == requested["tp_overlap"]
+    assert model.moe_shared_expert_overlap == requested["shared_expert_overlap"]
+    assert (config.ddp.overlap_grad_reduce, config.ddp.overlap_param_gather) == former
+    has_chunks = (model.virtual_pipeline_model_parallel_size or 1) > 1
+    assert (model.overlap_p2p_comm, model.batch_p2p_comm) == (has_chunks, not has_chunks)
+    if model.context_parallel_size > 1:
+        assert set(model.cp_comm_type) == {full}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("exaone4_1p2b_pretrain_config", {"tp_overlap": True}, "without tp more than 1 and sp"),
+        ("exaone4_1p2b_pretrain_config", {"cp_full_attention": "a2a"}, "without cp more than 1"),
+        (
+            "exaone4_1p2b_64k_pretrain_config",
+            {"cp": 16, "gpus": 16, "cp_full_attention": "a2a"},
+            "cp_full_attention is a2a, and must be left out without a cp that divides",
+        ),
+        (
+            "exaone4_1p2b_pretrain_config",
+            {"shared_expert_overlap": True},
+            "without shared experts in the model",
+        ),
+        ("exaone45_vl_33b_peft_config", {"tp_overlap": True}, "lengths of microbatches vary"),
+    ],
+)
+def test_overlap_that_cannot_be_is_rejected(
+    name: str, overrides: dict[str, Any], message: str, megatron_bridge: Any
+) -> None:
+    with pytest.raises(UnsupportedLayout, match=message):
+        recipe(name)(**overrides)
+
+
+def test_layers_of_each_kind_have_their_exchange(megatron_bridge: Any) -> None:
+    overrides = {"tp": 4, "pp": 4, "cp_full_attention": "p2p", "cp_sliding_window": "a2a", "cp": 2}
+    config = recipe("exaone4_32b_128k_pretrain_config")(**overrides, seq_length=32768)
+    assert config.model.cp_comm_type == ["a2a", "a2a", "a2a", "p2p"] * 16
+    config.model.finalize()
+    assert config.model.cp_comm_type == ["a2a", "a2a", "a2a", "p2p"] * 16
+    for options in ({"cp_sliding_window": "all_gather"}, {"cp_full_attention": "p2p"}):
+        config = recipe("exaone4_32b_128k_pretrain_config")(**options)
+        assert config.model.cp_comm_type == ["all_gather", "all_gather", "all_gather", "p2p"] * 16
+
+
+def test_windows_have_no_ring(megatron_bridge: Any) -> None:
+    with pytest.raises(UnsupportedConfig, match="cp_sliding_window is 'p2p'"):
+        recipe("exaone4_32b_128k_pretrain_config")(cp_sliding_window="p2p")
+
+
+def _gradients(folder: Path, layout: Layout, overlap: bool) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(387, (8, 1, 41), generator=torch.Generator().manual_seed(1))
+    fields = {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}
+    batches = [(prompt, {}) for prompt in tokens]
+    return train_megatron(folder, layout, batches, **fields).gradients
+
+
+def test_overlapped_stages_have_the_same_gradients(megatron_bridge: Any, tiny: Any) -> None:
+    """Bitwise, with four stages of two chunks; two stages always overlap."""
+    layers = ["sliding_attention", "full_attention"] * 4
+    folder = tiny("exaone4", num_hidden_layers=8, layer_types=layers)
+    gradients = [
+        {
+            name: value
+            for rank in ForkLauncher(4).all(_gradients, folder, Layout(pp=4, vpp=2), overlap)
+            for name, value in rank.items()
+        }
+        for overlap in (False, True)
+    ]
+    assert len(gradients[0]) > 80 and gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
