@@ -31,7 +31,7 @@ from exaone_bridge.schema.hf_config import with_num_layers
 WARM_UP, ROUNDS = 3, 8
 
 
-def _truncate(name: str, layers: int) -> dict[str, Any]:
+def truncate(name: str, layers: int) -> dict[str, Any]:
     """Return a published config with its first layers only."""
     config = with_num_layers(CONFIGS[name], layers)
     if "moe_layer_end_index" in config:
@@ -41,11 +41,11 @@ def _truncate(name: str, layers: int) -> dict[str, Any]:
 
 MODELS: dict[str, dict[str, Any]] = {
     "exaone4-1.2b": CONFIGS["exaone4_1p2b"],
-    "exaone4-32b-8-layers": _truncate("exaone4_32b", 8),
+    "exaone4-32b-8-layers": truncate("exaone4_32b", 8),
     "ernie45-0.3b": CONFIGS["ernie45_0p3b"],
-    "ernie45-21b-6-layers": _truncate("ernie45_21b_a3b", 6),
+    "ernie45-21b-6-layers": truncate("ernie45_21b_a3b", 6),
     # A dense layer, then an MoE layer; 16 of 128 experts, and both kinds of attention.
-    "k-exaone-2-layers": _truncate("k_exaone_236b_a23b", 2)
+    "k-exaone-2-layers": truncate("k_exaone_236b_a23b", 2)
     | {"num_experts": 16}
     | {"layer_types": ["sliding_attention", "full_attention"], "sliding_windows": [128, 0]},
 }
@@ -101,6 +101,12 @@ def median_ms(step: Callable[[], None], warmup: int = 3, repeats: int = 10) -> f
     for _ in range(warmup):
         step()
     return statistics.median(milliseconds(step) for _ in range(repeats))
+
+
+def matmul_rate() -> float:
+    """Return the operations per second of bf16 8192 x 8192 x 8192 products of random data."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / median_ms(lambda: torch.mm(left, right), 3, 5) * 1e3
 
 
 def megatron(config: Any, tokens: torch.Tensor, overrides: dict[str, Any]) -> Callable[[], None]:
@@ -212,7 +218,6 @@ def measure(
     tokens = (
         torch.randint(config.vocab_size, (mbs, seq + 1), device="cuda") if batch is None else batch
     )
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     steps: dict[str, Callable[[], None]] = {}
     rows = []
     for name in names:
@@ -234,13 +239,14 @@ def measure(
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
             step = None
-    times: dict[str, list[float]] = {name: [] for name in [*steps, "matmul"]}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rates = []
     for _ in range(ROUNDS):
-        times["matmul"].append(median_ms(lambda: torch.mm(left, right), 3, 5))
+        rates.append(matmul_rate())
         for name, step in steps.items():
             step()
             times[name].append(milliseconds(step))
-    rate = 2 * 8192**3 / statistics.median(times["matmul"]) * 1e3
+    rate = statistics.median(rates)
     print(f"matmul {rate / 1e12:.0f} TFLOP/s, {torch.cuda.get_device_name()}")
     for row in rows:
         if row["variant"] not in steps:

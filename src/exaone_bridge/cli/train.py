@@ -18,7 +18,7 @@ from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
 from exaone_bridge.runtime.launch import is_rank_zero
 
-__all__ = ["train"]
+__all__ = ["parse_settings", "train"]
 
 # Arguments of recipes that are not fields of the plan.
 _ARGUMENTS = ("gpu_memory_gb", "hf_path", "dataset_root", "packed", "last_turn", "peft_scheme")
@@ -32,7 +32,9 @@ def train(options: Namespace) -> None:
         UnsupportedLayout: the plan does not fit the model, the GPUs or their memory.
         CheckpointError: `hf_path` has no config.json.
     """
-    arguments, overrides = _settings(options.settings)
+    arguments, overrides = parse_settings(options.settings)
+    if "WORLD_SIZE" in os.environ:
+        arguments["gpus"] = int(os.environ["WORLD_SIZE"])
     plan = _plan(options.recipe, arguments)
     if is_rank_zero():
         _show(options.recipe, plan, arguments)
@@ -54,10 +56,13 @@ def train(options: Namespace) -> None:
         say(f"{options.save}: checkpoints, losses.jsonl, loss.svg and TensorBoard's events")
 
 
-def _settings(settings: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse_settings(settings: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Split settings into the recipe's arguments and Megatron-Bridge's overrides, which have dots.
 
-    The layout's `sp` follows `tp`, and `gpus` is the number of torchrun's ranks.
+    The layout's `sp` follows `tp`.
+
+    Raises:
+        UnsupportedConfig: a setting is not NAME=VALUE.
     """
     arguments: dict[str, Any] = {}
     overrides = []
@@ -77,8 +82,6 @@ def _settings(settings: list[str]) -> tuple[dict[str, Any], list[str]]:
             arguments[name] = None if text == "None" else text
     if "tp" in arguments:
         arguments.setdefault("sp", arguments["tp"] > 1)
-    if "WORLD_SIZE" in os.environ:
-        arguments["gpus"] = int(os.environ["WORLD_SIZE"])
     return arguments, overrides
 
 

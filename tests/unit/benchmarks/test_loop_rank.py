@@ -1,0 +1,216 @@
+"""The part of `benchmarks/train_loop.py` that runs on ranks, and a rank that is emulated."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import queue
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from exaone_bridge.checkpoint.reshard.plan import Rank, reshard_plan
+from exaone_bridge.models import family_of
+from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.schema.hf_config import with_num_layers
+from exaone_bridge.schema.parallel_layout import Layout
+from tests.helpers.cpu_loop import SETTINGS, cpu_training_loop
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import free_port
+
+TP8 = Layout(tp=8, sp=True)
+P32 = with_num_layers(CONFIGS["exaone4_32b"], 4)
+MINIATURE = P32 | {
+    "hidden_size": 320, "head_dim": 8, "intermediate_size": 856, "vocab_size": 1024,
+    "sliding_window": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def loop_rank(megatron_bridge: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("loop_rank")
+
+
+def test_every_pretraining_row_has_a_config_that_fits_its_gpu(
+    loop_rank: ModuleType, tmp_path: Path
+) -> None:
+    benchmark = importlib.import_module("train_loop")
+    texts = [text for rows in benchmark.TABLES.values() for text in rows if "pretrain" in text]
+    for row in map(benchmark.parse_row, texts):
+        config = loop_rank.build_config(row, tmp_path)
+        assert config.checkpoint.pretrained_checkpoint is None
+        assert config.checkpoint.save is None
+        assert config.model.num_layers == (
+            row.layers or config.model.hf_config["num_hidden_layers"]
+        )
+        assert f"TP{row.arguments.get('tp', 1)} " in loop_rank.describe(config)
+    fp8 = next(text for text in texts if "FP8" in text)
+    assert "fp8" in loop_rank.build_config(benchmark.parse_row(fp8), tmp_path).mixed_precision
+
+
+def test_fine_tuning_rows_make_their_model_and_data(loop_rank: ModuleType, tmp_path: Path) -> None:
+    row = importlib.import_module("train_loop").parse_row(
+        "SFT: exaone4_tiny_sft_config packed=true"
+    )
+    config = loop_rank.build_config(row, tmp_path)
+    assert (Path(config.checkpoint.pretrained_checkpoint) / "model.safetensors").is_file()
+    assert (Path(config.dataset.dataset_root) / "training.jsonl").is_file()
+
+
+def test_time_of_kernels_counts_overlaps_once(loop_rank: ModuleType) -> None:
+    events = [("gemm", 0, 1000), ("gemm", 500, 1500), ("ncclAllReduce", 1000, 3000),
+              ("norm", 5000, 6000)]  # fmt: skip
+    times = loop_rank.kernel_times(events)
+    assert (times["kernel_ms"], times["exposed_nccl_ms"], times["kernels"]) == (4.0, 1.5, 4)
+    assert times["longest_ms"] == {"gemm": 2.0, "ncclAllReduce": 2.0, "norm": 1.0}
+    assert loop_rank.busy_ms([]) == 0
+
+
+def test_steps_are_measured_after_the_warm_up(
+    loop_rank: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of step n is at n squared milliseconds, so step n takes 2 n - 1."""
+    clock = iter(range(1, 100))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            self.at = next(clock) ** 2
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timer = loop_rank.StepTimer(warm_up=3, steps=2, profile=False)
+    assert timer.train_iters == 5
+    assert loop_rank.StepTimer(warm_up=3, steps=2, profile=True).train_iters == 7
+    for step in range(5):
+        timer.on_train_step_end(
+            SimpleNamespace(loss_dict={"lm loss": torch.tensor([6.0, step + 1])})
+        )
+    assert timer.milliseconds() == [7.0, 9.0]
+    assert timer.losses() == [6.0, 3.0, 2.0, 1.5, 1.2]
+    assert timer.kernels() == {}
+
+
+def _run_rows(folder: Path, rows: list[Any], port: str) -> None:
+    import loop_rank
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port
+    )
+    settings = {"warm_up": 1, "steps": 2, "profile": False, "deadline": time.time() + 120}
+
+    def report(result: dict[str, Any]) -> None:
+        with (folder / "results.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+    with cpu_training_loop(), mock.patch.object(loop_rank, "matmul_rate", return_value=1e9):
+        loop_rank.run_rows(folder, dict(enumerate(rows)), settings, report)
+
+
+def test_rows_run_one_after_the_other_in_the_same_process(
+    loop_rank: ModuleType, tmp_path: Path
+) -> None:
+    """A row does not see those before it: its losses are the same the second time."""
+    recipe = f"exaone4_tiny_pretrain_config seq_length=64 {' '.join(SETTINGS)}"
+    parse_row = importlib.import_module("train_loop").parse_row
+    texts = ["one", "a rank of two", "again", "fails"]
+    texts = [f"{name}: {recipe}" for name in texts]
+    texts[1] += " gpus=2 tp=2 emulate=true"
+    texts[3] += " optimizer.optimizer=nothing"
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_rows, args=(tmp_path, list(map(parse_row, texts)), free_port())
+    )
+    process.start()
+    process.join()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    one, rank, again, failed = map(json.loads, lines)
+    assert process.exitcode == 3 and "nothing" in failed["failed"]
+    assert len(set(one["losses"])) == 3 and one["losses"] == again["losses"]
+    assert one["losses"] != rank["losses"]
+    assert (rank["gpus"], rank["emulate"]) == (2, True) and "TP2" in rank["config"]
+    for result in (one, rank, again):
+        assert 0 < result["min_ms"] <= result["ms"] <= result["max_ms"] and result["peak_gib"] == 1
+        tokens = 64 * 4 / result["ms"] * 1e3 / result["gpus"]
+        assert abs(result["tokens_per_s_per_gpu"] - tokens) < 0.01 * tokens + 1
+        assert result["of_matmul_rate"] > 0
+
+
+def _shapes(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the parameters of TP rank 0, by the reshard plan."""
+    family = family_of(hf_config["architectures"], where="test")
+    plan = reshard_plan(family.describe(hf_config), TP8)
+    return {local.name: local.shard.shape for local in plan.local_params(Rank())}
+
+
+def test_rank_of_the_32b_at_tp8_has_five_heads_one_kv_head_and_an_eighth_of_the_mlp() -> None:
+    shapes = _shapes(P32)
+    layer = "decoder.layers.0."
+    assert shapes[f"{layer}self_attention.linear_qkv.weight"] == ((5 + 2 * 1) * 128, 5120)
+    assert shapes[f"{layer}mlp.linear_fc1.weight"] == (2 * 3424, 5120)
+    assert shapes[f"{layer}mlp.linear_fc2.weight"] == (5120, 3424)
+
+
+def _train_emulated(results: Any) -> None:
+    from emulated_ranks import start_emulated_world
+    from megatron.bridge import AutoBridge
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+    from transformers import CONFIG_MAPPING
+
+    import exaone_bridge
+
+    torch.set_num_threads(1)
+    hf_config = CONFIG_MAPPING["exaone4"].from_dict(dict(MINIATURE))
+    start_emulated_world(8)
+    gathered = [None] * 8
+    torch.distributed.all_gather_object(gathered, {"any": "object"})
+    assert gathered == [{"any": "object"}] * 8
+    with exaone_bridge.cpu_runtime():
+        provider = AutoBridge.from_hf_config(hf_config).to_megatron_provider(load_weights=False)
+        overrides = TP8.provider_overrides() | {"backend": "torch"}
+        provider.apply_overrides_and_finalize(torch.float32, overrides)
+        ddp = DistributedDataParallelConfig(
+            overlap_grad_reduce=True, use_distributed_optimizer=True
+        )
+        (model,) = provider.provide_distributed_model(ddp_config=ddp, use_cpu_initialization=True)
+        shapes = {name: tuple(each.shape) for name, each in model.module.named_parameters()}
+        tokens = torch.arange(65)[None] % 1024
+        positions = torch.arange(64)[None]
+        losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        losses.mean().backward()
+        finalize_model_grads([model])
+        grads = [float(each.main_grad.abs().sum()) for each in model.module.parameters()]
+    results.put((shapes, tuple(losses.shape), bool(losses.isfinite().all()), min(grads)))
+
+
+def test_emulated_rank_has_the_parameters_of_a_tp8_rank_and_trains(
+    loop_rank: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    process = fork.Process(target=_train_emulated, args=(results,))
+    process.start()
+    try:
+        shapes, losses, finite, smallest = results.get(timeout=120)
+    except queue.Empty:
+        pytest.fail(f"the emulated rank ended with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    assert {name.removeprefix("module."): shape for name, shape in shapes.items()} == _shapes(
+        MINIATURE
+    )
+    assert losses == (1, 64) and finite and smallest > 0
