@@ -12,20 +12,24 @@ PYTEST_ARGS ?=
 export PYTHONDONTWRITEBYTECODE =
 export MEGATRON_SUPPRESS_FUSION_WARNINGS = 1
 
-.PHONY: demo test test-slow test-all check docs setup requirements clean
+.PHONY: demo test test-slow test-all test-engines check docs setup requirements clean
 
 demo: setup
 	$(RUN) exaone-bridge demo
 	@echo 'The command is .venv/bin/exaone-bridge (or: source .venv/bin/activate).'
 
 test: setup
-	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu and not engine" $(PYTEST_ARGS)
 
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not gpu and not engine" $(PYTEST_ARGS)
 
 test-all: setup
-	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not engine" $(PYTEST_ARGS)
+
+# llama.cpp and vLLM read our exports. Compiles llama.cpp and downloads both: half an hour at first.
+test-engines: setup
+	$(RUN) pytest -m engine -s tests/engines $(PYTEST_ARGS)
 
 check: setup
 	$(RUN) ruff check

@@ -1,20 +1,13 @@
-"""Transformers 4.57 computes the same logits of an export as of its source.
-
-The environment is made by uv from its cache; it links the torch of this one.
-"""
+"""Transformers 4.57 computes the same logits of an export as of its source."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
 from exaone_bridge.checkpoint.hf.writer import write_config_json
@@ -22,12 +15,9 @@ from exaone_bridge.convert.to_hf import export_checkpoint
 from exaone_bridge.convert.to_megatron import import_checkpoint
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.cli import read_config
-from tests.helpers.paths import ROOT
+from tests.helpers.environments import UV, make_environment, run
 from tests.helpers.spelling import spell_as_published
 
-UV = os.environ.get("UV") or shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
-PACKAGES = ("transformers==4.57.6", "numpy", "sympy", "networkx", "jinja2", "fsspec", "setuptools")
-LINKED = ("torch", "functorch", "nvidia", "triton", "typing_extensions")
 MODELS = ("exaone4", "exaone4-1.2b", "ernie45-dense", "ernie45-300b")
 LOGITS = """
 import json, sys, torch, transformers
@@ -50,19 +40,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def transformers4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the Python of an environment with Transformers 4.57 and this environment's torch."""
-    folder = tmp_path_factory.mktemp("transformers4") / "env"
-    python = folder / "bin" / "python"
-    for command in (
-        [UV, "venv", "--quiet", "--python", sys.executable, folder],
-        [UV, "pip", "install", "--quiet", "--python", python, *PACKAGES],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    (site,) = folder.glob("lib/python*/site-packages")
-    for path in Path(torch.__file__).parents[1].iterdir():
-        if path.name.startswith(LINKED) and not (site / path.name).exists():
-            (site / path.name).symlink_to(path)
-    return python
+    return make_environment(tmp_path_factory.mktemp("envs") / "env", "transformers==4.57.6")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -78,12 +56,5 @@ def test_logits_of_an_export_are_those_of_its_source(
     shutil.copytree(source, alone)  # as if there were no config to keep the spelling of
     model = HFCheckpoint.open(source).model
     write_config_json(alone, model.family.write_hf_config(model.config, {}))
-    done = subprocess.run(
-        [transformers4, "-c", LOGITS, source, exported, alone],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0.0, 0.0]
+    printed = run(transformers4, "-c", LOGITS, source, exported, alone)
+    assert json.loads(printed.splitlines()[-1]) == [0.0, 0.0]

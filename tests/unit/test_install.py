@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.environments import UV
 from tests.helpers.paths import ROOT
 
-UV = os.environ.get("UV") or shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
 REQUIREMENTS = ROOT / "src" / "exaone_bridge" / "requirements-cpu.txt"
 WHEEL = "exaone_bridge-0.1.0-py3-none-any.whl"
 NEWEST_TRANSFORMERS = "5.24.0"
