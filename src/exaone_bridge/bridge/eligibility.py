@@ -120,7 +120,7 @@ def why_not_planned(bridge: MegatronModelBridge, model: list[MegatronModule]) ->
         return "its parameters are FSDP shards"
     chunks = unwrap_model(model)
     config = chunks[0].config
-    if getattr(config, "fp8", None) or getattr(config, "fp4", None):
+    if getattr(config, "fp8_param", None) or getattr(config, "fp4_param", None):
         return "its parameters may be FP8 or FP4"
     if getattr(config, "mtp_num_layers", None):
         return "it has multi-token prediction, whose last stage has an embedding too"

@@ -117,6 +117,7 @@ def _show(name: str, checked: CheckedPlan, arguments: dict[str, Any]) -> None:
         ["model", checked.model.family.name],
         *([key, value] for key, value in plan.table_row().items() if value != "-"),
         ["microbatches a step", str(plan.num_microbatches)],
+        *([["precision", plan.precision]] if plan.precision != "bf16" else []),
         *([["CUDA graphs", str(checked.graphs)]] if plan.cuda_graphs != "off" else []),
         ["tokens a step", f"{tokens:,}, {tokens // plan.gpus:,} per GPU"],
         [

@@ -6,7 +6,9 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.recipes.cuda_graphs import CudaGraphs
+from exaone_bridge.recipes.precision import MIXED_PRECISION
 from exaone_bridge.recipes.training_plan import TrainingPlan
 
 if TYPE_CHECKING:
@@ -47,11 +49,46 @@ def apply_to_provider(provider: ExactGPTModelProvider, plan: TrainingPlan) -> No
 
 
 def apply_to_config(config: ConfigContainer, plan: TrainingPlan, graphs: CudaGraphs) -> None:
-    """Set the environment, the overlap of communication, and the CUDA graphs."""
+    """Set the environment, the precision, the overlap of communication, and the CUDA graphs.
+
+    Raises:
+        UnsupportedConfig: the GPU or the packages of this machine do not support the precision.
+    """
     config.env_vars |= plan.environment
+    if plan.precision != "bf16":
+        _use_fp8(config, plan)
     if plan.tp_overlap:
         _overlap_tp(config)
     _apply_graphs(config, graphs)
+
+
+def _use_fp8(config: ConfigContainer, plan: TrainingPlan) -> None:
+    """Set FP8; where there is a GPU, check that it and Transformer Engine have it.
+
+    Megatron-Core 0.19.2 trains in bf16 without a word where Transformer Engine is not installed
+    (`fp8_utils.py`, `get_fp8_context`).
+    """
+    import torch
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    from exaone_bridge.modules.backend import TRANSFORMER_ENGINE
+
+    where, remedy = "recipe", "set precision='bf16'"
+    if torch.cuda.is_available():
+        needed = (9, 0) if plan.precision == "fp8-blockwise" else (8, 9)
+        if (found := torch.cuda.get_device_capability()) < needed:
+            wanted = f"'bf16' on a GPU of compute capability {found}, below {needed}"
+            raise UnsupportedConfig(
+                "precision", got=plan.precision, wanted=wanted, where=where, remedy=remedy
+            )
+        if TRANSFORMER_ENGINE is None:
+            wanted = "'bf16' without Transformer Engine"
+            raise UnsupportedConfig(
+                "precision", got=plan.precision, wanted=wanted, where=where, remedy=remedy
+            )
+    config.mixed_precision = get_mixed_precision_config(MIXED_PRECISION[plan.precision])
+    # Weights are stored in bf16, so that loading and exporting them is exact.
+    config.mixed_precision.fp8_param_gather = False
 
 
 def _overlap_tp(config: ConfigContainer) -> None:

@@ -30,6 +30,7 @@ from exaone_bridge.models import family_of
 from exaone_bridge.recipes.apply_plan import apply_to_config, apply_to_provider
 from exaone_bridge.recipes.cuda_graphs import CudaGraphs, choose_cuda_graphs, has_fixed_shapes
 from exaone_bridge.recipes.memory import GB, MemoryEstimate, estimate
+from exaone_bridge.recipes.precision import check_sizes
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
 from exaone_bridge.recipes.training_plans import ADAPTER_RANK, training_plan
@@ -346,6 +347,7 @@ def check_plan(
     family = family_of(hf_config["architectures"], where=f"recipe {model}")
     description = family.describe(hf_config)
     plan.check(description.config)
+    check_sizes(description.config, plan)
     adapter_rank = ADAPTER_RANK if stage == "peft" else 0
     images = "_vl_" in model
     if plan.tp_overlap and not has_fixed_shapes(plan, stage, packed=packed, images=images):

@@ -114,6 +114,8 @@ def _why_not_full_iteration(
         return "the positions of each batch are read on the CPU"
     if model_config.num_experts and (plan.layout.ep > 1 or plan.layout.expert_tp > 1):
         return "all-to-all needs the experts' token counts on the CPU"
+    if model_config.num_experts and plan.precision != "bf16":
+        return "FP8 products of experts need their token counts on the CPU"
     if model_config.num_experts and stage == "peft":
         return "adapters on experts would need their token counts on the CPU"
     return ""

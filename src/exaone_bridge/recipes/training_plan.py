@@ -10,10 +10,12 @@ from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.model_config import ModelConfig
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["CudaGraphKind", "PlanOverrides", "TrainingPlan"]
+__all__ = ["CudaGraphKind", "PlanOverrides", "Precision", "TrainingPlan"]
 
 CudaGraphKind = Literal["off", "layers", "full-iteration"]
+Precision = Literal["bf16", "fp8", "fp8-blockwise"]
 _CHOICES = {
+    "precision": ("bf16", "fp8", "fp8-blockwise"),
     "cuda_graphs": ("off", "layers", "full-iteration"),
     "cp_full_attention": (None, "p2p", "all_gather", "a2a"),
     "cp_sliding_window": (None, "all_gather", "a2a"),
@@ -35,6 +37,7 @@ class PlanOverrides(TypedDict, total=False):
     micro_batch_size: int
     global_batch_size: int
     recompute: bool
+    precision: Precision
     pad_samples: bool
     cuda_graphs: CudaGraphKind
     tp_overlap: bool
@@ -54,6 +57,8 @@ class TrainingPlan:
         micro_batch_size: sequences per microbatch and data-parallel rank.
         global_batch_size: sequences per optimizer step, over all data-parallel ranks.
         recompute: keep only each layer's input, and recompute the layer in the backward pass.
+        precision: of the linears' matrix products: bf16, FP8 with a scale for each tensor and step
+            (current scaling), or FP8 with a scale for each block. See `recipes/precision.py`.
         pad_samples: pad each sample of fine-tuning that is not packed to `seq_length`, in place of
             the length of the longest sample of its batch.
         cuda_graphs: the most that is captured in CUDA graphs; `recipes/cuda_graphs.py` captures
@@ -73,6 +78,7 @@ class TrainingPlan:
     micro_batch_size: int = 1
     global_batch_size: int
     recompute: bool = False
+    precision: Precision = "bf16"
     pad_samples: bool = False
     cuda_graphs: CudaGraphKind = "off"
     tp_overlap: bool = False

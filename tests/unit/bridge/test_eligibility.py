@@ -84,7 +84,7 @@ def _without_folder(bridge: Any, model: list[Any]) -> list[Any]:
 
 
 def _fp8(bridge: Any, model: list[Any]) -> list[Any]:
-    unwrap_model(model)[0].config.fp8 = "hybrid"
+    unwrap_model(model)[0].config.fp8_param = True
     return model
 
 
