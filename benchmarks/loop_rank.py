@@ -4,8 +4,8 @@
 
 The folder has session.json; rank 0 appends each result to results.jsonl. All rows run in the same
 processes, because importing Megatron takes longer than measuring a row. A rank that a row has no
-use for waits. A row that fails on several ranks ends the processes: the others may be inside of a
-collective.
+use for waits. A row that fails ends the processes, because other ranks may be inside of a
+collective, unless its config is rejected, which all ranks see before they start.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import exaone_bridge
+from exaone_bridge.errors import BridgeError
 from exaone_bridge.recipes import recipe
 from exaone_bridge.recipes.training_plans import TRAINING_PLANS
 
@@ -38,6 +39,7 @@ exaone_bridge.supported()
 
 from emulated_ranks import start_emulated_world  # noqa: E402
 from megatron.bridge.training.callbacks import Callback, CallbackContext  # noqa: E402
+from megatron.bridge.training.config import apply_environment_variables  # noqa: E402
 from train_loop import Row  # noqa: E402
 from train_step import config_of, matmul_rate, operations, truncate  # noqa: E402
 
@@ -91,13 +93,15 @@ def _fine_tuning_data(recipe_name: str, folder: Path) -> dict[str, Any]:
 
 def describe(config: Any) -> str:
     """Return the model, the layout and the batch of a config in one line."""
-    model, train = config.model, config.train
+    model, train, precision = config.model, config.train, config.mixed_precision
+    if not isinstance(precision, str):  # Megatron-Bridge has replaced the name
+        precision = f"FP8 {model.fp8_recipe}" if model.fp8 else "bf16"
     return (
         f"{model.num_layers} layers, hidden {model.hidden_size}; "
         f"TP{model.tensor_model_parallel_size} PP{model.pipeline_model_parallel_size} "
         f"EP{model.expert_model_parallel_size} CP{model.context_parallel_size}; "
         f"{model.seq_length} tokens, batch {train.micro_batch_size} / {train.global_batch_size}; "
-        f"CUDA graphs: {model.cuda_graph_impl}; {config.mixed_precision}"
+        f"CUDA graphs: {model.cuda_graph_impl}; {precision}"
     )
 
 
@@ -231,13 +235,11 @@ def clean_up() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(row: Row, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def measure(row: Row, config: Any, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Run a row on this rank; return its result, the same on all ranks."""
     from exaone_bridge.recipes.training_loop import run_training
 
     began = time.time()
-    config = build_config(row, folder)
-    description = describe(config)
     timer = StepTimer(settings["warm_up"], settings["steps"], settings["profile"])
     config.train.train_iters = config.scheduler.lr_decay_iters = timer.train_iters
     config.scheduler.lr_warmup_iters = 1
@@ -275,10 +277,7 @@ def measure(row: Row, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     needed *= config.train.global_batch_size / row.gpus
     losses = next((each["losses"] for each in reversed(ranks) if each["losses"]), [])
     result = {
-        "row": row.name,
-        "gpus": row.gpus,
-        "emulate": row.emulate,
-        "config": description,
+        "config": describe(config),  # with what the run has changed
         "seq_length": config.model.seq_length,
         "device": torch.cuda.get_device_name(),
         "ms": round(taken, 1),
@@ -311,6 +310,11 @@ def run_rows(
         report: is called on rank 0 with each result.
     """
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    # Before CUDA starts, which reads some of them; all rows here have the same.
+    for row in rows.values():
+        with contextlib.suppress(BridgeError):
+            apply_environment_variables(build_config(row, folder))
+            break
     torch.cuda.set_device(local)
     store, _, _ = next(rendezvous("env://"))
     store.set_timeout(timedelta(hours=1))
@@ -323,18 +327,19 @@ def run_rows(
             break
         begin = time.time()
         if rank < row.processes:
-            failed = None
+            result, failed, config = {"row": row.name, "gpus": row.gpus}, None, None
+            result["emulate"] = row.emulate
             try:
+                config = build_config(row, folder)
                 with world(row, number, store):
-                    result = measure(row, folder, settings)
+                    result |= measure(row, config, folder, settings)
             except Exception as error:
                 traceback.print_exc()
                 failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                result = {"row": row.name, "gpus": row.gpus, "emulate": row.emulate}
                 result["failed"] = failed
             if rank == 0:
                 report(result)
-            if failed:
+            if failed and config is not None:
                 sys.stdout.flush()
                 os._exit(3)  # without waiting for collectives; the rest runs in new processes
             clean_up()

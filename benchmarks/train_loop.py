@@ -12,7 +12,8 @@ recipe and its plan, SECTION.FIELD=VALUE for Megatron-Bridge. Four more are the 
 - layers=N: the first N layers of the published model.
 - emulate=true: one process on one GPU runs rank 0 of `gpus`; collectives are copies on that GPU
   (emulated_ranks.py), so the time without waiting for other ranks remains.
-- UPPER_CASE=VALUE: an environment variable, for which new processes start.
+- UPPER_CASE=VALUE: an environment variable. Rows with others, also those of the recipe's plan,
+  run in other processes.
 
 Each row is printed when it has been measured; what is left at --limit-s is named. The ratio is that
 of tokens per second and GPU to the first row of the same model and sequence length on one GPU.
@@ -36,6 +37,9 @@ from pathlib import Path
 from typing import Any
 
 from exaone_bridge.cli.train import parse_settings
+from exaone_bridge.errors import BridgeError
+from exaone_bridge.recipes.training_plan import PlanOverrides
+from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
 
 START_S = 20  # processes that would have less time than this are not started
 RANK_SCRIPT = Path(__file__).with_name("loop_rank.py")
@@ -47,9 +51,9 @@ P32 = "exaone4_32b_pretrain_config pp=1 vpp=1 micro_batch_size=1"
 TABLES: dict[str, list[str]] = {
     "one-gpu": [
         f"1.2B, 8192: {P12} gpus=1 seq_length=8192 global_batch_size=4",
-        f"15 layers of the 1.2B, 32768: {P12} gpus=1 layers=15 seq_length=32768 "
+        f"12 layers of the 1.2B, 32768: {P12} gpus=1 layers=12 seq_length=32768 "
         "global_batch_size=2",
-        f"4 layers of the 32B, 8192: {P32} gpus=1 tp=1 layers=4 seq_length=8192 "
+        f"3 layers of the 32B, 8192: {P32} gpus=1 tp=1 layers=3 seq_length=8192 "
         "global_batch_size=4",
         f"4 layers of ERNIE 21B, 8192: {ERNIE} gpus=1 ep=1 layers=4 global_batch_size=4",
     ],
@@ -60,9 +64,9 @@ TABLES: dict[str, list[str]] = {
         "1.2B, 4096: exaone4_1p2b_pretrain_config gpus=1 micro_batch_size=4 global_batch_size=4",
         "1.2B, 4096, DP2: exaone4_1p2b_pretrain_config gpus=2 micro_batch_size=4 "
         "global_batch_size=8",
-        f"15 layers of the 1.2B, 32768: {P12} gpus=1 layers=15 seq_length=32768 "
+        f"12 layers of the 1.2B, 32768: {P12} gpus=1 layers=12 seq_length=32768 "
         "global_batch_size=2",
-        f"15 layers of the 1.2B, 32768, CP2: {P12} gpus=2 cp=2 layers=15 seq_length=32768 "
+        f"12 layers of the 1.2B, 32768, CP2: {P12} gpus=2 cp=2 layers=12 seq_length=32768 "
         "global_batch_size=2",
         f"4 layers of ERNIE 21B: {ERNIE} gpus=1 ep=1 layers=4 global_batch_size=4",
         f"4 layers of ERNIE 21B, EP2: {ERNIE} gpus=2 ep=2 layers=4 global_batch_size=8",
@@ -78,9 +82,9 @@ TABLES: dict[str, list[str]] = {
         "global_batch_size=4",
     ],
     "fp8": [
-        f"4 layers of the 32B, bf16: {P32} gpus=1 tp=1 layers=4 seq_length=8192 "
+        f"3 layers of the 32B, bf16: {P32} gpus=1 tp=1 layers=3 seq_length=8192 "
         "global_batch_size=4",
-        f"4 layers of the 32B, FP8, current scaling: {P32} gpus=1 tp=1 layers=4 seq_length=8192 "
+        f"3 layers of the 32B, FP8, current scaling: {P32} gpus=1 tp=1 layers=3 seq_length=8192 "
         "global_batch_size=4 mixed_precision=bf16_with_fp8_current_scaling_mixed",
     ],
     "tp8-rank": [
@@ -129,7 +133,8 @@ def parse_row(text: str, variant: str = "") -> Row:
     """Parse "NAME: RECIPE SETTINGS"; a variant is "NAME: SETTINGS", which win.
 
     Raises:
-        ValueError: a row without a name or recipe.
+        ValueError: a row without a name, or without a recipe that there is.
+        BridgeError: settings that the recipe's plan does not have.
     """
     name, _, words = text.partition(":")
     suffix, _, changes = variant.partition(":")
@@ -142,16 +147,30 @@ def parse_row(text: str, variant: str = "") -> Row:
     plain = [each for each in settings if each not in environment + precision]
     arguments, overrides = parse_settings(plain)
     own = {key: arguments.pop(key, None) for key in ("gpus", "layers", "emulate")}
+    variables = _variables(recipe, arguments) | dict(each.split("=", 1) for each in environment)
     return Row(
         name=f"{name.strip()}, {suffix.strip()}" if suffix else name.strip(),
         recipe=recipe,
         gpus=int(own["gpus"] or 1),
         arguments=arguments,
         overrides=overrides + precision,
-        environment=dict(setting.split("=", 1) for setting in environment),
+        environment=variables,
         layers=own["layers"],
         emulate=bool(own["emulate"]),
     )
+
+
+def _variables(recipe_name: str, arguments: dict[str, Any]) -> dict[str, str]:
+    """Return the environment variables of the recipe's plan, which CUDA reads when it starts."""
+    stages = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
+    name = recipe_name.replace("_chat", "")
+    if name not in stages:
+        raise ValueError(f"there is no recipe {recipe_name!r}")
+    plan = training_plan(*stages[name], arguments.get("gpu_memory_gb", 80))
+    fields = {
+        key: value for key, value in arguments.items() if key in PlanOverrides.__annotations__
+    }
+    return {key: str(value) for key, value in plan.with_overrides(**fields).environment.items()}
 
 
 COLUMNS = (
@@ -326,9 +345,14 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
-    """Return the rows that the command line names: each one, and each variant of it."""
+    """Return the rows that the command line names: each one, and each variant of it.
+
+    Rows with the same environment variables follow each other, because they share processes.
+    """
     texts = [text for table in options.table for text in TABLES[table]] + options.row
-    return [parse_row(text, variant) for text in texts for variant in options.variant or [""]]
+    rows = [parse_row(text, variant) for text in texts for variant in options.variant or [""]]
+    environments = [row.environment for row in rows]
+    return sorted(rows, key=lambda row: environments.index(row.environment))
 
 
 def main() -> None:
@@ -336,7 +360,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         rows = rows_of(options)
-    except ValueError as error:
+    except (ValueError, BridgeError) as error:
         parser.error(str(error))
     if not rows:
         parser.error("name a --table or a --row")

@@ -27,6 +27,7 @@ from tests.helpers.scripts import free_port
 
 TP8 = Layout(tp=8, sp=True)
 P32 = with_num_layers(CONFIGS["exaone4_32b"], 4)
+KINDS = ("off: cuda_graphs=off", "layers: cuda_graphs=layers")
 MINIATURE = P32 | {
     "hidden_size": 320, "head_dim": 8, "intermediate_size": 856, "vocab_size": 1024,
     "sliding_window": 16,
@@ -44,16 +45,32 @@ def test_every_pretraining_row_has_a_config_that_fits_its_gpu(
 ) -> None:
     benchmark = importlib.import_module("train_loop")
     texts = [text for rows in benchmark.TABLES.values() for text in rows if "pretrain" in text]
-    for row in map(benchmark.parse_row, texts):
+    texts = [text for text in texts if not text.startswith("1.2B, 4096:")]  # no room for graphs
+    for row in [benchmark.parse_row(text, kind) for text in texts for kind in KINDS]:
         config = loop_rank.build_config(row, tmp_path)
         assert config.checkpoint.pretrained_checkpoint is None
         assert config.checkpoint.save is None
         assert config.model.num_layers == (
             row.layers or config.model.hf_config["num_hidden_layers"]
         )
+        assert (config.model.cuda_graph_impl == "none") == row.name.endswith("off")
         assert f"TP{row.arguments.get('tp', 1)} " in loop_rank.describe(config)
     fp8 = next(text for text in texts if "FP8" in text)
     assert "fp8" in loop_rank.build_config(benchmark.parse_row(fp8), tmp_path).mixed_precision
+
+
+def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
+    loop_rank: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.gpu import test_graphs
+
+    monkeypatch.setattr(test_graphs, "GPUS", 2)
+    rows = map(importlib.import_module("train_loop").parse_row, test_graphs._rows(tmp_path))
+    graphs = {"off": "none", "layers": "transformer_engine", "full-iteration": "full_iteration"}
+    kinds = {"resume at pp=2, full-iteration": "layers", "save, async": "off", "save, sync": "off"}
+    for row in rows:
+        kind = kinds.get(row.name, row.name.rpartition(", ")[2])
+        assert loop_rank.build_config(row, tmp_path).model.cuda_graph_impl == graphs[kind], row.name
 
 
 def test_fine_tuning_rows_make_their_model_and_data(loop_rank: ModuleType, tmp_path: Path) -> None:
@@ -127,17 +144,22 @@ def test_rows_run_one_after_the_other_in_the_same_process(
     """A row does not see those before it: its losses are the same the second time."""
     recipe = f"exaone4_tiny_pretrain_config seq_length=64 {' '.join(SETTINGS)}"
     parse_row = importlib.import_module("train_loop").parse_row
-    texts = ["one", "a rank of two", "again", "fails"]
-    texts = [f"{name}: {recipe}" for name in texts]
-    texts[1] += " gpus=2 tp=2 emulate=true"
-    texts[3] += " optimizer.optimizer=nothing"
+    changes = {
+        "one": "",
+        "a rank of two": "gpus=2 tp=2 emulate=true",
+        "rejected": "tp=3",
+        "again": "",
+        "fails": "optimizer.optimizer=nothing",
+    }
+    texts = [f"{name}: {recipe} {settings}" for name, settings in changes.items()]
     process = multiprocessing.get_context("fork").Process(
         target=_run_rows, args=(tmp_path, list(map(parse_row, texts)), free_port())
     )
     process.start()
     process.join()
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    one, rank, again, failed = map(json.loads, lines)
+    one, rank, rejected, again, failed = map(json.loads, lines)
+    assert rejected["failed"].startswith("UnsupportedLayout: parallel layout: tp is 3")
     assert process.exitcode == 3 and "nothing" in failed["failed"]
     assert len(set(one["losses"])) == 3 and one["losses"] == again["losses"]
     assert one["losses"] != rank["losses"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.paths import ROOT
+
+RECIPE = "exaone4_1p2b_pretrain_config"
 
 # Measures each row that it is given, unless the row's name says what happens instead.
 RANK = """
@@ -66,30 +69,34 @@ def session(
 
 def test_settings_of_a_row(benchmark: ModuleType) -> None:
     options = benchmark.arguments().parse_args(
-        ["--row", "TP2: a_pretrain_config gpus=2 tp=2 layers=3 train.train_iters=7 NVTE_X=1",
-         "--variant", "plain:", "--variant", "graphs: tp=1 emulate=true"]
+        ["--row", f"TP2: {RECIPE} gpus=2 tp=2 layers=3 train.train_iters=7 NVTE_X=1",
+         "--variant", "plain:", "--variant", "graphs: tp=1 emulate=true", "--variant", "again:"]
     )  # fmt: skip
-    plain, graphs = benchmark.rows_of(options)
+    plain, again, graphs = benchmark.rows_of(options)
+    assert again == replace(plain, name="TP2, again")  # next to those with the same variables
     assert plain == benchmark.Row(
         name="TP2, plain",
-        recipe="a_pretrain_config",
+        recipe=RECIPE,
         gpus=2,
         arguments={"tp": 2, "sp": True},
         overrides=["train.train_iters=7"],
-        environment={"NVTE_X": "1"},
+        environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVTE_X": "1"},
         layers=3,
     )
+    assert graphs.environment == {"NVTE_X": "1"}
     assert (graphs.name, graphs.arguments) == ("TP2, graphs", {"tp": 1, "sp": False})
     assert (graphs.emulate, graphs.gpus, graphs.processes) == (True, 2, 1)
     with pytest.raises(ValueError, match="NAME: RECIPE SETTINGS"):
         benchmark.parse_row("tp=2")
+    with pytest.raises(ValueError, match="there is no recipe 'nope'"):
+        benchmark.parse_row("a: nope tp=2")
 
 
 def test_ratio_is_to_the_first_row_of_one_gpu_with_the_same_model_and_length(
     session: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = session(
-        "one: a_pretrain_config", "two: a_pretrain_config gpus=2", "other: b_pretrain_config gpus=2"
+        f"one: {RECIPE}", f"two: {RECIPE} gpus=2", "other: ernie45_0p3b_pretrain_config gpus=2"
     )
     assert [result.get("against_one_gpu") for result in results] == [1.0, round(80 / 90, 3), None]
     lines = capsys.readouterr().out.splitlines()
@@ -109,7 +116,7 @@ def test_rows_after_one_without_a_result(
     name: str, failed: str, session: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     """They run in new processes, unless the ranks have stopped because of the time."""
-    first, second, third = session("a: r", f"{name}: r", "b: r")
+    first, second, third = session(f"a: {RECIPE}", f"{name}: {RECIPE}", f"b: {RECIPE}")
     assert "ms" in first and second["failed"] == failed
     assert third.get("failed") == ("no time left" if name == "stops" else None)
     starts = (tmp_path / "starts").read_text().splitlines()
@@ -120,7 +127,7 @@ def test_rows_after_one_without_a_result(
 def test_rows_with_other_variables_run_in_other_processes(
     session: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    session("a: r", "b: r A_VARIABLE=1", "c: r A_VARIABLE=1")
+    session(f"a: {RECIPE}", f"b: {RECIPE} A_VARIABLE=1", f"c: {RECIPE} A_VARIABLE=1")
     starts = (tmp_path / "starts").read_text().splitlines()
     assert starts == ["None ['0']", "1 ['1', '2']"]
 
@@ -129,7 +136,7 @@ def test_time_limit_ends_a_row_and_names_the_rest(
     session: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin = time.monotonic()
-    results = session("a: r", "hangs: r", "b: r", limit_s=4, start_s=1)
+    results = session(f"a: {RECIPE}", f"hangs: {RECIPE}", f"b: {RECIPE}", limit_s=4, start_s=1)
     assert time.monotonic() - begin < 20
     assert "ms" in results[0]
     assert [result["failed"] for result in results[1:]] == ["no time left"] * 2
