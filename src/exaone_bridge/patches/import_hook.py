@@ -46,6 +46,26 @@ class _Loader:
         return getattr(self._inner, name)
 
 
+class _Imported:
+    """The loader of a module that was imported while its own import was being found.
+
+    Python would execute it again, by the spec that it has (`importlib._bootstrap._find_spec`), and
+    there would be two.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        from importlib.util import spec_from_loader
+
+        self._module, self._spec = module, module.__spec__
+        module.__spec__ = spec_from_loader(module.__name__, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
 class _Finder:
     """The first finder: for hooked modules, it wraps the loader that the other finders find."""
 
@@ -55,6 +75,9 @@ class _Finder:
         for pattern, module in _before:
             if module not in sys.modules and pattern.fullmatch(fullname):
                 importlib.import_module(module)
+                if (imported := sys.modules.get(fullname)) is not None:
+                    _Imported(imported)
+                    return imported.__spec__
         around = _hooks.get(fullname)
         if around is None:
             return None

@@ -7,6 +7,7 @@ import importlib
 import importlib.resources
 import inspect
 import linecache
+import re
 import runpy
 import sys
 import textwrap
@@ -270,3 +271,18 @@ def test_a_loader_can_be_copied(package: Callable[..., Path], events: Events) ->
     around_import(SUB, noting(events))
     copied = copy.copy(importlib.import_module(SUB).__loader__)
     assert copied.get_source(SUB) == BODY
+
+
+def test_a_module_that_the_one_before_it_imports_executes_once(
+    package: Callable[..., Path], events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise there are two, whose classes differ."""
+    first = f"{MAIN}.first"
+    package(**{"sub.py": BODY, "first.py": f"import {SUB} as sub\n{BODY}"})
+    monkeypatch.setattr(import_hook, "_before", [])
+    import_hook.import_before(first, re.escape(SUB))
+    around_import("no.such.module", noting(events))  # installs the finder
+    sub = importlib.import_module(SUB)
+    assert events == ["sub", "first"]
+    assert sub is sys.modules[SUB] is sys.modules[first].sub
+    assert inspect.getsource(sub) == BODY and importlib.reload(sub) is sub
