@@ -124,6 +124,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "PreTrainedCausalLM._load_tokenizer": _load_tokenizer,
     "_mtp_source_key_prefixes": lambda _: (SimpleNamespace(), SimpleNamespace()),
     "apply_run_config_backward_compat": _run_config,
+    "_warmup_jit_function": lambda _: (SimpleNamespace(), 1),
     "tokenize_chat_example": _conversation,
     "_resolve_pretrained_wrapper_cls": lambda _: (
         SimpleNamespace(architectures=["LlamaForSequenceClassification"]),
