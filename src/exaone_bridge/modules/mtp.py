@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from exaone_bridge.modules.backend import Backend
-from exaone_bridge.modules.causal_layer import WithoutMaskInGraphs
+from exaone_bridge.modules.causal_layer import CausalLayer
 
 __all__ = ["MTPTransformerLayer", "mtp_block_spec"]
 
 
-class MTPTransformerLayer(WithoutMaskInGraphs, TransformerLayer):
+class MTPTransformerLayer(CausalLayer, TransformerLayer):
     """A transformer layer whose attention is set by arguments, not by its number.
 
     Args:

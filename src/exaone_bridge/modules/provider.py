@@ -59,6 +59,9 @@ class ExactGPTModelProvider(GPTModelProvider):
     Attributes:
         backend: `auto`, `transformer_engine` or `torch` (`modules/backend.py`).
         cross_entropy_fusion_impl: `te` where it is exact (`modules/backend.py`), else `native`.
+        fuse_weight_gradients: Transformer Engine's linears add the gradients of their weights to
+            the fp32 main gradients of Megatron-Core's DistributedDataParallel, which the model then
+            needs (`modules/causal_layer.py`).
         rope_scaling_low_freq_factor: of Llama 3's RoPE (`modules/rotary.py`), which `rope_scaling`
             turns on.
         rope_scaling_high_freq_factor: likewise.
@@ -71,6 +74,7 @@ class ExactGPTModelProvider(GPTModelProvider):
     cross_entropy_fusion_impl: str = (
         "te"  # 6 ms of 210 and 5 GiB of 23 less than native (docs/benchmarks.md)
     )
+    fuse_weight_gradients: bool = False
     rope_scaling_low_freq_factor: float = 1.0
     rope_scaling_high_freq_factor: float = 4.0
     rope_scaling_original_max_position_embeddings: int = 8192
@@ -120,7 +124,7 @@ class ExactGPTModelProvider(GPTModelProvider):
         self._override(**dict.fromkeys(unsupported_fusions(backend), False))
         if backend.name == "torch":  # so that such a run's checkpoint loads without a GPU too
             self._override(cuda_graph_impl="none", cuda_graph_modules=[], use_te_rng_tracker=False)
-            self._override(fp8=None, fp8_param=False)
+            self._override(fp8=None, fp8_param=False, fuse_weight_gradients=False)
         for name in ("fp8_multi_head_attention", "fp8_output_proj"):
             # QK norm and RoPE stand between the projection and attention; and the output layer of
             # FP8 is another class, without the padding mask and the bias of ours.

@@ -37,6 +37,7 @@ def apply_to_provider(provider: ExactGPTModelProvider, plan: TrainingPlan) -> No
     if plan.layout.vpp > 1:  # exchanges of activations overlap with the other model chunk
         provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
     provider.moe_shared_expert_overlap = plan.shared_expert_overlap
+    provider.fuse_weight_gradients = plan.fuse_weight_gradients
     if plan.cp_full_attention or plan.cp_sliding_window:
         provider.cp_comm_type = [
             (plan.cp_sliding_window or "all_gather")

@@ -350,6 +350,13 @@ def check_plan(
     check_sizes(description.config, plan)
     adapter_rank = ADAPTER_RANK if stage == "peft" else 0
     images = "_vl_" in model
+    if plan.fuse_weight_gradients and stage == "peft":
+        raise UnsupportedLayout(
+            "fuse_weight_gradients",
+            got=True,
+            wanted="off for adapters, whose linears are not Transformer Engine's",
+            remedy="leave fuse_weight_gradients out",
+        )
     if plan.tp_overlap and not has_fixed_shapes(plan, stage, packed=packed, images=images):
         raise UnsupportedLayout(
             "tp_overlap",

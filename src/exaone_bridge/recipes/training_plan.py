@@ -40,6 +40,7 @@ class PlanOverrides(TypedDict, total=False):
     precision: Precision
     pad_samples: bool
     cuda_graphs: CudaGraphKind
+    fuse_weight_gradients: bool
     tp_overlap: bool
     shared_expert_overlap: bool
     cp_full_attention: str | None
@@ -64,6 +65,9 @@ class TrainingPlan:
         cuda_graphs: the most that is captured in CUDA graphs; `recipes/cuda_graphs.py` captures
             less where shapes vary. It is off by default: losses with and without graphs have not
             been compared on GPUs.
+        fuse_weight_gradients: Transformer Engine's linears add weight gradients to the fp32 main
+            gradients within the matrix product, where a bf16 gradient is made and added otherwise.
+            Off by default, because it has not been measured, and rounds less.
         tp_overlap: tensor-parallel communication overlaps with matrix products, by Transformer
             Engine's userbuffers. Off by default, because it has not been measured.
         shared_expert_overlap: shared experts overlap with the dispatch of tokens to routed ones.
@@ -81,6 +85,7 @@ class TrainingPlan:
     precision: Precision = "bf16"
     pad_samples: bool = False
     cuda_graphs: CudaGraphKind = "off"
+    fuse_weight_gradients: bool = False
     tp_overlap: bool = False
     shared_expert_overlap: bool = False
     cp_full_attention: str | None = None

@@ -93,7 +93,9 @@ def load_megatron(
     """
     try:
         return bridge.load_megatron_model(
-            path, mp_overrides=layout.provider_overrides() | {"backend": backend}
+            path,
+            mp_overrides=layout.provider_overrides()
+            | {"backend": backend, "fuse_weight_gradients": False},  # there are no main gradients
         )
     except (
         CheckpointException,

@@ -41,6 +41,7 @@ def test_megatron_bridge_accepts_every_recipe_with_overlap(
     requested: dict[str, Any] = {
         "tp_overlap": model.tensor_model_parallel_size > 1,
         "shared_expert_overlap": bool(model.moe_shared_expert_intermediate_size),
+        "fuse_weight_gradients": "peft" not in name,
     }
     if "_vl_" in name:
         requested["pad_samples"] = True
@@ -54,6 +55,8 @@ def test_megatron_bridge_accepts_every_recipe_with_overlap(
     with transformer_engine_backend(), mock.patch.object(comm_overlap, "HAVE_TE", True):
         validate(config, monkeypatch)
     model = config.model
+    assert model.fuse_weight_gradients == requested["fuse_weight_gradients"]
+    assert not model.gradient_accumulation_fusion  # which the output layer would need APEX for
     assert model.tp_comm_overlap == requested["tp_overlap"]
     assert model.moe_shared_expert_overlap == requested["shared_expert_overlap"]
     assert (config.ddp.overlap_grad_reduce, config.ddp.overlap_param_gather) == former
@@ -78,6 +81,7 @@ def test_megatron_bridge_accepts_every_recipe_with_overlap(
             {"shared_expert_overlap": True},
             "without shared experts in the model",
         ),
+        ("exaone4_1p2b_peft_config", {"fuse_weight_gradients": True}, "off for adapters"),
         ("exaone45_vl_33b_peft_config", {"tp_overlap": True}, "lengths of microbatches vary"),
     ],
 )
@@ -102,6 +106,47 @@ def test_layers_of_each_kind_have_their_exchange(megatron_bridge: Any) -> None:
 def test_windows_have_no_ring(megatron_bridge: Any) -> None:
     with pytest.raises(UnsupportedConfig, match="cp_sliding_window is 'p2p'"):
         recipe("exaone4_32b_128k_pretrain_config")(cp_sliding_window="p2p")
+
+
+def _fusing_linears(folder: Path) -> set[str]:
+    """On a rank: the linears that add to main gradients, where APEX would let all of them do so."""
+    from megatron.bridge import AutoBridge
+    from megatron.core.tensor_parallel import layers
+
+    from exaone_bridge.modules.provider import ExactGPTModelProvider
+    from exaone_bridge.runtime.model import build
+
+    def keep(self: Any, fuse_weight_gradients: bool = True, **_: Any) -> None:
+        """Override nothing: this test has the torch backend, which cannot fuse."""
+
+    with (
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(ExactGPTModelProvider, "_override", keep),
+    ):
+        (model,) = build(
+            AutoBridge.from_hf_pretrained(folder),
+            Layout(),
+            fuse_weight_gradients=True,
+            apply_rope_fusion=False,
+            cross_entropy_fusion_impl="native",
+        )
+    assert not model.config.gradient_accumulation_fusion
+    return {
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "gradient_accumulation_fusion", False)
+    }
+
+
+def test_linears_of_layers_fuse_weight_gradients(megatron_bridge: Any, tiny: Any) -> None:
+    fusing = ForkLauncher().first(_fusing_linears, tiny("exaone4"))
+    assert {name.rpartition(".")[2] for name in fusing} == {
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    }
+    assert "decoder.layers.0.mlp.linear_fc1" in fusing
 
 
 def _gradients(folder: Path, layout: Layout, overlap: bool) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from exaone_bridge.models.exaone_moe.router import ExaoneMoeRouter
 from exaone_bridge.modules.backend import Backend, resolve_backend
-from exaone_bridge.modules.causal_layer import CausalTransformerLayer, WithoutMaskInGraphs
+from exaone_bridge.modules.causal_layer import CausalLayer, CausalTransformerLayer
 from exaone_bridge.modules.moe import moe_layer_builder
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerWithOwnLimits", "exaone_moe_block_spec", "exaone_moe_layer_spec"]
 
 
-class LayerWithOwnLimits(WithoutMaskInGraphs, TransformerLayer):
+class LayerWithOwnLimits(CausalLayer, TransformerLayer):
     """A layer with its own window and its own SwiGLU clamp.
 
     Megatron-Core's config has one `window_size` and one `activation_func_clamp_value` for all
