@@ -36,8 +36,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exaone_bridge.cli.train import parse_settings
+from exaone_bridge.cli.train_settings import read_settings
 from exaone_bridge.errors import BridgeError
+from exaone_bridge.recipes import recipe as find_recipe
 from exaone_bridge.recipes.training_plan import PlanOverrides
 from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
 
@@ -93,6 +94,8 @@ TABLES: dict[str, list[str]] = {
     ],
 }
 
+_OWN = ("gpus", "layers", "emulate")  # settings of rows, beside those of `train`
+
 
 @dataclass(frozen=True)
 class Row:
@@ -133,8 +136,8 @@ def parse_row(text: str, variant: str = "") -> Row:
     """Parse "NAME: RECIPE SETTINGS"; a variant is "NAME: SETTINGS", which win.
 
     Raises:
-        ValueError: a row without a name, or without a recipe that there is.
-        BridgeError: settings that the recipe's plan does not have.
+        ValueError: a row without a name or a recipe.
+        BridgeError: there is no such recipe, or it has no such settings.
     """
     name, _, words = text.partition(":")
     suffix, _, changes = variant.partition(":")
@@ -144,29 +147,28 @@ def parse_row(text: str, variant: str = "") -> Row:
     settings += changes.split()
     environment = [setting for setting in settings if setting.partition("=")[0].isupper()]
     precision = [each for each in settings if each.startswith("mixed_precision=")]
-    plain = [each for each in settings if each not in environment + precision]
-    arguments, overrides = parse_settings(plain)
-    own = {key: arguments.pop(key, None) for key in ("gpus", "layers", "emulate")}
+    own = dict(each.split("=", 1) for each in settings if each.partition("=")[0] in _OWN)
+    others = [*environment, *precision, *("=".join(each) for each in own.items())]
+    plain = [each for each in settings if each not in others]
+    arguments, overrides = read_settings(find_recipe(recipe), plain)
     variables = _variables(recipe, arguments) | dict(each.split("=", 1) for each in environment)
     return Row(
         name=f"{name.strip()}, {suffix.strip()}" if suffix else name.strip(),
         recipe=recipe,
-        gpus=int(own["gpus"] or 1),
+        gpus=int(own.get("gpus", 1)),
         arguments=arguments,
         overrides=overrides + precision,
         environment=variables,
-        layers=own["layers"],
-        emulate=bool(own["emulate"]),
+        layers=int(own["layers"]) if "layers" in own else None,
+        emulate=own.get("emulate") == "true",
     )
 
 
 def _variables(recipe_name: str, arguments: dict[str, Any]) -> dict[str, str]:
     """Return the environment variables of the recipe's plan, which CUDA reads when it starts."""
     stages = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
-    name = recipe_name.replace("_chat", "")
-    if name not in stages:
-        raise ValueError(f"there is no recipe {recipe_name!r}")
-    plan = training_plan(*stages[name], arguments.get("gpu_memory_gb", 80))
+    stage = stages[recipe_name.replace("_chat", "")]
+    plan = training_plan(*stage, arguments.get("gpu_memory_gb", 80))
     fields = {
         key: value for key, value in arguments.items() if key in PlanOverrides.__annotations__
     }

@@ -29,7 +29,6 @@ def main(options: argparse.Namespace) -> None:
             turns = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
             file.write(json.dumps({"messages": turns}) + "\n")
     config = ernie45_tiny_chat_peft_config(hf_path=options.hf_path, dataset_root=options.output)
-    config.dataset.do_validation = False
     rows = GPTSFTDatasetBuilder(config.dataset, build_tokenizer(config.tokenizer)).build()[0]
     batches = []
     for batch in (rows.collate_fn([rows[number]]) for number in range(len(rows))):

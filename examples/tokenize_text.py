@@ -7,7 +7,9 @@ A line of a .jsonl file is a document, whose text is in the field `text`; any ot
 document. Each document ends with the tokenizer's end-of-sequence token. Then train on it:
 
     torchrun --nproc-per-node 8 -m exaone_bridge train exaone4_1p2b_pretrain_config \\
-        hf_path=/models/EXAONE-4.0-1.2B --save /runs/text 'dataset.blend=[[/data/text],null]'
+        hf_path=/models/EXAONE-4.0-1.2B --save /runs/text dataset.data_path=/data/text
+
+A blend of several sources has a weight before each: "dataset.data_path=[0.3,/data/a,0.7,/data/b]".
 """
 
 # ruff: noqa: I001  (exaone_bridge before megatron)
@@ -43,7 +45,7 @@ def main() -> None:
     builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(len(tokenizer)))
     documents = tokens = 0
     for batch in batches(options.files):
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             document = torch.tensor([*ids, end])
             builder.add_document(document, [len(document)])
             documents, tokens = documents + 1, tokens + len(document)
@@ -80,7 +82,19 @@ def texts(files: list[Path]) -> Iterator[str]:
             yield file.read_text(encoding="utf-8")
             continue
         with file.open(encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines if line.strip())
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield text_of(line, f"{file}, line {number}")
+
+
+def text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{where} is no JSON object with a field `text`") from error
+    if not isinstance(text, str):
+        raise SystemExit(f"{where} has a `text` that is no string")
+    return text
 
 
 if __name__ == "__main__":

@@ -44,7 +44,13 @@ class _Parser(ArgumentParser):
         raise UsageError(f"{message}; `{self.prog} --help` lists the arguments.")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        options: Namespace = super().parse_args(*args, **kwargs)
+        options: Namespace
+        options, rest = self.parse_known_args(*args, **kwargs)
+        if hasattr(options, "settings"):  # argparse takes those before the first option only
+            options.settings += [each for each in rest if not each.startswith("-")]
+            rest = [each for each in rest if each.startswith("-")]
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         model = _AFTER_JSON.get(options.command)
         if model is not None and getattr(options, model) is None:
             if options.json in (None, STANDARD_OUTPUT):

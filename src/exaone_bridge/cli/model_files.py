@@ -51,10 +51,11 @@ def model_files(
             where="command line",
         )
     iteration, _ = choose_iteration(source)
+    provider = read_run_config(iteration)
     with launcher.folder() as folder:
         if is_rank_zero():
             assets = assets_of(source)
-            write_config_json(folder, read_run_config(iteration).hf_config(source_config(assets)))
+            write_config_json(folder, provider.hf_config(source_config(assets)))
             if (files := files_of(assets, iteration, None)) is not None:
                 copy_companion_files(files, folder)
         _check_language_model(folder)

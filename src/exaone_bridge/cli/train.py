@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import json
 import os
 from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from exaone_bridge.checkpoint.hf.headers import read_json
-from exaone_bridge.cli.show import say, table
-from exaone_bridge.errors import UnsupportedConfig
+from exaone_bridge.checkpoint.megatron.run_config import read_run_config, read_section
+from exaone_bridge.cli.show import quiet, say, table
+from exaone_bridge.cli.train_data import check_blend
+from exaone_bridge.cli.train_settings import apply_overrides, read_settings
+from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.recipes import recipe
 from exaone_bridge.recipes.build import CheckedPlan, check_plan, config_file
 from exaone_bridge.recipes.memory import GB
 from exaone_bridge.recipes.published import CONFIGS
+from exaone_bridge.recipes.rows import CONVERSATIONS, PROMPTS, check_rows
 from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
 from exaone_bridge.runtime.launch import is_rank_zero
+from exaone_bridge.schema.iterations import is_megatron_checkpoint, iteration_folder
+from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["parse_settings", "train"]
+__all__ = ["train"]
 
 # Arguments of recipes that are not fields of the plan.
 _ARGUMENTS = ("gpu_memory_gb", "hf_path", "dataset_root", "packed", "last_turn", "peft_scheme")
@@ -29,26 +38,38 @@ def train(options: Namespace) -> None:
 
     Raises:
         UnsupportedConfig: an unknown recipe or setting, or a machine that cannot train.
-        UnsupportedLayout: the plan does not fit the model, the GPUs or their memory.
+        UnsupportedLayout: the plan does not fit the model, the GPUs or their memory, or a run that
+            it would resume.
         CheckpointError: `hf_path` has no config.json.
     """
-    arguments, overrides = parse_settings(options.settings)
-    if "WORLD_SIZE" in os.environ:
-        arguments["gpus"] = int(os.environ["WORLD_SIZE"])
+    arguments, overrides = read_settings(recipe(options.recipe), options.settings)
+    _set_gpus(arguments, options)
     plan = _plan(options.recipe, arguments)
     if is_rank_zero():
         _show(options.recipe, plan, arguments)
     if options.dry_run and not overrides:
         return
-    if options.save is None and not options.dry_run:
-        wanted = "a folder for checkpoints and logs"
-        raise UnsupportedConfig("--save", got=None, wanted=wanted, where="command line")
+    if options.dry_run:
+        quiet()
+    else:
+        _check_can_run(options, arguments)
     for variable, value in plan.plan.environment.items():  # before CUDA starts
         os.environ.setdefault(variable, str(value))
     config = _config(options, arguments, overrides)
+    if config.checkpoint.load is not None and config.checkpoint.load_optim:
+        _check_resumes(Path(config.checkpoint.load), plan.plan.layout)
     if options.dry_run:
+        _validate(config, plan.plan.gpus)
         say("The settings of Megatron-Bridge's ConfigContainer are accepted; nothing was run.")
         return
+    if config.logger.wandb_project and find_spec("wandb") is None:
+        raise UnsupportedConfig(
+            "logger.wandb_project",
+            got=config.logger.wandb_project,
+            wanted="null where wandb is not installed",
+            where="command line",
+            remedy="run `pip install wandb`",
+        )
     from exaone_bridge.recipes.training_loop import run_training
 
     run_training(config, options.save, images="_vl_" in options.recipe, quiet=not options.verbose)
@@ -56,47 +77,33 @@ def train(options: Namespace) -> None:
         say(f"{options.save}: checkpoints, losses.jsonl, loss.svg and TensorBoard's events")
 
 
-def parse_settings(settings: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split settings into the recipe's arguments and Megatron-Bridge's overrides, which have dots.
-
-    The layout's `sp` follows `tp`.
-
-    Raises:
-        UnsupportedConfig: a setting is not NAME=VALUE.
-    """
-    arguments: dict[str, Any] = {}
-    overrides = []
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if "." in name or name.startswith(("+", "~")):
-            overrides.append(setting)
-            continue
-        if not equals or not name.isidentifier():
-            wanted = "NAME=VALUE"
-            raise UnsupportedConfig("setting", got=setting, wanted=wanted, where="command line")
-        try:
-            arguments[name] = json.loads(
-                text.lower() if text in ("True", "False", "None") else text
-            )
-        except json.JSONDecodeError:
-            arguments[name] = None if text == "None" else text
-    if "tp" in arguments:
-        arguments.setdefault("sp", arguments["tp"] > 1)
-    return arguments, overrides
+def _set_gpus(arguments: dict[str, Any], options: Namespace) -> None:
+    """Set the number of GPUs: that of torchrun's ranks; without torchrun, one for a run."""
+    if "WORLD_SIZE" not in os.environ and options.dry_run:
+        return
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if (gpus := arguments.setdefault("gpus", ranks)) != ranks:
+        raise UnsupportedLayout(
+            "gpus",
+            got=gpus,
+            wanted=f"the number of processes, {ranks}",
+            remedy=f"start it with `torchrun --nproc-per-node {gpus} -m exaone_bridge train`",
+        )
 
 
 def _plan(name: str, arguments: dict[str, Any]) -> CheckedPlan:
     """Find the plan of a recipe without Megatron."""
-    recipe(name)
     known = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
     model, stage = known[name if name in known else name.replace("_chat", "")]
     memory = arguments.get("gpu_memory_gb", 80)
     fields = {key: value for key, value in arguments.items() if key not in _ARGUMENTS}
     plan = training_plan(model, stage, memory).with_overrides(**fields)
-    packed = arguments.get("packed", _default(name, "packed"))
     hf_config = CONFIGS[model]
     if (folder := arguments.get("hf_path")) is not None:
         hf_config = read_json(config_file(folder))
+    if (rows := arguments.get("dataset_root")) is not None:
+        check_rows(rows, CONVERSATIONS if "_chat_" in name or "_vl_" in name else PROMPTS)
+    packed = arguments.get("packed", _default(name, "packed"))
     return check_plan(model, stage, memory, hf_config, plan, packed)
 
 
@@ -129,25 +136,87 @@ def _show(name: str, checked: CheckedPlan, arguments: dict[str, Any]) -> None:
     table(name, ["plan", "value"], rows)
 
 
+def _check_can_run(options: Namespace, arguments: dict[str, Any]) -> None:
+    """Check what a run needs and a dry run does not."""
+    if options.save is None:
+        wanted = "a folder for checkpoints and logs"
+        raise UnsupportedConfig("--save", got=None, wanted=wanted, where="command line")
+    if "_pretrain_" not in options.recipe and arguments.get("hf_path") is None:
+        raise UnsupportedConfig(
+            "hf_path",
+            got=None,
+            wanted="a Hugging Face directory, whose tokenizer and weights fine-tuning starts from",
+            where="command line",
+        )
+
+
 def _config(options: Namespace, arguments: dict[str, Any], overrides: list[str]) -> Any:
     """Build the ConfigContainer: the recipe's, with output folders, then the overrides."""
-    from megatron.bridge.training.utils.omegaconf_utils import (
-        OverridesError,
-        process_config_with_overrides,
-    )
-
     config = recipe(options.recipe)(**arguments)
     if options.save is not None:
         checkpoints = str(options.save / "checkpoints")
         config.checkpoint.save = config.checkpoint.load = checkpoints  # a new run resumes
         config.logger.tensorboard_dir = str(options.save / "tensorboard")
+        config.logger.wandb_exp_name = options.save.absolute().name  # without one it raises
+    warmup = config.scheduler.lr_warmup_iters
+    apply_overrides(config, overrides)
+    check_blend(config.dataset)
+    steps = config.scheduler.lr_decay_iters or config.train.train_iters
+    if steps and config.scheduler.lr_warmup_iters == warmup > steps // 10:
+        config.scheduler.lr_warmup_iters = steps // 10
+        if is_rank_zero():
+            say(f"The learning rate warms up for {steps // 10} of {steps} steps.")
+    return config
+
+
+def _check_resumes(folder: Path, layout: Layout) -> None:
+    """Reject the resumption of a run whose optimizer is saved for another layout.
+
+    Megatron-Bridge 0.6.2 raises in the middle of its start, with another remedy
+    (`training/checkpointing.py`, `load_checkpoint`).
+    """
+    if not is_megatron_checkpoint(folder):
+        return
+    iteration = iteration_folder(folder)
+    saved = read_run_config(iteration, adapter=True).layout
+    names = ("tp", "pp", "vpp", "ep", "expert_tp")
+    same = all(getattr(saved, name) == getattr(layout, name) for name in names)
+    checkpoint = read_section(iteration, "checkpoint") or {}
+    if same or not checkpoint.get("save_optim", True):
+        return
+    if checkpoint.get("dist_ckpt_optim_fully_reshardable"):
+        return
+    raise UnsupportedLayout(
+        "the layout",
+        got=str(layout),
+        wanted=f"{saved}, at which {iteration} saved the optimizer's state",
+        remedy="resume at that layout, start in another --save folder, or leave the state out "
+        "(checkpoint.load_optim=false)",
+    )
+
+
+def _validate(config: Any, gpus: int) -> None:
+    """Run Megatron-Bridge's own validation for this number of GPUs; it changes the config."""
+    from megatron.bridge.training.config import runtime_config_update
+
     try:
-        return process_config_with_overrides(config, cli_overrides=overrides)
-    except OverridesError as error:
-        text = " ".join(str(error).split())
+        with _world_size(gpus):
+            runtime_config_update(config)
+    except (AssertionError, TypeError, ValueError) as error:
         raise UnsupportedConfig(
-            "setting",
-            got=overrides,
-            wanted=f"fields of Megatron-Bridge's ConfigContainer ({text})",
+            "ConfigContainer",
+            got="not valid",
+            wanted=f"what Megatron-Bridge accepts ({' '.join(str(error).split())})",
             where="command line",
         ) from error
+
+
+@contextlib.contextmanager
+def _world_size(gpus: int) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ["WORLD_SIZE"] = str(gpus)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -34,6 +34,7 @@ from megatron.bridge.training.config import (
 )
 
 from exaone_bridge.patches.vlm_data import IN_FOLDER
+from exaone_bridge.recipes.rows import CONVERSATIONS, check_rows, has_validation
 from exaone_bridge.recipes.training_plan import TrainingPlan
 
 __all__ = [
@@ -81,6 +82,7 @@ def container(
         lr_warmup_iters: steps of linear warm-up to it.
     """
     directory = Path.cwd() / "nemo_experiments" / "default"  # Megatron-Bridge's default
+    eval_iters = 32 if getattr(dataset, "do_validation", True) else 0
     return ConfigContainer(
         model=model,
         dataset=dataset,
@@ -91,7 +93,7 @@ def container(
             manual_gc=True,
             manual_gc_interval=100,
         ),
-        validation=ValidationConfig(eval_interval=min(500, train_iters), eval_iters=32),
+        validation=ValidationConfig(eval_interval=min(500, train_iters), eval_iters=eval_iters),
         optimizer=OptimizerConfig(
             optimizer="adam",
             lr=lr,
@@ -157,11 +159,17 @@ def prompt_completions(
 
     Args:
         plan: gives the sequence length and the multiple to which packed samples are padded.
-        dataset_root: a directory with training.jsonl and validation.jsonl, whose lines have
-            `input` and `output`. None: SQuAD, Megatron-Bridge's default, which the training run
-            (not the recipe) downloads.
+        dataset_root: a directory with training.jsonl, and validation.jsonl if there is to be a
+            validation, whose lines have `input` and `output`. None: SQuAD, Megatron-Bridge's
+            default, which the training run (not the recipe) downloads.
         packed: pack several samples into one sequence.
+
+    Raises:
+        UnsupportedConfig: there is no training.jsonl.
+        ConversationError: a line is malformed.
     """
+    if dataset_root is not None:
+        check_rows(dataset_root)  # chat recipes come here too
     preprocessing = PromptCompletionSFTPreprocessingConfig(
         prompt_column="input", completion_column="output", separator="\n"
     )
@@ -182,13 +190,19 @@ def conversations(
 
     Args:
         plan: gives the sequence length and the multiple to which packed samples are padded.
-        dataset_root: a directory with training.jsonl and validation.jsonl, whose lines have
-            `messages`, and may have `tools` and `chat_template_kwargs`. None: Tulu 3, which the
-            training run (not the recipe) downloads.
+        dataset_root: a directory with training.jsonl, and validation.jsonl if there is to be a
+            validation, whose lines have `messages`, and may have `tools` and
+            `chat_template_kwargs`. None: Tulu 3, which the training run (not the recipe) downloads.
         hf_path: the Hugging Face directory of the tokenizer.
         packed: pack several conversations into one sequence.
         last_turn: the loss covers the assistant's last turn only.
+
+    Raises:
+        UnsupportedConfig: there is no training.jsonl.
+        ConversationError: a line is malformed.
     """
+    if dataset_root is not None:
+        check_rows(dataset_root, CONVERSATIONS)
     preprocessing = ChatSFTPreprocessingConfig(loss_mode="last_turn" if last_turn else "assistant")
     config = _text_rows(plan, dataset_root, packed, preprocessing)
     if dataset_root is None:
@@ -217,6 +231,7 @@ def _text_rows(
         seq_length=plan.seq_length,
         dataset_root=None if dataset_root is None else str(dataset_root),
         preprocessing=preprocessing,
+        do_validation=dataset_root is None or has_validation(dataset_root),
         do_test=False,
         enable_offline_packing=packed,
         offline_packing_specs=specs,
@@ -249,22 +264,26 @@ def image_conversations(
 
     Args:
         plan: gives the sequence length.
-        dataset_root: a directory with training.jsonl and validation.jsonl. A line has `messages`,
-            each with `role` and `content`, a list of parts of type text, image or video. A part
-            names its file relative to the directory (`path`), or takes the next one of the line's
-            `images`. None: CORD v2, Megatron-Bridge's default, which the training run (not the
-            recipe) downloads.
+        dataset_root: a directory with training.jsonl, and validation.jsonl if there is to be a
+            validation. A line has `messages`, each with `role` and `content`, a list of parts of
+            type text, image or video. A part names its file relative to the directory (`path`), or
+            takes the next one of the line's `images`. None: CORD v2, Megatron-Bridge's default,
+            which the training run (not the recipe) downloads.
         processor: the Hugging Face directory (or name) of the tokenizer and image processor.
         packed: pack the samples of a microbatch into one sequence.
+
+    Raises:
+        UnsupportedConfig: there is no training.jsonl.
+        ConversationError: a line is malformed.
     """
     if dataset_root is None:
         source = HFDatasetSourceConfig(dataset_name="cord_v2")
     else:
+        check_rows(dataset_root, CONVERSATIONS)
         directory = Path(dataset_root).absolute()
-        files = {
-            "train": str(directory / "training.jsonl"),
-            "validation": str(directory / "validation.jsonl"),
-        }
+        files = {"train": str(directory / "training.jsonl")}
+        if has_validation(directory):
+            files["validation"] = str(directory / "validation.jsonl")
         source = HFDatasetSourceConfig(
             path_or_dataset="json",
             load_kwargs={"data_files": files},
@@ -276,6 +295,7 @@ def image_conversations(
         source=source,
         preprocessing=ChatSFTPreprocessingConfig(),
         hf_processor_path=None if processor is None else str(processor),
+        do_validation=dataset_root is None or has_validation(dataset_root),
         do_test=False,
         enable_in_batch_packing=packed,
         pad_to_max_length=plan.pad_samples,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from exaone_bridge.errors import UnsupportedConfig
 from tests.helpers.paths import ROOT
 
 RECIPE = "exaone4_1p2b_pretrain_config"
@@ -88,7 +89,7 @@ def test_settings_of_a_row(benchmark: ModuleType) -> None:
     assert (graphs.emulate, graphs.gpus, graphs.processes) == (True, 2, 1)
     with pytest.raises(ValueError, match="NAME: RECIPE SETTINGS"):
         benchmark.parse_row("tp=2")
-    with pytest.raises(ValueError, match="there is no recipe 'nope'"):
+    with pytest.raises(UnsupportedConfig, match="recipe is 'nope'"):
         benchmark.parse_row("a: nope tp=2")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from exaone_bridge.checkpoint.megatron.run_config import read_run_config
 from exaone_bridge.recipes import RECIPES
 from exaone_bridge.recipes.loss_curve import loss_curve
 from tests.helpers.cli import Cli
@@ -73,12 +75,49 @@ def test_connections_are_set_before_cuda_starts(
     assert seen == (["8"] * 3 if in_shell else [None, "1", "1"])
 
 
+def test_plan_has_the_fields_of_megatron_bridge_too(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan that is shown, and the memory, are those that run; options may stand in between."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    fields = ["model.tensor_model_parallel_size=2", "train.global_batch_size=64"]
+    layout = ["tp=2", "global_batch_size=64"]
+    name = "exaone4_1p2b_pretrain_config"
+    runs = [cli("train", name, first, "--dry-run", second) for first, second in (fields, layout)]
+    assert runs[0].code == 0 and runs[0].out == runs[1].out and "4 / 64" in runs[0].out
+    assert cli("train", name, "--dry-run", "--nope").code == 2
+
+
+def test_number_of_gpus_is_that_of_the_processes(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = cli("train", "exaone4_tiny_pretrain_config", "gpus=8", "--save", tmp_path / "run")
+    assert run.code == 2 and "gpus is 8, and must be the number of processes, 1" in run.err
+    run = cli("train", "exaone4_32b_sft_config", "--save", tmp_path / "run")
+    assert run.code == 2 and "gpus is 1, and must be a multiple of" in run.err
+
+
+def test_fine_tuning_needs_a_folder(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = cli("train", "exaone4_tiny_chat_sft_config", "--save", "run")
+    assert run.code == 2 and "hf_path is None, and must be a Hugging Face directory" in run.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
         (["nope"], "recipe is 'nope'"),
         (["exaone4_1p2b_pretrain_config", "tp=3"], "tp"),
-        (["exaone4_1p2b_pretrain_config", "nope=3"], "nope"),
+        (["exaone4_1p2b_pretrain_config", "tp=two"], "tp is 'two', and must be a whole number"),
+        (["exaone4_1p2b_pretrain_config", "sp=maybe"], "sp is 'maybe', and must be one of 'true'"),
+        (["exaone4_1p2b_pretrain_config", "nope=3"], "nope is '3', and must be an argument of exa"),
+        (["exaone4_1p2b_pretrain_config", "dataset_root=/x"], "dataset_root is '/x', and must be"),
+        (
+            ["exaone4_1p2b_sft_config", "peft_scheme=lora"],
+            "must be an argument of exaone4_1p2b_sft",
+        ),
+        (["exaone4_1p2b_sft_config", "dataset_root=/x"], "must be a directory with training.jsonl"),
         (["exaone4_1p2b_pretrain_config", "hf_path=/nowhere"], "config.json is missing"),
         (["exaone4_1p2b_pretrain_config", "=3"], "NAME=VALUE"),
         (["exaone4_1p2b_pretrain_config", "cuda_graphs=all"], "must be one of 'off', 'layers'"),
@@ -94,8 +133,60 @@ def test_overrides_have_the_syntax_of_megatron_bridge(megatron_bridge: Any, cli:
     recipe = "exaone4_tiny_pretrain_config"
     run = cli("train", recipe, "train.train_iters=7", "logger.wandb_project=x", "--dry-run")
     assert run.code == 0 and "are accepted; nothing was run" in run.out
-    run = cli("train", recipe, "train.nope=7", "--dry-run")
-    assert run.code == 2 and "Could not override 'train.nope'" in run.err
+    for override, fragment in (
+        ("train.nope=7", "Could not override 'train.nope'"),
+        ("+train.nope=7", "train.nope is '+train.nope=7', and must be a field of Megatron-Bridge"),
+        ("~checkpoint.save", "a field cannot be deleted; write checkpoint.save=null"),
+        ("train.train_iters=many", "train.train_iters is 'many', and must be a number"),
+        ("optimizer.bf16=3", "optimizer.bf16 is 3, and must be true or false"),
+        ("dataset.blend=/x", "dataset.blend is '/x', and must be [[PREFIX, ...], [WEIGHT, ...]]"),
+        ("dataset.data_path=[0.3,/x]", "must be the prefix of a .bin and an .idx file"),
+        ("validation.eval_global_batch_size=3", "ConfigContainer is 'not valid', and must be what"),
+    ):
+        run = cli("train", recipe, override, "--dry-run")
+        assert run.code == 2 and fragment in run.err, run.err
+
+
+def test_warm_up_ends_before_a_short_run(megatron_bridge: Any, cli: Cli) -> None:
+    """Megatron-Bridge would warm up until the last step."""
+    recipe = "exaone4_tiny_pretrain_config"
+    run = cli("train", recipe, "train.train_iters=100", "--dry-run")
+    assert "The learning rate warms up for 10 of 100 steps." in run.out
+    run = cli("train", recipe, "train.train_iters=100", "scheduler.lr_warmup_iters=50", "--dry-run")
+    assert run.code == 0 and "warms up" not in run.out
+
+
+def test_resumption_at_another_layout_is_rejected(
+    megatron_bridge: Any, cli: Cli, megatron_folder: Path, tmp_path: Path
+) -> None:
+    """Unless the optimizer's state is left out, or was saved in a format for any layout."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(megatron_folder, checkpoints)
+    assert read_run_config(checkpoints).layout.tp == 2
+    (file,) = checkpoints.rglob("run_config.yaml")
+    text = file.read_text().replace("save_optim: false", "save_optim: true")
+    reshardable = "dist_ckpt_optim_fully_reshardable: "
+    file.write_text(text.replace(reshardable + "true", reshardable + "false"))
+    command = ("train", "exaone4_tiny_pretrain_config", "--save", tmp_path / "run", "--dry-run")
+    change = "train.train_iters=9"
+    run = cli(*command, change)
+    assert run.code == 2 and "saved the optimizer's state; resume at that layout" in run.err
+    assert cli(*command, change, "checkpoint.load_optim=false").code == 0
+    assert cli(*command, change, "gpus=4", "tp=2", "pp=2").code == 0
+    file.write_text(text)
+    assert cli(*command, change).code == 0
+
+
+def test_weights_and_biases_that_is_not_installed_is_named(
+    megatron_bridge: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exaone_bridge.cli import train
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    options = ("logger.wandb_project=x", "--save", tmp_path / "run")
+    run = cli("train", "exaone4_tiny_pretrain_config", *options)
+    assert run.code == 2 and "run `pip install wandb`" in run.err
 
 
 def test_machine_that_cannot_train_is_named_before_anything_is_written(

@@ -95,7 +95,11 @@ def _other_scheme(run: Path) -> None:
 
 
 def test_rejected_adapters(
-    megatron_bridge: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    megatron_bridge: Any,
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The command writes an adapter in PEFT's format; what is no adapter of the model is named."""
     folder, run = tiny("exaone4"), tmp_path / "run"
@@ -114,10 +118,17 @@ def test_rejected_adapters(
         (folder, peft, "adapter in PEFT's format"),
         (folder, folder, "not a Megatron-Bridge checkpoint"),
         (dense, run, "has shape .* check that the adapter was trained on this model"),
-        (tiny("exaone-moe"), run, "check that the adapter was trained on this model"),
+        (tiny("exaone-moe"), run, "is an adapter of exaone4, and the model is exaone_moe; check"),
     ):
         with pytest.raises((CheckpointError, UnmappedTensors), match=message):
             export_checkpoint(base, output, adapter=adapter)
+    for command in ("export", "inspect", "perplexity", "generate"):  # the adapter as a model
+        files = {"export": [output], "perplexity": ["--text", __file__], "generate": ["--prompt=a"]}
+        monkeypatch.setattr("sys.argv", ["exaone-bridge", command, str(run)])
+        sys.argv += map(str, files.get(command, []))
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert f"export MODEL MERGED --adapter {run}" in capsys.readouterr().err
     _other_scheme(run)
     with pytest.raises(UnsupportedConfig, match="peft is 'VeRA', and must be one of 'LoRA'"):
         export_checkpoint(folder, output, adapter=run)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def test_tokenized_text_is_read_by_megatron_core(
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts[:2]), encoding="utf-8"
     )
+    texts[2] *= 50  # longer than the model's positions, which is not worth a warning
     (tmp_path / "b.txt").write_text(texts[2], encoding="utf-8")
     folder, prefix = tiny("exaone4"), tmp_path / "text"
     files = (tmp_path / "a.jsonl", tmp_path / "b.txt")
@@ -195,4 +197,13 @@ def test_tokenized_text_is_read_by_megatron_core(
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     dataset = IndexedDataset(str(prefix))
     assert [list(map(int, dataset[index])) for index in range(len(dataset))] == expected
-    assert f"3 documents, {sum(map(len, expected))} tokens" in printed
+    assert f"3 documents, {sum(map(len, expected)):,} tokens" in printed
+
+
+@pytest.mark.parametrize("line", ['{"text"', '{"content": "a"}', '["text"]', '{"text": 5}'])
+def test_bad_line_of_raw_text_is_named(megatron_bridge: Any, tmp_path: Path, line: str) -> None:
+    example = runpy.run_path(str(ROOT / "examples/tokenize_text.py"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(SystemExit, match=re.escape(f"{bad}, line 3 ")):
+        list(example["texts"]([bad]))

@@ -313,6 +313,7 @@ def test_hf_path_gives_config_tokenizer_and_weights(
     megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
     hf_path = tiny("exaone4-1.2b")
+    (tmp_path / "training.jsonl").write_text('{"input": "a", "output": "b"}\n')
     config = recipe("exaone4_tiny_peft_config")("dora", hf_path=hf_path, dataset_root=tmp_path)
     assert config.model.num_layers == 6 and config.model.hf_config["tie_word_embeddings"]
     assert config.tokenizer.tokenizer_type == "HuggingFaceTokenizer"
@@ -320,6 +321,8 @@ def test_hf_path_gives_config_tokenizer_and_weights(
     assert config.checkpoint.pretrained_checkpoint == str(hf_path)
     assert type(config.peft).__name__ == "DoRA"
     assert config.dataset.dataset_root == str(tmp_path)
+    # There is no validation.jsonl.
+    assert not config.dataset.do_validation and config.validation.eval_iters == 0
 
 
 def test_documented_table_is_current() -> None:

@@ -85,7 +85,13 @@ class AdapterCheckpoint:
                 remedy="PEFT merges it itself (model.merge_and_unload())",
             )
         self.folder, self.note = choose_iteration(path)
-        provider = read_run_config(self.folder)
+        provider = read_run_config(self.folder, adapter=True)
+        if provider.family.name != model.family.name:
+            raise CheckpointError(
+                path,
+                f"is an adapter of {provider.family.name}, and the model is {model.family.name}",
+                remedy=_REMEDY,
+            )
         self.peft = read_peft(self.folder)
         scheme = str(self.peft.get("_target_")).rpartition(".")[2]
         if scheme not in _SCHEMES:

@@ -13,7 +13,7 @@ from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["RUN_CONFIG", "StoredProvider", "read_peft", "read_run_config"]
+__all__ = ["RUN_CONFIG", "StoredProvider", "read_peft", "read_run_config", "read_section"]
 
 RUN_CONFIG = "run_config.yaml"
 _RESTORE = "restore the checkpoint"
@@ -82,18 +82,27 @@ class StoredProvider:
         return self.family.write_hf_config(model_config, source or self._fields["hf_config"])
 
 
-def read_run_config(path: Path) -> StoredProvider:
+def read_run_config(path: Path, *, adapter: bool = False) -> StoredProvider:
     """Read the model provider in the run config of a Megatron checkpoint.
 
     Args:
         path: the checkpoint's folder, or that of one iteration.
+        adapter: whether it may be the checkpoint of an adapter, without the model's weights.
 
     Raises:
-        CheckpointError: the folder is damaged or not a Megatron-Bridge checkpoint.
+        CheckpointError: the folder is damaged, not a Megatron-Bridge checkpoint, or an adapter's.
         UnsupportedConfig: the provider is not one of exaone_bridge.
     """
     file = iteration_folder(path) / RUN_CONFIG
-    model = with_present_names(_read_yaml(file, path)["model"])
+    found = _read_yaml(file, path)
+    if isinstance(found.get("peft"), dict) and not adapter:
+        raise CheckpointError(
+            path,
+            "is the checkpoint of an adapter, without the model's weights",
+            remedy=f"merge it into the model first: `exaone-bridge export MODEL MERGED --adapter "
+            f"{path}`",
+        )
+    model = with_present_names(found["model"])
     if not isinstance(model, dict) or not isinstance(model.get("hf_config", {}), dict):
         raise CheckpointError(file, "it describes no model", remedy=_RESTORE)
     return StoredProvider({"hf_config": {}, **ADDED_FIELDS, **model}, file)
@@ -108,7 +117,7 @@ def read_peft(path: Path) -> JSONObject:
     Raises:
         CheckpointError: the folder is damaged, or is that of a run without PEFT.
     """
-    peft = _read_yaml(path / RUN_CONFIG, path).get("peft")
+    peft = read_section(path, "peft")
     if not isinstance(peft, dict):
         raise CheckpointError(
             path,
@@ -116,6 +125,19 @@ def read_peft(path: Path) -> JSONObject:
             remedy="name the checkpoint of a training run with LoRA or DoRA",
         )
     return peft
+
+
+def read_section(path: Path, name: str) -> Any:
+    """Read one config of a run config, such as `checkpoint`; None: the run had none.
+
+    Args:
+        path: the folder of one iteration.
+        name: of a field of Megatron-Bridge's ConfigContainer.
+
+    Raises:
+        CheckpointError: the folder is damaged or not a Megatron-Bridge checkpoint.
+    """
+    return _read_yaml(path / RUN_CONFIG, path).get(name)
 
 
 def _read_yaml(file: Path, path: Path) -> JSONObject:
