@@ -66,11 +66,12 @@ def test_connections_are_set_before_cuda_starts(
         "exaone_bridge.recipes.training_loop.run_training",
         lambda *_, **__: seen.append(os.environ.get(name)),
     )
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for settings in ([], ["tp=2"], ["cp=2"]):
         monkeypatch.setenv(name, in_shell or "")
         if in_shell is None:
             monkeypatch.delenv(name)
-        arguments = ["gpus=2", "global_batch_size=8", *settings, "--save", tmp_path]
+        arguments = ["global_batch_size=8", *settings, "--save", tmp_path]
         assert cli("train", "exaone4_1p2b_pretrain_config", *arguments).code == 0
     assert seen == (["8"] * 3 if in_shell else [None, "1", "1"])
 
