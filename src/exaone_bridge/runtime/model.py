@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from exaone_bridge.errors import CheckpointError
 from exaone_bridge.modules.collectives import all_gather_cat, all_gather_sequence
 from exaone_bridge.modules.context_parallel import local_positions
+from exaone_bridge.schema.json_types import JSONObject
 from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = [
@@ -33,6 +34,14 @@ __all__ = [
 ]
 
 
+# A checkpoint is not used as its run was trained: prompts have any length, and there is no wrapper
+# with main gradients. None in place of "" would leave the checkpoint's value.
+_FOR_INFERENCE: JSONObject = {
+    "cuda_graph_impl": "none",
+    "fp8": "",
+    "fp8_param": False,
+    "fuse_weight_gradients": False,
+}
 # A prompt's pixel values and grids, by the names of the model's arguments.
 Images = dict[str, torch.Tensor]
 
@@ -94,8 +103,7 @@ def load_megatron(
     try:
         return bridge.load_megatron_model(
             path,
-            mp_overrides=layout.provider_overrides()
-            | {"backend": backend, "fuse_weight_gradients": False},  # there are no main gradients
+            mp_overrides=layout.provider_overrides() | {"backend": backend} | _FOR_INFERENCE,
         )
     except (
         CheckpointException,

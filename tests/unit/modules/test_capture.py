@@ -15,6 +15,7 @@ import torch
 from exaone_bridge.models import FAMILIES
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
+from tests.helpers.adapters import ATTENTION, make_peft
 from tests.helpers.waiting import places_that_wait
 
 TINY = [name for family in FAMILIES for name in family.tiny]
@@ -38,7 +39,9 @@ FIELDS = {
 }
 
 
-def _places(folder: Path, layout: Layout, fields: dict[str, Any]) -> set[str]:
+def _places(
+    folder: Path, layout: Layout, fields: dict[str, Any], scheme: str | None = None
+) -> set[str]:
     """On a rank: the places that wait in a second training pass, forward and backward."""
     from megatron.bridge import AutoBridge
 
@@ -46,6 +49,8 @@ def _places(folder: Path, layout: Layout, fields: dict[str, Any]) -> set[str]:
 
     (model,) = build(AutoBridge.from_hf_pretrained(folder), layout, **fields)
     model.train()
+    if scheme is not None:
+        (model,) = make_peft(scheme, ATTENTION)([model])
     length = 40 // layout.cp
     tokens = torch.randint(300, (1, length), generator=torch.Generator().manual_seed(3))
     head = {"pool": False} if getattr(model.config, "head", None) else {"labels": tokens}
@@ -79,6 +84,15 @@ def test_a_training_pass_of_several_ranks_does_not_wait(
 ) -> None:
     launcher = ForkLauncher(layout.ranks)
     found = set().union(*launcher.all(_places, tiny(name), layout, FIELDS.get(name, {})))
+    assert found - _MEGATRON_CORE == set()
+
+
+@pytest.mark.parametrize("scheme", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("name", ["exaone4", "ernie45"])
+def test_a_training_pass_with_adapters_does_not_wait(
+    name: str, scheme: str, megatron_bridge: Any, tiny: Any
+) -> None:
+    found = ForkLauncher().first(_places, tiny(name), Layout(), {}, scheme)
     assert found - _MEGATRON_CORE == set()
 
 
