@@ -169,7 +169,7 @@ class StepTimer(Callback):
         events = [
             (event.name, event.time_range.start, event.time_range.end)
             for event in self._trace.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
         ]
         return kernel_times(events)
 

@@ -47,7 +47,13 @@ class StartUpTimer(Callback):
         self._report = report
         self.seconds: dict[str, float] = {}
         self.mark("imports")
-        config.model.register_pre_wrap_hook(self._model_built, prepend=True)
+
+        def model_built(model: list[Any]) -> list[Any]:
+            self.mark("model built")
+            return model
+
+        # A function, because layers copy their config, and copies of a method copy its object.
+        config.model.register_pre_wrap_hook(model_built, prepend=True)
         # Megatron-Bridge rejects a callback for this event where the run is given in epochs.
         if config.train.num_epochs is None:
             self.on_data_init_start = self._weights_loaded
@@ -55,10 +61,6 @@ class StartUpTimer(Callback):
     def mark(self, part: str) -> None:
         """Note that a part has ended, unless it has been noted before."""
         self.seconds.setdefault(part, round(seconds_since_process_start(), 1))
-
-    def _model_built(self, model: list[Any]) -> list[Any]:
-        self.mark("model built")
-        return model
 
     def _weights_loaded(self, context: CallbackContext) -> None:
         self.mark("weights loaded")

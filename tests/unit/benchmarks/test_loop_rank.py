@@ -147,24 +147,26 @@ def test_rows_run_one_after_the_other_in_the_same_process(
     changes = {
         "one": "",
         "a rank of two": "gpus=2 tp=2 emulate=true",
+        "ERNIE": "",
         "rejected": "tp=3",
         "again": "",
         "fails": "optimizer.optimizer=nothing",
     }
     texts = [f"{name}: {recipe} {settings}" for name, settings in changes.items()]
+    texts[2] = texts[2].replace("exaone4", "ernie45")  # whose layers have copies of the config
     process = multiprocessing.get_context("fork").Process(
         target=_run_rows, args=(tmp_path, list(map(parse_row, texts)), free_port())
     )
     process.start()
     process.join()
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    one, rank, rejected, again, failed = map(json.loads, lines)
+    one, rank, ernie, rejected, again, failed = map(json.loads, lines)
     assert rejected["failed"].startswith("UnsupportedLayout: parallel layout: tp is 3")
     assert process.exitcode == 3 and "nothing" in failed["failed"]
     assert len(set(one["losses"])) == 3 and one["losses"] == again["losses"]
     assert one["losses"] != rank["losses"]
     assert (rank["gpus"], rank["emulate"]) == (2, True) and "TP2" in rank["config"]
-    for result in (one, rank, again):
+    for result in (one, rank, ernie, again):
         assert 0 < result["min_ms"] <= result["ms"] <= result["max_ms"] and result["peak_gib"] == 1
         tokens = 64 * 4 / result["ms"] * 1e3 / result["gpus"]
         assert abs(result["tokens_per_s_per_gpu"] - tokens) < 0.01 * tokens + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -205,7 +206,8 @@ def _fake_loop(steps: int, fails: bool) -> Callable[..., None]:
 
         os.write(1, b"a thousand lines of Megatron\n")  # pytest replaces sys.stdout
         manager = normalize_callbacks(callbacks)
-        assert config.model.pre_wrap_hook(["model"]) == ["model"]
+        copied = copy.deepcopy(config.model)  # as layers do with their config
+        assert copied.pre_wrap_hook(["model"]) == ["model"]
         # Megatron-Bridge rejects callbacks for this event where epochs are given.
         assert manager.has_callbacks("on_data_init_start") == (config.train.num_epochs is None)
         manager.fire("on_data_init_start", None)
