@@ -29,6 +29,14 @@ from exaone_bridge.schema.parallel_layout import Layout
 
 __all__ = ["train"]
 
+# Fields of the plan that --dry-run shows where they are set.
+_OVERLAP = (
+    "fuse_weight_gradients",
+    "tp_overlap",
+    "shared_expert_overlap",
+    "cp_full_attention",
+    "cp_sliding_window",
+)
 # Arguments of recipes that are not fields of the plan.
 _ARGUMENTS = ("gpu_memory_gb", "hf_path", "dataset_root", "packed", "last_turn", "peft_scheme")
 
@@ -116,6 +124,11 @@ def _default(name: str, argument: str) -> Any:
 def _show(name: str, checked: CheckedPlan, arguments: dict[str, Any]) -> None:
     plan, memory = checked.plan, checked.memory
     tokens = plan.seq_length * plan.global_batch_size
+    further = ", ".join(
+        name if value is True else f"{name}={value}"
+        for name in _OVERLAP
+        if (value := getattr(plan, name))
+    )
     parts = ("parameters", "gradients", "optimizer", "activations", "graphs")
     sizes = ", ".join(
         f"{part} {size / GB:.1f}" for part in parts if (size := getattr(memory, part))
@@ -125,6 +138,7 @@ def _show(name: str, checked: CheckedPlan, arguments: dict[str, Any]) -> None:
         *([key, value] for key, value in plan.table_row().items() if value != "-"),
         ["microbatches a step", str(plan.num_microbatches)],
         *([["precision", plan.precision]] if plan.precision != "bf16" else []),
+        *([["overlap and fusion", further]] if further else []),
         *([["CUDA graphs", str(checked.graphs)]] if plan.cuda_graphs != "off" else []),
         ["tokens a step", f"{tokens:,}, {tokens // plan.gpus:,} per GPU"],
         [

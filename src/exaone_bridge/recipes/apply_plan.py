@@ -108,6 +108,12 @@ def _overlap_tp(config: ConfigContainer) -> None:
 
 def _apply_graphs(config: ConfigContainer, graphs: CudaGraphs) -> None:
     """Set the CUDA graphs, and say in one line of rank 0's log why they are less than requested."""
+    import torch
+
+    from exaone_bridge.modules.backend import TRANSFORMER_ENGINE
+
+    if graphs.kind != "off" and TRANSFORMER_ENGINE is None and torch.cuda.is_available():
+        graphs = CudaGraphs("off", reason="Transformer Engine is not installed")
     if graphs.reason and os.environ.get("RANK", "0") == "0":
         logger.warning("CUDA graphs: %s", graphs)
     if graphs.kind == "off":

@@ -49,7 +49,11 @@ def test_dry_run_says_why_less_is_captured(cli: Cli, monkeypatch: pytest.MonkeyP
     assert "CUDA graphs layers (mlp): the lengths of packed sequences are read on the CPU" in text
     assert "graphs 4.2" in text  # GB
     run = cli("train", "exaone4_1p2b_sft_config", "--dry-run")
-    assert run.code == 0 and "graphs" not in run.out.lower()
+    assert run.code == 0 and "graphs" not in run.out.lower() and "overlap" not in run.out
+    settings = ["cp=2", "cp_full_attention=a2a", "fuse_weight_gradients=true", "precision=fp8"]
+    run = cli("train", "exaone4_1p2b_pretrain_config", *settings, "--dry-run")
+    text = " ".join(run.out.replace("│", " ").split())
+    assert "precision fp8 overlap and fusion fuse_weight_gradients, cp_full_attention=a2a" in text
 
 
 @pytest.mark.parametrize("in_shell", [None, "8"])

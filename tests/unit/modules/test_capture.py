@@ -96,6 +96,22 @@ def test_a_training_pass_with_adapters_does_not_wait(
     assert found - _MEGATRON_CORE == set()
 
 
+def test_a_router_that_reads_a_value_is_found(
+    megatron_bridge: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exaone_bridge.modules.router import SelectionBiasRouter
+
+    gating = SelectionBiasRouter.gating
+
+    def reads(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        logits = gating(self, hidden)
+        return logits + 0.0 * logits.max().item()
+
+    monkeypatch.setattr(SelectionBiasRouter, "gating", reads)
+    found = ForkLauncher().first(_places, tiny("ernie45"), Layout(), {})
+    assert found - _MEGATRON_CORE == {"megatron/core/transformer/moe/router.py:forward"}
+
+
 def _wait(tensor: torch.Tensor) -> None:
     """Wait in every way that `places_that_wait` knows."""
     mask = tensor > 0

@@ -6,8 +6,10 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models import family_of
@@ -181,6 +183,22 @@ def test_graphs_are_off_unless_requested(megatron_bridge: Any) -> None:
     assert config.rerun_state_machine.check_for_nan_in_loss and config.ddp.check_for_nan_in_grad
     with pytest.raises(UnsupportedConfig, match="cuda_graphs is 'all', and must be one of 'off'"):
         recipe("exaone4_1p2b_pretrain_config")(cuda_graphs="all")
+
+
+def test_graphs_are_off_on_a_gpu_without_transformer_engine(
+    megatron_bridge: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from exaone_bridge.modules import backend
+
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(backend, "TRANSFORMER_ENGINE", None),
+        caplog.at_level(logging.WARNING, logger="exaone_bridge"),
+    ):
+        config = recipe("exaone4_1p2b_pretrain_config")(cuda_graphs="layers")
+    assert config.model.cuda_graph_impl == "none" and not config.rng.te_rng_tracker
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "CUDA graphs: off: Transformer Engine is not installed"
 
 
 def test_samples_are_padded_on_request(megatron_bridge: Any) -> None:
