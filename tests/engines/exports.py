@@ -30,10 +30,11 @@ def write_export(work: Path, name: str, fields: Mapping[str, Any]) -> Path:
         `work`.
     """
     source, exported = work / "source", work / "exported"
-    config = TINY_CONFIGS[name]
-    config = {**config, "max_position_embeddings": CONTEXT, **fields}
+    config = {**TINY_CONFIGS[name], **fields}
     if "text_config" in config:
-        del config["max_position_embeddings"]
+        config["text_config"] = {**config["text_config"], "max_position_embeddings": CONTEXT}
+    else:
+        config["max_position_embeddings"] = CONTEXT
     work.mkdir(parents=True)
     write_random(source, config)
     if name not in ONLY_TRANSFORMERS_5:

@@ -15,7 +15,7 @@ import torch
 
 from exaone_bridge.schema.layer_schedule import FULL, SLIDING
 from tests.conftest import TINY_CONFIGS
-from tests.engines.exports import CONTEXT, write_export
+from tests.engines.exports import write_export
 from tests.helpers.adapters import hf_logits
 from tests.helpers.environments import UV, make_environment, run
 
@@ -33,7 +33,6 @@ HEADS: dict[str, Any] = {"head_dim": 16}
 HYBRID = HEADS | {
     "num_hidden_layers": 64,
     "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 16,
-    "max_position_embeddings": CONTEXT,
 }
 # For ERNIE, llama.cpp takes intermediate_size / KV heads for the size of the shared experts, which
 # is right for the published 21B, and expects experts in every layer after the dense ones.

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,25 +34,25 @@ def run(*command: object, cwd: Path | None = None, env: Mapping[str, str] = {}) 
     return done.stdout
 
 
-def make_environment(
-    folder: Path, *packages: str, options: tuple[str, ...] = (), env: Mapping[str, str] = {}
-) -> Path:
+def make_environment(folder: Path, *packages: str, without: Sequence[str] = ()) -> Path:
     """Make an environment with these packages and the torch of this one.
 
     Args:
         folder: must not exist.
         packages: requirements of pip; none of them is torch.
-        options: further options of `uv pip install`.
-        env: variables of the installation, such as CMAKE_ARGS.
+        without: packages that are left out although others require them.
 
     Returns:
         The Python of the environment, which has pip.
     """
     python, overrides = folder / "bin" / "python", folder / "overrides.txt"
     run(UV, "venv", "--quiet", "--seed", "--python", sys.executable, folder)
-    overrides.write_text("".join(f"{name}; sys_platform == 'never'\n" for name in NOT_INSTALLED))
+    overrides.write_text(
+        "".join(f"{name}; sys_platform == 'never'\n" for name in (*NOT_INSTALLED, *without))
+    )
     install = [UV, "pip", "install", "--quiet", "--python", python, "--override", overrides]
-    run(*install, *options, *TORCH_NEEDS, *packages, env=env)
+    # In this repository, uv would add the overrides of pyproject.toml.
+    run(*install, *TORCH_NEEDS, *packages, cwd=folder)
     (site,) = folder.glob("lib/python*/site-packages")
     for path in Path(torch.__file__).parents[1].iterdir():
         if path.name.startswith(LINKED) and not (site / path.name).exists():

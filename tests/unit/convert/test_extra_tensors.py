@@ -37,6 +37,10 @@ def test_mtp_tensors_are_passthrough(tiny: Any) -> None:
     source = HFCheckpoint.open(tiny("ernie45"))
     assert set(source.passthrough) == _mtp_names(source.folder)
     assert len(source.passthrough) == 12
+    # vLLM 0.33, `ernie_mtp.py`: the projection takes the norms of an embedding and a hidden state
+    hidden = source.model.dims["H"]
+    projection = read_headers(source.folder)["model.mtp_linear_proj.0.weight"]
+    assert projection.shape == (hidden, 2 * hidden)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

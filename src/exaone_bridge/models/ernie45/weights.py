@@ -67,7 +67,7 @@ def passthrough_tensors(model_config: Ernie45ModelConfig) -> tuple[HFTensor, ...
         "mtp_block.*.mlp.down_proj.weight": "HF",
         "mtp_emb_norm.*.weight": "H",
         "mtp_hidden_norm.*.weight": "H",
-        "mtp_linear_proj.*.weight": "HH",
+        "mtp_linear_proj.*.weight": "HJ",
     }
     num_layers = 0 if model_config.mtp is None else model_config.mtp.num_layers
     return tuple(
