@@ -90,12 +90,12 @@ def _call(options: Namespace) -> None:
 
             demo(layout_of(options), options.backend)
         case "tiny":
-            from exaone_bridge.cli.tiny import first_layers, tiny
+            from exaone_bridge.cli.tiny import first_layers, random_model
 
             if options.source is not None:
                 first_layers(options)
             else:
-                tiny(options.model, options.folder, options.set, options.seed)
+                random_model(options)
         case "inspect":
             from exaone_bridge.cli.inspect import inspect
 

@@ -216,7 +216,7 @@ def _add_tiny(commands: Any) -> None:
         help="change a field of config.json; dots reach nested fields, the value is JSON "
         "(repeatable)",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=int, help="random seed (default: 0)")
     parser.add_argument(
         "--from",
         dest="source",
@@ -226,9 +226,7 @@ def _add_tiny(commands: Any) -> None:
     )
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     parser.set_defaults(models=("source",))
-    parser.add_argument(
-        "--layers", metavar="N", type=_positive, default=4, help="of --from (default: 4)"
-    )
+    parser.add_argument("--layers", metavar="N", type=_positive, help="of --from (default: 4)")
 
 
 def _add_inspect(commands: Any) -> None:

@@ -15,7 +15,9 @@ from exaone_bridge.schema.hf_config import language_config, with_num_layers
 from exaone_bridge.schema.json_types import JSONMapping, JSONObject
 from exaone_bridge.schema.model_family import ModelFamily
 
-__all__ = ["first_layers", "tiny"]
+__all__ = ["first_layers", "random_model", "tiny"]
+
+_LAYERS = 4
 
 # Fields of Transformers 4, which Transformers 5 reads under other names.
 _OTHER_SPELLINGS = ("rope_theta", "rope_scaling", "torch_dtype", "sliding_window_pattern")
@@ -46,22 +48,37 @@ def tiny(model: str, folder: Path, settings: list[str], seed: int) -> None:
     say(f"{folder}: {language_config(config)['num_hidden_layers']} layers, {config['dtype']}")
 
 
+def random_model(options: Namespace) -> None:
+    """Write a tiny random checkpoint, as the command line's options say.
+
+    Raises:
+        UnsupportedConfig: --layers without --from, or what `tiny` raises.
+        CheckpointError: see `tiny`.
+    """
+    if options.layers is not None:
+        remedy = f"--set num_hidden_layers={options.layers} changes a random model"
+        raise _rejected("--layers", options.layers, wanted="left out without --from", remedy=remedy)
+    tiny(options.model, options.folder, options.set, options.seed or 0)
+
+
 def first_layers(options: Namespace) -> None:
     """Write the first layers of a real model, with their weights.
 
     Raises:
-        UnsupportedConfig: MODEL or --set beside --from, or a number of layers that makes no model.
+        UnsupportedConfig: MODEL, --set or --seed beside --from, or a number of layers that makes
+            no model.
         BridgeError: the source is not a model that exaone_bridge supports.
     """
-    for name, value in (("MODEL", options.model), ("--set", options.set)):
-        if value:
+    given = {"MODEL": options.model, "--set": options.set or None, "--seed": options.seed}
+    for name, value in given.items():
+        if value is not None:
             raise _rejected(name, value, wanted="left out with --from")
     from exaone_bridge.checkpoint.hf.checkpoint import HFCheckpoint
     from exaone_bridge.checkpoint.hf.truncate import write_first_layers
     from exaone_bridge.cli.show import say
 
     source = HFCheckpoint.open(options.source)
-    written = write_first_layers(source, options.layers, options.folder)
+    written = write_first_layers(source, options.layers or _LAYERS, options.folder)
     say(
         f"{options.folder}: the first {written.num_layers} of "
         f"{source.model_config.num_layers} layers of {options.source}"

@@ -101,7 +101,8 @@ def _adapter_config(
     ambiguous = adapted & {_last(module) for module in others}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        # With the type of a head, PEFT would want the head's weights in the adapter.
+        "task_type": "CAUSAL_LM" if model.config.head is None else None,
         "base_model_name_or_path": str(base.absolute()),
         "r": rank,
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},

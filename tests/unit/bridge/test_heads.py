@@ -10,10 +10,14 @@ import torch
 
 import exaone_bridge
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
+from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 from exaone_bridge.verification.workflow.run import Session, run
+from tests.helpers.adapters import make_peft, randomize, save_adapter
 from tests.helpers.heads import ANSWER, FIELDS, SEQUENCE, TOKEN, head_folder
 from tests.helpers.parity import assert_same_folder
+
+TOKENS = torch.randint(1, 387, (1, 20), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("architecture", FIELDS)
@@ -29,6 +33,59 @@ def test_import_and_export_keep_every_bit(
     if architecture == TOKEN:
         report = run(Session(source=megatron, layout=Layout(tp=2, sp=True)))
         assert report.passed, report.failures()
+
+
+@pytest.mark.parametrize("architecture", FIELDS)
+def test_adapter_of_a_model_with_a_head_is_merged_and_loads_in_peft(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, architecture: str
+) -> None:
+    """The head itself is frozen; merged and in PEFT, the logits are those of Megatron-Core."""
+    folder = head_folder(tiny, architecture)
+    layout = Layout(tp=2, sp=True)
+    trained = ForkLauncher(2).all(_adapted_logits, folder, layout, tmp_path / "run")[0]
+    exaone_bridge.export_checkpoint(folder, tmp_path / "merged", adapter=tmp_path / "run")
+    adapter = tmp_path / "peft"
+    exaone_bridge.export_checkpoint(folder, adapter, adapter=tmp_path / "run", peft=True)
+    base = ForkLauncher(1).first(_transformers_logits, folder, None)
+    assert (trained - base).abs().max() > 1e-2
+    for found in (
+        ForkLauncher(1).first(_transformers_logits, tmp_path / "merged", None),
+        ForkLauncher(1).first(_transformers_logits, folder, adapter),
+    ):
+        assert (trained - found).abs().max() <= 1e-4
+
+
+def _adapted_logits(folder: Path, layout: Layout, checkpoint: Path) -> torch.Tensor:
+    """On a rank: save an adapter with random values, and return the logits of TOKENS with it."""
+    from megatron.bridge import AutoBridge
+
+    from exaone_bridge.runtime.model import build
+
+    peft = make_peft("LoRA")
+    model = peft(build(AutoBridge.from_hf_pretrained(folder), layout), training=True)
+    frozen = {name: not each.requires_grad for name, each in model[0].named_parameters()}
+    assert all(is_frozen for name, is_frozen in frozen.items() if "output_layer" in name)
+    randomize(model)
+    save_adapter(model, peft, checkpoint)
+    model[0].eval()  # no dropout before the head
+    with torch.no_grad():
+        output: torch.Tensor = model[0](TOKENS, torch.arange(TOKENS.shape[1])[None], None)
+    return output
+
+
+def _transformers_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
+    from peft import PeftModel
+
+    from exaone_bridge.verification.workflow.transformers import load
+
+    model = load(folder, torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        output = model(TOKENS, use_cache=False)
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    return torch.as_tensor(output.logits)
 
 
 def test_inspect_shows_the_head(tiny: Any) -> None:
@@ -71,7 +128,6 @@ def test_context_parallelism_is_rejected(megatron_bridge: Any, tiny: Any) -> Non
 def test_commands_that_need_an_output_layer_reject_a_head(tiny: Any) -> None:
     """`generate` and `perplexity` find their model so."""
     from exaone_bridge.cli.model_files import model_files
-    from exaone_bridge.runtime.fork import ForkLauncher
 
     with (
         pytest.raises(UnsupportedConfig, match="a head predicts no next token"),

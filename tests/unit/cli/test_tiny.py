@@ -277,6 +277,7 @@ def test_tiny_of_a_real_model_has_its_first_layers(
         (("--layers", 99), "from 1 to the model's"),
         (("--layers", 1), "the first layer with experts"),
         (("--set", "dtype=bfloat16"), "left out with --from"),
+        (("--seed", "0"), "--seed is 0, and must be left out with --from"),
     ],
 )
 def test_tiny_of_a_real_model_rejects(
@@ -284,3 +285,9 @@ def test_tiny_of_a_real_model_rejects(
 ) -> None:
     run = cli("tiny", "--from", tiny("exaone-moe"), *arguments, "small")
     assert run.code == 2 and fragment in run.err
+
+
+def test_layers_without_a_real_model_are_rejected(cli: Cli, tmp_path: Path) -> None:
+    """They would have no effect on a random model."""
+    run = cli("tiny", "exaone4", tmp_path / "tiny", "--layers", 2)
+    assert run.code == 2 and "--set num_hidden_layers=2 changes a random model" in run.err
