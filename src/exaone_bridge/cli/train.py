@@ -18,7 +18,8 @@ from exaone_bridge.cli.train_data import check_blend
 from exaone_bridge.cli.train_settings import apply_overrides, read_settings
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.recipes import recipe
-from exaone_bridge.recipes.build import CheckedPlan, check_plan, config_file
+from exaone_bridge.recipes.build import config_file
+from exaone_bridge.recipes.checked_plan import CheckedPlan, check_plan
 from exaone_bridge.recipes.memory import GB
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.rows import CONVERSATIONS, PROMPTS, check_rows

@@ -30,7 +30,7 @@ def write_model(
         folder: An existing folder.
         config: `config.json`.
         specs: All tensors, in the order in which they are assigned to files.
-        tensors: Names and values, of the shapes in `specs`, in any order.
+        tensors: Names and values [...], of the shapes in `specs`, in any order.
     """
     from exaone_bridge.checkpoint.dtypes import byte_view  # which imports torch
 
