@@ -49,7 +49,9 @@ GPUS = torch.cuda.device_count()
 # The largest difference of a loss of about 7 after updates in bf16: test_training.py measures 2e-2
 # to 4e-2 between kernels that round differently, over twenty steps.
 BF16_NOISE = 2e-2
-RESUME_AT = 6  # a multiple of the warm-up of graphs, and after their capture
+RESUME_AT = 6  # after the graphs have been captured
+# Runs in processes of its own, after all others: it starts a process that writes.
+ASYNC = "OMP_NUM_THREADS=1 checkpoint.async_save=true"
 
 
 def _gpus(settings: str) -> int:
@@ -64,19 +66,17 @@ def _rows(work: Path) -> list[str]:
         if _gpus(settings) <= GPUS
         for kind in ("off", *kinds)
     ]
-    saved = f"checkpoint.save={work} checkpoint.save_interval={RESUME_AT}"
-    resumed = f"checkpoint.load={work} checkpoint.ckpt_step={RESUME_AT}"
     for kind in (LAYERS, FULL):
         run = f"{EXAONE} cuda_graphs={kind} {DETERMINISTIC}"
-        where = {"save": saved.replace(str(work), f"{work}/{kind}"),
-                 "resume": resumed.replace(str(work), f"{work}/{kind}")}  # fmt: skip
-        rows += [f"{step}, {kind}: {run} {settings}" for step, settings in where.items()]
+        save = f"checkpoint.save={work}/{kind} checkpoint.save_interval={RESUME_AT}"
+        resume = f"checkpoint.load={work}/{kind} checkpoint.ckpt_step={RESUME_AT}"
+        rows += [f"save, {kind}: {run} {save}", f"resume, {kind}: {run} {resume}"]
         if GPUS > 1:
             for layout in ("tp=2", "pp=2 cuda_graphs=layers"):
-                rows += [f"resume at {layout[:4]}, {kind}: {run} gpus=2 {layout} {where['resume']}"]
-    asynchronous = saved.replace(str(work), f"{work}/async")
-    rows += [f"save, async: {EXAONE} {DETERMINISTIC} {asynchronous} checkpoint.async_save=true"]
-    rows += [f"save, sync: {EXAONE} {DETERMINISTIC} {saved.replace(str(work), f'{work}/sync')}"]
+                rows += [f"resume at {layout[:4]}, {kind}: {run} gpus=2 {layout} {resume}"]
+    for kind, settings in {"sync": "", "async": ASYNC}.items():
+        where = f"checkpoint.save={work}/{kind} checkpoint.save_interval={RESUME_AT}"
+        rows += [f"save, {kind}: {EXAONE} {DETERMINISTIC} {where} {settings}"]
     return rows
 
 
