@@ -33,21 +33,14 @@ from torch.distributed.rendezvous import rendezvous
 import exaone_bridge
 from exaone_bridge.errors import BridgeError
 from exaone_bridge.recipes import recipe
-from exaone_bridge.recipes.training_plans import TRAINING_PLANS
 
 exaone_bridge.supported()
 
 from emulated_ranks import start_emulated_world  # noqa: E402
 from megatron.bridge.training.callbacks import Callback, CallbackContext  # noqa: E402
 from megatron.bridge.training.config import apply_environment_variables  # noqa: E402
-from train_loop import Row  # noqa: E402
+from train_loop import Row, model_of  # noqa: E402
 from train_step import config_of, matmul_rate, operations, truncate  # noqa: E402
-
-
-def _model_of(recipe_name: str) -> str:
-    """Return the key of `published.CONFIGS` that a recipe is for."""
-    models = {model for model, _ in TRAINING_PLANS}
-    return max((each for each in models if recipe_name.startswith(f"{each}_")), key=len)
 
 
 def build_config(row: Row, folder: str | Path) -> Any:
@@ -60,11 +53,9 @@ def build_config(row: Row, folder: str | Path) -> Any:
     arguments = dict(row.arguments)
     folder = Path(folder)
     if row.layers is not None:
-        hf_path = folder / f"{_model_of(row.recipe)}-{row.layers}-layers"
+        hf_path = folder / f"{model_of(row.recipe)}-{row.layers}-layers"
         hf_path.mkdir(parents=True, exist_ok=True)
-        (hf_path / "config.json").write_text(
-            json.dumps(truncate(_model_of(row.recipe), row.layers))
-        )
+        (hf_path / "config.json").write_text(json.dumps(truncate(model_of(row.recipe), row.layers)))
         arguments["hf_path"] = hf_path
     elif "pretrain" not in row.recipe and "hf_path" not in arguments:
         arguments |= _fine_tuning_data(row.recipe, folder)
@@ -84,7 +75,7 @@ def _fine_tuning_data(recipe_name: str, folder: Path) -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     from data import make_once, write_random_model, write_text
 
-    model = folder / _model_of(recipe_name)
+    model = folder / model_of(recipe_name)
     return {
         "hf_path": make_once(model, lambda path: write_random_model(path, recipe_name)),
         "dataset_root": make_once(folder / "text", write_text),

@@ -129,7 +129,13 @@ class Row:
     @property
     def model(self) -> tuple[str, int | None]:
         """What rows must have in common for a ratio, beside the sequence length."""
-        return self.recipe.partition("_pretrain")[0], self.layers
+        return model_of(self.recipe), self.layers
+
+
+def model_of(recipe_name: str) -> str:
+    """Return the model of a recipe, a key of `published.CONFIGS`."""
+    models = {model for model, _ in TRAINING_PLANS}
+    return max((each for each in models if recipe_name.startswith(f"{each}_")), key=len)
 
 
 def parse_row(text: str, variant: str = "") -> Row:
@@ -148,8 +154,8 @@ def parse_row(text: str, variant: str = "") -> Row:
     environment = [setting for setting in settings if setting.partition("=")[0].isupper()]
     precision = [each for each in settings if each.startswith("mixed_precision=")]
     own = dict(each.split("=", 1) for each in settings if each.partition("=")[0] in _OWN)
-    others = [*environment, *precision, *("=".join(each) for each in own.items())]
-    plain = [each for each in settings if each not in others]
+    others = [*environment, *precision]
+    plain = [each for each in settings if each not in others and each.partition("=")[0] not in _OWN]
     arguments, overrides = read_settings(find_recipe(recipe), plain)
     variables = _variables(recipe, arguments) | dict(each.split("=", 1) for each in environment)
     return Row(

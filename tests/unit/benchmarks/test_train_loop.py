@@ -71,7 +71,8 @@ def session(
 def test_settings_of_a_row(benchmark: ModuleType) -> None:
     options = benchmark.arguments().parse_args(
         ["--row", f"TP2: {RECIPE} gpus=2 tp=2 layers=3 train.train_iters=7 NVTE_X=1",
-         "--variant", "plain:", "--variant", "graphs: tp=1 emulate=true", "--variant", "again:"]
+         "--variant", "plain:", "--variant", "graphs: gpus=4 tp=1 emulate=true",
+         "--variant", "again:"]
     )  # fmt: skip
     plain, again, graphs = benchmark.rows_of(options)
     assert again == replace(plain, name="TP2, again")  # next to those with the same variables
@@ -86,7 +87,7 @@ def test_settings_of_a_row(benchmark: ModuleType) -> None:
     )
     assert graphs.environment == {"NVTE_X": "1"}
     assert (graphs.name, graphs.arguments) == ("TP2, graphs", {"tp": 1, "sp": False})
-    assert (graphs.emulate, graphs.gpus, graphs.processes) == (True, 2, 1)
+    assert (graphs.emulate, graphs.gpus, graphs.processes) == (True, 4, 1)
     with pytest.raises(ValueError, match="NAME: RECIPE SETTINGS"):
         benchmark.parse_row("tp=2")
     with pytest.raises(UnsupportedConfig, match="recipe is 'nope'"):
@@ -97,11 +98,19 @@ def test_ratio_is_to_the_first_row_of_one_gpu_with_the_same_model_and_length(
     session: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = session(
-        f"one: {RECIPE}", f"two: {RECIPE} gpus=2", "other: ernie45_0p3b_pretrain_config gpus=2"
+        f"one: {RECIPE}",
+        f"two: {RECIPE} gpus=2",
+        "other: ernie45_0p3b_pretrain_config gpus=2",
+        "LoRA: exaone4_1p2b_peft_config",
     )
-    assert [result.get("against_one_gpu") for result in results] == [1.0, round(80 / 90, 3), None]
+    assert [result.get("against_one_gpu") for result in results] == [
+        1.0,
+        round(80 / 90, 3),
+        None,
+        1.0,
+    ]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines] == ["one", "two", "other"]
+    assert [line.split("|")[1].strip() for line in lines] == ["one", "two", "other", "LoRA"]
     assert "| 5.0 | 9.0 to 11.0 | 80 |" in lines[1]
 
 
