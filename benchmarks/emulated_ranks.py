@@ -20,10 +20,13 @@ __all__ = ["BACKEND", "CopyingGroup", "start_emulated_world"]
 BACKEND = "copies"
 
 
-def _done(result: Any) -> dist.Work:
-    """Return finished work: the copies are in order on the current stream."""
+def _done() -> dist.Work:
+    """Return finished work: the copies are in order on the current stream.
+
+    Its future has no result, because one without devices may not have tensors of a GPU.
+    """
     future: torch.futures.Future[Any] = torch.futures.Future()
-    future.set_result(result)
+    future.set_result(None)
     return torch._C._distributed_c10d._create_work_from_future(future)
 
 
@@ -42,7 +45,7 @@ class CopyingGroup(dist.ProcessGroup):
         for tensor in tensors:
             if self.size() > 1:
                 tensor.copy_(tensor.clone())
-        return _done(tensors)
+        return _done()
 
     allreduce_coalesced = allreduce
 
@@ -52,7 +55,7 @@ class CopyingGroup(dist.ProcessGroup):
         if shard.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
             shard = shard.clone()  # a part of the output: the distributed optimizer's parameters
         output.view(self.size(), -1).copy_(shard.reshape(1, -1))
-        return _done(output)
+        return _done()
 
     def allgather(
         self,
@@ -64,7 +67,7 @@ class CopyingGroup(dist.ProcessGroup):
         for gathered, shard in zip(outputs, shards, strict=True):
             for output in gathered:
                 output.copy_(shard)
-        return _done(outputs)
+        return _done()
 
     def allgather_into_tensor_coalesced(
         self, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor], opts: Any = None
@@ -72,13 +75,13 @@ class CopyingGroup(dist.ProcessGroup):
         """Copy each shard to every part of its output."""
         for output, shard in zip(outputs, shards, strict=True):
             self._allgather_base(output, shard)
-        return _done(outputs)
+        return _done()
 
     def _reduce_scatter_base(
         self, output: torch.Tensor, whole: torch.Tensor, opts: Any = None
     ) -> dist.Work:
         output.view(-1).copy_(whole.reshape(self.size(), -1)[self.rank()])
-        return _done(output)
+        return _done()
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: Sequence[torch.Tensor], wholes: Sequence[torch.Tensor], opts: Any = None
@@ -86,7 +89,7 @@ class CopyingGroup(dist.ProcessGroup):
         """Copy this rank's part of each tensor."""
         for output, whole in zip(outputs, wholes, strict=True):
             self._reduce_scatter_base(output, whole)
-        return _done(outputs)
+        return _done()
 
     def alltoall_base(
         self,
@@ -99,15 +102,15 @@ class CopyingGroup(dist.ProcessGroup):
         """Copy as much of the input as the output has room for."""
         size = min(output.numel(), given.numel())
         output.view(-1)[:size].copy_(given.reshape(-1)[:size])
-        return _done(output)
+        return _done()
 
     def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> dist.Work:
         """Leave the tensors as they are: this rank is the source."""
-        return _done(tensors)
+        return _done()
 
     def barrier(self, opts: Any = None) -> dist.Work:
         """Return at once."""
-        return _done(None)
+        return _done()
 
 
 def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> CopyingGroup:
