@@ -377,7 +377,11 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             for row in rows:
-                print(f"{row.name}: {loop_rank.describe(loop_rank.build_config(row, folder))}")
+                try:
+                    text = loop_rank.describe(loop_rank.build_config(row, folder))
+                except BridgeError as error:
+                    text = f"rejected: {error}"
+                print(f"{row.name}: {text}")
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work or Path(temporary)

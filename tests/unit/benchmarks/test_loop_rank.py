@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import queue
+import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -71,6 +72,18 @@ def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
     for row in rows:
         kind = kinds.get(row.name, row.name.rpartition(", ")[2])
         assert loop_rank.build_config(row, tmp_path).model.cuda_graph_impl == graphs[kind], row.name
+
+
+def test_dry_run_names_the_rows_whose_config_is_rejected(
+    loop_rank: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = "exaone4_tiny_pretrain_config"
+    rows = ["--row", f"a: {recipe} tp=3 gpus=3", "--row", f"b: {recipe} seq_length=64"]
+    monkeypatch.setattr(sys, "argv", ["train_loop.py", *rows, "--dry-run"])
+    importlib.import_module("train_loop").main()
+    rejected, accepted = sorted(capsys.readouterr().out.splitlines())
+    assert rejected.startswith("a: rejected: parallel layout: tp is 3")
+    assert accepted.startswith("b: 8 layers") and "; 64 tokens, batch 2 / 4;" in accepted
 
 
 def test_fine_tuning_rows_make_their_model_and_data(loop_rank: ModuleType, tmp_path: Path) -> None:
