@@ -1,4 +1,4 @@
-"""Lets AutoBridge read the iteration of our checkpoints that the tracker file names."""
+"""Lets AutoBridge load our checkpoints: the tracked iteration, and those of a training loop."""
 
 from __future__ import annotations
 
@@ -18,17 +18,36 @@ _REASON = (
 )
 
 
+# Methods of what the training loop wraps around the model.
+_OF_THE_LOOP = (
+    "no_sync_func",
+    "grad_sync_func",
+    "param_sync_func",
+    "grad_scale_func",
+    "finalize_model_grads_func",
+)
+
+
 @patch(
     "megatron.bridge.models.conversion.auto_bridge:AutoBridge.load_megatron_model",
     version="Megatron-Bridge 0.6.2",
-    reason=_REASON,
+    reason=f"{_REASON} The run config of a training loop's checkpoint names methods of its wrapper "
+    "without their object, with which a forward pass of Megatron-Core's schedules raises.",
 )
 def load_megatron_model(
     original: Callable[..., Any], self: Any, path: str | Path, *args: object, **kwargs: object
 ) -> Any:
-    """Load the tracked iteration of a supported model's checkpoint."""
+    """Load the tracked iteration of a supported model's checkpoint, without a loop's methods."""
     config = getattr(self.hf_pretrained, "config", self.hf_pretrained)
-    return original(self, _tracked(path) if is_supported(config) else path, *args, **kwargs)
+    if not is_supported(config):
+        return original(self, path, *args, **kwargs)
+    from megatron.core.utils import get_model_config
+
+    model = original(self, _tracked(path), *args, **kwargs)
+    for chunk in model if isinstance(model, list) else [model]:
+        for name in _OF_THE_LOOP:
+            setattr(get_model_config(chunk), name, None)
+    return model
 
 
 @patch(

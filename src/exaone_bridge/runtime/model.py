@@ -42,14 +42,6 @@ _FOR_INFERENCE: JSONObject = {
     "fp8_param": False,
     "fuse_weight_gradients": False,
 }
-# Methods of what the training loop wraps around the model; a run config has them without an object.
-_OF_THE_LOOP = (
-    "no_sync_func",
-    "grad_sync_func",
-    "param_sync_func",
-    "grad_scale_func",
-    "finalize_model_grads_func",
-)
 # A prompt's pixel values and grids, by the names of the model's arguments.
 Images = dict[str, torch.Tensor]
 
@@ -109,7 +101,7 @@ def load_megatron(
         CheckpointError: files are missing or damaged.
     """
     try:
-        model: list[MegatronModule] = bridge.load_megatron_model(
+        return bridge.load_megatron_model(
             path,
             mp_overrides=layout.provider_overrides() | {"backend": backend} | _FOR_INFERENCE,
         )
@@ -127,10 +119,6 @@ def load_megatron(
             f"the checkpoint cannot be loaded ({_first_line(cause)})",
             remedy="restore the missing or truncated files",
         ) from error
-    for config in map(get_model_config, model):
-        for name in _OF_THE_LOOP:
-            setattr(config, name, None)
-    return model
 
 
 def load_model(
