@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -96,7 +97,8 @@ def browser() -> Iterator[Page]:
         os.dup2(reader, 3)
         os.dup2(writer, 4)
 
-    with tempfile.TemporaryDirectory() as profile:
+    # Processes of the browser may outlive it for a moment, and write into the profile.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [
                 CHROMIUM,
@@ -111,12 +113,13 @@ def browser() -> Iterator[Page]:
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(command_reader)
         os.close(answer_writer)
         try:
             yield Page(command_writer, answer_reader).attach()
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             os.close(command_writer)
