@@ -7,7 +7,8 @@ import sys
 import time
 from argparse import Namespace
 
-from exaone_bridge.cli.arguments import find_models, layout_of, make_parser
+from exaone_bridge.cli.arguments import make_parser
+from exaone_bridge.cli.options import find_models, layout_of
 from exaone_bridge.errors import BridgeError, ParityFailure
 from exaone_bridge.schema.hf_files import FOLLOW_LINKS
 

@@ -7,8 +7,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from exaone_bridge.cli.arguments import UsageError
 from exaone_bridge.cli.outputs import STANDARD_OUTPUT, check_outputs, unwritable, write_json
+from exaone_bridge.cli.parser import UsageError
 from exaone_bridge.cli.show import on_stderr, say, stages, table
 from exaone_bridge.errors import ParityFailure
 from exaone_bridge.schema.parallel_layout import Layout

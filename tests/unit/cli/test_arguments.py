@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from exaone_bridge.cli.arguments import UsageError, layout_of, make_parser
+from exaone_bridge.cli.arguments import make_parser
+from exaone_bridge.cli.options import layout_of
+from exaone_bridge.cli.parser import UsageError
 from exaone_bridge.errors import UnsupportedLayout
 from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.cli import Cli
