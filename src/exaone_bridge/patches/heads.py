@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from exaone_bridge.models import is_supported
@@ -10,7 +12,7 @@ from exaone_bridge.models.auto_class import auto_class
 from exaone_bridge.models.exaone4.head_config import HEADS
 from exaone_bridge.patches.patch import patch, patch_value
 
-__all__ = ["resolve_pretrained_wrapper_cls", "supported_hf_architectures"]
+__all__ = ["resolve_pretrained_wrapper_cls", "save_hf_adapter", "supported_hf_architectures"]
 
 _AUTO_BRIDGE = "megatron.bridge.models.conversion.auto_bridge"
 
@@ -35,7 +37,7 @@ def supported_hf_architectures(endings: tuple[str, ...]) -> tuple[str, ...]:
 def resolve_pretrained_wrapper_cls(original: Callable[..., Any], config: Any) -> Any:
     """Return the wrapper's class; of a supported model with a head one that loads the head."""
     wrapper: Any = original(config)
-    if not is_supported(config) or not HEADS.keys() & set(config.architectures):
+    if not _has_head(config):
         return wrapper
 
     class PreTrainedWithHead(wrapper):
@@ -49,3 +51,38 @@ def resolve_pretrained_wrapper_cls(original: Callable[..., Any], config: Any) ->
             return found.to(self.device)
 
     return PreTrainedWithHead
+
+
+@patch(
+    f"{_AUTO_BRIDGE}:AutoBridge.save_hf_adapter",
+    version="Megatron-Bridge 0.6.2",
+    reason="The task of every adapter is CAUSAL_LM, with which PEFT asks the model for methods of "
+    "text generation that a model with a head does not have.",
+)
+def save_hf_adapter(
+    original: Callable[..., None],
+    self: Any,
+    model: list[Any],
+    path: str | Path,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    """Save an adapter for PEFT; with a head, without a task.
+
+    With the task of a head, PEFT would want the head's weights in the adapter.
+    """
+    import torch.distributed as dist  # imported late: this module is imported without torch
+
+    original(self, model, path, *args, **kwargs)
+    if not _has_head(getattr(self.hf_pretrained, "config", self.hf_pretrained)):
+        return
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        file = Path(path) / "adapter_config.json"
+        config = json.loads(file.read_text()) | {"task_type": None}
+        file.write_text(json.dumps(config, indent=2))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _has_head(config: Any) -> bool:
+    return is_supported(config) and bool(HEADS.keys() & set(config.architectures))

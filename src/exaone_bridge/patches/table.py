@@ -37,6 +37,7 @@ PATCHES: tuple[Patch, ...] = (
     pinned_revision.from_hf_pretrained,
     heads.supported_hf_architectures,
     heads.resolve_pretrained_wrapper_cls,
+    heads.save_hf_adapter,
     tracked_iteration.load_megatron_model,
     tracked_iteration.from_auto_config,
     missing_tokenizer.load_tokenizer,

@@ -39,10 +39,14 @@ def test_import_and_export_keep_every_bit(
 def test_adapter_of_a_model_with_a_head_is_merged_and_loads_in_peft(
     megatron_bridge: Any, tiny: Any, tmp_path: Path, architecture: str
 ) -> None:
-    """The head itself is frozen; merged and in PEFT, the logits are those of Megatron-Core."""
+    """The head itself is frozen; merged and in PEFT, the logits are those of Megatron-Core.
+
+    AutoBridge saves the adapter for PEFT too.
+    """
     folder = head_folder(tiny, architecture)
     layout = Layout(tp=2, sp=True)
-    trained = ForkLauncher(2).all(_adapted_logits, folder, layout, tmp_path / "run")[0]
+    saved = tmp_path / "saved"
+    trained = ForkLauncher(2).all(_adapted_logits, folder, layout, tmp_path / "run", saved)[0]
     exaone_bridge.export_checkpoint(folder, tmp_path / "merged", adapter=tmp_path / "run")
     adapter = tmp_path / "peft"
     exaone_bridge.export_checkpoint(folder, adapter, adapter=tmp_path / "run", peft=True)
@@ -51,22 +55,25 @@ def test_adapter_of_a_model_with_a_head_is_merged_and_loads_in_peft(
     for found in (
         ForkLauncher(1).first(_transformers_logits, tmp_path / "merged", None),
         ForkLauncher(1).first(_transformers_logits, folder, adapter),
+        ForkLauncher(1).first(_transformers_logits, folder, saved),
     ):
         assert (trained - found).abs().max() <= 1e-4
 
 
-def _adapted_logits(folder: Path, layout: Layout, checkpoint: Path) -> torch.Tensor:
-    """On a rank: save an adapter with random values, and return the logits of TOKENS with it."""
+def _adapted_logits(folder: Path, layout: Layout, checkpoint: Path, adapter: Path) -> torch.Tensor:
+    """On a rank: save an adapter with random values twice, and return the logits of TOKENS."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
 
     peft = make_peft("LoRA")
-    model = peft(build(AutoBridge.from_hf_pretrained(folder), layout), training=True)
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = peft(build(bridge, layout), training=True)
     frozen = {name: not each.requires_grad for name, each in model[0].named_parameters()}
     assert all(is_frozen for name, is_frozen in frozen.items() if "output_layer" in name)
     randomize(model)
     save_adapter(model, peft, checkpoint)
+    bridge.save_hf_adapter(model, adapter, peft, show_progress=False)
     model[0].eval()  # no dropout before the head
     with torch.no_grad():
         output: torch.Tensor = model[0](TOKENS, torch.arange(TOKENS.shape[1])[None], None)

@@ -116,6 +116,7 @@ def _conversation(folder: Path) -> tuple[Any, ...]:
 CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "AutoBridge.save_hf_weights": _save,
     "AutoBridge.save_hf_pretrained": _save,
+    "AutoBridge.save_hf_adapter": _save,
     "AutoBridge.export_hf_weights": lambda folder: (_auto_bridge(folder), [object()]),
     "AutoBridge.save_megatron_model": _save_megatron,
     "AutoBridge.from_hf_pretrained": lambda _: (object, "meta-llama/Llama-3.2-1B"),
