@@ -14,9 +14,9 @@ from typing import Any
 from exaone_bridge.checkpoint.hf.headers import read_json
 from exaone_bridge.checkpoint.megatron.run_config import read_run_config, read_section
 from exaone_bridge.cli.show import quiet, say, table
-from exaone_bridge.cli.train_data import check_blend
 from exaone_bridge.cli.train_settings import apply_overrides, read_settings
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
+from exaone_bridge.patches.blend import check_blend
 from exaone_bridge.recipes import recipe
 from exaone_bridge.recipes.build import config_file
 from exaone_bridge.recipes.checked_plan import CheckedPlan, check_plan

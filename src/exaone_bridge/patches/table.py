@@ -9,6 +9,7 @@ import textwrap
 
 from exaone_bridge.patches import (
     auto_bridge_save,
+    blend,
     chat_data,
     dora,
     former_names,
@@ -55,6 +56,7 @@ PATCHES: tuple[Patch, ...] = (
     vlm_data.collators,
     vlm_data.adapters,
     chat_data.tokenize_chat_example,
+    blend.validate,
 )
 
 _INTRODUCTION = """\

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.runtime.fork import ForkLauncher
 from tests.helpers.cli import Cli
 
@@ -70,3 +71,23 @@ def test_split_without_documents_is_rejected(prefixes: list[str], cli: Cli) -> N
     split = "dataset.split='100,0,0'"
     assert split in run.err
     assert cli("train", RECIPE, f"dataset.data_path={prefixes[0]}", split, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("field", ["data_path", "blend"])
+def test_megatron_bridges_loops_reject_the_split_too(field: str, prefixes: list[str]) -> None:
+    """`pretrain(config, ...)` validates the config before it builds the data sets."""
+    from exaone_bridge.recipes import recipe
+
+    config = recipe(RECIPE)()
+    setattr(config.dataset, field, prefixes[0] if field == "data_path" else (prefixes, [3, 7]))
+    with pytest.raises(UnsupportedConfig, match="leaves validation some of the 12 documents"):
+        config.validate()
+
+
+def test_data_in_object_storage_are_not_looked_for(megatron_bridge: Any) -> None:
+    from exaone_bridge.patches.blend import check_blend
+    from exaone_bridge.recipes import recipe
+
+    config = recipe(RECIPE)()
+    config.dataset.data_path = "s3://bucket/news"
+    check_blend(config.dataset)

@@ -113,6 +113,11 @@ def _conversation(folder: Path) -> tuple[Any, ...]:
     return {"messages": []}, AutoTokenizer.from_pretrained(folder)
 
 
+def _run(_: Path) -> tuple[Any, ...]:
+    """Data that are rejected for our models."""
+    return (SimpleNamespace(model=SimpleNamespace(), dataset=SimpleNamespace(data_path="absent")),)
+
+
 CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "AutoBridge.save_hf_weights": _save,
     "AutoBridge.save_hf_pretrained": _save,
@@ -127,6 +132,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "apply_run_config_backward_compat": _run_config,
     "_warmup_jit_function": lambda _: (SimpleNamespace(), 1),
     "tokenize_chat_example": _conversation,
+    "ConfigContainer.validate": _run,
     "_resolve_pretrained_wrapper_cls": lambda _: (
         SimpleNamespace(architectures=["LlamaForSequenceClassification"]),
     ),
