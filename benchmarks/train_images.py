@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch  # before transformer_engine: the two bring different versions of cuDNN
-from train_step import arguments, config_of, measure_options, single_rank
-from train_step import operations as text_operations
+from measures import config_of
+from measures import operations as text_operations
+from train_step import arguments, measure_options, single_rank
 
 from exaone_bridge.models.exaone45.config import read_hf_config
 from exaone_bridge.recipes.published import CONFIGS

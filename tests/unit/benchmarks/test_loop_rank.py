@@ -44,10 +44,10 @@ def loop_rank(megatron_bridge: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
 def test_every_pretraining_row_has_a_config_that_fits_its_gpu(
     loop_rank: ModuleType, tmp_path: Path
 ) -> None:
-    benchmark = importlib.import_module("train_loop")
-    texts = [text for rows in benchmark.TABLES.values() for text in rows if "pretrain" in text]
+    loop_rows = importlib.import_module("loop_rows")
+    texts = [text for rows in loop_rows.TABLES.values() for text in rows if "pretrain" in text]
     texts = [text for text in texts if not text.startswith("1.2B, 4096:")]  # no room for graphs
-    for row in [benchmark.parse_row(text, kind) for text in texts for kind in KINDS]:
+    for row in [loop_rows.parse_row(text, kind) for text in texts for kind in KINDS]:
         config = loop_rank.build_config(row, tmp_path)
         assert config.checkpoint.pretrained_checkpoint is None
         assert config.checkpoint.save is None
@@ -56,8 +56,8 @@ def test_every_pretraining_row_has_a_config_that_fits_its_gpu(
         )
         assert (config.model.cuda_graph_impl == "none") == row.name.endswith("off")
         assert f"TP{row.arguments.get('tp', 1)} " in loop_rank.describe(config)
-    fp8 = next(text for text in texts if "FP8" in text)
-    assert "fp8" in loop_rank.build_config(benchmark.parse_row(fp8), tmp_path).mixed_precision
+        kinds = {"fp8": "FP8 tensorwise", "fp8-blockwise": "FP8 blockwise", None: "bf16"}
+        assert loop_rank.describe(config).endswith(f"; {kinds[row.arguments.get('precision')]}")
 
 
 def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
@@ -66,7 +66,7 @@ def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
     from tests.gpu import test_graphs
 
     monkeypatch.setattr(test_graphs, "GPUS", 2)
-    rows = map(importlib.import_module("train_loop").parse_row, test_graphs._rows(tmp_path))
+    rows = map(importlib.import_module("loop_rows").parse_row, test_graphs._rows(tmp_path))
     graphs = {"off": "none", "layers": "transformer_engine", "full-iteration": "full_iteration"}
     kinds = {"resume at pp=2, full-iteration": "layers", "save, async": "off", "save, sync": "off"}
     for row in rows:
@@ -87,9 +87,7 @@ def test_dry_run_names_the_rows_whose_config_is_rejected(
 
 
 def test_fine_tuning_rows_make_their_model_and_data(loop_rank: ModuleType, tmp_path: Path) -> None:
-    row = importlib.import_module("train_loop").parse_row(
-        "SFT: exaone4_tiny_sft_config packed=true"
-    )
+    row = importlib.import_module("loop_rows").parse_row("SFT: exaone4_tiny_sft_config packed=true")
     config = loop_rank.build_config(row, tmp_path)
     assert (Path(config.checkpoint.pretrained_checkpoint) / "model.safetensors").is_file()
     assert (Path(config.dataset.dataset_root) / "training.jsonl").is_file()
@@ -98,10 +96,11 @@ def test_fine_tuning_rows_make_their_model_and_data(loop_rank: ModuleType, tmp_p
 def test_time_of_kernels_counts_overlaps_once(loop_rank: ModuleType) -> None:
     events = [("gemm", 0, 1000), ("gemm", 500, 1500), ("ncclAllReduce", 1000, 3000),
               ("norm", 5000, 6000)]  # fmt: skip
-    times = loop_rank.kernel_times(events)
+    step_timer = importlib.import_module("step_timer")
+    times = step_timer.kernel_times(events)
     assert (times["kernel_ms"], times["exposed_nccl_ms"], times["kernels"]) == (4.0, 1.5, 4)
     assert times["longest_ms"] == {"gemm": 2.0, "ncclAllReduce": 2.0, "norm": 1.0}
-    assert loop_rank.busy_ms([]) == 0
+    assert step_timer.busy_ms([]) == 0
 
 
 def test_steps_are_measured_after_the_warm_up(
@@ -156,7 +155,7 @@ def test_rows_run_one_after_the_other_in_the_same_process(
 ) -> None:
     """A row does not see those before it: its losses are the same the second time."""
     recipe = f"exaone4_tiny_pretrain_config seq_length=64 {' '.join(SETTINGS)}"
-    parse_row = importlib.import_module("train_loop").parse_row
+    parse_row = importlib.import_module("loop_rows").parse_row
     changes = {
         "one": "",
         "a rank of two": "gpus=2 tp=2 emulate=true",

@@ -49,6 +49,11 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("train_loop")
 
 
+def _rows(benchmark: ModuleType, arguments: list[str]) -> tuple[Any, list[Any]]:
+    options = benchmark.arguments().parse_args(arguments)
+    return options, benchmark.rows_of(options.table, options.row, options.variant)
+
+
 @pytest.fixture
 def session(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,22 +66,23 @@ def session(
     def run(*rows: str, limit_s: float = 60, start_s: float = 20) -> list[dict[str, Any]]:
         monkeypatch.setattr(benchmark, "START_S", start_s)
         arguments = [word for row in rows for word in ("--row", row)]
-        options = benchmark.arguments().parse_args([*arguments, "--limit-s", str(limit_s)])
+        options, measured = _rows(benchmark, [*arguments, "--limit-s", str(limit_s)])
         monkeypatch.setattr(benchmark.Session, "command", command)
-        return benchmark.Session(tmp_path, benchmark.rows_of(options), options).run()
+        return benchmark.Session(tmp_path, measured, options).run()
 
     return run
 
 
 def test_settings_of_a_row(benchmark: ModuleType) -> None:
-    options = benchmark.arguments().parse_args(
+    loop_rows = importlib.import_module("loop_rows")
+    _, (plain, again, graphs) = _rows(
+        benchmark,
         ["--row", f"TP2: {RECIPE} gpus=2 tp=2 layers=3 train.train_iters=7 NVTE_X=1",
          "--variant", "plain:", "--variant", "graphs: gpus=4 tp=1 emulate=true",
          "--variant", "again:"]
     )  # fmt: skip
-    plain, again, graphs = benchmark.rows_of(options)
     assert again == replace(plain, name="TP2, again")  # next to those with the same variables
-    assert plain == benchmark.Row(
+    assert plain == loop_rows.Row(
         name="TP2, plain",
         recipe=RECIPE,
         gpus=2,
@@ -89,9 +95,9 @@ def test_settings_of_a_row(benchmark: ModuleType) -> None:
     assert (graphs.name, graphs.arguments) == ("TP2, graphs", {"tp": 1, "sp": False})
     assert (graphs.emulate, graphs.gpus, graphs.processes) == (True, 4, 1)
     with pytest.raises(ValueError, match="NAME: RECIPE SETTINGS"):
-        benchmark.parse_row("tp=2")
+        loop_rows.parse_row("tp=2")
     with pytest.raises(UnsupportedConfig, match="recipe is 'nope'"):
-        benchmark.parse_row("a: nope tp=2")
+        loop_rows.parse_row("a: nope tp=2")
 
 
 def test_ratio_is_to_the_first_row_of_one_gpu_with_the_same_model_and_length(
