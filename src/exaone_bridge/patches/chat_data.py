@@ -1,19 +1,26 @@
-"""Makes Megatron-Bridge's text data sets train on conversations with our models' chat templates."""
+"""Makes Megatron-Bridge's text data sets train on conversations with our models' chat templates.
+
+Conversations that do not fit into a packed sequence are counted.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from exaone_bridge.errors import ConversationError
 from exaone_bridge.models import is_supported
 from exaone_bridge.patches.patch import patch
 from exaone_bridge.schema.chat_template import tokenize_chat
 
-__all__ = ["tokenize_chat_example"]
+__all__ = ["tokenize_chat_example", "tokenize_dataset"]
+
+logger = logging.getLogger(__name__)
 
 
 @patch(
@@ -74,6 +81,61 @@ def tokenize_chat_example(
         conversation=row["messages"],
         final_assistant_start=min(answer_start, len(input_ids)),
     )
+
+
+@patch(
+    "megatron.bridge.data.packing.offline:tokenize_dataset",
+    version="Megatron-Bridge 0.6.2",
+    reason="Packing leaves out what is longer than a sequence without saying of how many, and "
+    "divides by zero where nothing is left.",
+)
+def tokenize_dataset(
+    original: Callable[..., Any],
+    path: Path,
+    tokenizer: Any,
+    max_seq_length: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Tokenize the rows that packing is to distribute, and leave out those that are too long.
+
+    Args:
+        original: Megatron-Bridge's function. With context or sequence parallelism it truncates.
+        path: the file of the rows.
+        tokenizer: Megatron-Bridge's; the rows of other models than ours are all returned.
+        max_seq_length: the length of a packed sequence, in tokens; the last token of a row is a
+            label only.
+        args, kwargs: further arguments of the original.
+
+    Returns:
+        An array of rows; each has input_ids [S] and loss_mask [S].
+
+    Raises:
+        ConversationError: all rows are too long.
+    """
+    from megatron.bridge.data.conversation_processing import get_processor_tokenizer
+
+    rows = original(path, tokenizer, max_seq_length, *args, **kwargs)
+    if not _is_ours(str(getattr(get_processor_tokenizer(tokenizer), "name_or_path", ""))):
+        return rows
+    lengths = [len(row["input_ids"]) - 1 for row in rows]
+    fits = [length <= max_seq_length for length in lengths]
+    if not any(fits):
+        raise ConversationError(
+            str(path),
+            f"has {len(rows)} rows, all longer than seq_length, {max_seq_length}: the shortest has "
+            f"{min(lengths)} tokens",
+            remedy="raise seq_length, or pass packed=False, with which rows are truncated",
+        )
+    if not all(fits):
+        logger.warning(
+            "%s: %d of %d rows are longer than seq_length, %d, and are left out",
+            path,
+            fits.count(False),
+            len(rows),
+            max_seq_length,
+        )
+    return rows[fits]
 
 
 @functools.lru_cache(maxsize=16)

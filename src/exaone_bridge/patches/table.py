@@ -56,6 +56,7 @@ PATCHES: tuple[Patch, ...] = (
     vlm_data.collators,
     vlm_data.adapters,
     chat_data.tokenize_chat_example,
+    chat_data.tokenize_dataset,
     blend.validate,
 )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -141,7 +142,7 @@ def run_training(
     folder.mkdir(parents=True, exist_ok=True)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     logged: Any = _megatron_output_in(folder / "logs") if quiet else contextlib.nullcontext()
-    with _curve_at_the_end(folder), logged as out:
+    with _curve_at_the_end(folder), logged as out, _warnings_in(out):
         logger = StepLogger(folder / LOSSES, config, out)
         timer = StartUpTimer(config, logger.write)
         train(config, forward_step, callbacks=[logger, timer, *callbacks])
@@ -160,6 +161,21 @@ def _curve_at_the_end(folder: Path) -> Iterator[None]:
             (folder / CURVE).write_text(
                 loss_curve([(point["step"], point["loss"]) for point in points])
             )
+
+
+@contextlib.contextmanager
+def _warnings_in(out: IO[str] | None) -> Iterator[None]:
+    """Write the warnings of exaone_bridge on rank 0 to the readable log too, if there is one."""
+    if out is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    logger, handler = logging.getLogger("exaone_bridge"), logging.StreamHandler(out)
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -209,6 +210,8 @@ def _fake_loop(steps: int, fails: bool) -> Callable[..., None]:
         from megatron.bridge.training.callbacks import normalize_callbacks
 
         os.write(1, b"a thousand lines of Megatron\n")  # pytest replaces sys.stdout
+        logging.getLogger("megatron.bridge.rows").warning("a warning of Megatron")
+        logging.getLogger("exaone_bridge.rows").warning("2 rows are left out")
         manager = normalize_callbacks(callbacks)
         copied = copy.deepcopy(config.model)  # as layers do with their config
         assert copied.pre_wrap_hook(["model"]) == ["model"]
@@ -240,6 +243,7 @@ def test_log_is_short_and_the_curve_is_drawn(
 
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # the tests turn it off
     monkeypatch.setattr(training_loop, "check_installed", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_000_000_000)
@@ -257,7 +261,8 @@ def test_log_is_short_and_the_curve_is_drawn(
     else:
         assert not fails
     out, err = capfd.readouterr()
-    first, start, *rest = out.splitlines()
+    warning, first, start, *rest = out.splitlines()
+    assert warning == "2 rows are left out"
     parts = re.findall(r"([a-z ]+) (\d+\.\d)", start.partition(":")[2])
     assert [part.strip() for part, _ in parts] == (
         ["imports", "model built", *["weights loaded"][epochs:], "data ready", "first step"]

@@ -113,6 +113,12 @@ def _conversation(folder: Path) -> tuple[Any, ...]:
     return {"messages": []}, AutoTokenizer.from_pretrained(folder)
 
 
+def _rows(folder: Path) -> tuple[Any, ...]:
+    from transformers import AutoTokenizer
+
+    return folder / "training.jsonl", AutoTokenizer.from_pretrained(folder), 8
+
+
 def _run(_: Path) -> tuple[Any, ...]:
     """Data that are rejected for our models."""
     return (SimpleNamespace(model=SimpleNamespace(), dataset=SimpleNamespace(data_path="absent")),)
@@ -132,6 +138,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "apply_run_config_backward_compat": _run_config,
     "_warmup_jit_function": lambda _: (SimpleNamespace(), 1),
     "tokenize_chat_example": _conversation,
+    "tokenize_dataset": _rows,
     "ConfigContainer.validate": _run,
     "_resolve_pretrained_wrapper_cls": lambda _: (
         SimpleNamespace(architectures=["LlamaForSequenceClassification"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -48,13 +49,8 @@ def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(recipe_name: str, hf_path: Path, dataset_root: Path, **options: Any) -> Any:
-    return recipe(recipe_name)(
-        hf_path=hf_path,
-        dataset_root=dataset_root,
-        seq_length=LENGTH,
-        global_batch_size=8,
-        **options,
-    )
+    fields = {"seq_length": LENGTH, "global_batch_size": 8, **options}
+    return recipe(recipe_name)(hf_path=hf_path, dataset_root=dataset_root, **fields)
 
 
 def _training_split(config: Any) -> Any:
@@ -221,6 +217,28 @@ def test_packed_rows_are_made_again_after_a_change(
         batches = _batches(_training_split(config))
         found.append(sum(int(batch["loss_mask"].sum()) for batch in batches))
     assert found[0] > found[1] > 0
+
+
+def test_rows_that_are_too_long_are_counted(
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packing leaves them out; where none is left, Megatron-Bridge would divide by zero."""
+    rows = _rows()
+    rows[3]["messages"][0]["content"] = TURNS[2] * LENGTH
+    for split in ("training", "validation"):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    config = _config("exaone4_tiny_chat_sft_config", tiny("exaone4"), tmp_path, packed=True)
+    with caplog.at_level(logging.WARNING):  # the tests turn it off
+        assert _batches(_training_split(config))
+    long = f"1 of 8 rows are longer than seq_length, {LENGTH}, and are left out"
+    assert f"{tmp_path}/training.jsonl: {long}" in caplog.text
+    assert "Skipped" not in caplog.text
+    options = {"packed": True, "seq_length": 8}
+    config = _config("exaone4_tiny_chat_sft_config", tiny("exaone4"), tmp_path, **options)
+    message = r"8 rows, all longer than seq_length, 8: the shortest has 15 tokens; raise"
+    with pytest.raises(ConversationError, match=message):
+        _training_split(config)
 
 
 def test_what_cannot_be_trained_on_raises(megatron_bridge: Any, tiny: Any, tmp_path: Path) -> None:
