@@ -14,6 +14,8 @@ from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
 P12 = "exaone4_1p2b_pretrain_config micro_batch_size=1"
 ERNIE = "ernie45_21b_a3b_pretrain_config micro_batch_size=1 seq_length=8192"
 P32 = "exaone4_32b_pretrain_config pp=1 vpp=1 micro_batch_size=1"
+TP2 = f"{P12} gpus=2 tp=2 seq_length=8192 global_batch_size=4"
+CP2 = f"{P12} gpus=2 cp=2 layers=12 seq_length=32768 global_batch_size=2"
 # Models are truncated where one GPU of 80 GB has no room for the optimizer of all layers.
 TABLES: dict[str, list[str]] = {
     "one-gpu": [
@@ -26,20 +28,29 @@ TABLES: dict[str, list[str]] = {
     ],
     "two-gpus": [
         f"1.2B, 8192: {P12} gpus=1 seq_length=8192 global_batch_size=4",
-        f"1.2B, 8192, TP2: {P12} gpus=2 tp=2 seq_length=8192 global_batch_size=4",
+        f"1.2B, 8192, TP2: {TP2}",
         f"1.2B, 8192, PP2: {P12} gpus=2 pp=2 seq_length=8192 global_batch_size=8",
         "1.2B, 4096: exaone4_1p2b_pretrain_config gpus=1 micro_batch_size=4 global_batch_size=4",
         "1.2B, 4096, DP2: exaone4_1p2b_pretrain_config gpus=2 micro_batch_size=4 "
         "global_batch_size=8",
         f"12 layers of the 1.2B, 32768: {P12} gpus=1 layers=12 seq_length=32768 "
         "global_batch_size=2",
-        f"12 layers of the 1.2B, 32768, CP2: {P12} gpus=2 cp=2 layers=12 seq_length=32768 "
-        "global_batch_size=2",
+        f"12 layers of the 1.2B, 32768, CP2: {CP2}",
         f"4 layers of ERNIE 21B: {ERNIE} gpus=1 ep=1 layers=4 global_batch_size=4",
         f"4 layers of ERNIE 21B, EP2: {ERNIE} gpus=2 ep=2 layers=4 global_batch_size=8",
         f"1.2B, 32768, CP2: {P12} gpus=2 cp=2 seq_length=32768 global_batch_size=2",
         f"8 layers of the 32B, TP2: {P32} gpus=2 tp=2 layers=8 seq_length=8192 global_batch_size=4",
         f"6 layers of ERNIE 21B, EP2: {ERNIE} gpus=2 ep=2 layers=6 global_batch_size=8",
+    ],
+    "overlap": [
+        f"TP2: {TP2}",
+        f"TP2, graphs of layers: {TP2} cuda_graphs=layers",
+        f"TP2, graph of a full iteration: {TP2} cuda_graphs=full-iteration",
+        f"TP2, fused weight gradients: {TP2} fuse_weight_gradients=true",
+        f"CP2, p2p: {CP2} cp_full_attention=p2p",
+        f"CP2, all_gather: {CP2} cp_full_attention=all_gather",
+        f"CP2, a2a: {CP2} cp_full_attention=a2a",
+        f"TP2, tp_overlap: {TP2} tp_overlap=true",  # the last: its buffers stay in the process
     ],
     "fine-tuning": [
         f"pretraining, 4096: {P12} gpus=1 seq_length=4096 global_batch_size=4",

@@ -92,7 +92,7 @@ def results(work: Path) -> Callable[[str], dict[str, Any]]:
     command = [sys.executable, str(ROOT / "benchmarks/train_loop.py"), *rows]
     command += ["--json", str(work / "results.json"), "--work", str(work / "log")]
     done = subprocess.run(
-        [*command, "--limit-s", "560"], capture_output=True, text=True, check=False
+        [*command, "--limit-s", "540"], capture_output=True, text=True, check=False
     )
     print(done.stdout[-20000:])
     assert (work / "results.json").is_file(), done.stderr[-4000:]

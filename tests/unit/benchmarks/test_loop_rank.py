@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import queue
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import torch
 
 from exaone_bridge.checkpoint.reshard.plan import Rank, reshard_plan
+from exaone_bridge.cli.arguments import make_parser
+from exaone_bridge.cli.train import train
 from exaone_bridge.models import family_of
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.schema.hf_config import with_num_layers
@@ -25,6 +28,7 @@ from exaone_bridge.schema.parallel_layout import Layout
 from tests.helpers.cpu_loop import SETTINGS, cpu_training_loop
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import free_port
+from tests.unit.test_docs import code_blocks
 
 TP8 = Layout(tp=8, sp=True)
 P32 = with_num_layers(CONFIGS["exaone4_32b"], 4)
@@ -72,6 +76,37 @@ def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
     for row in rows:
         kind = kinds.get(row.name, row.name.rpartition(", ")[2])
         assert loop_rank.build_config(row, tmp_path).model.cuda_graph_impl == graphs[kind], row.name
+
+
+def test_commands_for_the_next_session_on_gpus_are_accepted_and_end_in_time(
+    loop_rank: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command takes less than ten minutes, and a list less than thirty."""
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun sets it
+    monkeypatch.setattr(loop_rank, "_fine_tuning_data", lambda *_: {})  # gigabytes
+    train_loop = importlib.import_module("train_loop")
+    page = (ROOT / "docs/dev/performance-log.md").read_text().split("\n## ")[1]
+    blocks = code_blocks(page.replace("\\\n", " "), "bash")
+    assert len(blocks) == 2 and page.startswith("Next on GPUs")
+    for block in blocks:
+        total = 0.0
+        for command in map(shlex.split, block.splitlines()):
+            limit = float(
+                command[command.index("timeout" if "timeout" in command else "--limit-s") + 1]
+            )
+            assert limit < 600
+            total += limit
+            if "benchmarks/train_loop.py" in command:
+                options = train_loop.arguments().parse_args(command[2:])
+                rows = train_loop.rows_of(options.table, options.row, options.variant)
+                for row in rows:
+                    loop_rank.build_config(row, tmp_path)
+            elif "torchrun" in command:
+                words = command[command.index("train") :]
+                train(make_parser().parse_args([*words, "--dry-run"]))
+            else:
+                assert all((ROOT / word).is_file() for word in command if word.endswith(".py"))
+        assert total < 1800
 
 
 def test_dry_run_names_the_rows_whose_config_is_rejected(
