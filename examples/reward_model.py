@@ -4,10 +4,12 @@
     python examples/reward_model.py /tmp/tiny /tmp/start --init         # a head of one label
     python examples/reward_model.py /tmp/start /tmp/reward --steps 10                # on a CPU
     torchrun --nproc-per-node 8 examples/reward_model.py HF_PATH OUTPUT --tp 8       # on GPUs
+    python examples/reward_model.py /tmp/start /tmp/reward --lora /tmp/adapter  # LoRA and the head
 
 The loss is that of Bradley and Terry: -log sigmoid(reward of chosen - reward of rejected). The
 script makes up its answers: the chosen ones are polite. At the end it prints the rewards, which
-are those of Transformers' AutoModelForSequenceClassification with OUTPUT.
+are those of Transformers' AutoModelForSequenceClassification with OUTPUT. With --lora, OUTPUT has
+the adapter merged, and `peft.PeftModel.from_pretrained` loads adapter and head from its folder.
 """
 
 # ruff: noqa: I001  (exaone_bridge before megatron.bridge, which needs it without Transformer Engine)
@@ -22,6 +24,7 @@ from typing import Any
 import exaone_bridge  # noqa: F401  registers the models with Megatron-Bridge
 import torch
 from megatron.bridge import AutoBridge
+from megatron.bridge.peft.lora import LoRA
 from train import DEVICE, run, train
 
 QUESTIONS = ["Is it far?", "What is the time?", "Can you help me?", "Why?"]
@@ -36,7 +39,17 @@ def main(options: argparse.Namespace) -> None:
     provider.tensor_model_parallel_size = options.tp
     provider.sequence_parallel = options.tp > 1
     provider.finalize()
+    lora = LoRA(dim=8, alpha=16)
 
+    def add_adapters(model: list[Any]) -> list[Any]:
+        model = lora(model, training=True)
+        for chunk in model:
+            if chunk.post_process:  # the last pipeline stage has the head, which LoRA has frozen
+                chunk.output_layer.requires_grad_(True)
+        return model
+
+    if options.lora is not None:
+        provider.register_pre_wrap_hook(add_adapters)
     length = options.seq_length
     tokenizer = AutoTokenizer.from_pretrained(options.hf_path)
     pairs = [make_pair(tokenizer, question, length) for question in QUESTIONS]
@@ -44,6 +57,8 @@ def main(options: argparse.Namespace) -> None:
         provider, forward_step, pairs, length, options.steps, lr=options.lr, weight_decay=0.0
     )
     bridge.save_hf_pretrained(model, options.output, show_progress=False)
+    if options.lora is not None:
+        bridge.save_hf_adapter(model, options.lora, lora, show_progress=False)
     with torch.no_grad():
         rewards = [forward_step(iter([pair]), model[0].eval())[0] for pair in pairs]
     if torch.distributed.get_rank() == 0:
@@ -98,6 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("hf_path", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--init", action="store_true", help="write a model to start from")
+    parser.add_argument("--lora", type=Path, help="train an adapter, and save it here for PEFT")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seq-length", type=int, default=128)

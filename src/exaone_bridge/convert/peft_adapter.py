@@ -72,6 +72,8 @@ def write_peft_adapter(
         tensors[f"base_model.model.{module}.{suffix}"] = tensor.contiguous()
         if suffix == "lora_A.weight":
             ranks[module] = tensor.shape[0]
+    for name in adapter.head:
+        tensors[f"base_model.model.{name}"] = adapter.head_tensor(name)
     specs = [
         TensorSpec(
             name, SAFETENSORS_DTYPES[str(tensor.dtype).partition(".")[2]], tuple(tensor.shape)
@@ -101,8 +103,11 @@ def _adapter_config(
     ambiguous = adapted & {_last(module) for module in others}
     return {
         "peft_type": "LORA",
-        # With the type of a head, PEFT would want the head's weights in the adapter.
+        # With the type of a head, PEFT would want the head's weights in every adapter.
         "task_type": "CAUSAL_LM" if model.config.head is None else None,
+        "modules_to_save": [model.config.head.hf_name]
+        if model.config.head and adapter.head
+        else None,
         "base_model_name_or_path": str(base.absolute()),
         "r": rank,
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},

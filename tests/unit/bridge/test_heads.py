@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +36,52 @@ def test_import_and_export_keep_every_bit(
         assert report.passed, report.failures()
 
 
-@pytest.mark.parametrize("architecture", FIELDS)
+@pytest.mark.parametrize(
+    ("architecture", "trains_head"),
+    [(SEQUENCE, False), (SEQUENCE, True), (TOKEN, True), (ANSWER, False)],
+)
 def test_adapter_of_a_model_with_a_head_is_merged_and_loads_in_peft(
-    megatron_bridge: Any, tiny: Any, tmp_path: Path, architecture: str
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, architecture: str, trains_head: bool
 ) -> None:
-    """The head itself is frozen; merged and in PEFT, the logits are those of Megatron-Core.
+    """Merged and in PEFT, the logits are those of Megatron-Core; AutoBridge saves both too.
 
-    AutoBridge saves the adapter for PEFT too.
+    The head is frozen, unless it is trained with the adapter.
     """
     folder = head_folder(tiny, architecture)
-    layout = Layout(tp=2, sp=True)
-    saved = tmp_path / "saved"
-    trained = ForkLauncher(2).all(_adapted_logits, folder, layout, tmp_path / "run", saved)[0]
+    trained = ForkLauncher(2).all(_adapted_logits, folder, trains_head, tmp_path)[0]
     exaone_bridge.export_checkpoint(folder, tmp_path / "merged", adapter=tmp_path / "run")
     adapter = tmp_path / "peft"
     exaone_bridge.export_checkpoint(folder, adapter, adapter=tmp_path / "run", peft=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert bool(config["modules_to_save"]) == trains_head
     base = ForkLauncher(1).first(_transformers_logits, folder, None)
     assert (trained - base).abs().max() > 1e-2
     for found in (
         ForkLauncher(1).first(_transformers_logits, tmp_path / "merged", None),
+        ForkLauncher(1).first(_transformers_logits, tmp_path / "saved", None),
         ForkLauncher(1).first(_transformers_logits, folder, adapter),
-        ForkLauncher(1).first(_transformers_logits, folder, saved),
+        ForkLauncher(1).first(_transformers_logits, folder, tmp_path / "saved for PEFT"),
     ):
         assert (trained - found).abs().max() <= 1e-4
 
 
-def _adapted_logits(folder: Path, layout: Layout, checkpoint: Path, adapter: Path) -> torch.Tensor:
-    """On a rank: save an adapter with random values twice, and return the logits of TOKENS."""
+def _adapted_logits(folder: Path, trains_head: bool, work: Path) -> torch.Tensor:
+    """On a rank: save an adapter with random values, and return the logits of TOKENS with it."""
     from megatron.bridge import AutoBridge
 
     from exaone_bridge.runtime.model import build
 
-    peft = make_peft("LoRA")
-    bridge = AutoBridge.from_hf_pretrained(folder)
-    model = peft(build(bridge, layout), training=True)
-    frozen = {name: not each.requires_grad for name, each in model[0].named_parameters()}
-    assert all(is_frozen for name, is_frozen in frozen.items() if "output_layer" in name)
+    peft, bridge = make_peft("LoRA"), AutoBridge.from_hf_pretrained(folder)
+    model = peft(build(bridge, Layout(tp=2, sp=True)), training=True)
+    head = model[0].output_layer
+    assert not any(each.requires_grad for each in head.parameters())
     randomize(model)
-    save_adapter(model, peft, checkpoint)
-    bridge.save_hf_adapter(model, adapter, peft, show_progress=False)
+    if trains_head:
+        for parameter in head.requires_grad_(True).parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, peft, work / "run")
+    bridge.save_hf_adapter(model, work / "saved for PEFT", peft, show_progress=False)
+    bridge.save_hf_pretrained(model, work / "saved", show_progress=False)
     model[0].eval()  # no dropout before the head
     with torch.no_grad():
         output: torch.Tensor = model[0](TOKENS, torch.arange(TOKENS.shape[1])[None], None)

@@ -143,22 +143,28 @@ def test_chat_example_goes_from_conversations_to_answers(
     assert changed == {name for name in before if re.search(r"(self_attn|mlp)\..*_proj", name)}
 
 
+@pytest.mark.parametrize("lora", [False, True])
 def test_reward_model_example_learns_and_transformers_scores_the_same(
-    megatron_bridge: Any, tiny: Any, tmp_path: Path
+    megatron_bridge: Any, tiny: Any, tmp_path: Path, lora: bool
 ) -> None:
-    """The rewards that Megatron-Core printed are those of the exported model in Transformers."""
+    """The rewards that Megatron-Core printed are those of the exports in Transformers and PEFT."""
+    from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    script, trained = ROOT / "examples/reward_model.py", tmp_path / "trained"
-    fork_script(tmp_path, script, tiny("exaone4-1.2b"), tmp_path / "start", "--init")
-    printed = fork_script(tmp_path, script, tmp_path / "start", trained, "--steps", 10)
+    script, start, trained = ROOT / "examples/reward_model.py", tmp_path / "start", tmp_path / "out"
+    fork_script(tmp_path, script, tiny("exaone4-1.2b"), start, "--init")
+    options = ("--lora", tmp_path / "adapter", "--lr", 5e-3) if lora else ()
+    printed = fork_script(tmp_path, script, start, trained, "--steps", 10, *options)
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) == 10
     assert losses[-1] < 0.5 * losses[0]
     rewards = re.findall(r"(\S.*) chosen (\S+), rejected (\S+)", printed)
     assert len(rewards) == 4
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    model = AutoModelForSequenceClassification.from_pretrained(trained, dtype=torch.float32)
+    models = [AutoModelForSequenceClassification.from_pretrained(trained, dtype=torch.float32)]
+    if lora:
+        base = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
+        models.append(PeftModel.from_pretrained(base, tmp_path / "adapter"))
     for question, *found in rewards:
         assert float(found[0]) > float(found[1])
         for answer, reward in zip(("I will gladly tell you.", "Go away."), found, strict=True):
@@ -167,7 +173,8 @@ def test_reward_model_example_learns_and_transformers_scores_the_same(
                 [{"role": role, "content": content} for role, content in messages], tokenize=False
             )
             tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-            assert abs(model.eval()(tokens).logits.item() - float(reward)) <= 1e-4
+            for model in models:
+                assert abs(model.eval()(tokens).logits.item() - float(reward)) <= 1e-4
 
 
 def test_readme_python_is_short_and_imports_exaone_bridge_first() -> None:

@@ -64,6 +64,7 @@ class AdapterCheckpoint:
         is_dora: Whether it is DoRA.
         note: Why this iteration was chosen, or nothing.
         names: The Hugging Face tensors that have an adapter, in the order of the mappings.
+        head: The Hugging Face tensors of a head that was trained with the adapters, and their keys.
     """
 
     def __init__(self, path: Path, model: ModelDescription) -> None:
@@ -102,11 +103,14 @@ class AdapterCheckpoint:
         self._layout, self._num_layers = provider.layout, model.config.num_layers
         self._stored = TorchDist(self.folder)
         self._parts: dict[str, _Part] = {}
+        self.head: dict[str, str] = {}
         found: set[str] = set()
         for param in reshard_plan(model, Layout()).params:
-            if param.mapping.kind in _ADAPTED and len(param.shapes[0]) == 2:
+            if model.config.head and param.mapping.megatron.startswith("output_layer."):
+                self._find_head(param)
+            elif param.mapping.kind in _ADAPTED and len(param.shapes[0]) == 2:
                 found |= self._find(param)
-        if others := self._stored.tensors.keys() - found:
+        if others := self._stored.tensors.keys() - found - {*self.head.values()}:
             raise UnmappedTensors(
                 "tensors that are no adapters of the model's linears",
                 others,
@@ -140,6 +144,19 @@ class AdapterCheckpoint:
                             keys |= self._check(part)
                             self._parts[name] = part
         return keys
+
+    def _find_head(self, param: ParamPlan) -> None:
+        """Note a tensor of the head, if the checkpoint has it."""
+        key, name, shape = param.mapping.megatron, param.mapping.hf[0].name, param.shapes[0]
+        if key not in self._stored.tensors:
+            return
+        self.head[name] = key
+        if (found := self._shape(key)) != shape:
+            raise CheckpointError(
+                self.folder,
+                f"{key} has shape {list(found)}, and the model makes it {list(shape)}",
+                remedy=_REMEDY,
+            )
 
     def _check(self, part: _Part) -> set[str]:
         """Return the keys of a part after comparing their shapes with the parameter's."""
@@ -193,12 +210,20 @@ class AdapterCheckpoint:
     def _num_shards(self, part: _Part) -> int:
         return self._layout.expert_tp if part.param.is_expert else self._layout.tp
 
+    def head_tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor of the trained head: weight [L, H] or bias [L]."""
+        return self._read(self.head[name], ())
+
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Merge the adapter of a tensor [O, I], if it has one, in fp32 and rounded once.
+
+        A tensor of a head that was trained with the adapters takes the place of the weight.
 
         LoRA is `W + s B A` with s = alpha / r; DoRA is `m (W + s B A) / norm(W + s B A)` with the
         norm of each row (equation 5 of https://arxiv.org/abs/2402.09353).
         """
+        if name in self.head:
+            return self.head_tensor(name).to(weight.dtype)
         if name not in self._parts:
             return weight
         a, b = (matrix.float() for matrix in self.matrices(name))
