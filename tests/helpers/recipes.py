@@ -39,21 +39,20 @@ def transformer_engine_backend() -> Iterator[None]:
         yield
 
 
-def validate(config: Any, monkeypatch: pytest.MonkeyPatch, gpus: int | None = None) -> None:
+def validate(config: Any, monkeypatch: pytest.MonkeyPatch, replicas: int = 1) -> None:
     """Validate a config as `pretrain` does before it uses a GPU, with a made-up world size.
 
     Args:
         config: a recipe's.
         monkeypatch: removes environment variables after the test.
-        gpus: the world size; None: the smallest that the layout and the batch allow.
+        replicas: data-parallel ranks for each one that the layout needs.
     """
     from megatron.bridge.training.config import runtime_config_update
 
-    if gpus is None:
-        model = config.model
-        gpus = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-        gpus *= model.context_parallel_size * (model.expert_model_parallel_size or 1)
-    monkeypatch.setenv("WORLD_SIZE", str(gpus))
+    model = config.model
+    gpus = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    gpus *= model.context_parallel_size * (model.expert_model_parallel_size or 1)
+    monkeypatch.setenv("WORLD_SIZE", str(replicas * gpus))
     monkeypatch.setenv("RANK", "0")
     for name, value in config.env_vars.items():
         monkeypatch.setenv(name, str(value))

@@ -120,11 +120,14 @@ class ExactGPTModelProvider(GPTModelProvider):
                     where="provider",
                     remedy=f"set provider.{name} together with provider.num_layers",
                 )
+        # Megatron-Core asks whether it is None; a load sets "" (runtime/model.py).
+        self.fp8 = self.fp8 or None  # type: ignore[has-type]
         backend = resolve_backend(self.backend)
         self._override(**dict.fromkeys(unsupported_fusions(backend), False))
         if backend.name == "torch":  # so that such a run's checkpoint loads without a GPU too
             self._override(cuda_graph_impl="none", cuda_graph_modules=[], use_te_rng_tracker=False)
             self._override(fp8=None, fp8_param=False, fuse_weight_gradients=False)
+            self._override(moe_router_padding_for_quantization=False)  # only for FP8
         for name in ("fp8_multi_head_attention", "fp8_output_proj"):
             # QK norm and RoPE stand between the projection and attention; and the output layer of
             # FP8 is another class, without the padding mask and the bias of ours.

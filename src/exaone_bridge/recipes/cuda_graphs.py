@@ -60,8 +60,7 @@ def has_fixed_shapes(plan: TrainingPlan, stage: str, *, packed: bool, images: bo
 
     Pretraining data and packed text have `seq_length` tokens. Other samples are padded to the
     longest of a batch; with `plan.pad_samples` to `seq_length`, and so are samples with images
-    where there is pipeline or expert parallelism (Megatron-Bridge 0.6.2, `ConfigContainer.
-    validate`).
+    where there is pipeline parallelism (Megatron-Bridge 0.6.2, `ConfigContainer.validate`).
 
     Args:
         plan: the training plan.
@@ -73,7 +72,7 @@ def has_fixed_shapes(plan: TrainingPlan, stage: str, *, packed: bool, images: bo
         return True
     if packed:
         return not images  # which are packed in a batch, to the width of that batch
-    return plan.pad_samples or (images and (plan.layout.pp > 1 or plan.layout.ep > 1))
+    return plan.pad_samples or (images and plan.layout.pp > 1)
 
 
 def choose_cuda_graphs(

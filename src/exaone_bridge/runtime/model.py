@@ -35,11 +35,13 @@ __all__ = [
 
 
 # A checkpoint is not used as its run was trained: prompts have any length, and there is no wrapper
-# with main gradients. None in place of "" would leave the checkpoint's value.
+# with main gradients. None in place of "", which the provider makes of it, would leave the
+# checkpoint's value.
 _FOR_INFERENCE: JSONObject = {
     "cuda_graph_impl": "none",
     "fp8": "",
     "fp8_param": False,
+    "moe_router_padding_for_quantization": False,
     "fuse_weight_gradients": False,
 }
 # A prompt's pixel values and grids, by the names of the model's arguments.

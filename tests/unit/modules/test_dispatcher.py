@@ -67,5 +67,32 @@ def test_dispatcher_equals_megatron_cores(impl: str, megatron_bridge: Any, tiny:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("fields", "copies"),
+    [
+        ({}, False),
+        ({"impl": "none"}, True),
+        ({"ep_size": 2}, True),
+        ({"tp_size": 2}, True),
+        ({"num_out_tokens": torch.tensor(24)}, True),
+    ],
+)
+def test_what_is_on_the_gpu_alone_is_copied_in_a_full_iteration_too(
+    fields: dict[str, Any], copies: bool, megatron_bridge: Any
+) -> None:
+    """A capture then fails, where a graph would replay the splits of one batch."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from exaone_bridge.modules.grouped_experts import AlltoAllTokenDispatcher
+
+    values = {"ep_size": 1, "tp_size": 1, "num_out_tokens": 24, "impl": "full_iteration"} | fields
+    dispatcher = AlltoAllTokenDispatcher.__new__(AlltoAllTokenDispatcher)
+    dispatcher.__dict__.update(values, config=mock.Mock(cuda_graph_impl=values["impl"]))
+    counts = torch.tensor([9, 15])
+    with mock.patch.object(MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize") as copy:
+        assert dispatcher._maybe_dtoh_and_synchronize("before_permutation_1", counts) is counts
+    assert copy.call_args_list == ([mock.call("before_permutation_1")] if copies else [])
+
+
 def test_layers_keep_megatron_cores_dispatcher(megatron_bridge: Any, tiny: Any) -> None:
     ForkLauncher().first(_dispatched, tiny("ernie45"), False, "transformer_engine", False)

@@ -14,6 +14,7 @@ import torch
 from exaone_bridge.errors import UnsupportedConfig
 from exaone_bridge.models import family_of
 from exaone_bridge.recipes import RECIPES, recipe
+from exaone_bridge.recipes.checked_plan import check_plan
 from exaone_bridge.recipes.cuda_graphs import CudaGraphs, choose_cuda_graphs
 from exaone_bridge.recipes.memory import estimate
 from exaone_bridge.recipes.published import CONFIGS
@@ -96,6 +97,21 @@ def _choose(model: str, stage: str, packed: bool = False, **overrides: Any) -> C
         ("ernie45_tiny", "pretrain", False, {}, "full-iteration"),  # EP1
         (
             "ernie45_tiny",
+            "pretrain",
+            False,
+            {"gpus": 2, "tp": 2, "sp": True},
+            f"layers ({_PARTS}): all-to-all needs the experts' token counts on the CPU",
+        ),
+        (
+            "ernie45_tiny",
+            "pretrain",
+            False,
+            {"precision": "fp8"},
+            f"layers ({_PARTS}): FP8 products of experts need their token counts on the CPU",
+        ),
+        ("exaone4_1p2b", "pretrain", False, {"precision": "fp8"}, "full-iteration"),
+        (
+            "ernie45_tiny",
             "peft",
             False,
             {"pad_samples": True},
@@ -154,6 +170,8 @@ def test_megatron_bridge_accepts_every_recipe_with_graphs(
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING, logger="exaone_bridge"):
         config = recipe(name)(gpu_memory_gb=141, cuda_graphs=kind)
+    is_captured = config.model.cuda_graph_impl != "none"
+    assert config.model.use_te_rng_tracker == config.rng.te_rng_tracker == is_captured
     lines = [line.getMessage() for line in caplog.records if "CUDA graphs" in line.getMessage()]
     if config.peft is not None:
         config.checkpoint.pretrained_checkpoint = str(tmp_path)
@@ -162,8 +180,6 @@ def test_megatron_bridge_accepts_every_recipe_with_graphs(
     model = config.model
     impl = {"none": "off", "transformer_engine": "layers", "full_iteration": "full-iteration"}
     assert len(lines) == (impl[model.cuda_graph_impl] != kind)
-    is_captured = model.cuda_graph_impl != "none"
-    assert model.use_te_rng_tracker == config.rng.te_rng_tracker == is_captured
     if model.cuda_graph_impl == "full_iteration":
         assert not config.ddp.check_for_nan_in_grad
         assert model.pipeline_model_parallel_size == model.expert_model_parallel_size == 1
@@ -172,7 +188,7 @@ def test_megatron_bridge_accepts_every_recipe_with_graphs(
     if model.recompute_granularity == "full":
         assert model.cuda_graph_impl in ("none", "full_iteration")
     if getattr(config.dataset, "enable_offline_packing", False):
-        assert not {"none", "transformer_engine"}.isdisjoint({model.cuda_graph_impl})
+        assert model.cuda_graph_impl in ("none", "transformer_engine")
         assert "attn" not in [part.name for part in model.cuda_graph_modules]
         assert model.cuda_graph_impl == "none" or model.cuda_graph_modules
 
@@ -185,20 +201,28 @@ def test_graphs_are_off_unless_requested(megatron_bridge: Any) -> None:
         recipe("exaone4_1p2b_pretrain_config")(cuda_graphs="all")
 
 
+@pytest.mark.parametrize(("rank", "has_te"), [("0", False), ("1", False), ("0", True)])
 def test_graphs_are_off_on_a_gpu_without_transformer_engine(
-    megatron_bridge: Any, caplog: pytest.LogCaptureFixture
+    rank: str,
+    has_te: bool,
+    megatron_bridge: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """One rank says so."""
     from exaone_bridge.modules import backend
 
+    monkeypatch.setenv("RANK", rank)
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(backend, "TRANSFORMER_ENGINE", None),
+        mock.patch.object(backend, "TRANSFORMER_ENGINE", backend.TORCH if has_te else None),
         caplog.at_level(logging.WARNING, logger="exaone_bridge"),
     ):
         config = recipe("exaone4_1p2b_pretrain_config")(cuda_graphs="layers")
-    assert config.model.cuda_graph_impl == "none" and not config.rng.te_rng_tracker
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "CUDA graphs: off: Transformer Engine is not installed"
+    assert (config.model.cuda_graph_impl != "none") == config.rng.te_rng_tracker == has_te
+    line = "CUDA graphs: off: Transformer Engine is not installed"
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ([line] if rank == "0" and not has_te else [])
 
 
 def test_samples_are_padded_on_request(megatron_bridge: Any) -> None:
@@ -214,6 +238,7 @@ def test_checkpoint_of_a_run_with_graphs_builds_without_a_gpu(megatron_bridge: A
     model = recipe("ernie45_tiny_pretrain_config")(cuda_graphs="layers").model
     model.finalize()
     assert model.cuda_graph_impl == "none" and not model.use_te_rng_tracker
+    assert model.cuda_graph_modules == []
     assert model.to_cfg_dict()["cuda_graph_impl"] == "transformer_engine"
     assert len(model.to_cfg_dict()["cuda_graph_modules"]) == 4
 
@@ -229,6 +254,15 @@ def test_replay_that_would_compute_something_else_is_rejected(
     model.mtp_depth = 1
     with transformer_engine_backend(), pytest.raises(UnsupportedConfig, match=f"{field} is"):
         model.finalize()
+
+
+@pytest.mark.parametrize(("kind", "repeated"), [("full-iteration", True), ("layers", False)])
+def test_mtp_of_several_tokens_is_captured_where_no_graph_is_replayed_twice(
+    kind: Any, repeated: bool, megatron_bridge: Any
+) -> None:
+    model = recipe("k_exaone_tiny_pretrain_config")(cuda_graphs=kind).model
+    model.mtp_num_layers, model.mtp_use_repeated_layer = 2, repeated
+    model._check_replay()
 
 
 def test_memory_of_graphs() -> None:
@@ -249,3 +283,9 @@ def test_memory_of_graphs() -> None:
     two_stages = replace(plan, layout=replace(plan.layout, pp=2), gpus=16)
     piped = estimate(description, two_stages, graphs=CudaGraphs("layers"))
     assert piped.graphs - buffers == pytest.approx(gradients / 2)  # half, twice in flight
+    chunks = replace(plan, layout=replace(plan.layout, pp=2, vpp=2), gpus=16)
+    piped = estimate(description, chunks, graphs=CudaGraphs("layers"))
+    assert piped.graphs - 5 / 4 * buffers == pytest.approx(gradients / 2)  # of 16 layers, five
+    padded = replace(plan, cuda_graphs="layers", pad_samples=True)
+    checked = check_plan("exaone4_32b", "sft", 141, CONFIGS["exaone4_32b"], padded)
+    assert checked.memory == layers

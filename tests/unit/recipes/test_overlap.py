@@ -49,17 +49,18 @@ def test_megatron_bridge_accepts_every_recipe_with_overlap(
         full = "a2a" if "1p2b" in name else "all_gather"  # the 32B has one KV head on a rank
         requested |= {"cp_full_attention": full, "cp_sliding_window": "all_gather"}
     config = recipe(name)(gpu_memory_gb=141, **requested)
-    former = (config.ddp.overlap_grad_reduce, config.ddp.overlap_param_gather)
+    overlapped = ("overlap_grad_reduce", "overlap_param_gather", "align_param_gather")
+    former = [getattr(config.ddp, field) for field in overlapped]
     if config.peft is not None:
         config.checkpoint.pretrained_checkpoint = str(tmp_path)
     with transformer_engine_backend(), mock.patch.object(comm_overlap, "HAVE_TE", True):
-        validate(config, monkeypatch)
+        validate(config, monkeypatch, replicas=2)
     model = config.model
     assert model.fuse_weight_gradients == requested["fuse_weight_gradients"]
     assert not model.gradient_accumulation_fusion  # which the output layer would need APEX for
     assert model.tp_comm_overlap == requested["tp_overlap"]
     assert model.moe_shared_expert_overlap == requested["shared_expert_overlap"]
-    assert (config.ddp.overlap_grad_reduce, config.ddp.overlap_param_gather) == former
+    assert [getattr(config.ddp, field) for field in overlapped] == former
     has_chunks = (model.virtual_pipeline_model_parallel_size or 1) > 1
     assert (model.overlap_p2p_comm, model.batch_p2p_comm) == (has_chunks, not has_chunks)
     if model.context_parallel_size > 1:
@@ -70,6 +71,11 @@ def test_megatron_bridge_accepts_every_recipe_with_overlap(
     ("name", "overrides", "message"),
     [
         ("exaone4_1p2b_pretrain_config", {"tp_overlap": True}, "without tp more than 1 and sp"),
+        (
+            "exaone4_1p2b_pretrain_config",
+            {"tp_overlap": True, "gpus": 2, "tp": 2, "sp": False},
+            "without tp more than 1 and sp",
+        ),
         ("exaone4_1p2b_pretrain_config", {"cp_full_attention": "a2a"}, "without cp more than 1"),
         (
             "exaone4_1p2b_64k_pretrain_config",
@@ -149,24 +155,34 @@ def test_linears_of_layers_fuse_weight_gradients(megatron_bridge: Any, tiny: Any
     assert "decoder.layers.0.mlp.linear_fc1" in fusing
 
 
-def _gradients(folder: Path, layout: Layout, overlap: bool) -> dict[str, torch.Tensor]:
+def _gradients(
+    folder: Path, layout: Layout, overlap: bool, lengths: list[int]
+) -> dict[str, torch.Tensor]:
     tokens = torch.randint(387, (8, 1, 41), generator=torch.Generator().manual_seed(1))
     fields = {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}
-    batches = [(prompt, {}) for prompt in tokens]
+    if len(set(lengths)) > 1:  # stages then exchange shapes too
+        fields |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    batches = [(prompt[:, :length], {}) for prompt, length in zip(tokens, lengths, strict=True)]
     return train_megatron(folder, layout, batches, **fields).gradients
 
 
-def test_overlapped_stages_have_the_same_gradients(megatron_bridge: Any, tiny: Any) -> None:
-    """Bitwise, with four stages of two chunks; two stages always overlap."""
+@pytest.mark.parametrize("lengths", [[41] * 8, [41, 33, 25, 41, 17, 41, 33, 29]], ids=str)
+def test_overlapped_stages_have_the_gradients_of_one_stage(
+    lengths: list[int], megatron_bridge: Any, tiny: Any
+) -> None:
+    """Bitwise, with two and four stages of two chunks, and without overlap; two always overlap."""
     layers = ["sliding_attention", "full_attention"] * 4
     folder = tiny("exaone4", num_hidden_layers=8, layer_types=layers)
-    gradients = [
+    expected, *others = (
         {
             name: value
-            for rank in ForkLauncher(4).all(_gradients, folder, Layout(pp=4, vpp=2), overlap)
+            for rank in ForkLauncher(pp).all(_gradients, folder, layout, overlap, lengths)
             for name, value in rank.items()
         }
-        for overlap in (False, True)
-    ]
-    assert len(gradients[0]) > 80 and gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+        for pp, overlap in ((1, False), (2, True), (4, True), (4, False))
+        for layout in [Layout(pp=pp, vpp=2 if pp > 1 else 1)]
+    )
+    assert len(expected) > 80
+    for found in others:
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +16,7 @@ from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
 from exaone_bridge.models import family_of
 from exaone_bridge.recipes import RECIPES, recipe
 from exaone_bridge.recipes.memory import estimate
+from exaone_bridge.recipes.precision import check_sizes
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.training_plans import training_plan
 from tests.helpers.recipes import transformer_engine_backend, validate
@@ -55,21 +59,51 @@ def test_recipes_train_in_bf16_unless_asked(megatron_bridge: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("model", "changes", "overrides", "size"),
     [
-        ({"seq_length": 4104, "tp": 1, "sp": False}, "seq_length x micro_batch_size / cp is 4104"),
-        ({"tp": 40, "gpus": 40, "sp": True, "seq_length": 4800}, "tp"),
+        ("exaone4_tiny", {}, {"seq_length": 72}, "seq_length x micro_batch_size / cp"),
+        ("exaone4_tiny", {}, {"seq_length": 80, "cp": 2}, "seq_length x micro_batch_size / cp"),
+        ("exaone4_tiny", {}, {"seq_length": 72, "micro_batch_size": 2}, None),
+        ("exaone4_tiny", {"hidden_size": 72}, {}, "hidden_size"),
+        ("exaone4_tiny", {"head_dim": 24}, {"tp": 4}, "heads / tp x head_dim"),
+        ("exaone4_tiny", {"head_dim": 24}, {"tp": 2}, None),
+        (
+            "exaone4_tiny",
+            {"head_dim": 12, "num_key_value_heads": 1},
+            {},
+            "the QKV projection of a TP rank",
+        ),
+        (
+            "exaone4_tiny",
+            {"head_dim": 24, "num_key_value_heads": 1},
+            {"tp": 2},
+            None,
+        ),  # a whole one
+        ("exaone4_tiny", {"intermediate_size": 136}, {}, "intermediate_size / tp"),
+        ("exaone4_tiny", {"intermediate_size": 144}, {"tp": 2}, "intermediate_size / tp"),
+        ("ernie45_tiny", {"moe_intermediate_size": 40}, {}, "moe_intermediate_size / etp"),
+        ("ernie45_tiny", {"moe_intermediate_size": 48}, {"etp": 2}, "moe_intermediate_size / etp"),
+        (
+            "ernie45_tiny",
+            {"moe_intermediate_size": 48, "moe_num_shared_experts": 1},
+            {"tp": 2, "etp": 1},
+            "the size of shared experts / tp",
+        ),
+        ("ernie45_tiny", {"moe_layer_start_index": 0, "intermediate_size": 136}, {}, None),
     ],
 )
 def test_sizes_that_fp8_does_not_take_are_rejected(
-    overrides: dict[str, Any], message: str, megatron_bridge: Any
+    model: str, changes: dict[str, int], overrides: dict[str, Any], size: str | None
 ) -> None:
-    options = {"precision": "fp8", "gpus": 1, "global_batch_size": 64} | overrides
-    with pytest.raises(UnsupportedLayout, match=message):
-        recipe("exaone4_1p2b_sft_config")(**options)
-    options["precision"] = "bf16"
-    if overrides["tp"] == 1:
-        recipe("exaone4_1p2b_sft_config")(**options)
+    fields = CONFIGS[model] | changes
+    config = family_of(fields["architectures"], where="").describe(fields).config
+    plan = training_plan(model, "pretrain", 80).with_overrides(
+        **{"seq_length": 64, "micro_batch_size": 1} | overrides, precision="fp8"
+    )
+    check_sizes(config, replace(plan, precision="bf16"))
+    rejects = pytest.raises(UnsupportedLayout, match=f"{re.escape(size)} is") if size else None
+    with rejects or contextlib.nullcontext():
+        check_sizes(config, plan)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +144,10 @@ def test_checkpoint_of_a_run_in_fp8_builds_without_a_gpu(megatron_bridge: Any) -
     config.mixed_precision.finalize()
     config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
     assert config.model.fp8 == "hybrid"
+    config.model.fp8_param = config.model.fuse_weight_gradients = True
     config.model.finalize()
     assert config.model.fp8 is None
+    assert not (config.model.fp8_param or config.model.fuse_weight_gradients)
     assert config.model.to_cfg_dict()["fp8"] == "hybrid"
 
 

@@ -17,6 +17,7 @@ TRAINED: dict[str, Any] = {
     "use_te_rng_tracker": True,
     "fp8": "hybrid",
     "fp8_recipe": "tensorwise",
+    "moe_router_padding_for_quantization": True,
     "fuse_weight_gradients": True,
 }
 
@@ -43,4 +44,4 @@ def test_training_fields_do_not_reach_a_loaded_model(
     file.write_text(yaml.safe_dump(config))
     found = ForkLauncher().first(_requested, source, megatron)
     assert found["cuda_graph_impl"] == "none" and not found["fuse_weight_gradients"]
-    assert not found["fp8"]
+    assert found["fp8"] is None and not found["moe_router_padding_for_quantization"]
