@@ -4,8 +4,8 @@ The functions here are what every recipe calls. Arguments that the recipes share
 
 - `gpu_memory_gb`: memory of one GPU, 80 or 141, for which the recipe has a training plan.
 - `hf_path`: a Hugging Face directory on disk, which gives the config, the tokenizer and the
-  initial weights. None: the published config, random weights, and no tokenizer. PEFT needs a
-  directory.
+  initial weights. None: the published config, random weights, and no tokenizer; fine-tuning cannot
+  run before `config.tokenizer` and `config.checkpoint.pretrained_checkpoint` are set.
 - `dataset_root` (SFT and PEFT): a directory with training.jsonl and validation.jsonl.
 - `packed` (SFT and PEFT): pack several samples into one sequence.
 - `last_turn` (chat SFT and chat PEFT): the loss covers the assistant's last turn only.
