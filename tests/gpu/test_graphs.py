@@ -50,6 +50,8 @@ GPUS = torch.cuda.device_count()
 # to 4e-2 between kernels that round differently, over twenty steps.
 BF16_NOISE = 2e-2
 RESUME_AT = 6  # after the graphs have been captured
+# Otherwise the optimizer's state loads at the same (TP, PP) only.
+ANY_LAYOUT = "checkpoint.dist_ckpt_optim_fully_reshardable=true"
 # Runs in processes of its own, after all others: it starts a process that writes.
 ASYNC = "OMP_NUM_THREADS=1 checkpoint.async_save=true"
 
@@ -68,7 +70,7 @@ def _rows(work: Path) -> list[str]:
     ]
     for kind in (LAYERS, FULL):
         run = f"{EXAONE} cuda_graphs={kind} {DETERMINISTIC}"
-        save = f"checkpoint.save={work}/{kind} checkpoint.save_interval={RESUME_AT}"
+        save = f"checkpoint.save={work}/{kind} checkpoint.save_interval={RESUME_AT} {ANY_LAYOUT}"
         resume = f"checkpoint.load={work}/{kind} checkpoint.ckpt_step={RESUME_AT}"
         rows += [f"save, {kind}: {run} {save}", f"resume, {kind}: {run} {resume}"]
         if GPUS > 1:

@@ -93,7 +93,10 @@ def _use_fp8(config: ConfigContainer, plan: TrainingPlan) -> None:
 
 
 def _overlap_tp(config: ConfigContainer) -> None:
-    """Overlap tensor-parallel communication; what else the class sets stays as it is."""
+    """Overlap tensor-parallel communication; what else the class sets stays as it is.
+
+    Except for the size of gradient buckets, where there are data-parallel ranks.
+    """
     from megatron.bridge.training.comm_overlap import CommOverlapConfig
 
     config.comm_overlap = CommOverlapConfig(

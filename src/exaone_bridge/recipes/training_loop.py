@@ -59,7 +59,9 @@ def check_installed() -> None:
 class StepLogger(Callback):
     """Writes loss, gradient norm, speed and peak memory of each step: a JSON line, and one to read.
 
-    Only ranks of the last pipeline stage know the loss; the last rank writes.
+    Only ranks of the last pipeline stage know the loss; the last rank writes. Reading the loss
+    waits for the GPU, as Megatron-Bridge 0.6.2 does just before, after the optimizer's kernels
+    (`training/train.py`, `train_step`: `reduce_max_stat_across_model_parallel_group`).
     """
 
     def __init__(self, path: Path, config: ConfigContainer, out: IO[str] | None = None) -> None:

@@ -75,7 +75,10 @@ def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
     kinds = {"resume at pp=2, full-iteration": "layers", "save, async": "off", "save, sync": "off"}
     for row in rows:
         kind = kinds.get(row.name, row.name.rpartition(", ")[2])
-        assert loop_rank.build_config(row, tmp_path).model.cuda_graph_impl == graphs[kind], row.name
+        config = loop_rank.build_config(row, tmp_path)
+        assert config.model.cuda_graph_impl == graphs[kind], row.name
+        if row.name in ("save, layers", "save, full-iteration"):  # resumed at other layouts too
+            assert config.checkpoint.dist_ckpt_optim_fully_reshardable
 
 
 def test_commands_for_the_next_session_on_gpus_are_accepted_and_end_in_time(

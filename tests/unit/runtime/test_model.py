@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from exaone_bridge import import_checkpoint
+from exaone_bridge.recipes import recipe
 from exaone_bridge.runtime.fork import ForkLauncher
 from exaone_bridge.schema.parallel_layout import Layout
 
@@ -36,12 +37,16 @@ def _requested(source: Path, megatron: Path) -> dict[str, Any]:
 def test_training_fields_do_not_reach_a_loaded_model(
     name: str, megatron_bridge: Any, tiny: Any, tmp_path: Path
 ) -> None:
+    from megatron.bridge.utils.yaml_utils import safe_yaml_representers
+
     source, megatron = tiny(name), tmp_path / "megatron"
     import_checkpoint(source, megatron)
     (file,) = megatron.rglob("run_config.yaml")
     config = yaml.safe_load(file.read_text())
-    config["model"] |= TRAINED
-    file.write_text(yaml.safe_dump(config))
+    trained = recipe("ernie45_tiny_pretrain_config")(cuda_graphs="layers").model.to_cfg_dict()
+    config["model"] |= TRAINED | {"cuda_graph_modules": trained["cuda_graph_modules"]}
+    with safe_yaml_representers():
+        file.write_text(yaml.safe_dump(config))
     found = ForkLauncher().first(_requested, source, megatron)
     assert found["cuda_graph_impl"] == "none" and not found["fuse_weight_gradients"]
     assert found["fp8"] is None and not found["moe_router_padding_for_quantization"]
