@@ -70,12 +70,14 @@ def _use_fp8(config: ConfigContainer, plan: TrainingPlan) -> None:
     (`fp8_utils.py`, `get_fp8_context`).
     """
     import torch
+    from megatron.bridge.training.config import apply_environment_variables
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
     from exaone_bridge.modules.backend import TRANSFORMER_ENGINE
 
     where, remedy = "recipe", "set precision='bf16'"
     if torch.cuda.is_available():
+        apply_environment_variables(config)  # the next line starts CUDA, which reads some of them
         needed = (9, 0) if plan.precision == "fp8-blockwise" else (8, 9)
         if (found := torch.cuda.get_device_capability()) < needed:
             wanted = f"'bf16' on a GPU of compute capability {found}, below {needed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -122,13 +123,21 @@ def test_machine_without_fp8_is_rejected(
     message: str | None,
     megatron_bridge: Any,
 ) -> None:
-    """Megatron-Core would train in bf16 without Transformer Engine, and say nothing."""
+    """Megatron-Core would train in bf16 without Transformer Engine, and say nothing.
+
+    The question starts CUDA, so the variables that CUDA reads are set before.
+    """
     from exaone_bridge.modules import backend
+
+    def read_capability() -> tuple[int, int]:
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+        return capability
 
     engine = backend.TORCH if has_te else None
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(torch.cuda, "get_device_capability", read_capability),
+        mock.patch.dict(os.environ),
         mock.patch.object(backend, "TRANSFORMER_ENGINE", engine),
     ):
         if message is None:
