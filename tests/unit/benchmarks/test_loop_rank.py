@@ -62,6 +62,7 @@ def test_every_pretraining_row_has_a_config_that_fits_its_gpu(
         assert f"TP{row.arguments.get('tp', 1)} " in loop_rank.describe(config)
         kinds = {"fp8": "FP8 tensorwise", "fp8-blockwise": "FP8 blockwise", None: "bf16"}
         assert loop_rank.describe(config).endswith(f"; {kinds[row.arguments.get('precision')]}")
+        assert not getattr(config.mixed_precision, "first_last_layers_bf16", False)
 
 
 def test_every_row_of_the_tests_on_gpus_has_the_graphs_that_its_name_says(
