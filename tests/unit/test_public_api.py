@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import exaone_bridge
+from exaone_bridge.bridge.registration import _AFTER_IT
 from exaone_bridge.errors import UnsupportedConfig, UnsupportedLayout
 from tests.helpers.paths import ROOT
 
@@ -41,6 +43,19 @@ def test_the_names_are_imported_when_they_are_used() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_modules_of_models_that_need_megatron_come_after_it() -> None:
+    """Or else a module of `_AFTER_IT` that one of them imports finds it half imported."""
+    models = ROOT / "src" / "exaone_bridge" / "models"
+    needs = re.compile(r"^(from|import) (megatron|exaone_bridge\.modules)", re.MULTILINE)
+    names = {
+        f"exaone_bridge.models.{path.parent.name}.{path.stem}"
+        for path in models.glob("*/*.py")
+        if needs.search(path.read_text())
+    }
+    assert "exaone_bridge.models.ernie45.router" in names
+    assert [name for name in names if not re.fullmatch(_AFTER_IT, name)] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
@@ -48,6 +63,7 @@ def test_the_names_are_imported_when_they_are_used() -> None:
         "import exaone_bridge; exaone_bridge.Ernie45Bridge",
         "from exaone_bridge.bridge.exaone4 import Exaone4Bridge",
         "import exaone_bridge.models.exaone45.provider",
+        "import exaone_bridge.models.ernie45.router",
         "import exaone_bridge.modules.provider",
         "import exaone_bridge.patches.table",
     ],

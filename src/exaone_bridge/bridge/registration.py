@@ -26,7 +26,8 @@ __all__ = ["register", "register_when_imported", "supported"]
 _MEGATRON_BRIDGE = "megatron.bridge"
 _SETS_TOKENIZERS = "megatron.bridge.data.datasets.gpt_sft"  # a variable of theirs
 _AFTER_IT = (
-    r"exaone_bridge\.(modules\.\w+|bridge\.(?!registration$)\w+|models\.\w+\.(provider|layer_spec))"
+    r"exaone_bridge\.(modules\.\w+|bridge\.(?!registration$)\w+|models\.\w+\."
+    r"(collate|head_model|layer_spec|model|provider|router|vision_encoder))"
 )
 
 
