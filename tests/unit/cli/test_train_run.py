@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ COMMON = ("seq_length=128", "global_batch_size=2", "micro_batch_size=1", "optimi
 
 def _rank(arguments: list[str], port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    tempfile.tempdir = None  # Megatron-Bridge opens a socket there: at most 107 characters
     os.environ.update(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port
     )
