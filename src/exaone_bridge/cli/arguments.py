@@ -10,6 +10,7 @@ from typing import Any
 from exaone_bridge.cli.options import (
     add_backend,
     add_conversion,
+    add_dtype,
     add_follow_links,
     add_json,
     add_layout,
@@ -245,11 +246,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128"
     )
-    parser.add_argument(
-        "--dtype",
-        type=dtype,
-        help="float32, bfloat16, float16, or fp32, bf16, fp16 (default: the checkpoint's)",
-    )
+    add_dtype(parser)
     add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     add_backend(parser)
 
@@ -279,11 +276,7 @@ def _add_perplexity(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="run Transformers too (default: if SOURCE is a Hugging Face folder)",
     )
-    parser.add_argument(
-        "--dtype",
-        type=dtype,
-        help="float32, bfloat16, float16, or fp32, bf16, fp16 (default: the checkpoint's)",
-    )
+    add_dtype(parser)
     add_json(parser)
     add_layout(parser, tp=1, pp=1, vpp=1, sp=False, ep=1, etp=None, cp=1)
     add_backend(parser)

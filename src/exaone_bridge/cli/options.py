@@ -17,6 +17,7 @@ from exaone_bridge.schema.parallel_layout import Layout
 __all__ = [
     "add_backend",
     "add_conversion",
+    "add_dtype",
     "add_follow_links",
     "add_json",
     "add_layout",
@@ -136,6 +137,15 @@ def add_conversion(parser: ArgumentParser) -> None:
         help="processes, each with one or two tensors in memory (default: 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+
+
+def add_dtype(parser: ArgumentParser) -> None:
+    """Add --dtype, in which a command loads the model."""
+    parser.add_argument(
+        "--dtype",
+        type=dtype,
+        help="float32, bfloat16, float16, or fp32, bf16, fp16 (default: the checkpoint's)",
+    )
 
 
 def dtype(text: str) -> str:

@@ -23,6 +23,7 @@ from exaone_bridge.recipes.checked_plan import CheckedPlan, check_plan
 from exaone_bridge.recipes.memory import GB
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.rows import CONVERSATIONS, PROMPTS, check_rows
+from exaone_bridge.recipes.training_plan import PlanOverrides
 from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
 from exaone_bridge.runtime.launch import is_rank_zero
 from exaone_bridge.schema.iterations import is_megatron_checkpoint, iteration_folder
@@ -38,8 +39,6 @@ _OVERLAP = (
     "cp_full_attention",
     "cp_sliding_window",
 )
-# Arguments of recipes that are not fields of the plan.
-_ARGUMENTS = ("gpu_memory_gb", "hf_path", "dataset_root", "packed", "last_turn", "peft_scheme")
 
 
 def train(options: Namespace) -> None:
@@ -105,7 +104,9 @@ def _plan(name: str, arguments: dict[str, Any]) -> CheckedPlan:
     known = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
     model, stage = known[name if name in known else name.replace("_chat", "")]
     memory = arguments.get("gpu_memory_gb", 80)
-    fields = {key: value for key, value in arguments.items() if key not in _ARGUMENTS}
+    fields = {
+        key: value for key, value in arguments.items() if key in PlanOverrides.__annotations__
+    }
     plan = training_plan(model, stage, memory).with_overrides(**fields)
     hf_config = CONFIGS[model]
     if (folder := arguments.get("hf_path")) is not None:
