@@ -8,8 +8,7 @@ from typing import Any
 
 from exaone_bridge.cli.train_settings import read_settings
 from exaone_bridge.recipes import recipe as find_recipe
-from exaone_bridge.recipes.training_plan import PlanOverrides
-from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
+from exaone_bridge.recipes.training_plans import plan_of_recipe
 
 P12 = "exaone4_1p2b_pretrain_config micro_batch_size=1"
 ERNIE = "ernie45_21b_a3b_pretrain_config micro_batch_size=1 seq_length=8192"
@@ -114,8 +113,7 @@ class Row:
 
 def model_of(recipe_name: str) -> str:
     """Return the model of a recipe, a key of `published.CONFIGS`."""
-    models = {model for model, _ in TRAINING_PLANS}
-    return max((each for each in models if recipe_name.startswith(f"{each}_")), key=len)
+    return plan_of_recipe(recipe_name, {})[0]
 
 
 def parse_row(text: str, variant: str = "") -> Row:
@@ -152,13 +150,8 @@ def parse_row(text: str, variant: str = "") -> Row:
 
 def _variables(recipe_name: str, arguments: dict[str, Any]) -> dict[str, str]:
     """Return the environment variables of the recipe's plan, which CUDA reads when it starts."""
-    stages = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
-    stage = stages[recipe_name.replace("_chat", "")]
-    plan = training_plan(*stage, arguments.get("gpu_memory_gb", 80))
-    fields = {
-        key: value for key, value in arguments.items() if key in PlanOverrides.__annotations__
-    }
-    return {key: str(value) for key, value in plan.with_overrides(**fields).environment.items()}
+    *_, plan = plan_of_recipe(recipe_name, arguments)
+    return {key: str(value) for key, value in plan.environment.items()}
 
 
 def rows_of(tables: Sequence[str], texts: Sequence[str], variants: Sequence[str]) -> list[Row]:

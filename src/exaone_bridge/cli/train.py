@@ -23,8 +23,7 @@ from exaone_bridge.recipes.checked_plan import CheckedPlan, check_plan
 from exaone_bridge.recipes.memory import GB
 from exaone_bridge.recipes.published import CONFIGS
 from exaone_bridge.recipes.rows import CONVERSATIONS, PROMPTS, check_rows
-from exaone_bridge.recipes.training_plan import PlanOverrides
-from exaone_bridge.recipes.training_plans import TRAINING_PLANS, training_plan
+from exaone_bridge.recipes.training_plans import plan_of_recipe
 from exaone_bridge.runtime.launch import is_rank_zero
 from exaone_bridge.schema.iterations import is_megatron_checkpoint, iteration_folder
 from exaone_bridge.schema.parallel_layout import Layout
@@ -101,19 +100,14 @@ def _set_gpus(arguments: dict[str, Any], options: Namespace) -> None:
 
 def _plan(name: str, arguments: dict[str, Any]) -> CheckedPlan:
     """Find the plan of a recipe without Megatron."""
-    known = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
-    model, stage = known[name if name in known else name.replace("_chat", "")]
-    memory = arguments.get("gpu_memory_gb", 80)
-    fields = {
-        key: value for key, value in arguments.items() if key in PlanOverrides.__annotations__
-    }
-    plan = training_plan(model, stage, memory).with_overrides(**fields)
+    model, stage, plan = plan_of_recipe(name, arguments)
     hf_config = CONFIGS[model]
     if (folder := arguments.get("hf_path")) is not None:
         hf_config = read_json(config_file(folder))
     if (rows := arguments.get("dataset_root")) is not None:
         check_rows(rows, CONVERSATIONS if "_chat_" in name or "_vl_" in name else PROMPTS)
     packed = arguments.get("packed", _default(name, "packed"))
+    memory = arguments.get("gpu_memory_gb", 80)
     return check_plan(model, stage, memory, hf_config, plan, packed)
 
 

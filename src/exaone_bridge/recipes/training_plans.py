@@ -6,11 +6,14 @@ recompute activations as little as possible. docs/recipes.md shows them as a tab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from exaone_bridge.errors import UnsupportedConfig
-from exaone_bridge.recipes.training_plan import TrainingPlan
+from exaone_bridge.recipes.training_plan import PlanOverrides, TrainingPlan
 from exaone_bridge.schema.parallel_layout import Layout
 
-__all__ = ["ADAPTER_RANK", "TRAINING_PLANS", "training_plan"]
+__all__ = ["ADAPTER_RANK", "TRAINING_PLANS", "plan_of_recipe", "training_plan"]
 
 ADAPTER_RANK = 32  # of LoRA and DoRA
 
@@ -239,3 +242,24 @@ def training_plan(model: str, stage: str, gpu_memory_gb: int) -> TrainingPlan:
             remedy="use the plan for the next smaller GPU",
         )
     return plans[gpu_memory_gb]
+
+
+def plan_of_recipe(name: str, arguments: Mapping[str, Any]) -> tuple[str, str, TrainingPlan]:
+    """Look up the plan with which a recipe would be called with these arguments.
+
+    Args:
+        name: of the recipe; one for conversations has the plan of its namesake.
+        arguments: of the recipe; those that are no fields of the plan change nothing, but for
+            `gpu_memory_gb`, 80 by default.
+
+    Returns:
+        The model, the stage and the plan: see `training_plan`.
+
+    Raises:
+        UnsupportedConfig: there is no plan for GPUs of this size.
+    """
+    stages = {f"{model}_{stage}_config": (model, stage) for model, stage in TRAINING_PLANS}
+    model, stage = stages[name.replace("_chat", "")]
+    plan = training_plan(model, stage, arguments.get("gpu_memory_gb", 80))
+    fields = {key: arguments[key] for key in arguments if key in PlanOverrides.__annotations__}
+    return model, stage, plan.with_overrides(**fields)
